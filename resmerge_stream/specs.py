@@ -1,0 +1,130 @@
+"""What a tensor is without its values: name, dtype, shape, bytes; and the table of dtypes."""
+
+import math
+from dataclasses import dataclass
+
+from .errors import RecipeError
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """One element type of the safetensors format.
+
+    Attributes:
+        name: the format's name, such as ``BF16``.
+        nbytes: bytes an element.
+        rank: the format's own order; files hold tensors by descending rank, then by name.
+        is_merged: whether arithmetic is done on it; the others are copied or refused.
+        torch_name: attribute of the torch module that is this type.
+    """
+
+    name: str
+    nbytes: int
+    rank: int
+    is_merged: bool
+    torch_name: str
+
+
+_FLOATS = {"F16", "BF16", "F32", "F64"}
+_ORDER = (
+    ("BOOL", 1, "bool"),
+    ("U8", 1, "uint8"),
+    ("I8", 1, "int8"),
+    ("F8_E5M2", 1, "float8_e5m2"),
+    ("F8_E4M3", 1, "float8_e4m3fn"),
+    ("F8_E8M0", 1, "float8_e8m0fnu"),
+    ("F8_E4M3FNUZ", 1, "float8_e4m3fnuz"),
+    ("F8_E5M2FNUZ", 1, "float8_e5m2fnuz"),
+    ("I16", 2, "int16"),
+    ("U16", 2, "uint16"),
+    ("F16", 2, "float16"),
+    ("BF16", 2, "bfloat16"),
+    ("I32", 4, "int32"),
+    ("U32", 4, "uint32"),
+    ("F32", 4, "float32"),
+    ("C64", 8, "complex64"),
+    ("F64", 8, "float64"),
+    ("I64", 8, "int64"),
+    ("U64", 8, "uint64"),
+)
+
+DTYPES: dict[str, DType] = {
+    name: DType(name, nbytes, rank, name in _FLOATS, torch_name)
+    for rank, (name, nbytes, torch_name) in enumerate(_ORDER)
+}
+
+OUTPUT_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor's name, dtype and shape.
+
+    Attributes:
+        name: the parameter name, such as ``model.layers.0.mlp.up_proj.weight``.
+        dtype: a key of `DTYPES`.
+        shape: sizes, outermost first; ``()`` is a scalar.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements (1 for a scalar)."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return self.numel * DTYPES[self.dtype].nbytes
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """The shape as rows × columns: first axis × the rest, a vector as one column."""
+        if not self.shape:
+            return (1, 1)
+        return (self.shape[0], math.prod(self.shape[1:]))
+
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS[_letter] = _UNITS[f"{_letter}B"] = 1000**_power
+    _UNITS[f"{_letter}IB"] = 1024**_power
+
+
+def parse_size(text: str | int, *, option: str = "size") -> int:
+    """Return a size in bytes from text such as ``5GB``, ``800MB``, ``12GiB`` or ``0``.
+
+    Args:
+        text: a number with an optional unit; KB, MB, GB, TB are powers of 1000 as on the Hub,
+            KiB and so on powers of 1024. An integer is taken as bytes.
+        option: what to call the value in an error.
+
+    Raises:
+        RecipeError: the text is not a size.
+    """
+    if isinstance(text, int):
+        return text
+    compact = text.strip().upper().replace(" ", "").replace("_", "")
+    digits = compact.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    unit = compact[len(digits) :]
+    try:
+        number = float(digits)
+    except ValueError:
+        number = -1.0
+    if unit not in _UNITS or not 0 <= number < 1e18:
+        raise RecipeError(
+            f"{option} {text!r} is not a size. Write a number and a unit, such as 5GB or 800MB."
+        )
+    return int(number * _UNITS[unit])
+
+
+def format_size(nbytes: float) -> str:
+    """Return a size for people, in powers of 1000: ``942 MB``, ``15.2 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.3g} {unit}" if unit != "B" else f"{int(nbytes)} B"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
