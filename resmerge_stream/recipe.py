@@ -1,0 +1,324 @@
+"""A recipe: which base, which experts, which method with which parameters; YAML in and out."""
+
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import RecipeError, listed
+from .specs import OUTPUT_DTYPES
+
+MAX_RECIPE_BYTES = 32 * 1024
+_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype")
+# What mergekit knows and this tool does not, with what to write instead.
+_ELSEWHERE = {
+    "slices": "merging whole models only: list them under 'models'",
+    "modules": "merging whole models only: list them under 'models'",
+    "tokenizer": "the base's tokenizer is kept; choose another with --tokenizer-from",
+    "tokenizer_source": "the base's tokenizer is kept; choose another with --tokenizer-from",
+    "chat_template": "the base's chat template is kept; choose another with --tokenizer-from",
+    "out_dtype": "write 'dtype' (the arithmetic is always float32)",
+    "name": "name the output with --out or --push-to",
+    "merge": "this is a mergekit multi-merge entry; write one recipe a merge",
+}
+_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}
+_REVISION = re.compile(r"^[A-Za-z0-9._/\-]{1,200}$")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """A checkpoint as the user named it.
+
+    Attributes:
+        id: a folder, or ``namespace/name`` on the Hub.
+        revision: branch, tag or commit, or None for the default branch.
+        weight: factor of this expert, for methods that declare one; None when not given.
+    """
+
+    id: str
+    revision: str | None = None
+    weight: float | None = None
+
+    @classmethod
+    def parse(cls, text: object, *, weight: float | None = None) -> "ModelRef":
+        """Return the reference that ``ID`` or ``ID@revision`` names.
+
+        A name that exists as a folder is a folder, even with an @ in it.
+
+        Raises:
+            RecipeError: the text is empty, not text, or its revision is malformed.
+        """
+        if not isinstance(text, str) or not text.strip() or "\x00" in text:
+            raise RecipeError(
+                f"a model must be a folder or a repo id such as org/name, not {text!r}."
+            )
+        text = text.strip()
+        try:
+            is_folder = Path(text).expanduser().is_dir()
+        except OSError:
+            is_folder = False
+        if is_folder or "@" not in text:
+            return cls(text, None, weight)
+        name, _, revision = text.rpartition("@")
+        if not name or not _REVISION.match(revision):
+            raise RecipeError(
+                f"{text!r} has a malformed revision. Write org/name@branch-or-commit."
+            )
+        return cls(name, revision, weight)
+
+    def __str__(self) -> str:
+        return self.id if self.revision is None else f"{self.id}@{self.revision}"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What to merge and how, before anything is looked up.
+
+    Attributes:
+        base: the model that every expert was trained from.
+        experts: in the user's order, which is the order of every sum.
+        method: a name that `resmerge_stream.methods` knows.
+        parameters: the method's parameters, as written.
+        dtype: output dtype (``bfloat16``, ``float16``, ``float32``), or None for the base's.
+    """
+
+    base: ModelRef
+    experts: tuple[ModelRef, ...]
+    method: str = "resmerge"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe in mergekit's vocabulary, ready for YAML or JSON."""
+        models = []
+        for expert in self.experts:
+            entry: dict[str, Any] = {"model": str(expert)}
+            if expert.weight is not None:
+                entry["parameters"] = {"weight": expert.weight}
+            models.append(entry)
+        recipe: dict[str, Any] = {
+            "merge_method": self.method,
+            "base_model": str(self.base),
+            "models": models,
+        }
+        if self.parameters:
+            recipe["parameters"] = dict(self.parameters)
+        if self.dtype:
+            recipe["dtype"] = self.dtype
+        return recipe
+
+    def to_yaml(self) -> str:
+        """Return the recipe as a YAML document."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe file.
+
+    Args:
+        path: a YAML file in mergekit's vocabulary.
+
+    Raises:
+        RecipeError: the file is missing, too large, not YAML, or holds a wrong key or value.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_RECIPE_BYTES + 1)
+    except (OSError, ValueError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise RecipeError(
+            f"cannot read the recipe {str(path)!r}: {reason}. "
+            "Give a YAML file, or --base and --expert."
+        ) from exc
+    if len(data) > MAX_RECIPE_BYTES:
+        raise RecipeError(
+            f"the recipe {str(path)!r} is larger than {MAX_RECIPE_BYTES} bytes; is it a recipe?"
+        )
+    return parse_recipe(data, where=str(path))
+
+
+def parse_recipe(data: bytes | str, *, where: str = "recipe") -> Recipe:
+    """Return the recipe that a YAML document describes.
+
+    Args:
+        data: the document.
+        where: what to call it in errors.
+
+    Raises:
+        RecipeError: the document is not YAML, or holds a wrong key or value.
+    """
+    import yaml
+
+    try:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        document = yaml.load(text, Loader=_unique_key_loader())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError, OverflowError) as exc:
+        reason = " ".join(str(exc).split())[:200] or type(exc).__name__
+        raise RecipeError(f"{where} is not a YAML document: {reason}") from exc
+    try:
+        return recipe_from_dict(document, where=where)
+    except RecursionError as exc:
+        raise RecipeError(f"{where} is nested too deeply to be a recipe.") from exc
+
+
+def recipe_from_dict(document: object, *, where: str = "recipe") -> Recipe:
+    """Return the recipe in a mapping of mergekit's vocabulary.
+
+    Raises:
+        RecipeError: a key is unknown or unsupported, or a value is of the wrong kind.
+    """
+    if not isinstance(document, Mapping):
+        raise RecipeError(
+            f"{where} must be a mapping with the keys base_model and models, "
+            f"not {type(document).__name__}."
+        )
+    _check_keys(document, where)
+    if document.get("base_model") is None:
+        raise RecipeError(
+            f"{where} has no base_model: the model that the experts were trained from."
+        )
+    base = ModelRef.parse(document["base_model"])
+    experts = tuple(_experts(document.get("models"), base, where))
+    method = document.get("merge_method", "resmerge")
+    if not isinstance(method, str):
+        raise RecipeError(f"merge_method must be a name, not {_short(method)}.")
+    parameters = document.get("parameters") or {}
+    if not isinstance(parameters, Mapping) or not all(isinstance(key, str) for key in parameters):
+        raise RecipeError(
+            f"parameters must be a mapping of names to values, not {_short(parameters)}."
+        )
+    return Recipe(base, experts, method, dict(parameters), _dtype(document.get("dtype")))
+
+
+def override(
+    recipe: Recipe | None,
+    *,
+    base: str | None = None,
+    experts: Sequence[str] = (),
+    method: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+) -> Recipe:
+    """Return a recipe with the given options put over it; experts replace the recipe's models.
+
+    Raises:
+        RecipeError: there is neither a recipe nor both a base and an expert.
+    """
+    if recipe is None:
+        if base is None or not experts:
+            raise RecipeError(
+                "nothing to merge: give a recipe file, or --base ID and at least one --expert ID."
+            )
+        recipe = Recipe(ModelRef.parse(base), ())
+    elif base is not None:
+        recipe = replace(recipe, base=ModelRef.parse(base))
+    if experts:
+        refs = (ModelRef.parse(text) for text in experts)
+        recipe = replace(recipe, experts=tuple(ref for ref in refs if ref != recipe.base))
+    if method is not None:
+        # The parameters of another method would only be refused one by one.
+        kept = recipe.parameters if method == recipe.method else {}
+        recipe = replace(recipe, method=method, parameters=kept)
+    if parameters:
+        recipe = replace(recipe, parameters={**recipe.parameters, **parameters})
+    if dtype is not None:
+        recipe = replace(recipe, dtype=_dtype(dtype))
+    if not recipe.experts:
+        raise RecipeError("no expert to merge: every model named is the base itself.")
+    return recipe
+
+
+def _experts(models: object, base: ModelRef, where: str) -> list[ModelRef]:
+    if not isinstance(models, Sequence) or isinstance(models, str) or not models:
+        raise RecipeError(f"{where} needs a list under 'models', one '- model: ID' an expert.")
+    experts = []
+    for entry in models:
+        if isinstance(entry, str):
+            entry = {"model": entry}
+        if not isinstance(entry, Mapping) or "model" not in entry:
+            raise RecipeError(f"an entry of 'models' must be '- model: ID', not {_short(entry)}.")
+        unknown = [key for key in entry if key not in ("model", "parameters")]
+        if unknown:
+            raise RecipeError(f"unknown key {_short(unknown[0])} in an entry of 'models'.")
+        ref = ModelRef.parse(entry["model"], weight=_weight(entry.get("parameters")))
+        if (ref.id, ref.revision) != (base.id, base.revision):
+            experts.append(ref)
+    if not experts:
+        raise RecipeError(
+            f"{where} lists no expert: every model under 'models' is the base itself."
+        )
+    return experts
+
+
+def _weight(parameters: object) -> float | None:
+    if parameters is None:
+        return None
+    if not isinstance(parameters, Mapping) or set(parameters) - {"weight"}:
+        raise RecipeError(
+            f"a model's parameters can only hold 'weight' here, not {_short(parameters)}; "
+            "the method's own parameters go under the recipe's 'parameters'."
+        )
+    weight = parameters.get("weight")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < 1e6:
+        raise RecipeError(f"a model's weight must be one number, not {_short(weight)}.")
+    return float(weight)
+
+
+def _check_keys(document: Mapping[Any, Any], where: str) -> None:
+    import difflib
+
+    for key in document:
+        if key in _KEYS:
+            continue
+        if key in _ELSEWHERE:
+            raise RecipeError(f"{where}: {key!r} is not supported; {_ELSEWHERE[key]}.")
+        close = difflib.get_close_matches(str(key)[:100], _KEYS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else f" Known keys: {listed(_KEYS)}."
+        raise RecipeError(f"{where}: unknown key {_short(key)}.{hint}")
+
+
+def _dtype(value: object) -> str | None:
+    if value is None:
+        return None
+    name = _DTYPE_ALIASES.get(value, value) if isinstance(value, str) else value
+    if not isinstance(name, str) or name not in OUTPUT_DTYPES:
+        raise RecipeError(
+            f"dtype {_short(value)} is not an output dtype; choose {listed(OUTPUT_DTYPES)}."
+        )
+    return name
+
+
+def _short(value: object) -> str:
+    """Return a bounded repr that never expands a large or shared structure."""
+    shortener = reprlib.Repr()
+    shortener.maxlevel, shortener.maxstring, shortener.maxother = 2, 80, 80
+    return shortener.repr(value)
+
+
+def _unique_key_loader() -> Any:
+    """Return a safe YAML loader that refuses duplicate keys, merge keys and aliases."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("aliases (*name) are not used in recipes")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if not isinstance(key, str | int | float | bool | None):
+                    raise yaml.YAMLError(f"a key must be a plain word, not {type(key).__name__}")
+                if key in seen:
+                    raise yaml.YAMLError(f"the key {_short(key)} stands twice")
+                seen.add(key)
+            return super().construct_mapping(node, deep=deep)
+
+    return Loader
