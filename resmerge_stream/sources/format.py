@@ -1,0 +1,236 @@
+"""The safetensors format from bytes: a header, an index and a config, every rule checked.
+
+The rules are those of the safetensors library (https://github.com/huggingface/safetensors); what
+it rejects is rejected here. Stricter in three points: duplicate keys, dtypes that this tool cannot
+copy (4 and 6 bits), and an index that points anywhere but at a file beside it.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+from ..errors import CheckpointFormatError
+from ..specs import DTYPES, TensorSpec
+from .checkpoint import StoredTensor
+
+MAX_HEADER_BYTES = 100_000_000
+MAX_JSON_BYTES = 100_000_000
+MAX_CONFIG_BYTES = 4_000_000
+_LIMIT = 2**63
+_SHARD_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,200}\.safetensors$")
+
+
+def header_length(prefix: bytes, file_size: int, *, where: str) -> int:
+    """Return the length in bytes of the header that follows the first eight bytes.
+
+    Args:
+        prefix: the first eight bytes of the file.
+        file_size: bytes of the whole file.
+        where: what to call the file in errors.
+
+    Raises:
+        CheckpointFormatError: the file is too short, or the length is impossible.
+    """
+    if len(prefix) < 8 or file_size < 8:
+        _refuse(where, f"has {file_size} bytes; a safetensors file has at least 8")
+    length = int.from_bytes(prefix[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        _refuse(where, f"announces a header of {length} bytes; at most {MAX_HEADER_BYTES}")
+    if length + 8 > file_size:
+        _refuse(where, f"announces a header of {length} bytes in a file of {file_size}")
+    return length
+
+
+def parse_header(
+    header: bytes, file_size: int, *, file: str, where: str
+) -> dict[str, StoredTensor]:
+    """Return the tensors of one safetensors file, in the order of their bytes.
+
+    Args:
+        header: the header's JSON bytes, without the eight bytes before them.
+        file_size: bytes of the whole file.
+        file: the file's name inside the checkpoint, kept in the result.
+        where: what to call the file in errors.
+
+    Raises:
+        CheckpointFormatError: any rule of the format is broken.
+    """
+    document = parse_json(header, where=where, what="header", must_start=b"{")
+    metadata = document.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        _refuse(where, "has a __metadata__ that is not a mapping of text to text")
+    data_start = 8 + len(header)
+    entries = [_entry(name, info, where) for name, info in document.items()]
+    entries.sort(key=lambda entry: (entry[1], entry[2]))
+    end = 0
+    for spec, begin, stop in entries:
+        if begin != end:
+            kind = "overlaps the tensor before it" if begin < end else "leaves a hole before it"
+            _refuse(where, f"tensor {spec.name!r} begins at {begin}, not at {end}: it {kind}")
+        end = stop
+    if data_start + end != file_size:
+        _refuse(
+            where,
+            f"describes {data_start + end} bytes but the file has {file_size}; "
+            "it is cut short or damaged, download it again",
+        )
+    return {spec.name: StoredTensor(spec, file, data_start + begin) for spec, begin, _ in entries}
+
+
+def parse_index(data: bytes, *, where: str) -> dict[str, str]:
+    """Return the weight map of an index file: tensor name → shard file beside it.
+
+    Raises:
+        CheckpointFormatError: it is not JSON, has no weight map, or names a file elsewhere.
+    """
+    document = parse_json(data, where=where, what="index")
+    weight_map = document.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        _refuse(where, "has no 'weight_map' of tensor names to files")
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            _refuse(where, f"maps {name[:200]!r} to {type(file).__name__}, not to a file name")
+        if not _SHARD_NAME.match(file):
+            _refuse(
+                where,
+                f"maps {name[:200]!r} to {file[:200]!r}; only *.safetensors files beside the "
+                "index are read",
+            )
+    return weight_map
+
+
+def collect_tensors(
+    shards: Mapping[str, Mapping[str, StoredTensor]], weight_map: Mapping[str, str], *, where: str
+) -> dict[str, StoredTensor]:
+    """Return the tensors that an index names, in file order; each must be in its file.
+
+    Raises:
+        CheckpointFormatError: a tensor of the index is not in the file it names.
+    """
+    for name, file in weight_map.items():
+        if name not in shards[file]:
+            _refuse(where, f"says that {name!r} is in {file!r}, which does not hold it")
+    return {
+        name: tensor
+        for file, tensors in sorted(shards.items())
+        for name, tensor in tensors.items()
+        if weight_map.get(name) == file
+    }
+
+
+def parse_json(data: bytes, *, where: str, what: str, must_start: bytes = b"") -> dict[str, Any]:
+    """Return a JSON object, strictly: UTF-8, no duplicate keys, no NaN, no lone surrogates.
+
+    Raises:
+        CheckpointFormatError: the bytes are not such an object.
+    """
+    if must_start and not data.startswith(must_start):
+        _refuse(where, f"has a {what} that does not start with '{{'")
+    try:
+        document = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_int=_strict_int,
+            parse_constant=_no_constant,
+        )
+    except (ValueError, RecursionError) as exc:
+        reason = " ".join(str(exc).split())[:200]
+        raise CheckpointFormatError(f"{where} has a {what} that is not valid: {reason}.") from exc
+    if not isinstance(document, dict):
+        _refuse(where, f"has a {what} that is not a JSON object")
+    return document
+
+
+def parse_config(data: bytes, *, where: str) -> dict[str, Any]:
+    """Return a parsed config; lenient where transformers is (NaN, Infinity and -0 are numbers).
+
+    Raises:
+        CheckpointFormatError: the bytes are not a JSON object in UTF-8.
+    """
+    try:
+        document = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as exc:
+        reason = " ".join(str(exc).split())[:200]
+        raise CheckpointFormatError(f"{where} is not valid JSON: {reason}.") from exc
+    if not isinstance(document, dict):
+        _refuse(where, "is not a JSON object")
+    return document
+
+
+def serialise_header(
+    tensors: Iterator[tuple[TensorSpec, int]] | list[tuple[TensorSpec, int]],
+) -> bytes:
+    """Return the first bytes of a safetensors file: eight of length, then the padded header.
+
+    Args:
+        tensors: specs in file order, each with its offset in the data.
+
+    Source: byte for byte what ``safetensors.torch.save_file(…, metadata={"format": "pt"})``
+    writes (compact JSON, padded with spaces to a multiple of eight).
+    """
+    document: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for spec, offset in tensors:
+        document[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+    header = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+def _entry(name: str, info: object, where: str) -> tuple[TensorSpec, int, int]:
+    shown = repr(name[:200])
+    if not isinstance(info, dict):
+        _refuse(where, f"describes tensor {shown} by {type(info).__name__}, not by an object")
+    dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        _refuse(where, f"tensor {shown} has the unknown dtype {str(dtype)[:40]!r}")
+    if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
+        _refuse(where, f"tensor {shown} has a shape that is not a list of sizes")
+    if len(shape) > 64 or math.prod(shape) * DTYPES[dtype].nbytes >= _LIMIT:
+        _refuse(where, f"tensor {shown} is larger than any file")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        _refuse(where, f"tensor {shown} has data_offsets that are not two positions")
+    spec = TensorSpec(name, dtype, tuple(shape))
+    if offsets[1] - offsets[0] != spec.nbytes:
+        _refuse(
+            where,
+            f"tensor {shown} of dtype {dtype} and shape {tuple(shape)} needs {spec.nbytes} bytes, "
+            f"but its offsets span {offsets[1] - offsets[0]}",
+        )
+    return spec, offsets[0], offsets[1]
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < _LIMIT
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:100]!r} stands twice")
+    for key in result:
+        key.encode("utf-8")  # a lone surrogate is not text
+    return result
+
+
+def _strict_int(text: str) -> int:
+    if text.startswith("-"):
+        raise ValueError(f"the number {text[:40]} is negative")
+    return int(text)
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _refuse(where: str, problem: str) -> NoReturn:
+    raise CheckpointFormatError(f"{where} {problem}.")
