@@ -1,0 +1,45 @@
+"""How many bytes a merge needs at most: the model that the plan promises and refuses by.
+
+Numbers without torch: measured constants (docs/performance.md) and counts of elements.
+"""
+
+# Up to this short side a dense SVD costs less than Lanczos steps, in time and in memory.
+DENSE_UP_TO = 96
+# Above this short side the float64 Gram matrix of the fallback would dominate the memory.
+GRAM_UP_TO = 2048
+
+# Private memory of the process once torch is imported and has worked: interpreter, libraries,
+# threads, allocator slack, headers, small files.
+FIXED_BYTES = 270_000_000
+# Elements of one row block; also the step of `task_vectors`.
+BLOCK_ELEMENTS = 1 << 19
+# Bytes that may wait for the disk.
+WRITE_QUEUE_BYTES = 24_000_000
+
+
+def block_bytes(experts: int, longest_row: int) -> int:
+    """Return bytes of one row block's temporaries: N deltas and about eight float32 copies."""
+    elements = max(BLOCK_ELEMENTS, 16 * longest_row)
+    return 4 * (experts + 8) * elements + WRITE_QUEUE_BYTES
+
+
+def solver_bytes(m: int, n: int, rank: int, solver: str) -> int:
+    """Return bytes that finding the top `rank` triplets of an m × n matrix takes at most."""
+    short = min(m, n)
+    if solver == "dense" or short <= max(DENSE_UP_TO, 4 * rank):
+        return 8 * m * n * 3
+    krylov = 4 * 2 * (8 + short // 6) * short
+    return max(krylov, 32 * short * short) if short <= GRAM_UP_TO and solver == "auto" else krylov
+
+
+def matrix_bytes(m: int, n: int, experts: int, scratch: int, *, resident: bool) -> int:
+    """Return bytes for merging one m × n matrix whole.
+
+    Args:
+        m, n: its shape.
+        experts: N.
+        scratch: what the method asks for beside the task vectors.
+        resident: float32 copies of all Δ_i, or of one at a time.
+    """
+    copies = experts if resident else 1
+    return 4 * copies * m * n + scratch
