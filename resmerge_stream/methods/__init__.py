@@ -1,0 +1,126 @@
+"""The methods: every file of this folder that ends in ``METHOD = …``, found by name."""
+
+import dataclasses
+import difflib
+import importlib
+import math
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import RecipeError, listed
+from .base import MergeMethod, Rule, Site, Update
+
+__all__ = ["MergeMethod", "Rule", "Site", "Update", "build_method", "find_methods"]
+
+
+def find_methods() -> dict[str, type[MergeMethod]]:
+    """Return every method by name, sorted.
+
+    Raises:
+        RuntimeError: two files claim one name.
+    """
+    found: dict[str, type[MergeMethod]] = {}
+    for module in pkgutil.iter_modules(__path__):
+        method = getattr(importlib.import_module(f"{__name__}.{module.name}"), "METHOD", None)
+        if method is None:
+            continue
+        if method.name in found:
+            raise RuntimeError(f"two files of methods/ claim the name {method.name!r}")
+        found[method.name] = method
+    return dict(sorted(found.items()))
+
+
+def build_method(name: str, parameters: Mapping[str, Any]) -> MergeMethod:
+    """Return a method with its parameters checked.
+
+    Args:
+        name: as in a recipe.
+        parameters: by name; text is converted, so that ``--set k=2`` works.
+
+    Raises:
+        RecipeError: no such method, no such parameter, or a value out of its range.
+    """
+    methods = find_methods()
+    if name not in methods:
+        raise RecipeError(_unknown("method", name, methods))
+    method = methods[name]
+    fields = {field.name: field for field in dataclasses.fields(method)}
+    values = {}
+    for key, value in parameters.items():
+        if key not in fields:
+            raise RecipeError(_unknown(f"parameter of {name}", key, fields))
+        values[key] = _checked(key, value, fields[key])
+    return method(**values)
+
+
+def describe_methods() -> list[dict[str, Any]]:
+    """Return every method with its parameters as plain data, for ``methods --json``."""
+    return [
+        {
+            "name": method.name,
+            "title": method.title,
+            "paper": method.paper,
+            "url": method.url,
+            "weighted": method.weighted,
+            "summary": (method.__doc__ or "").strip(),
+            "parameters": [
+                {
+                    "name": field.name,
+                    "type": type(field.default).__name__,
+                    "default": field.default,
+                    "label": field.metadata["label"],
+                    "minimum": field.metadata["minimum"],
+                    "maximum": field.metadata["maximum"],
+                    "choices": list(field.metadata["choices"]),
+                }
+                for field in dataclasses.fields(method)
+            ],
+        }
+        for method in find_methods().values()
+    ]
+
+
+def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
+    kind: type = type(field.default)
+    meta = field.metadata
+    if kind is str:
+        if not isinstance(value, str) or (meta["choices"] and value not in meta["choices"]):
+            raise RecipeError(
+                f"{key} must be one of {listed(meta['choices'])}, not {str(value)[:80]!r}."
+            )
+        return value
+    if kind is bool:
+        words = {"true": True, "false": False, "yes": True, "no": False}
+        value = words.get(value.lower(), value) if isinstance(value, str) else value
+        if not isinstance(value, bool):
+            raise RecipeError(f"{key} must be true or false, not {str(value)[:80]!r}.")
+        return value
+    number = _number(value)
+    low, high = meta["minimum"], meta["maximum"]
+    bounds = f" from {low:g} to {high:g}" if low is not None and high is not None else ""
+    whole = "a whole number" if kind is int else "a number"
+    if (
+        number is None
+        or (kind is int and number != int(number))
+        or (low is not None and number < low)
+        or (high is not None and number > high)
+    ):
+        raise RecipeError(f"{key} must be {whole}{bounds}, not {str(value)[:80]!r}.")
+    return kind(number)
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name[:100], known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"unknown {what} {name[:100]!r}.{hint} There are: {', '.join(sorted(known)) or 'none'}."

@@ -1,0 +1,158 @@
+"""The contract of a merge method: its parameters, its rule for every tensor, its merge of one.
+
+A method is one file in this folder that ends in ``METHOD = TheClass``. The class is a frozen
+dataclass whose fields are its parameters; from them come the recipe keys, the command line, the
+Space's controls and the card. Files here import torch only inside their functions, so that
+planning and ``--help`` stay light.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..roles import MATRIX_ROLES, Role, role_of
+from ..specs import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..task_vectors import TaskVectors
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What will be done with a tensor.
+
+    Attributes:
+        name: as the report counts it: ``resmerge``, ``mean``, ``sum``, ``base``, …
+        role: what part of the model the tensor is.
+        needs_matrix: whether whole float32 task vectors are needed (S2 in docs/methods.md);
+            otherwise row blocks suffice, whatever the tensor's size.
+        in_pieces: whether ranges of rows can be merged on their own. False hands the whole
+            tensor to one `merge` call, still without float32 copies of it.
+    """
+
+    name: str
+    role: Role
+    needs_matrix: bool = False
+    in_pieces: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a method decided for one matrix.
+
+    Attributes:
+        rows: ``rows(block, stack)`` returns ΔW of a row block, float32, shape (b, n), from the
+            block's slice and the experts' Δ there, shape (N, b, n), which it must not modify.
+        rule: the rule that was applied, where a guard chose another one than planned.
+        gates: what the report keeps about the decision.
+        warnings: what a reader of the report must know.
+    """
+
+    rows: Callable[[slice, Tensor], Tensor]
+    rule: str
+    gates: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where in the model a merge happens; the only thing a method knows beside the numbers.
+
+    Attributes:
+        rule: the planned rule.
+        weights: one factor an expert, 1.0 where the recipe gave none.
+        seed: depends on the user's seed and the tensor; for methods that draw random numbers.
+    """
+
+    rule: Rule
+    weights: tuple[float, ...]
+    seed: int = 0
+
+
+def param(
+    default: Any,
+    label: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """Return a dataclass field that is a method's parameter.
+
+    Args:
+        default: also fixes the type: bool, int, float or str.
+        label: one line for people.
+        minimum, maximum: inclusive bounds of a number.
+        choices: the allowed words of a str.
+    """
+    metadata = {"label": label, "minimum": minimum, "maximum": maximum, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+OTHER_CHOICES = ("mean", "sum", "base")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeMethod:
+    """Base of every method.
+
+    Class attributes:
+        name: what recipes call it.
+        title: for people.
+        paper: citation, with the public code that it follows.
+        url: of the paper.
+        weighted: whether a weight for each expert is understood.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    url: ClassVar[str]
+    weighted: ClassVar[bool] = False
+
+    def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
+        """Return the rule for a tensor, from its name and shape alone.
+
+        Args:
+            spec: the tensor as the base stores it, with a float dtype.
+            experts: N.
+        """
+        raise NotImplementedError
+
+    def merge(self, vectors: TaskVectors, site: Site) -> Update:
+        """Merge one matrix.
+
+        Args:
+            vectors: the experts' task vectors, finite; not all are zero.
+            site: where it is in the model.
+
+        The result must not depend on anything but these arguments and the parameters.
+        """
+        raise NotImplementedError
+
+    def scratch_bytes(self, m: int, n: int, experts: int) -> int:
+        """Return bytes needed for one m × n matrix beside the float32 task vectors."""
+        return 0
+
+    def in_words(self) -> str:
+        """Return how this method decides, for the card; Markdown."""
+        return (type(self).__doc__ or "").strip()
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the parameters by name."""
+        return dataclasses.asdict(self)
+
+
+def is_matrix(spec: TensorSpec, role: Role) -> bool:
+    """Return whether a tensor is a matrix to decompose, or a stack of them ([E, m, n])."""
+    return role in MATRIX_ROLES and len(spec.shape) in (2, 3) and 0 not in spec.shape
+
+
+def default_role(spec: TensorSpec) -> Role:
+    """Return the role by the names of current architectures."""
+    return role_of(spec.name, spec.shape)

@@ -1,0 +1,269 @@
+"""ResMerge: merge the residuals of RL task vectors, give the heads back as far as they agree.
+
+Sun et al. 2026, https://arxiv.org/abs/2606.02252. Each task vector is split by SVD into a head
+(the top-k directions) and a residual (Eq. 6). The residuals are merged along their spherical
+consensus direction (SRC-A, Eqs. 7–12); the mean head comes back with at most ρ of that backbone's
+norm, scaled by how far the heads agree (LHC, Eqs. 13–15). Public code:
+sunyd0303-cpu/ResMerge-release. Paper and code differ, and the code's two versions differ: the
+three variants are set side by side in docs/paper.md. The gates themselves are in `gates`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..roles import Role, release_role_of
+from ..specs import TensorSpec
+from .base import OTHER_CHOICES, MergeMethod, Rule, Site, Update, default_role, is_matrix, param
+from .elementwise import linear, other_rule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..spectral import Head
+    from ..task_vectors import TaskVectors
+
+VARIANTS = ("paper", "release-2026-06", "release-2026-07")
+ABLATIONS = ("none", "head_only", "residual_only", "no_head", "ungated")
+# A.2: "values 1.0, 0.25, and 0.0" for attention, FFN and other two-dimensional tensors.
+_FAMILY_SCALE = {
+    "paper": (1.0, 0.25, 0.0),
+    "release-2026-06": (1.0, 0.25, 0.0),
+    "release-2026-07": (1.0, 1.0, 0.0),  # Release (July): attention and FFN alike.
+}
+# Below these shares of ‖Δ‖² the residual's Gram matrix has lost digits, or is numerically zero.
+_RECOMPUTE_BELOW = 1e-6
+_ZERO_BELOW = 1e-10
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResMerge(MergeMethod):
+    """Each expert's difference to the base is split into its strongest direction (the head) and
+    the rest (the residual). The residuals are merged along the direction they agree on, the heads
+    come back only as far as the experts agree."""
+
+    name: ClassVar[str] = "resmerge"
+    title: ClassVar[str] = "ResMerge"
+    paper: ClassVar[str] = "Sun et al. 2026, ResMerge"
+    url: ClassVar[str] = "https://arxiv.org/abs/2606.02252"
+
+    variant: str = param("paper", "The paper's formulas or one of its releases", choices=VARIANTS)
+    rank: int = param(1, "Directions k in the head", minimum=1, maximum=64)
+    rho: float = param(0.2, "Most that the heads add, as a share ρ", minimum=0.0, maximum=10.0)
+    beta_min: float = param(0.7, "Exponent at full agreement", minimum=0.0, maximum=10.0)
+    beta_max: float = param(1.0, "Exponent at no agreement", minimum=0.0, maximum=10.0)
+    ablation: str = param("none", "Leave a part out (paper, Table 2)", choices=ABLATIONS)
+    other: str = param("mean", "Rule of tensors without SVD", choices=OTHER_CHOICES)
+    solver: str = param("auto", "How the head is found", choices=("auto", "lanczos", "dense"))
+
+    def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
+        """Return ``resmerge`` for matrices and stacks of them, else the rule of `other`."""
+        if self.variant == "paper":
+            role = default_role(spec)
+        else:
+            role = release_role_of(spec.name, spec.shape)
+        if is_matrix(spec, role):
+            return Rule("resmerge", role, needs_matrix=True)
+        return Rule(self.other, role)
+
+    def merge(self, vectors: TaskVectors, site: Site) -> Update:
+        """Merge one matrix as the variant says, with the guards of docs/paper.md."""
+        if not site.rule.needs_matrix:
+            return other_rule(site)
+        if vectors.count == 1 and self.variant == "paper" and self.ablation == "none":
+            warning = "one expert: there is no agreement to measure, its update passes unchanged"
+            return linear([1.0], "resmerge", (warning,))
+        return self._merge_matrix(vectors, site)
+
+    def scratch_bytes(self, m: int, n: int, experts: int) -> int:
+        """Return bytes of the Krylov basis, or of a dense SVD where the shape calls for one."""
+        from ..memory import solver_bytes
+
+        return solver_bytes(m, n, self.rank, self.solver) + 4 * experts**2 * self.rank * m
+
+    def in_words(self) -> str:
+        """Return the variant's formulas in words."""
+        return _IN_WORDS[self.variant].format(
+            rank=self.rank, rho=self.rho, low=self.beta_min, high=self.beta_max
+        )
+
+    def _merge_matrix(self, vectors: TaskVectors, site: Site) -> Update:
+        from .gates import decide
+
+        D = vectors.gram()
+        heads = self._heads(vectors, D)
+        V, Y = _project(vectors, heads)
+        _, Q, G = residual_gram(vectors, D, V, Y)
+        report = _head_report(heads, self.rank)
+        scale = D.diagonal()
+        rankless = bool(((G.diagonal() < _ZERO_BELOW * scale) | (scale == 0)).all())
+        if rankless:
+            G = G * 0
+            if self.variant == "paper" and self.ablation != "head_only":
+                warning = f"rank ≤ {self.rank} in every expert: no residual to merge, mean used"
+                update = linear([1 / vectors.count] * vectors.count, "mean", (warning,))
+                report |= {"branch": "mean"}
+                return Update(update.rows, "mean", report, update.warnings)
+        gates = decide(D, Q, G, self._knobs(site.rule.role))
+        a, b, ablated = self._ablate(gates.a, gates.b)
+        warnings = _solver_warnings(heads, self.variant)
+        if rankless and not any(a) and b == 0:
+            warnings += ("the release's rule erases this update: no expert has a residual",)
+        rows = _rows(a, [b - a_i for a_i in a], V, Y)
+        return Update(rows, "resmerge", report | gates.report | ablated, warnings)
+
+    def _heads(self, vectors: TaskVectors, D: Tensor) -> list[Head | None]:
+        """Return the head of every Δ_i (Eq. 6), None where Δ_i is zero."""
+        from ..spectral import top_singular
+
+        energies = D.diagonal().tolist()
+        return [
+            top_singular(vectors.matrix(i), self.rank, solver=self.solver) if energy > 0 else None
+            for i, energy in enumerate(energies)
+        ]
+
+    def _knobs(self, role: Role) -> Any:
+        from .gates import Knobs
+
+        attention, ffn, other = _FAMILY_SCALE[self.variant]
+        f = {Role.ATTENTION: attention, Role.FFN: ffn}.get(role, other)
+        head = {"no_head": "none", "ungated": "ungated"}.get(self.ablation, "gated")
+        return Knobs(self.variant, f, self.rho, self.beta_min, self.beta_max, head)
+
+    def _ablate(self, a: list[float], b: float) -> tuple[list[float], float, dict[str, Any]]:
+        """Return (a, b) of the paper's structural ablations (Table 2)."""
+        count = len(a)
+        if self.ablation == "head_only":
+            return [0.0] * count, 1 / count, {"branch": "head only"}
+        if self.ablation == "residual_only":
+            return [1 / count] * count, 0.0, {"branch": "residual only"}
+        return a, b, {}
+
+
+def _project(vectors: TaskVectors, heads: list[Head | None]) -> tuple[Tensor, Tensor]:
+    """Return V of shape (n, N·k) and Y_j = Δ_j V of shape (N, m, N·k)."""
+    import torch
+
+    width = max(head.V.shape[1] for head in heads if head is not None)
+    device = next(head.V.device for head in heads if head is not None)
+    V = torch.zeros(vectors.shape[1], len(heads) * width, device=device)
+    for i, head in enumerate(heads):
+        if head is not None:
+            V[:, i * width : i * width + head.V.shape[1]] = head.V
+    return V, vectors.project(V)
+
+
+def residual_gram(
+    vectors: TaskVectors, D: Tensor, V: Tensor, Y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return P, Q and G of the heads H_i = Y_ii V_iᵀ; float64, shape (N, N), CPU.
+
+    Args:
+        vectors: the task vectors.
+        D: their Gram matrix.
+        V: right singular vectors of all experts, shape (n, N·k).
+        Y: Δ_j·V for all j, shape (N, m, N·k).
+    """
+    import torch
+
+    count = vectors.count
+    k = V.shape[1] // count
+    columns = [slice(i * k, (i + 1) * k) for i in range(count)]
+    H_left = [Y[i, :, columns[i]].double() for i in range(count)]
+    VtV = (V.double().T @ V.double()).cpu()
+    P = torch.zeros(count, count, dtype=torch.float64)
+    Q = torch.zeros(count, count, dtype=torch.float64)
+    for i in range(count):
+        for j in range(count):
+            P[i, j] = (H_left[i] * Y[j, :, columns[i]]).sum()
+            inner = (H_left[i].T @ H_left[j]).cpu()
+            Q[i, j] = (inner * VtV[columns[i], columns[j]]).sum()
+    G = D - P - P.T + Q
+    if bool((G.diagonal() < _RECOMPUTE_BELOW * D.diagonal()).any()):
+        G = _residual_gram_by_blocks(vectors, V, Y, columns)
+    return P, Q, G
+
+
+def _residual_gram_by_blocks(
+    vectors: TaskVectors, V: Tensor, Y: Tensor, columns: list[slice]
+) -> Tensor:
+    """Return G from the residuals themselves, block by block in float64: no cancellation."""
+    import torch
+
+    G = torch.zeros(vectors.count, vectors.count, dtype=torch.float64)
+    for rows in vectors.blocks():
+        residuals = [
+            (
+                delta.double() - Y[i, rows, columns[i]].double() @ V[:, columns[i]].double().T
+            ).flatten()
+            for i, delta in enumerate(vectors.stack(rows))
+        ]
+        stacked = torch.stack(residuals)
+        G += (stacked @ stacked.T).cpu()
+    return G
+
+
+def _rows(a: list[float], e: list[float], V: Tensor, Y: Tensor) -> Any:
+    """Return ΔW = Σ a_i Δ_i + Σ e_i H_i as a function of row blocks."""
+    import torch
+
+    k = V.shape[1] // len(a)
+    left = torch.cat([Y[i, :, i * k : (i + 1) * k] * e_i for i, e_i in enumerate(e)], dim=1)
+    right = V.T.contiguous()
+
+    def rows(block: slice, stack: Tensor) -> Tensor:
+        update = stack[0] * a[0]
+        for delta, a_i in zip(stack[1:], a[1:], strict=True):
+            update.add_(delta, alpha=a_i)
+        return update.addmm_(left[block], right)
+
+    return rows
+
+
+def _head_report(heads: list[Head | None], rank: int) -> dict[str, Any]:
+    found = [head for head in heads if head is not None]
+    names = sorted({head.solver for head in found})
+    return {
+        "rank": rank,
+        "sigma": [list(head.sigma) if head else [] for head in heads],
+        "gap": [min(head.gap, 1e12) if head else None for head in heads],
+        "solver": {
+            "name": "+".join(names),
+            "steps": max(head.steps for head in found),
+            "residual": max(head.residual for head in found),
+        },
+    }
+
+
+def _solver_warnings(heads: list[Head | None], variant: str) -> tuple[str, ...]:
+    unresolved = [i for i, head in enumerate(heads) if head is not None and head.gap < 1 + 1e-6]
+    if not unresolved:
+        return ()
+    experts = ", ".join(str(i + 1) for i in unresolved)
+    return (f"the head of expert {experts} is not unique: σ_k and σ_(k+1) agree to 1e-6",)
+
+
+_BACKBONE = (
+    "Each expert's update of a matrix is split by SVD into a **head** (its top {rank} "
+    "direction(s)) and a **residual**. The residuals are normalised and added up to a consensus "
+    "direction; "
+)
+_IN_WORDS = {
+    "paper": _BACKBONE
+    + "the merged residual has that direction and the norm α·(mean residual norm), with "
+    "α = ((c_R + 1)/2)^β, c_R the mean cosine of the residuals with the consensus, and β between "
+    "{low:g} (full agreement) and {high:g} (none), scaled by module family (attention 1, FFN "
+    "0.25, other 0). The mean head is added with {rho:g}·S_H of that norm, S_H being the mean "
+    "positive cosine between heads.",
+    "release-2026-07": _BACKBONE
+    + "its norm is c_R^β·(mean residual norm) with β in [{low:g}, {high:g}]; where c_R is at or "
+    "below 1/√N the plain mean of the residuals is taken. The mean head is added with {rho:g}·S_H "
+    "of that norm. This follows the authors' code of July 2026, which differs from the paper.",
+    "release-2026-06": _BACKBONE
+    + "its norm is c_R^β·(mean residual norm) with β in [{low:g}, {high:g}] from thresholds of the "
+    "code (pair cosine 0.03–0.05, c_R 1/√N–0.60). The mean head is added with {rho:g}·S_H of that "
+    "norm. This follows the authors' code of June 2026, which differs from the paper.",
+}
+
+METHOD = ResMerge
