@@ -1,0 +1,114 @@
+"""What this machine can give: device, free memory, free disk, threads."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+_CGROUP = Path("/sys/fs/cgroup")
+_UNLIMITED = 1 << 60
+
+
+def choose_device(name: str) -> "torch.device":
+    """Return the torch device that an option names.
+
+    Args:
+        name: ``auto`` (the best there is), ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+
+    Raises:
+        RecipeError: no such device on this machine.
+    """
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    counts = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    if kind not in counts or (index and not index.isdigit()):
+        raise RecipeError(f"--device {name[:40]!r}: write auto, cpu, cuda, cuda:N or mps.")
+    if int(index or 0) >= counts[kind]:
+        raise RecipeError(
+            f"--device {name}: this machine has {counts[kind]} such device(s). "
+            "Use --device cpu, or auto."
+        )
+    return torch.device(name)
+
+
+def available_memory() -> int:
+    """Return bytes of memory that this process may still take: the machine's or the container's."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    return max(min(free, _cgroup_free()), 0)
+
+
+def private_memory() -> int:
+    """Return bytes of this process's private memory now: anonymous and shared, no mapped files."""
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+            fields = dict(line.split(":", 1) for line in status if ":" in line)
+        return sum(int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem"))
+    except (OSError, KeyError, ValueError):
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+
+
+def free_disk(folder: Path) -> int:
+    """Return free bytes on the disk of a folder, or of its nearest parent that exists."""
+    folder = folder.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
+
+
+def default_work_dir() -> Path:
+    """Return the folder for journals: one folder a plan below it."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "resmerge-stream"
+
+
+def _cgroup_free() -> int:
+    """Return what the container's memory limit leaves, page cache counted as free."""
+    limit = _read_number(_CGROUP / "memory.max", _CGROUP / "memory/memory.limit_in_bytes")
+    used = _read_number(_CGROUP / "memory.current", _CGROUP / "memory/memory.usage_in_bytes")
+    if limit is None or used is None or limit >= _UNLIMITED:
+        return _UNLIMITED
+    return limit - max(used - _cgroup_cache(), 0)
+
+
+def _cgroup_cache() -> int:
+    for path in (_CGROUP / "memory.stat", _CGROUP / "memory/memory.stat"):
+        try:
+            lines = path.read_text(encoding="ascii").splitlines()
+        except (OSError, UnicodeDecodeError):
+            continue
+        for line in lines:
+            key, _, value = line.partition(" ")
+            if key in ("inactive_file", "total_inactive_file") and value.isdigit():
+                return int(value)
+    return 0
+
+
+def _read_number(*paths: Path) -> int | None:
+    for path in paths:
+        try:
+            text = path.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError):
+            continue
+        return int(text) if text.isdigit() else None
+    return None

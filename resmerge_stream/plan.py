@@ -1,0 +1,386 @@
+"""PLAN: decide everything before anything big moves, from headers and configs alone. No torch."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .compat import (
+    Findings,
+    TensorSets,
+    check_configs,
+    check_quantised,
+    check_tokenizers,
+    match_tensors,
+)
+from .device import available_memory, free_disk
+from .errors import NotEnoughMemoryError, PlanRefusedError, RecipeError, ResMergeError
+from .layout import DEFAULT_SHARD_BYTES, Shard, index_json, plan_shards
+from .memory import FIXED_BYTES, block_bytes, matrix_bytes
+from .methods import MergeMethod, Rule, build_method
+from .recipe import ModelRef, Recipe
+from .roles import Role
+from .sidefiles import output_config, side_files
+from .sinks import target_state
+from .sources import Checkpoint, open_checkpoint
+from .specs import OUTPUT_DTYPES, TensorSpec, format_size
+from .version import __version__
+
+# Seconds an element and expert on two cores, measured (docs/performance.md).
+_SECONDS_START = 3.0
+_SECONDS_ROWS = 0.6e-9
+_SECONDS_MATRIX = 4.0e-9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """How to run a merge; the recipe says what to merge.
+
+    Attributes:
+        rounding: ``nearest`` or ``stochastic``.
+        seed: of stochastic rounding and of methods that draw random numbers.
+        max_shard_bytes: None mirrors the base's shards, cut at 5 GB.
+        tokenizer_from: where tokenizer files come from instead of the base.
+        device: as ``--device``; not part of what makes a run the same run.
+        memory_budget: bytes of private memory, None for 80 % of what is free; likewise.
+    """
+
+    rounding: str = "nearest"
+    seed: int = 0
+    max_shard_bytes: int | None = None
+    tokenizer_from: str | None = None
+    device: str = "auto"
+    memory_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ("nearest", "stochastic"):
+            raise RecipeError(f"--rounding must be nearest or stochastic, not {self.rounding!r}.")
+        if self.max_shard_bytes is not None and self.max_shard_bytes < 1:
+            raise RecipeError("--max-shard-size must be more than zero, such as 5GB.")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One output tensor.
+
+    Attributes:
+        spec: as it is written.
+        rule: what is done with it; None carries the base's bytes through.
+        resident: whether float32 task vectors of all experts are kept at once.
+    """
+
+    spec: TensorSpec
+    rule: Rule | None
+    resident: bool = True
+
+
+@dataclass(slots=True)
+class Plan:
+    """Everything that a merge will do. Made by `plan_merge`, run by `run_merge`."""
+
+    recipe: Recipe
+    options: Options
+    method: MergeMethod | None = None
+    base: Checkpoint | None = None
+    experts: tuple[Checkpoint, ...] = ()
+    tokenizer: Checkpoint | None = None
+    tensors: Mapping[str, PlannedTensor] = field(default_factory=dict)
+    shards: tuple[Shard, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    memory_budget: int = 0
+    peak_memory_bytes: int = 0
+    peak_disk_bytes: int = 0
+    read_bytes: int = 0
+    seconds_estimate: float = 0.0
+    config: bytes = b"{}"
+
+    @property
+    def refused(self) -> bool:
+        """Whether there are problems, so that the merge will not start."""
+        return bool(self.problems)
+
+    @property
+    def checkpoints(self) -> Iterator[Checkpoint]:
+        """The base, then the experts."""
+        if self.base is not None:
+            yield self.base
+        yield from self.experts
+
+    @property
+    def opened(self) -> tuple[Checkpoint, MergeMethod]:
+        """The base and the method, which a plan without problems has.
+
+        Raises:
+            RuntimeError: the plan was not made by `plan_merge`, or was refused.
+        """
+        if self.base is None or self.method is None:
+            raise RuntimeError("this plan has no base or no method; plan_merge makes plans")
+        return self.base, self.method
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes of the output weight files."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The experts' factors, 1.0 where none was given."""
+        return tuple(1.0 if ref.weight is None else ref.weight for ref in self.recipe.experts)
+
+    @property
+    def plan_hash(self) -> str:
+        """16 hex digits of what makes a run the same run: recipe, output options, version."""
+        recipe = self.recipe.to_dict()
+        for model, ref in zip(recipe["models"], self.recipe.experts, strict=True):
+            model["model"] = _lasting_name(ref)
+        recipe["base_model"] = _lasting_name(self.recipe.base)
+        if self.method is not None:
+            recipe["parameters"] = self.method.parameters()
+        options = self.options
+        key = [
+            recipe,
+            options.rounding,
+            options.seed,
+            options.max_shard_bytes,
+            options.tokenizer_from,
+            __version__,
+        ]
+        text = json.dumps(key, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def side_files(self) -> dict[str, bytes]:
+        """Return the small output files that do not depend on the merge, by name."""
+        if self.base is None:
+            return {}
+        files = side_files(self.base, self.tokenizer or self.base)
+        files["config.json"] = self.config
+        if len(self.shards) > 1:
+            files["model.safetensors.index.json"] = index_json(self.shards)
+        return files
+
+    def by_rule(self) -> dict[str, int]:
+        """Return how many tensors each rule takes."""
+        names = (t.rule.name if t.rule else "carried" for t in self.tensors.values())
+        return dict(sorted(Counter(names).items()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data, as ``plan --json`` prints it."""
+        return {
+            "refused": self.refused,
+            "problems": list(self.problems),
+            "warnings": list(self.warnings),
+            "tensors": len(self.tensors),
+            "by_rule": self.by_rule(),
+            "shards": [
+                {"name": shard.name, "bytes": shard.nbytes, "tensors": len(shard.tensors)}
+                for shard in self.shards
+            ],
+            "read_bytes": self.read_bytes,
+            "write_bytes": self.write_bytes,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "peak_disk_bytes": self.peak_disk_bytes,
+            "seconds_estimate": round(self.seconds_estimate, 1),
+            "sources": [
+                {
+                    "id": source.id,
+                    "revision": source.revision,
+                    "bytes": sum(file.size for file in source.files),
+                    "license": source.license,
+                    "gated": source.gated,
+                }
+                for source in self.checkpoints
+            ],
+            "plan_hash": self.plan_hash,
+        }
+
+    def raise_if_refused(self) -> None:
+        """Raise the plan's problems as one error.
+
+        Raises:
+            PlanRefusedError: there are problems.
+        """
+        if self.problems:
+            raise PlanRefusedError("\n".join(self.problems))
+
+    def close(self) -> None:
+        """Close every source."""
+        for source in (*self.checkpoints, *((self.tokenizer,) if self.tokenizer else ())):
+            source.close()
+
+
+def plan_merge(
+    recipe: Recipe, options: Options | None = None, *, out: str | Path | None = None
+) -> Plan:
+    """Plan a merge. Problems are collected in the plan, not raised.
+
+    Args:
+        recipe: what to merge.
+        options: how; defaults when None.
+        out: the output folder, when there is one: it is checked, and its disk.
+
+    Memory: the headers and configs of the checkpoints; no tensor is read, save an LM head that
+    a tied config says is redundant.
+    """
+    plan = Plan(recipe, options or Options())
+    found = Findings(plan.problems, plan.warnings)
+    _open_all(plan, found)
+    if plan.refused or plan.base is None or plan.method is None:
+        return plan
+    for source in plan.checkpoints:
+        check_quantised(source, found)
+    for expert in plan.experts:
+        check_configs(plan.base, expert, found)
+        check_tokenizers(plan.base, expert, found)
+    sets = match_tensors(plan.base, plan.experts, found)
+    plan.left_out = sets.left_out
+    plan.tensors = _tensors(plan, sets)
+    plan.shards = _shards(plan)
+    plan.config = output_config(plan.base, recipe.dtype)
+    _check_code(plan, found)
+    _estimate(plan)
+    _fit_memory(plan, found)
+    if out is not None:
+        _check_target(plan, Path(out).expanduser(), found)
+    return plan
+
+
+def _open_all(plan: Plan, found: Findings) -> None:
+    def attempt(action: Any, *args: Any) -> Any:
+        try:
+            return action(*args)
+        except ResMergeError as exc:
+            found.problems.append(str(exc))
+            return None
+
+    recipe = plan.recipe
+    plan.method = attempt(build_method, recipe.method, recipe.parameters)
+    if (
+        plan.method
+        and not plan.method.weighted
+        and any(ref.weight is not None for ref in recipe.experts)
+    ):
+        found.problems.append(
+            f"{plan.method.name} takes no weight for each model: it measures how far the experts "
+            "agree. Leave 'weight' out, or use task_arithmetic or mean."
+        )
+    plan.base = attempt(open_checkpoint, recipe.base)
+    opened = [attempt(open_checkpoint, ref) for ref in recipe.experts]
+    plan.experts = tuple(expert for expert in opened if expert is not None)
+    if plan.options.tokenizer_from:
+        plan.tokenizer = attempt(open_checkpoint, ModelRef.parse(plan.options.tokenizer_from))
+    names = [str(ref) for ref in recipe.experts]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        found.warnings.append(f"listed more than once, and counted so: {', '.join(twice)}")
+
+
+def _tensors(plan: Plan, sets: TensorSets) -> dict[str, PlannedTensor]:
+    base, method = plan.opened
+    dtype = OUTPUT_DTYPES[plan.recipe.dtype] if plan.recipe.dtype else None
+    merged = set(sets.merged)
+    planned = {}
+    for name, stored in base.tensors.items():
+        if name in merged:
+            rule = method.rule_for(stored.spec, len(plan.experts))
+            spec = TensorSpec(name, dtype or stored.spec.dtype, stored.spec.shape)
+            planned[name] = PlannedTensor(spec, rule)
+        elif name in sets.carried:
+            planned[name] = PlannedTensor(stored.spec, None)
+    return planned
+
+
+def _shards(plan: Plan) -> tuple[Shard, ...]:
+    stored = plan.opened[0].tensors
+    if plan.options.max_shard_bytes is not None:
+        return plan_shards([[t.spec for t in plan.tensors.values()]], plan.options.max_shard_bytes)
+    groups: dict[str, list[TensorSpec]] = {}
+    for name, tensor in plan.tensors.items():
+        groups.setdefault(stored[name].file, []).append(tensor.spec)
+    return plan_shards(list(groups.values()), DEFAULT_SHARD_BYTES)
+
+
+def _check_code(plan: Plan, found: Findings) -> None:
+    if plan.base is not None and plan.base.config.get("auto_map"):
+        code = [name for name in plan.base.small_files if name.endswith(".py")]
+        found.warnings.append(
+            f"the base needs its own code to load (auto_map); copied: {', '.join(code) or 'none'}"
+        )
+
+
+def _estimate(plan: Plan) -> None:
+    count = len(plan.experts)
+    seconds = _SECONDS_START
+    for name, tensor in plan.tensors.items():
+        sources = plan.checkpoints if tensor.rule else [plan.base]
+        plan.read_bytes += sum(s.tensors[name].spec.nbytes for s in sources if s is not None)
+        seconds += tensor.spec.numel * (count + 1) * _SECONDS_ROWS
+        if tensor.rule and tensor.rule.needs_matrix:
+            seconds += tensor.spec.numel * count * _SECONDS_MATRIX
+    plan.seconds_estimate = seconds
+
+
+def _fit_memory(plan: Plan, found: Findings) -> None:
+    """Choose for every matrix how many float32 copies live at once; refuse what cannot fit."""
+    _, method = plan.opened
+    count = len(plan.experts)
+    asked = plan.options.memory_budget
+    plan.memory_budget = asked if asked is not None else int(available_memory() * 0.8)
+    worst = (0, "")
+    plan.peak_memory_bytes = FIXED_BYTES
+    fitted = {}
+    for name, tensor in plan.tensors.items():
+        m, n = matrix_of(tensor.spec)
+        room = FIXED_BYTES + block_bytes(count, n)
+        need, resident = room, True
+        if tensor.rule and tensor.rule.needs_matrix:
+            scratch = method.scratch_bytes(m, n, count)
+            need = room + matrix_bytes(m, n, count, scratch, resident=True)
+            if need > plan.memory_budget:
+                need = room + matrix_bytes(m, n, count, scratch, resident=False)
+                resident = False
+        worst = max(worst, (need, name))
+        fitted[name] = PlannedTensor(tensor.spec, tensor.rule, resident)
+    plan.tensors = fitted
+    plan.peak_memory_bytes = max(worst[0], FIXED_BYTES)
+    if plan.peak_memory_bytes > plan.memory_budget:
+        which = "--memory-budget allows" if asked is not None else "80 % of the free memory is"
+        error = NotEnoughMemoryError(
+            f"merging {worst[1]} needs {format_size(plan.peak_memory_bytes)} of memory, but "
+            f"{which} {format_size(plan.memory_budget)}. Give --memory-budget "
+            f"{-(-plan.peak_memory_bytes // 1_000_000)}MB or more, on a machine that has it."
+        )
+        found.problems.append(str(error))
+
+
+def matrix_of(spec: TensorSpec) -> tuple[int, int]:
+    """Return rows and columns of what is merged at once: of one slice for a stack [E, m, n]."""
+    return (spec.shape[1], spec.shape[2]) if len(spec.shape) == 3 else spec.matrix_shape
+
+
+def _check_target(plan: Plan, out: Path, found: Findings) -> None:
+    state = target_state(out, plan.plan_hash)
+    if state.problem:
+        found.problems.append(state.problem)
+        return
+    plan.peak_disk_bytes = plan.write_bytes
+    needed = plan.write_bytes - state.bytes_there
+    free = free_disk(out)
+    if needed > free:
+        found.problems.append(
+            f"the output takes {format_size(needed)} more, but the disk of {str(out)!r} has "
+            f"{format_size(free)} free. Free some, or choose another --out."
+        )
+
+
+def _lasting_name(ref: ModelRef) -> str:
+    """Return a folder's absolute path, so that the working directory does not matter."""
+    folder = Path(ref.id).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else str(ref)
+
+
+__all__ = ["Options", "Plan", "PlannedTensor", "Role", "matrix_of", "plan_merge"]
