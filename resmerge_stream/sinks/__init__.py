@@ -1,0 +1,6 @@
+"""WRITE: put finished shards where they belong, behind one protocol."""
+
+from .folder import FolderSink, TargetState, target_state
+from .sink import ShardWriter, Sink
+
+__all__ = ["FolderSink", "ShardWriter", "Sink", "TargetState", "target_state"]

@@ -1,0 +1,251 @@
+"""A folder as target: temporary names until all is there, then renamed, the index last."""
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..errors import OutputExistsError, PlanRefusedError, StoppedError
+from ..layout import Shard
+from .safetensors_file import SafetensorsFile
+
+MARKER = ".resmerge-stream.json"
+REPORT = "resmerge/report.json"
+_PART = ".part"
+
+
+@dataclass(frozen=True, slots=True)
+class TargetState:
+    """What stands where a merge wants to write.
+
+    Attributes:
+        problem: why the target cannot be used, or an empty string.
+        finished: whether it holds the finished result of this very plan.
+        bytes_there: bytes of shards that this plan's run already wrote.
+    """
+
+    problem: str = ""
+    finished: bool = False
+    bytes_there: int = 0
+
+
+def target_state(out: Path, plan_hash: str) -> TargetState:
+    """Return what stands at an output folder, seen by a plan.
+
+    Args:
+        out: the folder, which may not exist.
+        plan_hash: of the plan that wants to write there.
+    """
+    if out.exists() and not out.is_dir():
+        return TargetState(f"{str(out)!r} is a file. Choose another --out.")
+    names = os.listdir(out) if out.is_dir() else []
+    if not names:
+        return TargetState()
+    if MARKER in names:
+        if _plan_hash_in(out / MARKER) == plan_hash:
+            parts = (out / name for name in names if name.endswith(_PART))
+            return TargetState(bytes_there=sum(part.stat().st_size for part in parts))
+        return TargetState(
+            f"{str(out)!r} holds the unfinished output of another merge. Run that command again to "
+            "finish it, remove it with --discard-staging, or choose another --out."
+        )
+    if _plan_hash_in(out / REPORT) == plan_hash:
+        return TargetState(finished=True)
+    return TargetState(
+        f"{str(out)!r} exists and was not made by this merge; nothing there is overwritten. "
+        "Choose another --out, or remove it yourself."
+    )
+
+
+def discard(out: Path) -> list[str]:
+    """Remove what an unfinished run left in a folder, and return the names.
+
+    Only the marker and ``*.part`` files beside it are removed, then the folder if it is empty.
+
+    Raises:
+        OutputExistsError: there is no marker, so nothing there was left by a run.
+    """
+    if not (out / MARKER).is_file():
+        raise OutputExistsError(
+            f"{str(out)!r} holds no unfinished merge (no {MARKER}); nothing was removed."
+        )
+    removed = []
+    for path in sorted(out.iterdir()):
+        if path.name == MARKER or path.name.endswith(f".safetensors{_PART}"):
+            path.unlink()
+            removed.append(path.name)
+    if not any(out.iterdir()):
+        out.rmdir()
+    return removed
+
+
+class FolderSink:
+    """Writes a merge into a folder. See `Sink`.
+
+    Args:
+        out: the folder; made when missing.
+        plan_hash: what marks this run's files.
+        work_dir: where the journal is; one folder a plan and target.
+        identity: of the sources, as first seen; a later run must see the same.
+
+    Raises:
+        OutputExistsError: the folder holds something else.
+        PlanRefusedError: the sources changed since the run was first started.
+        StoppedError: another process runs this merge, or the folder cannot be made.
+    """
+
+    def __init__(
+        self, out: Path, plan_hash: str, work_dir: Path, identity: Mapping[str, Any]
+    ) -> None:
+        self._out = out
+        self._journal_path = work_dir / "journal.jsonl"
+        try:
+            work_dir.mkdir(parents=True, exist_ok=True)
+            self._lock: TextIO = (work_dir / "lock").open("w")
+            _lock_or_stop(self._lock, out)
+            state = target_state(out, plan_hash)
+            if state.problem:
+                raise OutputExistsError(state.problem)
+            fresh = not (out / MARKER).exists()
+            out.mkdir(parents=True, exist_ok=True)
+            if fresh:
+                self._journal_path.unlink(missing_ok=True)
+            self._finished = self._resume(plan_hash, identity)
+            _write_durably(out / MARKER, json.dumps({"plan_hash": plan_hash}).encode())
+        except OSError as exc:
+            if isinstance(exc, OutputExistsError):
+                raise
+            raise StoppedError(
+                f"cannot use {str(out)!r} and {str(work_dir)!r}: {exc.strerror or exc}."
+            ) from exc
+
+    def finished_shards(self) -> Mapping[str, dict[str, Any]]:
+        """Return the entries of shards that the journal lists and whose files are there."""
+        return self._finished
+
+    def open_shard(self, shard: Shard) -> SafetensorsFile:
+        """Start a shard under its temporary name."""
+        return SafetensorsFile(self._part(shard.name), shard)
+
+    def keep(self, shard: Shard, entry: Mapping[str, Any]) -> None:
+        """Append a finished shard to the journal, durably.
+
+        Raises:
+            StoppedError: the journal cannot be written.
+        """
+        self._append({"shard": shard.name, **entry})
+
+    def publish(self, files: Mapping[str, bytes]) -> str:
+        """Write the small files, rename the shards, then the index, and forget the journal."""
+        try:
+            index = "model.safetensors.index.json"
+            for name, data in files.items():
+                if name != index:
+                    path = self._out / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    _write_durably(path, data)
+            for part in sorted(self._out.glob(f"*.safetensors{_PART}")):
+                os.replace(part, part.with_name(part.name.removesuffix(_PART)))
+            if index in files:
+                _write_durably(self._out / index, files[index])
+            (self._out / MARKER).unlink(missing_ok=True)
+            _sync_folder(self._out)
+            self._journal_path.unlink(missing_ok=True)
+        except OSError as exc:
+            raise StoppedError(
+                f"cannot finish {str(self._out)!r}: {exc.strerror}. The merged shards are kept; "
+                "mend it and run the same command again."
+            ) from exc
+        return str(self._out)
+
+    def close(self) -> None:
+        """Release the lock."""
+        self._lock.close()
+
+    def _part(self, name: str) -> Path:
+        return self._out / f"{name}{_PART}"
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        try:
+            with self._journal_path.open("a", encoding="utf-8") as journal:
+                journal.write(json.dumps(entry) + "\n")
+                journal.flush()
+                os.fsync(journal.fileno())
+        except OSError as exc:
+            raise StoppedError(
+                f"cannot write the journal {str(self._journal_path)!r}: {exc.strerror}."
+            ) from exc
+
+    def _resume(self, plan_hash: str, identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        entries = _read_journal(self._journal_path)
+        head = entries[0] if entries else None
+        if head is None or head.get("plan_hash") != plan_hash:
+            self._journal_path.unlink(missing_ok=True)
+            self._append({"plan_hash": plan_hash, "identity": identity})
+            return {}
+        if head.get("identity") != json.loads(json.dumps(identity)):
+            raise PlanRefusedError(
+                "the sources changed since this merge was started (size, time or header differ). "
+                "Restore them, or start afresh with --discard-staging."
+            )
+        finished = {}
+        for entry in entries[1:]:
+            part = self._part(str(entry.get("shard")))
+            final = self._out / str(entry.get("shard"))
+            there = part if part.exists() else final
+            if there.exists() and there.stat().st_size == entry.get("size"):
+                finished[str(entry["shard"])] = entry
+        return finished
+
+
+def _read_journal(path: Path) -> list[dict[str, Any]]:
+    """Return the journal's lines; a last line cut by a crash is dropped."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return []
+    entries = []
+    for line in lines:
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def _lock_or_stop(lock: TextIO, out: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        raise StoppedError(
+            f"another process is merging into {str(out)!r}. Wait for it, or stop it."
+        ) from exc
+
+
+def _plan_hash_in(path: Path) -> str | None:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    value = document.get("plan_hash") if isinstance(document, dict) else None
+    return value if isinstance(value, str) else None
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,54 @@
+"""What every target offers: shards written in order, then published all at once."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from ..layout import Shard
+
+
+class ShardWriter(Protocol):
+    """One shard being written, front to back."""
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes.
+
+        Raises:
+            StoppedError: no space, no permission, or the target is gone.
+        """
+        ...
+
+    def finish(self) -> str:
+        """Make the shard durable and return its sha256 in hex."""
+        ...
+
+    def abort(self) -> None:
+        """Give up an unfinished shard; finished ones are kept."""
+        ...
+
+
+class Sink(Protocol):
+    """A folder or a repository that a merge ends in."""
+
+    def finished_shards(self) -> Mapping[str, dict[str, Any]]:
+        """Return the journal's entry of every shard that an earlier run finished, by name."""
+        ...
+
+    def open_shard(self, shard: Shard) -> ShardWriter:
+        """Start a shard; its header is written at once."""
+        ...
+
+    def keep(self, shard: Shard, entry: Mapping[str, Any]) -> None:
+        """Record a finished shard in the journal, so that a later run need not make it again."""
+        ...
+
+    def publish(self, files: Mapping[str, bytes]) -> str:
+        """Make everything visible under its final name, the index last; return where it is.
+
+        Args:
+            files: the small files by name, sub-folders allowed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release locks and files."""
+        ...
