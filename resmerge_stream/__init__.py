@@ -1,0 +1,51 @@
+"""ResMerge Stream: merge RL experts of one base model, one tensor at a time.
+
+The same three steps as the command line, for Python:
+
+    from resmerge_stream import load_recipe, plan_merge, run_merge
+
+    plan = plan_merge(load_recipe("recipe.yml"), out="merged")
+    for problem in plan.problems:
+        print(problem)
+    for event in run_merge(plan, out="merged"):
+        print(event.name)
+
+Importing this package does not import torch; running a merge does.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import ResMergeError, StoppedError
+from .plan import Options, Plan, plan_merge
+from .recipe import Recipe, load_recipe
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .engine import run_merge
+    from .verify import verify_folder
+
+__all__ = [
+    "Options",
+    "Plan",
+    "Recipe",
+    "ResMergeError",
+    "StoppedError",
+    "__version__",
+    "load_recipe",
+    "plan_merge",
+    "run_merge",
+    "verify_folder",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Torch takes a second to import; planning must not wait for it.
+    if name == "run_merge":
+        from .engine import run_merge
+
+        return run_merge
+    if name == "verify_folder":
+        from .verify import verify_folder
+
+        return verify_folder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

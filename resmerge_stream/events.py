@@ -1,0 +1,97 @@
+"""What a run reports, in order: planned, tensors and shards, published, finished."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Base of all events; `name` is the value of ``"event"`` in ``merge --json``."""
+
+    name: ClassVar[str] = "event"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the event as plain data."""
+        return {"event": self.name, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned(Event):
+    """The run starts; everything before was planning.
+
+    Attributes:
+        plan: as `Plan.to_dict`.
+    """
+
+    name: ClassVar[str] = "planned"
+    plan: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorMerged(Event):
+    """A tensor was merged, cast and handed to the writer.
+
+    Attributes:
+        tensor: its name.
+        rule: the rule that was applied.
+        entry: its row of the report.
+        bytes_read, bytes_written: of this run so far.
+    """
+
+    name: ClassVar[str] = "tensor"
+    tensor: str
+    rule: str
+    entry: Mapping[str, Any]
+    bytes_read: int
+    bytes_written: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardFinished(Event):
+    """A shard is durable under its temporary name, or was so before this run.
+
+    Attributes:
+        shard: its final file name.
+        bytes: its size.
+        sha256: in hex.
+        resumed: whether an earlier run made it.
+        shards_done, shards: progress.
+    """
+
+    name: ClassVar[str] = "shard"
+    shard: str
+    bytes: int
+    sha256: str
+    resumed: bool
+    shards_done: int
+    shards: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published(Event):
+    """Everything is visible under its final name.
+
+    Attributes:
+        where: folder or URL.
+    """
+
+    name: ClassVar[str] = "published"
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished(Event):
+    """The last event of a run that went well.
+
+    Attributes:
+        where: folder or URL.
+        report: the content of ``report.json``.
+        already_there: whether an earlier run had finished it, so that nothing was done.
+    """
+
+    name: ClassVar[str] = "finished"
+    where: str
+    report: Mapping[str, Any]
+    already_there: bool = False
