@@ -1,0 +1,188 @@
+"""Re-read a merged folder: layout, hashes, finite values; and merge a sample again."""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import RecipeError, VerificationError, listed
+from .merging import Merger, Output
+from .plan import Options, Plan, plan_merge
+from .recipe import ModelRef, Recipe, load_recipe
+from .sinks.folder import REPORT
+from .sources import Checkpoint, open_checkpoint
+from .specs import DTYPES
+from .task_vectors import as_tensor, block_rows
+
+RECIPE = "resmerge/recipe.yml"
+_READ_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was checked.
+
+    Attributes:
+        name: what, in a few words.
+        problems: what is wrong; empty when all is well.
+        detail: what was looked at.
+    """
+
+    name: str
+    problems: tuple[str, ...]
+    detail: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the check as plain data."""
+        return {
+            "event": "check",
+            "name": self.name,
+            "passed": not self.problems,
+            "detail": self.detail,
+            "problems": list(self.problems),
+        }
+
+
+def verify_folder(
+    folder: str | Path, *, recipe: Recipe | None = None, sample: int = 3, seed: int = 0
+) -> Iterator[Check]:
+    """Check a merged folder against its report, and yield each check as it is done.
+
+    Args:
+        folder: the output of a merge.
+        recipe: names the sources; the folder's own recipe when None.
+        sample: how many tensors to merge again when the sources are at hand.
+        seed: of the sample.
+
+    Raises:
+        VerificationError: there is no report to check against.
+        CheckpointError: the folder's weights cannot be read at all.
+    """
+    folder = Path(folder).expanduser()
+    report = _read_report(folder)
+    merged = open_checkpoint(ModelRef(str(folder)))
+    try:
+        yield _check_layout(merged, report)
+        yield _check_hashes(folder, report)
+        yield _check_finite(merged, report)
+        yield _check_sample(merged, report, recipe or folder / RECIPE, sample, seed)
+    finally:
+        merged.close()
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        if not isinstance(report, dict) or not {"files", "tensors", "summary"} <= set(report):
+            raise ValueError("it lacks 'files' or 'tensors'")
+    except (OSError, ValueError) as exc:
+        raise VerificationError(
+            f"{str(folder)!r} has no readable {REPORT}, so there is nothing to verify against: "
+            f"{exc}. Give the output folder of a merge."
+        ) from exc
+    return report
+
+
+def _check_layout(merged: Checkpoint, report: Mapping[str, Any]) -> Check:
+    entries = {entry["name"]: entry for entry in report["tensors"]}
+    problems = []
+    if missing := sorted(set(entries) - set(merged.tensors)):
+        problems.append(f"missing: {listed(missing)}")
+    if extra := sorted(set(merged.tensors) - set(entries)):
+        problems.append(f"not in the report: {listed(extra)}")
+    for name in sorted(set(entries) & set(merged.tensors)):
+        spec = merged.tensors[name].spec
+        if list(spec.shape) != entries[name]["shape"]:
+            problems.append(f"{name} has shape {list(spec.shape)}, not {entries[name]['shape']}")
+        if entries[name].get("dtype") not in (None, spec.dtype):
+            problems.append(f"{name} has dtype {spec.dtype}, not {entries[name]['dtype']}")
+    return Check("layout", tuple(problems), f"{len(entries)} tensors: names, shapes, dtypes")
+
+
+def _check_hashes(folder: Path, report: Mapping[str, Any]) -> Check:
+    problems = []
+    for file in report["files"]:
+        path = folder / Path(str(file["name"])).name
+        if not path.is_file():
+            problems.append(f"{path.name} is missing")
+        elif path.stat().st_size != file["size"]:
+            problems.append(f"{path.name} has {path.stat().st_size} bytes, not {file['size']}")
+        elif _sha256(path) != file["sha256"]:
+            problems.append(f"{path.name} has another sha256 than the report")
+    return Check("sha256", tuple(problems), f"{len(report['files'])} weight files")
+
+
+def _check_finite(merged: Checkpoint, report: Mapping[str, Any]) -> Check:
+    carried = {entry["name"] for entry in report["tensors"] if entry["rule"] == "carried"}
+    problems, count = [], 0
+    for name, stored in merged.tensors.items():
+        if name in carried or not DTYPES[stored.spec.dtype].is_merged:
+            continue
+        count += 1
+        rows, columns = stored.spec.matrix_shape
+        step = block_rows(rows, columns)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            data = merged.read(name, start, stop)
+            values = as_tensor(data, stored.spec.dtype, (stop - start, columns))
+            if not bool(torch.isfinite(values).all()):
+                problems.append(f"{name} holds NaN or infinite values")
+                break
+    return Check("finite", tuple(problems), f"{count} merged tensors")
+
+
+def _check_sample(
+    merged: Checkpoint, report: Mapping[str, Any], recipe: Recipe | Path, sample: int, seed: int
+) -> Check:
+    """Merge some tensors again from the sources, where those are at hand."""
+    try:
+        plan = _plan_again(report, recipe)
+    except RecipeError as exc:
+        return Check("recomputed", (), f"skipped: {exc}")
+    if plan.problems:
+        return Check("recomputed", (), f"skipped, the sources are not at hand: {plan.problems[0]}")
+    names = sorted(set(plan.tensors) & set(merged.tensors))
+    chosen = random.Random(seed).sample(names, min(sample, len(names)))
+    try:
+        merger = Merger(plan, torch.device("cpu"))
+        problems = [
+            f"{name} comes out different when it is merged again"
+            for name in chosen
+            if _merge_again(plan, merger, name) != bytes(merged.read(name))
+        ]
+    finally:
+        plan.close()
+    return Check("recomputed", tuple(problems), f"{len(chosen)} tensors: {', '.join(chosen)}")
+
+
+def _plan_again(report: Mapping[str, Any], recipe: Recipe | Path) -> Plan:
+    if isinstance(recipe, Path):
+        recipe = load_recipe(recipe)
+    options = report.get("options", {})
+    return plan_merge(
+        recipe,
+        Options(rounding=options.get("rounding", "nearest"), seed=options.get("seed", 0)),
+    )
+
+
+def _merge_again(plan: Plan, merger: Merger, name: str) -> bytes:
+    tensor = plan.tensors[name]
+    sources = plan.checkpoints if tensor.rule else [plan.opened[0]]
+    buffers = [source.read(name) for source in sources]
+    parts: list[bytes] = []
+    output = Output(lambda data: parts.append(bytes(data)), lambda: None)
+    merger.merge(tensor, 0, tensor.spec.matrix_shape[0], buffers, output, last=True)
+    return b"".join(parts)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
