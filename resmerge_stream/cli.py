@@ -1,0 +1,232 @@
+"""The command line: options in, the library's three steps, events out. No arithmetic, no I/O."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from . import console
+from .errors import RecipeError, ResMergeError
+from .plan import Options, Plan, plan_merge
+from .recipe import Recipe, load_recipe, override
+from .specs import OUTPUT_DTYPES, parse_size
+from .version import __version__
+
+_EXIT = """\
+exit codes: 0 done; 2 refused (bad input, or verify found a difference); 3 stopped, the same
+command continues; 130 interrupted, the same command continues; 1 a bug.
+"""
+_EXAMPLES = {
+    "plan": "resmerge-stream plan --base models/base --expert models/math --expert models/code",
+    "merge": "resmerge-stream merge recipe.yml --out merged",
+    "verify": "resmerge-stream verify merged",
+    "methods": "resmerge-stream methods",
+    "demo": "resmerge-stream demo --out demo-merge",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one message, and where to read on."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\nSee '{self.prog} --help'.\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: the arguments, without the program's name; `sys.argv` when None.
+    """
+    args = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return run(args)
+    except ResMergeError as exc:
+        console.failed(exc, as_json=getattr(args, "json", False))
+        return exc.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (such as `| head`): nothing is left to say to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="resmerge-stream",
+        description="Merge RL experts of one base model, one tensor at a time, in little memory.",
+        epilog=_EXIT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"resmerge-stream {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    plan = _command(commands, "plan", _plan, "show what a merge would do; reads headers only")
+    _add_recipe(plan)
+    plan.add_argument("--out", metavar="DIR", help="also check this output folder and its disk")
+    merge = _command(commands, "merge", _merge, "merge, write, and report")
+    _add_recipe(merge)
+    merge.add_argument("--out", metavar="DIR", help="output folder; must not exist yet")
+    merge.add_argument(
+        "--work-dir", metavar="DIR", help="where journals are kept (default: the user's cache)"
+    )
+    merge.add_argument(
+        "--discard-staging",
+        action="store_true",
+        help="list and remove what an unfinished merge left in --out, then start afresh",
+    )
+    verify = _command(commands, "verify", _verify, "check a merged folder against its report")
+    verify.add_argument("folder", metavar="DIR", help="output folder of a merge")
+    verify.add_argument("--recipe", metavar="FILE", help="where the sources are named")
+    verify.add_argument("--sample", type=int, default=3, help="tensors to merge again (3)")
+    _add_json(verify)
+    methods = _command(commands, "methods", _methods, "list the methods and their parameters")
+    _add_json(methods)
+    demo = _command(commands, "demo", _demo, "merge the built-in experts; no account, no network")
+    demo.add_argument("--out", metavar="DIR", default="demo-merge", help="default: demo-merge")
+    _add_json(demo)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"example: {_EXAMPLES[name]}\n\n{_EXIT}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE.yml", help="in mergekit's vocabulary")
+    what = parser.add_argument_group("instead of a recipe, or over it")
+    what.add_argument("--base", metavar="ID", help="folder of the base model")
+    what.add_argument(
+        "--expert", metavar="ID", action="append", default=[], help="an expert; repeat"
+    )
+    what.add_argument("--method", metavar="NAME", help="default: resmerge; see 'methods'")
+    what.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="a parameter; repeat"
+    )
+    how = parser.add_argument_group("output")
+    how.add_argument("--dtype", metavar="TYPE", help=f"{', '.join(OUTPUT_DTYPES)} (the base's)")
+    how.add_argument("--rounding", metavar="HOW", default="nearest", help="nearest or stochastic")
+    how.add_argument("--seed", metavar="N", type=int, default=0, help="of random numbers (0)")
+    how.add_argument(
+        "--max-shard-size", metavar="SIZE", help="such as 5GB (default: the base's shards, cut)"
+    )
+    how.add_argument("--tokenizer-from", metavar="ID", help="take the tokenizer from there")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    machine.add_argument(
+        "--memory-budget", metavar="SIZE", help="such as 4GB (default: 80%% of what is free)"
+    )
+    _add_json(parser)
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    parameters = {}
+    for text in args.set:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"--set {text!r} must be KEY=VALUE, such as --set rank=2.")
+        parameters[key] = value
+    return override(
+        load_recipe(args.recipe) if args.recipe else None,
+        base=args.base,
+        experts=args.expert,
+        method=args.method,
+        parameters=parameters,
+        dtype=args.dtype,
+    )
+
+
+def _options(args: argparse.Namespace) -> Options:
+    shard, budget = args.max_shard_size, args.memory_budget
+    return Options(
+        rounding=args.rounding,
+        seed=args.seed,
+        max_shard_bytes=parse_size(shard, option="--max-shard-size") if shard else None,
+        tokenizer_from=args.tokenizer_from,
+        device=args.device,
+        memory_budget=parse_size(budget, option="--memory-budget") if budget else None,
+    )
+
+
+def _plan(args: argparse.Namespace) -> int:
+    plan = plan_merge(_recipe(args), _options(args), out=args.out)
+    if args.json:
+        print(json.dumps(plan.to_dict()))
+    else:
+        console.show_plan(plan)
+    return 2 if plan.refused else 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    if not args.out:
+        raise RecipeError("nowhere to write: give --out DIR.")
+    if args.discard_staging:
+        from pathlib import Path
+
+        from .sinks.folder import discard
+
+        console.discarded(discard(Path(args.out).expanduser()))
+    plan = plan_merge(_recipe(args), _options(args), out=args.out)
+    return _run(plan, args.out, args.work_dir, as_json=args.json)
+
+
+def _run(plan: Plan, out: str, work_dir: str | None, *, as_json: bool) -> int:
+    plan.raise_if_refused()
+    from .engine import run_merge
+
+    events = run_merge(plan, out=out, work_dir=work_dir)
+    try:
+        (console.print_json if as_json else console.follow)(events)
+    finally:
+        events.close()  # type: ignore[attr-defined]  # a generator; closing it cancels
+        plan.close()
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from .verify import verify_folder
+
+    recipe = load_recipe(args.recipe) if args.recipe else None
+    checks = verify_folder(args.folder, recipe=recipe, sample=args.sample)
+    return 0 if console.show_checks(checks, as_json=args.json) else 2
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from .methods import describe_methods
+
+    if args.json:
+        print(json.dumps(describe_methods()))
+    else:
+        console.show_methods(describe_methods())
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .demo import built_in_recipe
+    from .verify import verify_folder
+
+    console.say("making the built-in expert group, if it is not there yet")
+    recipe = built_in_recipe()
+    plan = plan_merge(recipe, out=args.out)
+    _run(plan, args.out, None, as_json=args.json)
+    passed = console.show_checks(verify_folder(args.out, recipe=recipe), as_json=args.json)
+    return 0 if passed else 2

@@ -1,0 +1,157 @@
+"""What a terminal shows: plans, progress, summaries, checks. Text only."""
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .errors import ResMergeError
+from .events import Event, Finished, Planned, Published, ShardFinished, TensorMerged
+from .plan import Plan
+from .report import median
+from .specs import format_size
+
+_GATES = (
+    ("S_H", "S_H"),
+    ("c_R", "c_R"),
+    ("alpha_R", "alpha_R"),
+    ("update_norm", "‖ΔW‖"),
+    ("kept_norm", "kept norm"),
+    ("kept_cosine", "kept cosine"),
+)
+
+
+def say(text: str) -> None:
+    """Print a line for people, on standard error."""
+    print(text, file=sys.stderr)
+
+
+def failed(error: ResMergeError, *, as_json: bool) -> None:
+    """Print an error: one message on standard error, and an event where JSON was asked for."""
+    if as_json:
+        name = "stopped" if error.exit_code == 3 else "refused"
+        print(json.dumps({"event": name, "message": str(error)}), flush=True)
+    say(f"resmerge-stream: {error}")
+
+
+def show_plan(plan: Plan) -> None:
+    """Print a plan: problems first."""
+    for problem in plan.problems:
+        print(f"problem: {problem}")
+    for warning in plan.warnings:
+        print(f"warning: {warning}")
+    if plan.tensors:
+        rules = ", ".join(f"{count} {rule}" for rule, count in plan.by_rule().items())
+        print(f"tensors:  {len(plan.tensors)} ({rules})")
+        print(f"sources:  {format_size(plan.read_bytes)} to read, {len(plan.experts)} expert(s)")
+        print(f"output:   {format_size(plan.write_bytes)} in {len(plan.shards)} file(s)")
+        peak, budget = format_size(plan.peak_memory_bytes), format_size(plan.memory_budget)
+        print(f"memory:   at most {peak} private, of a budget of {budget}")
+        print(f"time:     about {plan.seconds_estimate:.0f} s on two cores")
+    print("refused" if plan.refused else f"plan {plan.plan_hash}: ready to merge")
+
+
+def print_json(events: Iterable[Event]) -> None:
+    """Print each event as one JSON object a line."""
+    for event in events:
+        print(json.dumps(event.to_dict()), flush=True)
+
+
+def follow(events: Iterable[Event]) -> None:
+    """Show progress on standard error and the summary on standard output."""
+    from tqdm import tqdm
+
+    bar: Any = None
+    try:
+        for event in events:
+            if isinstance(event, Planned):
+                total = sum(shard["bytes"] for shard in event.plan["shards"])
+                for warning in event.plan["warnings"]:
+                    say(f"warning: {warning}")
+                bar = tqdm(total=total, unit="B", unit_scale=True, desc="merging", file=sys.stderr)
+            elif isinstance(event, TensorMerged):
+                bar.update(event.bytes_written - getattr(bar, "written", 0))
+                bar.written = event.bytes_written
+                bar.set_postfix_str(event.tensor[-40:], refresh=False)
+            elif isinstance(event, ShardFinished):
+                if event.resumed:
+                    bar.update(event.bytes)
+            elif isinstance(event, Published):
+                bar.set_postfix_str("")
+                bar.close()
+            elif isinstance(event, Finished):
+                show_summary(event)
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def show_summary(event: Finished) -> None:
+    """Print what a merge did, from its report."""
+    summary = event.report["summary"]
+    if event.already_there:
+        print(f"{event.where} already holds the finished result of this merge; nothing was done.")
+    else:
+        print(
+            f"merged into {event.where}: {summary['tensors']} tensors in "
+            f"{summary['seconds']:.1f} s, {format_size(summary['bytes_written'])} written, "
+            f"peak private memory {format_size(summary['peak_private_bytes'])}"
+        )
+    for line in gate_table(event.report["tensors"]):
+        print(line)
+    if summary["kept_cosine"] is not None:
+        print(
+            f"after the cast: {summary['kept_norm']:.2f} of the update's norm is left, "
+            f"cosine {summary['kept_cosine']:.2f} with what was meant"
+        )
+
+
+def gate_table(tensors: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return a table of the gates' medians by role, as lines of text."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for entry in tensors:
+        groups.setdefault((str(entry["role"]), str(entry["rule"])), []).append(entry)
+    rows = [["role", "rule", "tensors", *(label for _, label in _GATES)]]
+    for (role, rule), entries in sorted(groups.items()):
+        cells = [role, rule, str(len(entries))]
+        for key, _ in _GATES:
+            values = [entry[key] for entry in entries if entry.get(key) is not None]
+            cells.append(f"{median(values):.3g}" if values else "-")
+        rows.append(cells)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+
+
+def discarded(names: Iterable[str]) -> None:
+    """Print what `--discard-staging` removed."""
+    for name in names:
+        say(f"removed {name}")
+
+
+def show_checks(checks: Iterable[Any], *, as_json: bool) -> bool:
+    """Print each check as it is done, and return whether all passed."""
+    passed = True
+    for check in checks:
+        passed &= not check.problems
+        if as_json:
+            print(json.dumps(check.to_dict()), flush=True)
+            continue
+        print(f"{'ok    ' if not check.problems else 'FAILED'} {check.name}: {check.detail}")
+        for problem in check.problems:
+            print(f"       {problem}")
+    return passed
+
+
+def show_methods(methods: Iterable[Mapping[str, Any]]) -> None:
+    """Print every method with its parameters."""
+    for method in methods:
+        print(f"{method['name']}: {method['title']} ({method['paper']}, {method['url']})")
+        print(f"    {' '.join(method['summary'].split())}")
+        for parameter in method["parameters"]:
+            allowed = ", ".join(parameter["choices"])
+            if not allowed and parameter["minimum"] is not None:
+                allowed = f"{parameter['minimum']:g} to {parameter['maximum']:g}"
+            print(
+                f"    {parameter['name']} = {parameter['default']}  {parameter['label']}"
+                + (f" [{allowed}]" if allowed else "")
+            )
