@@ -258,9 +258,9 @@ def _orthonormal_columns(columns: Tensor) -> Tensor:
     if columns.shape[1] == 1:
         return columns / norms.clamp_min(1e-300).float()
     Q, R = torch.linalg.qr(columns.double())
-    Q = Q * torch.sign(torch.diagonal(R))
+    Q = _float(Q * torch.sign(torch.diagonal(R)))
     Q[:, norms <= _BREAKDOWN * norms.max()] = 0
-    return _float(Q)
+    return Q
 
 
 def _float(values: Tensor) -> Tensor:
