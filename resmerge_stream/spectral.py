@@ -256,7 +256,7 @@ def _orthonormal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 def _orthonormal_columns(columns: Tensor) -> Tensor:
     norms = torch.linalg.vector_norm(columns, dim=0, dtype=torch.float64)
     if columns.shape[1] == 1:
-        return columns / norms.clamp_min(1e-300).float()
+        return _float(columns / norms.clamp_min(1e-300).float())
     Q, R = torch.linalg.qr(columns.double())
     Q = _float(Q * torch.sign(torch.diagonal(R)))
     Q[:, norms <= _BREAKDOWN * norms.max()] = 0
