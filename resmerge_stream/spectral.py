@@ -47,13 +47,16 @@ class Head:
     gap: float
 
 
-def top_singular(delta: Tensor, rank: int, *, solver: str = "auto") -> Head:
+def top_singular(
+    delta: Tensor, rank: int, *, solver: str = "auto", energy: float | None = None
+) -> Head:
     """Return the leading `rank` singular triplets of a matrix.
 
     Args:
         delta: Δ, shape (m, n), float32, not all zero, finite, any device.
         rank: k ≥ 1; more than min(m, n) means min(m, n).
         solver: ``auto``, ``lanczos`` or ``dense``.
+        energy: ‖Δ‖² where it is known already.
 
     Memory: Lanczos keeps (steps · k) × min(m, n) float32 beside Δ; the Gram matrix and its
     eigenvectors take 32 · min(m, n)² bytes; dense keeps three float64 copies of Δ.
@@ -64,10 +67,11 @@ def top_singular(delta: Tensor, rank: int, *, solver: str = "auto") -> Head:
     if solver == "dense" or (solver == "auto" and short <= max(DENSE_UP_TO, 4 * rank)):
         return _dense(delta, rank)
     patience = max((8 + short // 6) // rank, 2)
+    norm = _norm(delta) if energy is None else math.sqrt(energy)
     if solver == "auto" and short <= GRAM_UP_TO:
-        head = _lanczos(delta, rank, patience, patience)
+        head = _lanczos(delta, rank, norm, patience, patience)
         return head if head is not None else _gram(delta, rank)
-    head = _lanczos(delta, rank, patience, max(short // rank, 2))
+    head = _lanczos(delta, rank, norm, patience, max(short // rank, 2))
     return head if head is not None else _dense(delta, rank)
 
 
@@ -96,7 +100,7 @@ def transposed_times(delta: Tensor, left: Tensor) -> Tensor:
     return (total + left[whole:].T @ delta[whole:]).float().T
 
 
-def _lanczos(delta: Tensor, rank: int, patience: int, max_steps: int) -> Head | None:
+def _lanczos(delta: Tensor, rank: int, norm: float, patience: int, max_steps: int) -> Head | None:
     """Return the head, or None when `max_steps` do not suffice.
 
     After `patience` steps a small residual is enough, however small the gap: then the head is not
@@ -106,7 +110,7 @@ def _lanczos(delta: Tensor, rank: int, patience: int, max_steps: int) -> Head | 
     forward, backward = (transposed_times, times) if m < n else (times, transposed_times)
     short = min(m, n)
     # Products with the matrix scaled by a power of two neither overflow nor underflow.
-    scale = _power_of_two(float(torch.linalg.vector_norm(delta, ord=math.inf)))
+    scale = 2.0 ** math.frexp(norm)[1]
     V = torch.empty(patience * rank, short, dtype=torch.float32, device=delta.device)
     T = torch.zeros(patience * rank, patience * rank, dtype=torch.float64)
     block = _start(short, rank, delta.device)
@@ -133,9 +137,9 @@ def _lanczos(delta: Tensor, rank: int, patience: int, max_steps: int) -> Head | 
         if found is not None:
             values, vectors = found
             top = (vectors[:, -rank:].to(basis).T @ basis).T.flip(1)
-            energy = float(torch.linalg.vector_norm(delta, dtype=torch.float64)) / scale
-            if float(values[-rank:].sum()) > REFINE_ABOVE * energy**2:
-                top = _refined(delta / scale, top, basis, values, vectors, energy**2)
+            energy = (norm / scale) ** 2
+            if float(values[-rank:].sum()) > REFINE_ABOVE * energy:
+                top = _refined(delta / scale, top, basis, values, vectors, energy)
             V_top = _orthonormal_columns(transposed_times(delta, top) if m < n else top)
             following = float(values[-rank - 1]) if len(values) > rank else 0.0
             gap = math.sqrt(float(values[-rank]) / following) if following > 0 else math.inf
@@ -267,5 +271,8 @@ def _float(values: Tensor) -> Tensor:
     return values.to(torch.float32)
 
 
-def _power_of_two(value: float) -> float:
-    return 2.0 ** math.frexp(value)[1] if 0 < value < math.inf else 1.0
+def _norm(delta: Tensor) -> float:
+    """Return ‖Δ‖ from float32 products that neither overflow nor underflow."""
+    low, high = torch.aminmax(delta)
+    largest = max(-float(low), float(high))
+    return largest * float(torch.linalg.vector_norm(delta / largest, dtype=torch.float64))

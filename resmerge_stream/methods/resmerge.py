@@ -119,7 +119,9 @@ class ResMerge(MergeMethod):
 
         energies = D.diagonal().tolist()
         return [
-            top_singular(vectors.matrix(i), self.rank, solver=self.solver) if energy > 0 else None
+            top_singular(vectors.matrix(i), self.rank, solver=self.solver, energy=energy)
+            if energy > 0
+            else None
             for i, energy in enumerate(energies)
         ]
 
