@@ -19,7 +19,7 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 100_000_000
 MAX_CONFIG_BYTES = 4_000_000
 _LIMIT = 2**63
-_SHARD_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,200}\.safetensors$")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,200}\.safetensors")
 
 
 def header_length(prefix: bytes, file_size: int, *, where: str) -> int:
@@ -94,7 +94,7 @@ def parse_index(data: bytes, *, where: str) -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str):
             _refuse(where, f"maps {name[:200]!r} to {type(file).__name__}, not to a file name")
-        if not _SHARD_NAME.match(file):
+        if not _SHARD_NAME.fullmatch(file):
             _refuse(
                 where,
                 f"maps {name[:200]!r} to {file[:200]!r}; only *.safetensors files beside the "
