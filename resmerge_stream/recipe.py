@@ -217,9 +217,10 @@ def override(
         recipe = Recipe(ModelRef.parse(base), ())
     elif base is not None:
         recipe = replace(recipe, base=ModelRef.parse(base))
-    if experts:
-        refs = (ModelRef.parse(text) for text in experts)
-        recipe = replace(recipe, experts=tuple(ref for ref in refs if ref != recipe.base))
+    refs = tuple(ModelRef.parse(text) for text in experts) or recipe.experts
+    named = (recipe.base.id, recipe.base.revision)
+    refs = tuple(ref for ref in refs if (ref.id, ref.revision) != named)
+    recipe = replace(recipe, experts=refs)
     if method is not None:
         # The parameters of another method would only be refused one by one.
         kept = recipe.parameters if method == recipe.method else {}
