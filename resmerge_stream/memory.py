@@ -6,7 +6,7 @@ Numbers without torch: measured constants (docs/performance.md) and counts of el
 # Up to this short side a dense SVD costs less than Lanczos steps, in time and in memory.
 DENSE_UP_TO = 96
 # Above this short side the float64 Gram matrix of the fallback would dominate the memory.
-GRAM_UP_TO = 2048
+GRAM_UP_TO = 1024
 
 # Private memory of the process once torch is imported and has worked: interpreter, libraries,
 # threads, allocator slack, headers, small files.
