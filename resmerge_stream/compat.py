@@ -141,8 +141,8 @@ def match_tensors(base: Checkpoint, experts: Sequence[Checkpoint], found: Findin
                 left_out[name] = f"the base lacks it (seen in {expert.id})"
     for experts_without, names in partial.items():
         found.problems.append(
-            f"{len(names)} tensor(s) are in the base and some experts but not in {experts_without}: "
-            f"{listed(names)}. Give complete checkpoints of the same architecture."
+            f"{len(names)} tensor(s) are in the base and some experts but not in "
+            f"{experts_without}: {listed(names)}. Give complete checkpoints of one architecture."
         )
     for problem, names in shapes.items():
         found.problems.append(f"{listed(names)} {problem}")
