@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .card import render_card
+from .counting import counted
 from .device import choose_device, default_work_dir, private_memory
 from .errors import NonFiniteError
 from .events import Event, Finished, Planned, Published, ShardFinished, TensorMerged
@@ -80,7 +81,7 @@ def run_merge(
     identity = {f"{i} {source.id}": source.identity for i, source in enumerate(plan.checkpoints)}
     sink = FolderSink(out, plan.plan_hash, root / target, identity)
     try:
-        yield from _run(plan, sink)
+        yield from _run(plan, sink, root / target)
     except NonFiniteError:
         # This run can never be finished, so it leaves nothing behind.
         sink.close()
@@ -91,10 +92,16 @@ def run_merge(
         sink.close()
 
 
-def _run(plan: Plan, sink: Sink) -> Iterator[Event]:
+def _run(plan: Plan, sink: Sink, work_dir: Path) -> Iterator[Event]:
     progress = _Progress()
     yield Planned(plan=plan.to_dict())
     merger = Merger(plan, choose_device(plan.options.device))
+    yield from counted(
+        [plan],
+        merger.device,
+        lambda tensors: ReadAhead(_jobs(plan, tensors), READ_AHEAD_BYTES),
+        work_dir / "counted.json",
+    )
     kept = sink.finished_shards()
     for shard in plan.shards:
         entry = kept.get(shard.name)

@@ -1,7 +1,7 @@
 """One tensor from stored bytes to stored bytes: task vectors, the method, the cast, the row."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,44 +82,62 @@ class Merger:
         spec, rule = tensor.spec, tensor.rule
         if rule is None:
             output.write(buffers[0])
-            return self._carried(spec) if last else None
+            return self.carried(spec) if last else None
+        for base_row, raw in matrices(self._plan, spec, rule, start_row, stop_row, buffers):
+            try:
+                resident = rule.needs_matrix and tensor.resident
+                vectors = TaskVectors(raw[0], raw[1:], self._workspace, resident=resident)
+                self.merge_matrix(tensor, rule, vectors, raw[0], base_row, output)
+            except NonFiniteValues as exc:
+                raise self.non_finite(spec, exc.source) from exc
+        return self.entry(tensor, rule) if last else None
+
+    def merge_matrix(
+        self,
+        tensor: PlannedTensor,
+        rule: Rule,
+        vectors: TaskVectors,
+        base_raw: Tensor,
+        base_row: int,
+        output: Output,
+    ) -> None:
+        """Merge and write one matrix, or some rows of one.
+
+        Args:
+            tensor: as planned.
+            rule: its rule, which is not None.
+            vectors: the task vectors, shared by all methods of a comparison.
+            base_raw: the base's rows as stored.
+            base_row: which row of the tensor is their first.
+            output: where the merged bytes go.
+
+        Raises:
+            NonFiniteValues: some task vector is not finite.
+            NonFiniteError: the output dtype overflows.
+        """
+        spec = tensor.spec
         if self._state is None:
             self._state = _Tensor(Kept(), [], [], [])
-        names = [source.tensors[spec.name].spec.dtype for source in self._plan.checkpoints]
-        for base_row, shape, part in _matrices(spec, rule, start_row, stop_row):
-            raw = [
-                as_tensor(buffer, dtype, shape)
-                if part is None
-                else _slice(buffer, dtype, shape, part)
-                for buffer, dtype in zip(buffers, names, strict=True)
-            ]
-            try:
-                self._merge_matrix(tensor, rule, raw, base_row, output)
-            except NonFiniteValues as exc:
-                raise self._non_finite(spec, exc.source) from exc
-        if not last:
-            return None
-        state, self._state = self._state, None
-        return _entry(spec, rule, state)
-
-    def _merge_matrix(
-        self, tensor: PlannedTensor, rule: Rule, raw: list[Tensor], base_row: int, output: Output
-    ) -> None:
-        spec = tensor.spec
-        resident = rule.needs_matrix and tensor.resident
-        vectors = TaskVectors(raw[0], raw[1:], self._workspace, resident=resident)
         if rule.needs_matrix and vectors.is_zero():
             update = Update(lambda block, stack: torch.zeros_like(stack[0]), "copy")
         else:
-            site = Site(rule, self._plan.weights, block_seed(self._seed, spec.name, -1))
-            update = self._method.merge(vectors, site)
+            update = self._method.merge(vectors, self.site(tensor, rule, base_row))
         output.sample()
-        self._write(spec, vectors, update, raw[0], base_row, output)
+        self._write(spec, vectors, update, base_raw, base_row, output)
         state = self._state_of()
         state.rules.append("copy" if vectors.is_zero() else update.rule)
         state.warnings += [text for text in update.warnings if text not in state.warnings]
         if update.gates:
             state.gates.append(dict(update.gates))
+
+    def site(self, tensor: PlannedTensor, rule: Rule, base_row: int) -> Site:
+        """Return where rows of a tensor are, as its method sees it."""
+        return site_of(self._plan, tensor.spec, rule, base_row)
+
+    def entry(self, tensor: PlannedTensor, rule: Rule) -> dict[str, Any]:
+        """Return the row of the report of the tensor that was merged last, and forget it."""
+        state, self._state = self._state_of(), None
+        return _entry(tensor.spec, rule, state)
 
     def _write(
         self,
@@ -159,13 +177,15 @@ class Merger:
             raise RuntimeError("no tensor is being merged")
         return self._state
 
-    def _carried(self, spec: TensorSpec) -> dict[str, Any]:
+    def carried(self, spec: TensorSpec) -> dict[str, Any]:
+        """Return the row of the report of a tensor that is not merged."""
         role = self._method.rule_for(spec, len(self._plan.experts)).role.value
         return tensor_entry(
             name=spec.name, role=role, shape=list(spec.shape), rule="carried", changed_fraction=0.0
         )
 
-    def _non_finite(self, spec: TensorSpec, source: int) -> NonFiniteError:
+    def non_finite(self, spec: TensorSpec, source: int) -> NonFiniteError:
+        """Return the error that names a tensor and its checkpoint (−1: the base)."""
         checkpoint = list(self._plan.checkpoints)[source + 1]
         return NonFiniteError(
             f"{spec.name} of {checkpoint.id} holds NaN or infinite values (or differences too "
@@ -173,15 +193,40 @@ class Merger:
         )
 
 
-def _matrices(
-    spec: TensorSpec, rule: Rule, start_row: int, stop_row: int
-) -> list[tuple[int, tuple[int, int], int | None]]:
-    """Return (first row for seeds, shape, slice number or None) of each matrix to merge."""
+def site_of(plan: Plan, spec: TensorSpec, rule: Rule, base_row: int) -> Site:
+    """Return where rows of a tensor are, as a method sees it."""
+    return Site(
+        rule,
+        plan.weights,
+        block_seed(plan.options.seed, spec.name, -1),
+        spec=spec,
+        start_row=base_row,
+        layers=plan.layers,
+        counted=plan.counted,
+    )
+
+
+def matrices(
+    plan: Plan,
+    spec: TensorSpec,
+    rule: Rule,
+    start_row: int,
+    stop_row: int,
+    buffers: Sequence[memoryview],
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yield each matrix to merge: its first row, and the stored tensors of base and experts.
+
+    A stack [E, m, n] that is decomposed comes slice by slice, everything else as one.
+    """
+    dtypes = [source.tensors[spec.name].spec.dtype for source in plan.checkpoints]
+    stored = list(zip(buffers, dtypes, strict=True))
     if rule.needs_matrix and len(spec.shape) == 3:
         count, m, n = spec.shape
-        return [(e * m, (m, n), e) for e in range(count)]
-    _, n = spec.matrix_shape
-    return [(start_row, (stop_row - start_row, n), None)]
+        for e in range(count):
+            yield e * m, [_slice(buffer, dtype, (m, n), e) for buffer, dtype in stored]
+    else:
+        shape = (stop_row - start_row, spec.matrix_shape[1])
+        yield start_row, [as_tensor(buffer, dtype, shape) for buffer, dtype in stored]
 
 
 def _slice(buffer: memoryview, dtype: str, shape: tuple[int, int], part: int) -> Tensor:
