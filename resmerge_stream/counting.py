@@ -10,40 +10,29 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from .errors import StoppedError
 from .events import Counted, Event
-from .merging import Merger, matrices, site_of
-from .pipes import ReadAhead
+from .merging import Merger, Piece
+from .methods.base import Counter
+from .pipes import Ahead
 from .plan import Plan, PlannedTensor
-from .task_vectors import NonFiniteValues, TaskVectors, Workspace
+from .task_vectors import NonFiniteValues
 
-
-class Piece(Protocol):
-    """Some rows of a tensor, read."""
-
-    tensor: Any
-    start_row: int
-    stop_row: int
-    is_last: bool
-    buffers: list[memoryview]
+Reads = Callable[[Plan, list[PlannedTensor]], Iterator[tuple[int, Callable[[], Piece]]]]
+_AHEAD_BYTES = 256_000_000
 
 
 def counted(
-    plans: Sequence[Plan],
-    device: torch.device,
-    read: Callable[[list[PlannedTensor]], ReadAhead[Any]],
-    store: Path,
+    plans: Sequence[Plan], mergers: Sequence[Merger], reads: Reads, store: Path
 ) -> Iterator[Event]:
-    """Fill in `Plan.counted` of plans over the same sources, reading these once a pass.
+    """Fill in `Plan.counted` of plans over the same sources.
 
     Args:
         plans: without problems, one a method.
-        device: where to count.
-        read: starts reading tensors ahead, in pieces, those of the base's order.
+        mergers: of the plans.
+        reads: how tensors are read, in pieces.
         store: file that keeps the counts for a later run of the same plans.
 
     Raises:
@@ -53,46 +42,43 @@ def counted(
     passes = [plan.opened[1].counting_passes() for plan in plans]
     if not max(passes, default=0) or _restore(plans, store):
         return
-    workspace = Workspace(device)
     bytes_read = 0
     for number in range(max(passes)):
-        asking = [plan for plan, count in zip(plans, passes, strict=True) if number < count]
-        counters = [
-            plan.opened[1].counter(number, plan.counted, len(plan.experts)) for plan in asking
+        asking = [
+            (plan, merger, plan.opened[1].counter(number, plan.counted, len(plan.experts)))
+            for plan, merger, count in zip(plans, mergers, passes, strict=True)
+            if number < count
         ]
-        reader = read([tensor for tensor in plans[0].tensors.values() if tensor.rule])
-        try:
-            for piece in reader:
-                bytes_read += sum(len(buffer) for buffer in piece.buffers)
-                for plan, counter in zip(asking, counters, strict=True):
-                    _count(plan, counter, piece, workspace)
-                if piece.is_last:
-                    yield Counted(
-                        tensor=piece.tensor.spec.name,
-                        number=number + 1,
-                        passes=max(passes),
-                        bytes_read=bytes_read,
-                    )
-        finally:
-            reader.close()
-        for plan, counter in zip(asking, counters, strict=True):
+        for plan, merger, counter in asking:
+            tensors = [tensor for tensor in plan.tensors.values() if tensor.rule]
+            reader = Ahead(reads(plan, tensors), _AHEAD_BYTES)
+            try:
+                for held in reader:
+                    piece = held.value
+                    bytes_read += sum(len(buffer) for buffer in piece.buffers)
+                    _count(merger, counter, piece)
+                    held.release()
+                    if piece.is_last:
+                        yield Counted(
+                            tensor=piece.tensor.spec.name,
+                            number=number + 1,
+                            passes=max(passes),
+                            bytes_read=bytes_read,
+                        )
+            finally:
+                reader.close()
             plan.counted |= counter.result()
     _keep(plans, store)
 
 
-def _count(plan: Plan, counter: Any, piece: Piece, workspace: Workspace) -> None:
-    tensor = plan.tensors[piece.tensor.spec.name]
-    if tensor.rule is None:
-        return
-    spec, rule = tensor.spec, tensor.rule
-    rows = (piece.start_row, piece.stop_row)
-    for base_row, raw in matrices(plan, spec, rule, *rows, piece.buffers):
-        resident = rule.needs_matrix and tensor.resident
-        try:
-            vectors = TaskVectors(raw[0], raw[1:], workspace, resident=resident)
-            counter.add(vectors, site_of(plan, spec, rule, base_row))
-        except NonFiniteValues as exc:
-            raise Merger(plan, workspace.device).non_finite(spec, exc.source) from exc
+def _count(merger: Merger, counter: Counter, piece: Piece) -> None:
+    try:
+        _, vectors = merger.open(piece)
+        counter.add(vectors, merger.site(piece))
+        vectors.close()
+    except NonFiniteValues as exc:
+        raise merger.non_finite(piece.tensor.spec, exc.source) from exc
+    piece.release(slice(0, piece.matrix_shape[0]))
 
 
 def _identity(plans: Sequence[Plan]) -> list[Any]:

@@ -10,7 +10,9 @@ GRAM_UP_TO = 2048
 
 # Private memory of the process once torch is imported and has worked: interpreter, libraries,
 # threads, allocator slack, headers, small files.
-FIXED_BYTES = 270_000_000
+FIXED_BYTES = 200_000_000
+# Room beside the largest matrix for others that are decided at the same time.
+SPARE_BYTES = 60_000_000
 # Elements of one row block; also the step of `task_vectors`.
 BLOCK_ELEMENTS = 1 << 19
 # Bytes that may wait for the disk.

@@ -1,8 +1,13 @@
-"""One tensor from stored bytes to stored bytes: task vectors, the method, the cast, the row."""
+"""One tensor from stored bytes to stored bytes: task vectors, the method, the cast, the row.
+
+In two steps, so that threads can work ahead: `prepare` decides (the costly part, in any order),
+`finish` writes (in file order). Every operation runs on one thread, so the number of threads
+changes no bit of the result.
+"""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,172 +15,244 @@ from torch import Tensor
 
 from .errors import NonFiniteError
 from .methods import Rule, Site, Update
-from .methods.base import MergeMethod
 from .plan import Plan, PlannedTensor
 from .report import combine_slices, tensor_entry
 from .rounding import Kept, block_seed, cast
 from .specs import DTYPES, TensorSpec
 from .task_vectors import NonFiniteValues, TaskVectors, Workspace, as_tensor
 
+# A tensor merged by rows is cut into pieces of about this many bytes.
+PIECE_BYTES = 64_000_000
+
 
 @dataclass(frozen=True, slots=True)
-class Output:
-    """Where merged bytes go.
+class Piece:
+    """Some rows of a tensor, read; for a stack [E, m, n] to decompose, one of its matrices.
 
     Attributes:
-        write: takes the next bytes of the file.
-        sample: called when much memory is in use.
+        tensor: as planned.
+        start_row, stop_row: which rows (first axis) the buffers hold.
+        is_last: whether these are the tensor's last rows.
+        buffers: stored bytes of the base, then of each expert; of the base alone if carried.
+        release: told which rows of the buffers are not needed for a while.
     """
 
-    write: Callable[[memoryview], None]
-    sample: Callable[[], None]
+    tensor: PlannedTensor
+    start_row: int
+    stop_row: int
+    is_last: bool
+    buffers: list[memoryview]
+    release: Callable[[slice], None] = lambda rows: None
+
+    @property
+    def first_row(self) -> int:
+        """Row of the whole tensor, as a matrix, where this piece begins; for seeds."""
+        return self.start_row * (self.matrix_shape[0] if self.is_slice else 1)
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether this is one matrix of a stack [E, m, n] that is decomposed."""
+        rule = self.tensor.rule
+        return rule is not None and rule.needs_matrix and len(self.tensor.spec.shape) == 3
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix that these rows make."""
+        spec = self.tensor.spec
+        if self.is_slice:
+            return spec.shape[1], spec.shape[2]
+        return self.stop_row - self.start_row, spec.matrix_shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A piece with its decision; None for a piece that is carried through."""
+
+    piece: Piece
+    base: Tensor | None = None
+    vectors: TaskVectors | None = None
+    update: Update | None = None
 
 
 @dataclass(slots=True)
-class _Tensor:
+class _Row:
     """What is known of a tensor while its pieces come."""
 
-    kept: Kept
-    gates: list[dict[str, Any]]
-    rules: list[str]
-    warnings: list[str]
+    kept: Kept = field(default_factory=Kept)
+    gates: list[dict[str, Any]] = field(default_factory=list)
+    rules: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 class Merger:
-    """Merges the tensors of a plan, one piece at a time, in file order.
+    """Merges the pieces of a plan's tensors.
 
     Args:
         plan: without problems.
         device: where the arithmetic happens.
+        sample: called when much memory is in use.
     """
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    def __init__(
+        self, plan: Plan, device: torch.device, sample: Callable[[], None] = lambda: None
+    ) -> None:
         self.device = device
         self._plan = plan
-        self._method: MergeMethod = plan.opened[1]
-        self._workspace = Workspace(device)
+        self._method = plan.opened[1]
+        self._workspace = Workspace(device, plan.working_bytes)
         self._seed = plan.options.seed
-        self._state: _Tensor | None = None
+        self._layers = plan.layers
+        self._stochastic = plan.options.rounding == "stochastic"
+        self._sample = sample
+        self._row: _Row | None = None
 
-    def merge(
-        self,
-        tensor: PlannedTensor,
-        start_row: int,
-        stop_row: int,
-        buffers: list[memoryview],
-        output: Output,
-        *,
-        last: bool,
+    def prepare(self, piece: Piece) -> Prepared:
+        """Compute the task vectors of a piece and let the method decide. Safe in any thread.
+
+        Raises:
+            NonFiniteError: a weight is NaN or infinite.
+        """
+        if piece.tensor.rule is None:
+            return Prepared(piece)
+        try:
+            return self.decide(piece, *self.open(piece))
+        except NonFiniteValues as exc:
+            raise self.non_finite(piece.tensor.spec, exc.source) from exc
+
+    def open(self, piece: Piece) -> tuple[Tensor, TaskVectors]:
+        """Return the base as stored and the task vectors of a piece that is merged.
+
+        Raises:
+            NonFiniteValues: some task vector is not finite.
+        """
+        torch.set_num_threads(1)
+        rule, spec = piece.tensor.rule, piece.tensor.spec
+        dtypes = [source.tensors[spec.name].spec.dtype for source in self._plan.checkpoints]
+        raw = [
+            as_tensor(buffer, dtype, piece.matrix_shape)
+            for buffer, dtype in zip(piece.buffers, dtypes, strict=True)
+        ]
+        resident = rule is not None and rule.needs_matrix and piece.tensor.resident
+        return raw[0], TaskVectors(
+            raw[0], raw[1:], self._workspace, resident=resident, release=piece.release
+        )
+
+    def decide(self, piece: Piece, base: Tensor, vectors: TaskVectors) -> Prepared:
+        """Let the method decide about a piece that is open.
+
+        Raises:
+            NonFiniteValues: some task vector is not finite.
+        """
+        site = self.site(piece)
+        if site.rule.needs_matrix and vectors.is_zero():
+            update = Update(lambda block, stack: torch.zeros_like(stack[0]), "copy")
+        else:
+            update = self._method.merge(vectors, site)
+            self._sample()
+        return Prepared(piece, base, vectors, update)
+
+    def site(self, piece: Piece) -> Site:
+        """Return where a piece is, as a method sees it."""
+        spec, rule = piece.tensor.spec, piece.tensor.rule
+        if rule is None:
+            raise RuntimeError(f"{spec.name} is not merged")
+        return Site(
+            rule,
+            self._plan.weights,
+            block_seed(self._seed, spec.name, -1),
+            spec=spec,
+            start_row=piece.first_row,
+            layers=self._layers,
+            counted=self._plan.counted,
+        )
+
+    def finish(
+        self, prepared: Prepared, write: Callable[[memoryview], None]
     ) -> dict[str, Any] | None:
-        """Merge rows of a tensor and write them; return its report row after the last ones.
+        """Write a prepared piece; return the tensor's row of the report after its last one.
 
         Args:
-            tensor: as planned.
-            start_row, stop_row: which rows the buffers hold.
-            buffers: the stored bytes of the base, then of each expert.
-            output: where the merged bytes go.
-            last: whether these are the tensor's last rows.
+            prepared: in file order.
+            write: takes the next bytes of the file.
 
         Raises:
             NonFiniteError: a weight is NaN or infinite, or overflows the output dtype.
         """
-        spec, rule = tensor.spec, tensor.rule
+        piece = prepared.piece
+        spec, rule = piece.tensor.spec, piece.tensor.rule
         if rule is None:
-            output.write(buffers[0])
-            return self.carried(spec) if last else None
-        for base_row, raw in matrices(self._plan, spec, rule, start_row, stop_row, buffers):
-            try:
-                resident = rule.needs_matrix and tensor.resident
-                vectors = TaskVectors(raw[0], raw[1:], self._workspace, resident=resident)
-                self.merge_matrix(tensor, rule, vectors, raw[0], base_row, output)
-            except NonFiniteValues as exc:
-                raise self.non_finite(spec, exc.source) from exc
-        return self.entry(tensor, rule) if last else None
+            write(piece.buffers[0])
+            return self.carried(spec) if piece.is_last else None
+        vectors = prepared.vectors
+        if vectors is None:
+            raise RuntimeError("this piece was not prepared")
+        torch.set_num_threads(1)
+        try:
+            for rows in vectors.blocks():
+                self.write_rows(prepared, rows, vectors.stack(rows), vectors.base(rows), write)
+                piece.release(rows)
+        except NonFiniteValues as exc:
+            raise self.non_finite(spec, exc.source) from exc
+        self._sample()
+        entry = self.end(prepared)
+        vectors.close()
+        return entry
 
-    def merge_matrix(
+    def write_rows(
         self,
-        tensor: PlannedTensor,
-        rule: Rule,
-        vectors: TaskVectors,
-        base_raw: Tensor,
-        base_row: int,
-        output: Output,
+        prepared: Prepared,
+        rows: slice,
+        stack: Tensor,
+        base: Tensor,
+        write: Callable[[memoryview], None],
     ) -> None:
-        """Merge and write one matrix, or some rows of one.
+        """Merge, cast and write a row block.
 
         Args:
-            tensor: as planned.
-            rule: its rule, which is not None.
-            vectors: the task vectors, shared by all methods of a comparison.
-            base_raw: the base's rows as stored.
-            base_row: which row of the tensor is their first.
-            output: where the merged bytes go.
+            prepared: what was decided.
+            rows: of the piece.
+            stack, base: the task vectors and W0 there.
+            write: takes the next bytes of the file.
 
         Raises:
-            NonFiniteValues: some task vector is not finite.
-            NonFiniteError: the output dtype overflows.
+            NonFiniteError: a weight overflows the output dtype.
         """
-        spec = tensor.spec
-        if self._state is None:
-            self._state = _Tensor(Kept(), [], [], [])
-        if rule.needs_matrix and vectors.is_zero():
-            update = Update(lambda block, stack: torch.zeros_like(stack[0]), "copy")
+        piece, vectors, update = prepared.piece, prepared.vectors, prepared.update
+        if vectors is None or update is None or prepared.base is None:
+            raise RuntimeError("this piece was not prepared")
+        if self._row is None:
+            self._row = _Row()
+        delta = update.rows(rows, stack)
+        if vectors.is_zero(rows):
+            merged = prepared.base[rows].to(self._dtype(piece))  # signed zeros included
         else:
-            update = self._method.merge(vectors, self.site(tensor, rule, base_row))
-        output.sample()
-        self._write(spec, vectors, update, base_raw, base_row, output)
-        state = self._state_of()
-        state.rules.append("copy" if vectors.is_zero() else update.rule)
-        state.warnings += [text for text in update.warnings if text not in state.warnings]
+            merged = cast(base + delta, self._dtype(piece), seed=self._cast_seed(piece, rows))
+        self._row.kept.add(delta, merged.to(base.device, torch.float32) - base)
+        if self._row.kept.overflowed:
+            raise _overflow(piece.tensor.spec)
+        write(_bytes_of(merged))
+
+    def end(self, prepared: Prepared) -> dict[str, Any] | None:
+        """Note that a piece is written; return the tensor's row of the report after its last."""
+        piece, vectors, update = prepared.piece, prepared.vectors, prepared.update
+        if vectors is None or update is None or piece.tensor.rule is None:
+            raise RuntimeError("this piece was not prepared")
+        row = self._row or _Row()
+        row.rules.append("copy" if vectors.is_zero() else update.rule)
+        row.warnings += [text for text in update.warnings if text not in row.warnings]
         if update.gates:
-            state.gates.append(dict(update.gates))
+            row.gates.append(dict(update.gates))
+        self._row = None if piece.is_last else row
+        return _entry(piece.tensor.spec, piece.tensor.rule, row) if piece.is_last else None
 
-    def site(self, tensor: PlannedTensor, rule: Rule, base_row: int) -> Site:
-        """Return where rows of a tensor are, as its method sees it."""
-        return site_of(self._plan, tensor.spec, rule, base_row)
+    def _dtype(self, piece: Piece) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, DTYPES[piece.tensor.spec.dtype].torch_name)
+        return dtype
 
-    def entry(self, tensor: PlannedTensor, rule: Rule) -> dict[str, Any]:
-        """Return the row of the report of the tensor that was merged last, and forget it."""
-        state, self._state = self._state_of(), None
-        return _entry(tensor.spec, rule, state)
-
-    def _write(
-        self,
-        spec: TensorSpec,
-        vectors: TaskVectors,
-        update: Update,
-        base_raw: Tensor,
-        base_row: int,
-        output: Output,
-    ) -> None:
-        dtype = getattr(torch, DTYPES[spec.dtype].torch_name)
-        kept = self._state_of().kept
-        stochastic = self._plan.options.rounding == "stochastic"
-        for number, rows in enumerate(vectors.blocks()):
-            stack = vectors.stack(rows)
-            base = vectors.base(rows)
-            delta = update.rows(rows, stack)
-            if vectors.is_zero(rows):
-                merged = base_raw[rows].to(dtype)  # the base's own bits, signed zeros included
-            else:
-                seed = (
-                    block_seed(self._seed, spec.name, base_row + rows.start) if stochastic else None
-                )
-                merged = cast(base + delta, dtype, seed=seed)
-            kept.add(delta, merged.to(base.device, torch.float32) - base)
-            if kept.overflowed:
-                raise NonFiniteError(
-                    f"{spec.name} overflows {DTYPES[spec.dtype].torch_name} after the merge. "
-                    "Give --dtype bfloat16 or float32, or smaller parameters."
-                )
-            output.write(_bytes_of(merged))
-            if number == 0:
-                output.sample()
-
-    def _state_of(self) -> _Tensor:
-        if self._state is None:
-            raise RuntimeError("no tensor is being merged")
-        return self._state
+    def _cast_seed(self, piece: Piece, rows: slice) -> int | None:
+        if not self._stochastic:
+            return None
+        return block_seed(self._seed, piece.tensor.spec.name, piece.first_row + rows.start)
 
     def carried(self, spec: TensorSpec) -> dict[str, Any]:
         """Return the row of the report of a tensor that is not merged."""
@@ -193,45 +270,27 @@ class Merger:
         )
 
 
-def site_of(plan: Plan, spec: TensorSpec, rule: Rule, base_row: int) -> Site:
-    """Return where rows of a tensor are, as a method sees it."""
-    return Site(
-        rule,
-        plan.weights,
-        block_seed(plan.options.seed, spec.name, -1),
-        spec=spec,
-        start_row=base_row,
-        layers=plan.layers,
-        counted=plan.counted,
-    )
+def row_ranges(tensor: PlannedTensor) -> Iterator[tuple[int, int, bool]]:
+    """Yield (start row, stop row, last) of the pieces that a tensor is read in.
 
-
-def matrices(
-    plan: Plan,
-    spec: TensorSpec,
-    rule: Rule,
-    start_row: int,
-    stop_row: int,
-    buffers: Sequence[memoryview],
-) -> Iterator[tuple[int, list[Tensor]]]:
-    """Yield each matrix to merge: its first row, and the stored tensors of base and experts.
-
-    A stack [E, m, n] that is decomposed comes slice by slice, everything else as one.
+    The cut depends on the tensor alone, so that it changes no bit whatever the machine.
     """
-    dtypes = [source.tensors[spec.name].spec.dtype for source in plan.checkpoints]
-    stored = list(zip(buffers, dtypes, strict=True))
-    if rule.needs_matrix and len(spec.shape) == 3:
-        count, m, n = spec.shape
-        for e in range(count):
-            yield e * m, [_slice(buffer, dtype, (m, n), e) for buffer, dtype in stored]
-    else:
-        shape = (stop_row - start_row, spec.matrix_shape[1])
-        yield start_row, [as_tensor(buffer, dtype, shape) for buffer, dtype in stored]
+    rows, _ = tensor.spec.matrix_shape
+    step = max(rows, 1)
+    if tensor.rule is not None and tensor.rule.needs_matrix:
+        step = 1 if len(tensor.spec.shape) == 3 else step
+    elif tensor.rule is None or tensor.rule.in_pieces:
+        step = max(PIECE_BYTES * rows // max(tensor.spec.nbytes, 1) // 16 * 16, 16)
+    starts = range(0, max(rows, 1), step)
+    for start in starts:
+        yield start, min(start + step, rows), start == starts[-1]
 
 
-def _slice(buffer: memoryview, dtype: str, shape: tuple[int, int], part: int) -> Tensor:
-    size = shape[0] * shape[1] * DTYPES[dtype].nbytes
-    return as_tensor(buffer[part * size : (part + 1) * size], dtype, shape)
+def _overflow(spec: TensorSpec) -> NonFiniteError:
+    return NonFiniteError(
+        f"{spec.name} overflows {DTYPES[spec.dtype].torch_name} after the merge. "
+        "Give --dtype bfloat16 or float32, or smaller parameters."
+    )
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -239,23 +298,23 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's stubs lack Buffer on 3.11
 
 
-def _entry(spec: TensorSpec, rule: Rule, state: _Tensor) -> dict[str, Any]:
-    kept = state.kept
+def _entry(spec: TensorSpec, rule: Rule, row: _Row) -> dict[str, Any]:
     gates: dict[str, Any] = {}
-    if len(state.gates) == 1 and len(state.rules) == 1:
-        gates = state.gates[0]
-    elif state.gates:
-        gates = combine_slices(state.gates)
-    applied = [name for name in state.rules if name != "copy"]
+    if len(row.gates) == 1 and len(row.rules) == 1:
+        gates = row.gates[0]
+    elif row.gates:
+        gates = combine_slices(row.gates)
+    applied = [name for name in row.rules if name != "copy"]
     return tensor_entry(
         **gates,
         name=spec.name,
         role=rule.role.value,
         shape=list(spec.shape),
+        dtype=spec.dtype,
         rule=Counter(applied).most_common(1)[0][0] if applied else "copy",
-        update_norm=kept.update_norm,
-        kept_norm=kept.kept_norm,
-        kept_cosine=kept.kept_cosine,
-        changed_fraction=kept.changed_fraction,
-        warnings=state.warnings,
+        update_norm=row.kept.update_norm,
+        kept_norm=row.kept.kept_norm,
+        kept_cosine=row.kept.kept_cosine,
+        changed_fraction=row.kept.changed_fraction,
+        warnings=row.warnings,
     )

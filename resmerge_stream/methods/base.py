@@ -59,6 +59,9 @@ class Update:
     warnings: tuple[str, ...] = ()
 
 
+NO_TENSOR = TensorSpec("", "F32", ())
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """Where in the model a merge happens; the only thing a method knows beside the numbers.
@@ -76,7 +79,7 @@ class Site:
     rule: Rule
     weights: tuple[float, ...]
     seed: int = 0
-    spec: TensorSpec = TensorSpec("", "F32", ())
+    spec: TensorSpec = NO_TENSOR
     start_row: int = 0
     layers: int = 0
     counted: Mapping[str, Any] = field(default_factory=dict)

@@ -51,10 +51,7 @@ class Widen(MergeMethod):
         scores = sum(self._scores(_ranks(x)) for x in _column_changes(vectors, by_row)) * 0.5
 
         def rows(block: slice, stack: Tensor) -> Tensor:
-            if by_row:
-                factors = scores[:, block, None]
-            else:
-                factors = scores[:, None, :]
+            factors = scores[:, block, None] if by_row else scores[:, None, :]
             return (stack * factors.float()).sum(0)
 
         return Update(rows, "widen")

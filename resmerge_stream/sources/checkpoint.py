@@ -80,6 +80,10 @@ class Checkpoint(Protocol):
         """Hint that a tensor will be read soon; never blocks for long, never fails."""
         ...
 
+    def release(self, name: str, start_row: int = 0, stop_row: int | None = None) -> None:
+        """Hint that these rows were read and may leave the memory; reading them again is fine."""
+        ...
+
     def read_small(self, name: str) -> bytes:
         """Return the content of one of `small_files`."""
         ...

@@ -114,6 +114,14 @@ class LocalCheckpoint:
             start = begin - begin % mmap.PAGESIZE
             self._map(tensor.file).madvise(mmap.MADV_WILLNEED, start, end - start)
 
+    def release(self, name: str, start_row: int = 0, stop_row: int | None = None) -> None:
+        """Unmap the pages of some rows: pages of a file in memory count as private otherwise."""
+        tensor = self.tensors[name]
+        begin, end = tensor.byte_range(start_row, stop_row)
+        if begin < end and hasattr(mmap, "MADV_DONTNEED"):
+            start = begin - begin % mmap.PAGESIZE
+            self._map(tensor.file).madvise(mmap.MADV_DONTNEED, start, end - start)
+
     def read_small(self, name: str) -> bytes:
         """Return the content of one of `small_files`."""
         return _read_bounded(self._folder / name, MAX_SMALL_BYTES)
