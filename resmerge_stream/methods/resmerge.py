@@ -115,12 +115,9 @@ class ResMerge(MergeMethod):
 
     def _heads(self, vectors: TaskVectors, D: Tensor) -> list[Head | None]:
         """Return the head of every Δ_i (Eq. 6), None where Δ_i is zero."""
-        from ..spectral import top_singular
-
-        energies = D.diagonal().tolist()
         return [
-            top_singular(vectors.matrix(i), self.rank, solver=self.solver) if energy > 0 else None
-            for i, energy in enumerate(energies)
+            head_of(vectors, i, self.rank, self.solver) if energy > 0 else None
+            for i, energy in enumerate(D.diagonal().tolist())
         ]
 
     def _knobs(self, role: Role) -> Any:
@@ -139,6 +136,15 @@ class ResMerge(MergeMethod):
         if self.ablation == "residual_only":
             return [1 / count] * count, 0.0, {"branch": "residual only"}
         return a, b, {}
+
+
+def head_of(vectors: TaskVectors, i: int, rank: int, solver: str) -> Head:
+    """Return the head of Δ_i, found once for all methods that ask."""
+    from ..spectral import top_singular
+
+    return vectors.once(
+        ("head", i, rank, solver), lambda: top_singular(vectors.matrix(i), rank, solver=solver)
+    )
 
 
 def _project(vectors: TaskVectors, heads: list[Head | None]) -> tuple[Tensor, Tensor]:

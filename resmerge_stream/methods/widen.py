@@ -48,7 +48,8 @@ class Widen(MergeMethod):
         if len(site.spec.shape) < 2:
             return self._vector(vectors)
         by_row = site.rule.role is Role.EMBEDDING
-        scores = sum(self._scores(_ranks(x)) for x in _column_changes(vectors, by_row)) * 0.5
+        magnitude, direction = _column_changes(vectors, by_row)
+        scores = (self._scores(_ranks(magnitude)) + self._scores(_ranks(direction))) / 2
 
         def rows(block: slice, stack: Tensor) -> Tensor:
             factors = scores[:, block, None] if by_row else scores[:, None, :]
