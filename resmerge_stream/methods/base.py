@@ -158,9 +158,9 @@ class MergeMethod:
         """
         raise NotImplementedError
 
-    def refusal(self, experts: int) -> str:
-        """Return why so many experts cannot be merged, or an empty string."""
-        return ""
+    def check_weights(self, weights: tuple[float, ...]) -> str | None:
+        """Return what is wrong with the experts' weights, or None."""
+        return None
 
     def counting_passes(self) -> int:
         """Return how often the sources are read before the merge, for numbers of the whole model.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ..specs import TensorSpec
 from .base import MergeMethod, Rule, Site, Update, default_role, param
 from .dare import RESCALES, dropper
+from .elementwise import cancelling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +35,10 @@ class DareLinear(MergeMethod):
     rescale: str = param("inverse", "How kept entries grow", choices=RESCALES)
     reduce: str = param("sum", "Add or average", choices=("sum", "mean"))
     scale: float = param(1.0, "Factor λ of the result", minimum=-10.0, maximum=10.0)
+
+    def check_weights(self, weights: tuple[float, ...]) -> str | None:
+        """Return a problem when the weights cancel where their sum divides."""
+        return cancelling(weights) if self.reduce == "mean" else None
 
     def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
         """Return the one rule for every tensor."""

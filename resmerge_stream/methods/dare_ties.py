@@ -15,6 +15,7 @@ from ..specs import TensorSpec
 from .base import MergeMethod, Rule, Site, Update, default_role, param
 from .dare import RESCALES, dropper
 from .election import disjoint_merge
+from .elementwise import cancelling
 from .trimming import tensor_thresholds
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ class DareTies(MergeMethod):
     trim: str = param("none", "Trim by magnitude too (MergeLM)", choices=("none", "tensor"))
     reduce: str = param("mean", "Average or add what agrees", choices=("mean", "sum"))
     scale: float = param(1.0, "Factor λ of the result", minimum=-10.0, maximum=10.0)
+
+    def check_weights(self, weights: tuple[float, ...]) -> str | None:
+        """Return a problem when the weights cancel where their sum divides."""
+        return cancelling(weights) if self.reduce == "mean" else None
 
     def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
         """Return the one rule for every tensor."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..specs import TensorSpec
 from .base import MergeMethod, Rule, Site, Update, default_role, param
-from .elementwise import linear
+from .elementwise import cancelling, linear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +38,10 @@ class Karcher(MergeMethod):
     weighted: ClassVar[bool] = True
 
     scale: float = param(1.0, "Factor of the result", minimum=-10.0, maximum=10.0)
+
+    def check_weights(self, weights: tuple[float, ...]) -> str | None:
+        """Return a problem when the weights cancel where their sum divides."""
+        return cancelling(weights)
 
     def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
         """Return the one rule; directions are those of whole tensors."""

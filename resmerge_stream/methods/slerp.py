@@ -37,11 +37,11 @@ class Slerp(MergeMethod):
     )
     scale: float = param(1.0, "Factor η of the result", minimum=-10.0, maximum=10.0)
 
-    def refusal(self, experts: int) -> str:
+    def check_weights(self, weights: tuple[float, ...]) -> str | None:
         """Refuse anything but two experts."""
-        if experts == 2:
-            return ""
-        return f"slerp merges exactly 2 experts, not {experts}. Use karcher for any number."
+        if len(weights) == 2:
+            return None
+        return f"slerp merges exactly 2 experts, not {len(weights)}. Use karcher for any number."
 
     def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
         """Return the one rule; the angle is that of whole tensors."""

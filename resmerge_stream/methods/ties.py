@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..specs import TensorSpec
 from .base import Counter, MergeMethod, Rule, Site, Update, default_role, param
+from .elementwise import cancelling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +39,10 @@ class Ties(MergeMethod):
     trim: str = param("model", "Rank entries in each tensor or all", choices=("model", "tensor"))
     reduce: str = param("mean", "Average or add what agrees", choices=("mean", "sum"))
     scale: float = param(1.0, "Factor λ of the result", minimum=-10.0, maximum=10.0)
+
+    def check_weights(self, weights: tuple[float, ...]) -> str | None:
+        """Return a problem when the weights cancel where their sum divides."""
+        return cancelling(weights) if self.reduce == "mean" else None
 
     def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
         """Return the one rule for every tensor."""

@@ -34,9 +34,9 @@ class Wrapped(MergeMethod):
 
         return build_method(*parse_method(self.inner))
 
-    def refusal(self, experts: int) -> str:
+    def check_weights(self, weights: tuple[float, ...]) -> str | None:
         """Refuse what the inner method refuses."""
-        return self.wrapped.refusal(experts)
+        return self.wrapped.check_weights(weights)
 
     def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
         """Return the inner method's rule under this method's name."""
