@@ -8,19 +8,19 @@ size find the same; they are kept in the work folder, so that a resumed run need
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import StoppedError
 from .events import Counted, Event
-from .merging import Merger, Piece
+from .merging import Merger
 from .methods.base import Counter
 from .pipes import Ahead
-from .plan import Plan, PlannedTensor
+from .plan import Plan
+from .sharing import Reads, Shared, shared_reads
 from .task_vectors import NonFiniteValues
 
-Reads = Callable[[Plan, list[PlannedTensor]], Iterator[tuple[int, Callable[[], Piece]]]]
 _AHEAD_BYTES = 256_000_000
 
 
@@ -44,41 +44,41 @@ def counted(
         return
     bytes_read = 0
     for number in range(max(passes)):
-        asking = [
-            (plan, merger, plan.opened[1].counter(number, plan.counted, len(plan.experts)))
-            for plan, merger, count in zip(plans, mergers, passes, strict=True)
-            if number < count
-        ]
-        for plan, merger, counter in asking:
-            tensors = [tensor for tensor in plan.tensors.values() if tensor.rule]
-            reader = Ahead(reads(plan, tensors), _AHEAD_BYTES)
-            try:
-                for held in reader:
-                    piece = held.value
-                    bytes_read += sum(len(buffer) for buffer in piece.buffers)
-                    _count(merger, counter, piece)
-                    held.release()
-                    if piece.is_last:
-                        yield Counted(
-                            tensor=piece.tensor.spec.name,
-                            number=number + 1,
-                            passes=max(passes),
-                            bytes_read=bytes_read,
-                        )
-            finally:
-                reader.close()
-            plan.counted |= counter.result()
+        asking = [i for i, count in enumerate(passes) if number < count]
+        counters = {
+            i: plans[i].opened[1].counter(number, plans[i].counted, len(plans[i].experts))
+            for i in asking
+        }
+        names = [name for name, tensor in plans[0].tensors.items() if tensor.rule]
+        reader = Ahead(shared_reads({i: plans[i] for i in asking}, names, reads), _AHEAD_BYTES)
+        try:
+            for held in reader:
+                shared = held.value
+                bytes_read += sum(len(buffer) for buffer in shared.lead_piece.buffers)
+                _count(shared, mergers, counters)
+                held.release()
+                if shared.lead_piece.is_last:
+                    name = shared.lead_piece.tensor.spec.name
+                    yield Counted(
+                        tensor=name, number=number + 1, passes=max(passes), bytes_read=bytes_read
+                    )
+        finally:
+            reader.close()
+        for i, counter in counters.items():
+            plans[i].counted |= counter.result()
     _keep(plans, store)
 
 
-def _count(merger: Merger, counter: Counter, piece: Piece) -> None:
+def _count(shared: Shared[int], mergers: Sequence[Merger], counters: Mapping[int, Counter]) -> None:
+    lead = mergers[shared.lead]
     try:
-        _, vectors = merger.open(piece)
-        counter.add(vectors, merger.site(piece))
+        _, vectors = lead.open(shared.lead_piece)
+        for i, piece in shared.pieces.items():
+            counters[i].add(vectors, mergers[i].site(piece))
         vectors.close()
     except NonFiniteValues as exc:
-        raise merger.non_finite(piece.tensor.spec, exc.source) from exc
-    piece.release(slice(0, piece.matrix_shape[0]))
+        raise lead.non_finite(shared.lead_piece.tensor.spec, exc.source) from exc
+    shared.lead_piece.release(slice(0, shared.lead_piece.matrix_shape[0]))
 
 
 def _identity(plans: Sequence[Plan]) -> list[Any]:

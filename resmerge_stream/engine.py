@@ -62,10 +62,10 @@ def run_merge(
     out = Path(out).expanduser()
     plan.raise_if_refused()
     if target_state(out, plan.plan_hash).finished:
-        yield Finished(where=str(out), report=_read_report(out), already_there=True)
+        yield Finished(where=str(out), report=read_report(out), already_there=True)
         return
     root = Path(work_dir).expanduser() if work_dir is not None else default_work_dir()
-    target = f"{plan.plan_hash}-{_target_key(out)}"
+    target = f"{plan.plan_hash}-{target_key(out)}"
     identity = {f"{i} {source.id}": source.identity for i, source in enumerate(plan.checkpoints)}
     sink = FolderSink(out, plan.plan_hash, root / target, identity)
     try:
@@ -105,7 +105,7 @@ def _run(plan: Plan, sink: Sink, work_dir: Path) -> Iterator[Event]:
         plan,
         progress.entries,
         progress.files,
-        environment=_environment(merger.device),
+        environment=environment(merger.device),
         seconds=time.monotonic() - progress.started,
         bytes_read=progress.bytes_read,
         bytes_written=progress.bytes_written,
@@ -226,7 +226,8 @@ def _releaser(
     return release
 
 
-def _environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what the numbers may depend on beside the sources: versions, device, threads."""
     return {
         "resmerge_stream": __version__,
         "torch": str(torch.__version__),
@@ -235,13 +236,15 @@ def _environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _target_key(out: Path) -> str:
+def target_key(out: Path) -> str:
+    """Return what tells an output folder from another, for the name of its work folder."""
     import hashlib
 
     return hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]
 
 
-def _read_report(out: Path) -> dict[str, Any]:
+def read_report(out: Path) -> dict[str, Any]:
+    """Return the report of a finished output folder."""
     import json
 
     report: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))

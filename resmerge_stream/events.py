@@ -47,6 +47,20 @@ class Counted(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Analysed(Event):
+    """A tensor was analysed; nothing is written for it.
+
+    Attributes:
+        tensor: its name.
+        bytes_read: of this run so far.
+    """
+
+    name: ClassVar[str] = "analysed"
+    tensor: str
+    bytes_read: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorMerged(Event):
     """A tensor was merged, cast and handed to the writer.
 

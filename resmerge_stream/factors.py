@@ -83,6 +83,19 @@ def thin_svd(matrix: Tensor, keep: int | None = None) -> Factors:
     return Factors(left.to(kind).contiguous(), norms.cpu(), right.to(kind).contiguous())
 
 
+def singular_values(matrix: Tensor) -> Tensor:
+    """Return all singular values, float64, largest first, on the CPU; zeros below the rank.
+
+    Args:
+        matrix: shape (m, n), float32.
+    """
+    m, n = matrix.shape
+    values = torch.linalg.eigvalsh(_gram(matrix if m >= n else matrix.T))
+    sigma = values.clamp_min(0).sqrt().flip(0).cpu()
+    largest = sigma.max() if len(sigma) else 0.0
+    return torch.where(sigma > RANK_TOLERANCE * largest, sigma, 0.0)
+
+
 def polar(columns: Tensor) -> Tensor:
     """Return the nearest matrix with orthonormal columns, A·(AᵀA)^(−1/2), float32, shape (m, K).
 

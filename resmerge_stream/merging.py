@@ -98,7 +98,7 @@ class Merger:
     ) -> None:
         self.device = device
         self._plan = plan
-        self._method = plan.opened[1]
+        self.method = plan.opened[1]
         self._workspace = Workspace(device, plan.working_bytes)
         self._seed = plan.options.seed
         self._layers = plan.layers
@@ -147,7 +147,7 @@ class Merger:
         if site.rule.needs_matrix and vectors.is_zero():
             update = Update(lambda block, stack: torch.zeros_like(stack[0]), "copy")
         else:
-            update = self._method.merge(vectors, site)
+            update = self.method.merge(vectors, site)
             self._sample()
         return Prepared(piece, base, vectors, update)
 
@@ -205,8 +205,8 @@ class Merger:
         stack: Tensor,
         base: Tensor,
         write: Callable[[memoryview], None],
-    ) -> None:
-        """Merge, cast and write a row block.
+    ) -> Tensor:
+        """Merge, cast and write a row block; return its ΔW.
 
         Args:
             prepared: what was decided.
@@ -231,6 +231,7 @@ class Merger:
         if self._row.kept.overflowed:
             raise _overflow(piece.tensor.spec)
         write(_bytes_of(merged))
+        return delta
 
     def end(self, prepared: Prepared) -> dict[str, Any] | None:
         """Note that a piece is written; return the tensor's row of the report after its last."""
@@ -256,7 +257,7 @@ class Merger:
 
     def carried(self, spec: TensorSpec) -> dict[str, Any]:
         """Return the row of the report of a tensor that is not merged."""
-        role = self._method.rule_for(spec, len(self._plan.experts)).role.value
+        role = self.method.rule_for(spec, len(self._plan.experts)).role.value
         return tensor_entry(
             name=spec.name, role=role, shape=list(spec.shape), rule="carried", changed_fraction=0.0
         )

@@ -95,7 +95,7 @@ class ResMerge(MergeMethod):
 
         D = vectors.gram()
         heads = self._heads(vectors, D)
-        V, Y = _project(vectors, heads, D)
+        V, Y = project_heads(vectors, heads, D)
         _, Q, G = residual_gram(vectors, D, V, Y)
         report = _head_report(heads, self.rank)
         scale = D.diagonal()
@@ -150,7 +150,9 @@ def head_of(vectors: TaskVectors, i: int, rank: int, solver: str, energy: float)
     return vectors.once(("head", i, rank, solver), find)
 
 
-def _project(vectors: TaskVectors, heads: list[Head | None], D: Tensor) -> tuple[Tensor, Tensor]:
+def project_heads(
+    vectors: TaskVectors, heads: list[Head | None], D: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return V of shape (n, N·k) and Y_j = Δ_j V of shape (N, m, N·k).
 
     Both are float64 where a head holds most of an update, else float32.
