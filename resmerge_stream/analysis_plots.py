@@ -126,7 +126,8 @@ def comparison_png(table: Mapping[str, Any]) -> bytes:
         ax.set_title("Cosine between updates")
         for y, line in enumerate(together):
             for x, value in enumerate(line):
-                ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7)
+                ink = "white" if abs(value) > 0.7 else "black"
+                ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)
         figure.colorbar(image, ax=ax)
     return _png(figure)
 

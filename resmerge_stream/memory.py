@@ -6,7 +6,7 @@ Numbers without torch: measured constants (docs/performance.md) and counts of el
 # Up to this short side a dense SVD costs less than Lanczos steps, in time and in memory.
 DENSE_UP_TO = 96
 # Above this short side the float64 Gram matrix of the fallback would dominate the memory.
-GRAM_UP_TO = 2048
+GRAM_UP_TO = 1024
 # Up to this short side the factors of a whole SVD are kept in float64: whitening nearly collinear
 # directions of several experts enlarges float32's noise by the inverse of their distance.
 DOUBLE_UP_TO = 2048
