@@ -25,9 +25,10 @@ from .errors import RecipeError
 from .events import Analysed, Event, Finished, Planned
 from .factors import singular_values
 from .memory import svd_bytes
-from .merging import Merger, Piece
+from .merging import Merger
 from .methods.gates import Knobs, decide
 from .methods.resmerge import head_of, project_heads, residual_gram
+from .pieces import Piece
 from .pipes import Ahead
 from .plan import Options, Plan, matrix_of, plan_merge
 from .recipe import ModelRef, Recipe

@@ -16,7 +16,8 @@ from .errors import NonFiniteError
 from .events import Event, Finished, Planned, Published, ShardFinished, TensorMerged
 from .layout import Shard
 from .memory import WRITE_QUEUE_BYTES
-from .merging import Merger, Piece, Prepared, row_ranges
+from .merging import Merger, Prepared
+from .pieces import Piece, row_ranges
 from .pipes import Ahead, Held, WriteBehind
 from .plan import Plan, PlannedTensor
 from .report import build_report

@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from .merging import Piece
+from .pieces import Piece
 from .plan import Plan, PlannedTensor
 
 Reads = Callable[[Plan, list[PlannedTensor]], Iterator[tuple[int, Callable[[], Piece]]]]

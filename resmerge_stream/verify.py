@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from .errors import RecipeError, VerificationError, listed
-from .merging import Merger, Piece, row_ranges
+from .merging import Merger
+from .pieces import Piece, row_ranges
 from .plan import Options, Plan, plan_merge
 from .recipe import ModelRef, Recipe, load_recipe
 from .sinks.folder import REPORT
