@@ -69,7 +69,7 @@ def run_comparison(
                 where = _publish(run, label, method, reports[label])
                 yield Published(where=where)
         ordered = {label: reports[label] for label in comparison.plans}
-        similarity = run.similarity.table() if not done else None
+        similarity = run.similarity.table() if not done else _earlier(comparison)
         files = comparison_files(ordered, similarity, peak=comparison.peak_memory_bytes)
         write_files(out, files)
         table = json.loads(files["comparison.json"])
@@ -83,6 +83,17 @@ def _finished(comparison: Comparison) -> dict[str, Any]:
         for label, plan in comparison.plans.items()
         if target_state(comparison.out / label, plan.plan_hash).finished
     }
+
+
+def _earlier(comparison: Comparison) -> dict[str, Any] | None:
+    """Return the likeness of the updates from the table of an earlier run of this comparison."""
+    try:
+        table = json.loads((comparison.out / "comparison.json").read_text(encoding="utf-8"))
+        labels = [row["label"] for row in table["methods"]]
+        found: dict[str, Any] | None = table["similarity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if labels == list(comparison.plans) else None
 
 
 def _open(
@@ -118,8 +129,10 @@ def _merge_all(run: Run) -> Iterator[Event]:
         made: dict[str, dict[str, Any]] = {}
         if missing:
             made = yield from merge_shard(run, number, missing)
+        entries = {label: kept[label] or made[label] for label in run.methods}
+        run.similarity.include(next(iter(entries.values())).get("similarity"))
         for label, method in run.methods.items():
-            entry = kept[label] or made[label]
+            entry = entries[label]
             method.entries += entry["tensors"]
             method.files.append({key: entry[key] for key in ("name", "size", "sha256")})
             yield ShardFinished(

@@ -36,6 +36,18 @@ class Similarity:
             return
         self._gram += block_gram(torch.cat([torch.stack(list(updates.values())), stack]))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the sums as plain data, for the journal of a shard."""
+        gram = self._gram.tolist() if self._complete else None
+        return {"labels": self._labels, "gram": gram}
+
+    def include(self, other: Mapping[str, Any] | None) -> None:
+        """Add the sums of a shard, of this run or of the one that it continues."""
+        if not other or other["labels"] != self._labels or other["gram"] is None:
+            self._complete = False
+        else:
+            self._gram += torch.tensor(other["gram"], dtype=torch.float64)
+
     def table(self) -> dict[str, Any] | None:
         """Return norms and cosines, or None where not all updates were seen together."""
         if not self._complete:
@@ -99,12 +111,12 @@ def _row(
     norm = math.sqrt(sum((entry["update_norm"] or 0.0) ** 2 for entry in entries))
     sizes = [(math.prod(e["shape"]), e["changed_fraction"]) for e in entries]
     changed = sum(size * (share or 0.0) for size, share in sizes)
-    relative = norm / similarity["mean_expert_norm"] if similarity else None
+    expert = similarity["mean_expert_norm"] if similarity else 0.0
     return {
         "label": label,
         "method": report["method"],
         "update_norm": norm,
-        "relative_norm": relative if similarity and similarity["mean_expert_norm"] else None,
+        "relative_norm": norm / expert if expert > 0 else None,
         "kept_norm": summary["kept_norm"],
         "kept_cosine": summary["kept_cosine"],
         "changed_fraction": changed / max(sum(size for size, _ in sizes), 1),

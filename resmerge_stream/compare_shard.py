@@ -16,7 +16,6 @@ from .engine import READ_AHEAD_BYTES, reads, workers
 from .events import Event, TensorMerged
 from .memory import WRITE_QUEUE_BYTES
 from .merging import Merger, Prepared
-from .pieces import Piece
 from .pipes import Ahead, WriteBehind
 from .sharing import Shared, shared_reads
 from .sinks import ShardWriter, Sink
@@ -68,6 +67,7 @@ def merge_shard(
     """Merge one shard by several methods; the generator's value is their journal entries."""
     shards = {label: run.comparison.plans[label].shards[number] for label in labels}
     entries: dict[str, list[dict[str, Any]]] = {label: [] for label in labels}
+    similarity = Similarity(list(labels), len(run.comparison.first.experts))
     finished: set[str] = set()
     with contextlib.ExitStack() as threads:
         writers: dict[str, ShardWriter] = {}
@@ -81,7 +81,7 @@ def merge_shard(
         for decided in _decided(
             run, labels, [spec.name for spec in shards[labels[0]].tensors], threads
         ):
-            for label, entry in _finish(run, decided, writers, queues):
+            for label, entry in _finish(run, decided, writers, queues, similarity):
                 entries[label].append(entry)
                 spec = run.comparison.plans[label].tensors[entry["name"]].spec
                 run.methods[label].bytes_written += spec.nbytes
@@ -103,6 +103,7 @@ def merge_shard(
                 "size": shard.nbytes,
                 "sha256": sha256,
                 "tensors": entries[label],
+                "similarity": similarity.to_dict(),
             }
             run.methods[label].sink.keep(shard, made[label])
     return made
@@ -163,6 +164,7 @@ def _finish(
     decided: _Decided,
     writers: Mapping[str, ShardWriter],
     queues: Mapping[str, WriteBehind],
+    similarity: Similarity,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Write a piece by every method; yield the rows of the reports after a tensor's last one."""
     vectors, prepared = decided.vectors, decided.prepared
@@ -180,7 +182,7 @@ def _finish(
     for label, seconds in decided.seconds.items():
         run.methods[label].seconds += seconds
     writes = {label: put(label) for label in prepared}
-    _write_rows(run, decided.shared.lead_piece, vectors, prepared, writes)
+    _write_rows(run, decided, vectors, writes, similarity)
     run.sample()
     for label, one in prepared.items():
         entry = run.methods[label].merger.end(one)
@@ -191,20 +193,20 @@ def _finish(
 
 def _write_rows(
     run: Run,
-    piece: Piece,
+    decided: _Decided,
     vectors: TaskVectors,
-    prepared: Mapping[str, Prepared],
     write: Mapping[str, Callable[[memoryview], None]],
+    similarity: Similarity,
 ) -> None:
     torch.set_num_threads(1)
     for rows in vectors.blocks():
         stack, base = vectors.stack(rows), vectors.base(rows)
         updates: dict[str, Tensor] = {}
-        for label, one in prepared.items():
+        for label, one in decided.prepared.items():
             started = time.monotonic()
             merger = run.methods[label].merger
             updates[label] = merger.write_rows(one, rows, stack, base, write[label])
             run.methods[label].seconds += time.monotonic() - started
         if not vectors.is_zero(rows):
-            run.similarity.add(updates, stack)
-        piece.release(rows)
+            similarity.add(updates, stack)
+        decided.shared.lead_piece.release(rows)
