@@ -32,7 +32,12 @@ _GATES = (
 
 def say(text: str) -> None:
     """Print a line for people, on standard error."""
-    print(text, file=sys.stderr)
+    print(plain(text), file=sys.stderr)
+
+
+def plain(text: str) -> str:
+    """Return text without control characters: names come from strangers' files."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def failed(error: ResMergeError, *, as_json: bool) -> None:
@@ -46,9 +51,9 @@ def failed(error: ResMergeError, *, as_json: bool) -> None:
 def show_plan(plan: Plan) -> None:
     """Print a plan: problems first."""
     for problem in plan.problems:
-        print(f"problem: {problem}")
+        print(plain(f"problem: {problem}"))
     for warning in plan.warnings:
-        print(f"warning: {warning}")
+        print(plain(f"warning: {warning}"))
     if plan.tensors:
         rules = ", ".join(f"{count} {rule}" for rule, count in plan.by_rule().items())
         print(f"tensors:  {len(plan.tensors)} ({rules})")

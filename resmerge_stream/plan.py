@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -404,7 +405,7 @@ def _check_target(plan: Plan, out: Path, found: Findings) -> None:
 def _lasting_name(ref: ModelRef) -> str:
     """Return a folder's absolute path, so that the working directory does not matter."""
     folder = Path(ref.id).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else str(ref)
+    return str(folder.resolve()) if os.path.isdir(folder) else str(ref)
 
 
 __all__ = ["Options", "Plan", "PlannedTensor", "Role", "matrix_of", "plan_merge"]

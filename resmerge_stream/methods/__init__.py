@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import RecipeError, listed
+from ..errors import RecipeError, listed, shown
 from .base import MergeMethod, Rule, Site, Update
 
 __all__ = ["MergeMethod", "Rule", "Site", "Update", "build_method", "find_methods"]
@@ -103,14 +103,14 @@ def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
     if kind is str:
         if not isinstance(value, str) or (meta["choices"] and value not in meta["choices"]):
             raise RecipeError(
-                f"{key} must be one of {listed(meta['choices'])}, not {str(value)[:80]!r}."
+                f"{key} must be one of {listed(meta['choices'])}, not {shown(value)}."
             )
         return value
     if kind is bool:
         words = {"true": True, "false": False, "yes": True, "no": False}
         value = words.get(value.lower(), value) if isinstance(value, str) else value
         if not isinstance(value, bool):
-            raise RecipeError(f"{key} must be true or false, not {str(value)[:80]!r}.")
+            raise RecipeError(f"{key} must be true or false, not {shown(value)}.")
         return value
     number = _number(value)
     low, high = meta["minimum"], meta["maximum"]
@@ -122,7 +122,7 @@ def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
         or (low is not None and number < low)
         or (high is not None and number > high)
     ):
-        raise RecipeError(f"{key} must be {whole}{bounds}, not {str(value)[:80]!r}.")
+        raise RecipeError(f"{key} must be {whole}{bounds}, not {shown(value)}.")
     return kind(number)
 
 

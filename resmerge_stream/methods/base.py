@@ -188,7 +188,10 @@ class MergeMethod:
 
 def is_matrix(spec: TensorSpec, role: Role) -> bool:
     """Return whether a tensor is a matrix to decompose, or a stack of them ([E, m, n])."""
-    return role in MATRIX_ROLES and len(spec.shape) in (2, 3) and 0 not in spec.shape
+    if role not in MATRIX_ROLES or 0 in spec.shape:
+        return False
+    # Of three axes only stacks of real matrices count, not the kernels of a convolution.
+    return len(spec.shape) == 2 or (len(spec.shape) == 3 and min(spec.shape[1:]) > 4)
 
 
 def default_role(spec: TensorSpec) -> Role:

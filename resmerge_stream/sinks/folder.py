@@ -40,9 +40,12 @@ def target_state(out: Path, plan_hash: str) -> TargetState:
         out: the folder, which may not exist.
         plan_hash: of the plan that wants to write there.
     """
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not os.path.isdir(out):
         return TargetState(f"{str(out)!r} is a file. Choose another --out.")
-    names = os.listdir(out) if out.is_dir() else []
+    try:
+        names = os.listdir(out) if os.path.isdir(out) else []
+    except OSError as exc:
+        return TargetState(f"cannot look into {str(out)!r}: {exc.strerror}. Choose another --out.")
     if not names:
         return TargetState()
     if MARKER in names:

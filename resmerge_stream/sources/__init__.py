@@ -1,8 +1,9 @@
 """READ: open a checkpoint wherever it is, behind one protocol."""
 
+import os
 from pathlib import Path
 
-from ..errors import CheckpointNotFoundError
+from ..errors import CheckpointNotFoundError, shown
 from ..recipe import ModelRef
 from .checkpoint import Checkpoint, SourceFile, StoredTensor
 from .local import LocalCheckpoint
@@ -22,9 +23,9 @@ def open_checkpoint(ref: ModelRef) -> Checkpoint:
         UnsupportedCheckpointError: the weights are not mergeable safetensors.
     """
     folder = Path(ref.id).expanduser()
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise CheckpointNotFoundError(
-            f"there is no folder {ref.id!r}. Give the folder of a model: "
+            f"there is no folder {shown(ref.id)}. Give the folder of a model: "
             "one with config.json and *.safetensors files."
         )
     return LocalCheckpoint.open(folder, ref)
