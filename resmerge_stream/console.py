@@ -6,7 +6,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import ResMergeError
-from .events import Event, Finished, Planned, Published, ShardFinished, TensorMerged
+from .events import (
+    Analysed,
+    Counted,
+    Event,
+    Finished,
+    Planned,
+    Published,
+    ShardFinished,
+    TensorMerged,
+)
 from .plan import Plan
 from .report import median
 from .specs import format_size
@@ -93,6 +102,29 @@ def follow(events: Iterable[Event]) -> None:
                 bar.close()
             elif isinstance(event, Finished):
                 show_summary(event)
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def count(events: Iterable[Event]) -> None:
+    """Show on standard error how far a run is that writes no single model."""
+    from tqdm import tqdm
+
+    bar: Any = None
+    try:
+        for event in events:
+            if isinstance(event, Planned):
+                for warning in event.plan["warnings"]:
+                    say(f"warning: {warning}")
+                total = event.plan["read_bytes"]
+                bar = tqdm(total=total, unit="B", unit_scale=True, desc="reading", file=sys.stderr)
+            elif isinstance(event, Counted | TensorMerged | Analysed):
+                counted = event.bytes_read if isinstance(event, Counted) else 0
+                done = counted or getattr(bar, "counted", 0) + event.bytes_read
+                bar.counted = counted or getattr(bar, "counted", 0)
+                bar.update(done - bar.n)
+                bar.set_postfix_str(event.tensor[-40:], refresh=False)
     finally:
         if bar is not None:
             bar.close()

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from .card import render_card
+from .counting import counted
 from .device import choose_device, default_work_dir, private_memory, usable_cores
 from .errors import NonFiniteError
 from .events import Event, Finished, Planned, Published, ShardFinished, TensorMerged
 from .layout import Shard
 from .memory import WRITE_QUEUE_BYTES
-from .merging import Merger, Piece, Prepared, row_ranges
+from .merging import Merger, Prepared
+from .pieces import Piece, row_ranges
 from .pipes import Ahead, Held, WriteBehind
 from .plan import Plan, PlannedTensor
 from .report import build_report
@@ -61,14 +63,14 @@ def run_merge(
     out = Path(out).expanduser()
     plan.raise_if_refused()
     if target_state(out, plan.plan_hash).finished:
-        yield Finished(where=str(out), report=_read_report(out), already_there=True)
+        yield Finished(where=str(out), report=read_report(out), already_there=True)
         return
     root = Path(work_dir).expanduser() if work_dir is not None else default_work_dir()
-    target = f"{plan.plan_hash}-{_target_key(out)}"
+    target = f"{plan.plan_hash}-{target_key(out)}"
     identity = {f"{i} {source.id}": source.identity for i, source in enumerate(plan.checkpoints)}
     sink = FolderSink(out, plan.plan_hash, root / target, identity)
     try:
-        yield from _run(plan, sink)
+        yield from _run(plan, sink, root / target)
     except NonFiniteError:
         # This run can never be finished, so it leaves nothing behind.
         sink.close()
@@ -79,11 +81,12 @@ def run_merge(
         sink.close()
 
 
-def _run(plan: Plan, sink: Sink) -> Iterator[Event]:
+def _run(plan: Plan, sink: Sink, work_dir: Path) -> Iterator[Event]:
     progress = _Progress()
     yield Planned(plan=plan.to_dict())
     device = choose_device(plan.options.device)
     merger = Merger(plan, device, lambda: _sample(progress))
+    yield from counted([plan], [merger], reads, work_dir / "counted.json")
     kept = sink.finished_shards()
     for shard in plan.shards:
         entry = kept.get(shard.name)
@@ -103,7 +106,7 @@ def _run(plan: Plan, sink: Sink) -> Iterator[Event]:
         plan,
         progress.entries,
         progress.files,
-        environment=_environment(merger.device),
+        environment=environment(merger.device),
         seconds=time.monotonic() - progress.started,
         bytes_read=progress.bytes_read,
         bytes_written=progress.bytes_written,
@@ -157,7 +160,7 @@ def _prepared(
 ) -> Iterator[Prepared]:
     """Yield the shard's pieces in file order, read and decided ahead by threads."""
     tensors = [plan.tensors[spec.name] for spec in shard.tensors]
-    reader = Ahead(_reads(plan, tensors), READ_AHEAD_BYTES)
+    reader = Ahead(reads(plan, tensors), READ_AHEAD_BYTES)
     threads.callback(reader.close)
 
     def decisions() -> Iterator[tuple[int, Callable[[], tuple[Held[Piece], Prepared]]]]:
@@ -169,7 +172,7 @@ def _prepared(
 
             yield plan.working_bytes_of(held.value.tensor), decide
 
-    decider = Ahead(decisions(), plan.working_bytes, workers=_workers(merger.device))
+    decider = Ahead(decisions(), plan.working_bytes, workers=workers(merger.device))
     threads.callback(decider.close)
     for decided in decider:
         piece, prepared = decided.value
@@ -183,12 +186,12 @@ def _sample(progress: _Progress) -> None:
     progress.peak_private = max(progress.peak_private, private_memory())
 
 
-def _workers(device: torch.device) -> int:
+def workers(device: torch.device) -> int:
     """Return how many tensors are decided at once: one a core, or one at a time on a GPU."""
     return usable_cores() if device.type == "cpu" else 1
 
 
-def _reads(plan: Plan, tensors: list[PlannedTensor]) -> Iterator[tuple[int, Callable[[], Piece]]]:
+def reads(plan: Plan, tensors: list[PlannedTensor]) -> Iterator[tuple[int, Callable[[], Piece]]]:
     """Yield what to read, in order: bytes and a function that reads them."""
     for tensor in tensors:
         name = tensor.spec.name
@@ -224,22 +227,25 @@ def _releaser(
     return release
 
 
-def _environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what the numbers may depend on beside the sources: versions, device, threads."""
     return {
         "resmerge_stream": __version__,
         "torch": str(torch.__version__),
         "device": str(device),
-        "threads": _workers(device),
+        "threads": workers(device),
     }
 
 
-def _target_key(out: Path) -> str:
+def target_key(out: Path) -> str:
+    """Return what tells an output folder from another, for the name of its work folder."""
     import hashlib
 
     return hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]
 
 
-def _read_report(out: Path) -> dict[str, Any]:
+def read_report(out: Path) -> dict[str, Any]:
+    """Return the report of a finished output folder."""
     import json
 
     report: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What a run reports, in order: planned, tensors and shards, published, finished."""
+"""What a run reports, in order: planned, (counted,) tensors and shards, published, finished."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -27,6 +27,37 @@ class Planned(Event):
 
     name: ClassVar[str] = "planned"
     plan: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counted(Event):
+    """A tensor was read in a counting pass, before the merge.
+
+    Attributes:
+        tensor: its name.
+        number, passes: which pass, from 1.
+        bytes_read: of all counting so far.
+    """
+
+    name: ClassVar[str] = "counted"
+    tensor: str
+    number: int
+    passes: int
+    bytes_read: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Analysed(Event):
+    """A tensor was analysed; nothing is written for it.
+
+    Attributes:
+        tensor: its name.
+        bytes_read: of this run so far.
+    """
+
+    name: ClassVar[str] = "analysed"
+    tensor: str
+    bytes_read: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

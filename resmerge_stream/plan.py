@@ -23,7 +23,7 @@ from .layout import DEFAULT_SHARD_BYTES, Shard, index_json, plan_shards
 from .memory import BLOCK_ELEMENTS, FIXED_BYTES, SPARE_BYTES, block_bytes, matrix_bytes
 from .methods import MergeMethod, Rule, build_method
 from .recipe import ModelRef, Recipe
-from .roles import Role
+from .roles import Role, layer_of
 from .sidefiles import output_config, side_files
 from .sinks import target_state
 from .sources import Checkpoint, open_checkpoint
@@ -101,6 +101,8 @@ class Plan:
     read_bytes: int = 0
     seconds_estimate: float = 0.0
     config: bytes = b"{}"
+    # What the method's counting passes found; the run fills it in before it merges.
+    counted: dict[str, Any] = field(default_factory=dict)
 
     @property
     def refused(self) -> bool:
@@ -134,6 +136,12 @@ class Plan:
     def weights(self) -> tuple[float, ...]:
         """The experts' factors, 1.0 where none was given."""
         return tuple(1.0 if ref.weight is None else ref.weight for ref in self.recipe.experts)
+
+    @property
+    def layers(self) -> int:
+        """How many blocks the model has, by its tensors' names."""
+        numbers = [layer_of(name) for name in self.tensors]
+        return 1 + max((number for number in numbers if number is not None), default=-1)
 
     @property
     def plan_hash(self) -> str:
@@ -329,10 +337,12 @@ def _check_code(plan: Plan, found: Findings) -> None:
 def _estimate(plan: Plan) -> None:
     count = len(plan.experts)
     seconds = _SECONDS_START
+    passes = 1 + plan.opened[1].counting_passes()
     for name, tensor in plan.tensors.items():
         sources = plan.checkpoints if tensor.rule else [plan.base]
-        plan.read_bytes += sum(s.tensors[name].spec.nbytes for s in sources if s is not None)
-        seconds += tensor.spec.numel * (count + 1) * _SECONDS_ROWS
+        stored = sum(s.tensors[name].spec.nbytes for s in sources if s is not None)
+        plan.read_bytes += stored * (passes if tensor.rule else 1)
+        seconds += tensor.spec.numel * (count + 1) * _SECONDS_ROWS * passes
         if tensor.rule and tensor.rule.needs_matrix:
             seconds += tensor.spec.numel * count * _SECONDS_MATRIX
     plan.seconds_estimate = seconds

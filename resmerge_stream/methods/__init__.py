@@ -54,6 +54,22 @@ def build_method(name: str, parameters: Mapping[str, Any]) -> MergeMethod:
     return method(**values)
 
 
+def parse_method(text: str) -> tuple[str, dict[str, str]]:
+    """Return name and parameters of ``name`` or ``name:key=value:key=value``.
+
+    Raises:
+        RecipeError: the text is not of this form.
+    """
+    name, *rest = text.strip().split(":")
+    parameters = {}
+    for part in rest:
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"{text[:80]!r} must be NAME or NAME:KEY=VALUE:KEY=VALUE.")
+        parameters[key.strip()] = value.strip()
+    return name, parameters
+
+
 def describe_methods() -> list[dict[str, Any]]:
     """Return every method with its parameters as plain data, for ``methods --json``."""
     return [

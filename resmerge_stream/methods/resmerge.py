@@ -97,7 +97,7 @@ class ResMerge(MergeMethod):
 
         D = vectors.gram()
         heads = self._heads(vectors, D)
-        V, Y = _project(vectors, heads, D)
+        V, Y = project_heads(vectors, heads, D)
         _, Q, G = residual_gram(vectors, D, V, Y)
         report = _head_report(heads, self.rank)
         scale = D.diagonal()
@@ -118,14 +118,9 @@ class ResMerge(MergeMethod):
 
     def _heads(self, vectors: TaskVectors, D: Tensor) -> list[Head | None]:
         """Return the head of every Δ_i (Eq. 6), None where Δ_i is zero."""
-        from ..spectral import top_singular
-
-        energies = D.diagonal().tolist()
         return [
-            top_singular(vectors.matrix(i), self.rank, solver=self.solver, energy=energy)
-            if energy > 0
-            else None
-            for i, energy in enumerate(energies)
+            head_of(vectors, i, self.rank, self.solver, energy) if energy > 0 else None
+            for i, energy in enumerate(D.diagonal().tolist())
         ]
 
     def _knobs(self, role: Role) -> Any:
@@ -146,7 +141,19 @@ class ResMerge(MergeMethod):
         return a, b, {}
 
 
-def _project(vectors: TaskVectors, heads: list[Head | None], D: Tensor) -> tuple[Tensor, Tensor]:
+def head_of(vectors: TaskVectors, i: int, rank: int, solver: str, energy: float) -> Head:
+    """Return the head of Δ_i with ‖Δ_i‖² = `energy`, found once for all methods that ask."""
+    from ..spectral import top_singular
+
+    def find() -> Head:
+        return top_singular(vectors.matrix(i), rank, solver=solver, energy=energy)
+
+    return vectors.once(("head", i, rank, solver), find)
+
+
+def project_heads(
+    vectors: TaskVectors, heads: list[Head | None], D: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return V of shape (n, N·k) and Y_j = Δ_j V of shape (N, m, N·k).
 
     Both are float64 where a head holds most of an update, else float32.
