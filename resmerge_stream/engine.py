@@ -26,7 +26,7 @@ from .version import __version__
 # Bytes of sources that may be read ahead; from a folder these are mapped pages, not private memory.
 READ_AHEAD_BYTES = 256_000_000
 # A tensor merged by rows is read in ranges of about this many bytes a source.
-PIECE_BYTES = 64_000_000
+PIECE_BYTES = 16_000_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,7 @@ class Checkpoint(Protocol):
         gated: whether access must be asked for.
         is_private: whether its name may appear in a public card.
         folder: where it lies on this machine, or None.
+        is_remote: whether reading weights needs the network, so that they are read ahead.
     """
 
     id: str
@@ -66,6 +67,7 @@ class Checkpoint(Protocol):
     gated: bool
     is_private: bool
     folder: str | None
+    is_remote: bool
 
     def read(self, name: str, start_row: int = 0, stop_row: int | None = None) -> memoryview:
         """Return the bytes of a tensor, or of a range of its rows (first axis).
@@ -80,8 +82,16 @@ class Checkpoint(Protocol):
         """Hint that a tensor will be read soon; never blocks for long, never fails."""
         ...
 
+    def release(self, name: str, start_row: int = 0, stop_row: int | None = None) -> None:
+        """Hint that these rows were read and may leave the memory; reading them again is fine."""
+        ...
+
     def read_small(self, name: str) -> bytes:
         """Return the content of one of `small_files`."""
+        ...
+
+    def small_oid(self, name: str) -> str | None:
+        """Return what git calls a small file's content where that is known for free, else None."""
         ...
 
     def close(self) -> None:
