@@ -65,6 +65,21 @@ def private_memory() -> int:
         return int(psutil.Process().memory_info().rss)
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use: its affinity and the container's CPU quota."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    try:
+        quota, period = (_CGROUP / "cpu.max").read_text(encoding="ascii").split()
+        if quota != "max":
+            cores = min(cores, -(-int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(cores, 1)
+
+
 def free_disk(folder: Path) -> int:
     """Return free bytes on the disk of a folder, or of its nearest parent that exists."""
     folder = folder.absolute()

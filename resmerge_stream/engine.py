@@ -10,34 +10,23 @@ from typing import Any
 import torch
 
 from .card import render_card
-from .device import choose_device, default_work_dir, private_memory
+from .device import choose_device, default_work_dir, private_memory, usable_cores
 from .errors import NonFiniteError
 from .events import Event, Finished, Planned, Published, ShardFinished, TensorMerged
 from .layout import Shard
 from .memory import WRITE_QUEUE_BYTES
-from .merging import Merger, Output
-from .pipes import ReadAhead, WriteBehind
+from .merging import Merger, Piece, Prepared, row_ranges
+from .pipes import Ahead, Held, WriteBehind
 from .plan import Plan, PlannedTensor
 from .report import build_report
 from .sinks import FolderSink, Sink, target_state
 from .sinks.folder import REPORT, discard
+from .sources import Checkpoint
+from .sources.ahead import Followed, reading_ahead
 from .version import __version__
 
 # Bytes of sources that may be read ahead; from a folder these are mapped pages, not private memory.
 READ_AHEAD_BYTES = 256_000_000
-# A tensor merged by rows is read in ranges of about this many bytes a source.
-PIECE_BYTES = 16_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Some rows of a tensor, read: the bytes of the base, then of each expert."""
-
-    tensor: PlannedTensor
-    start_row: int
-    stop_row: int
-    is_last: bool
-    buffers: list[memoryview]
 
 
 @dataclass(slots=True)
@@ -94,22 +83,24 @@ def run_merge(
 def _run(plan: Plan, sink: Sink) -> Iterator[Event]:
     progress = _Progress()
     yield Planned(plan=plan.to_dict())
-    merger = Merger(plan, choose_device(plan.options.device))
+    device = choose_device(plan.options.device)
+    merger = Merger(plan, device, lambda: _sample(progress))
     kept = sink.finished_shards()
-    for shard in plan.shards:
-        entry = kept.get(shard.name)
-        if entry is None:
-            entry = yield from _merge_shard(plan, shard, sink, merger, progress)
-        progress.entries += entry["tensors"]
-        progress.files.append({key: entry[key] for key in ("name", "size", "sha256")})
-        yield ShardFinished(
-            shard=shard.name,
-            bytes=shard.nbytes,
-            sha256=entry["sha256"],
-            resumed=shard.name in kept,
-            shards_done=len(progress.files),
-            shards=len(plan.shards),
-        )
+    with _reading_ahead(plan, [shard for shard in plan.shards if shard.name not in kept]):
+        for shard in plan.shards:
+            entry = kept.get(shard.name)
+            if entry is None:
+                entry = yield from _merge_shard(plan, shard, sink, merger, progress)
+            progress.entries += entry["tensors"]
+            progress.files.append({key: entry[key] for key in ("name", "size", "sha256")})
+            yield ShardFinished(
+                shard=shard.name,
+                bytes=shard.nbytes,
+                sha256=entry["sha256"],
+                resumed=shard.name in kept,
+                shards_done=len(progress.files),
+                shards=len(plan.shards),
+            )
     report = build_report(
         plan,
         progress.entries,
@@ -130,86 +121,132 @@ def _merge_shard(
     plan: Plan, shard: Shard, sink: Sink, merger: Merger, progress: _Progress
 ) -> Generator[Event, None, dict[str, Any]]:
     """Merge one shard; the generator's value is its journal entry."""
-    tensors = [plan.tensors[spec.name] for spec in shard.tensors]
     writer = sink.open_shard(shard)
-    reader = ReadAhead(_jobs(plan, tensors), READ_AHEAD_BYTES)
-    queue = WriteBehind(WRITE_QUEUE_BYTES)
     entries: list[dict[str, Any]] = []
     finished = False
+    with contextlib.ExitStack() as threads:
+        threads.callback(lambda: None if finished else writer.abort())
+        queue = WriteBehind(WRITE_QUEUE_BYTES)
+        threads.callback(queue.close)
 
-    def write(data: memoryview) -> None:
-        queue.put(len(data), lambda: writer.write(data))
+        def write(data: memoryview) -> None:
+            queue.put(len(data), lambda: writer.write(data))
 
-    try:
-        for piece in reader:
-            entry = _merge_piece(piece, merger, write, progress)
-            if entry is not None:
-                entries.append(entry)
-                progress.bytes_written += piece.tensor.spec.nbytes
-                yield TensorMerged(
-                    tensor=piece.tensor.spec.name,
-                    rule=entry["rule"],
-                    entry=entry,
-                    bytes_read=progress.bytes_read,
-                    bytes_written=progress.bytes_written,
-                )
+        for prepared in _prepared(plan, shard, merger, progress, threads):
+            entry = merger.finish(prepared, write)
+            if entry is None:
+                continue
+            entries.append(entry)
+            spec = prepared.piece.tensor.spec
+            progress.bytes_written += spec.nbytes
+            yield TensorMerged(
+                tensor=spec.name,
+                rule=entry["rule"],
+                entry=entry,
+                bytes_read=progress.bytes_read,
+                bytes_written=progress.bytes_written,
+            )
         queue.drain()
         sha256 = writer.finish()
         finished = True
-    finally:
-        reader.close()
-        queue.close()
-        if not finished:
-            writer.abort()
     result = {"name": shard.name, "size": shard.nbytes, "sha256": sha256, "tensors": entries}
     sink.keep(shard, result)
     return result
 
 
-def _merge_piece(
-    piece: Piece, merger: Merger, write: Callable[[memoryview], None], progress: _Progress
-) -> dict[str, Any] | None:
-    """Merge and queue one piece; return the tensor's row of the report after its last piece."""
-    progress.bytes_read += sum(len(buffer) for buffer in piece.buffers)
-    output = Output(write, lambda: _sample(progress))
-    return merger.merge(
-        piece.tensor, piece.start_row, piece.stop_row, piece.buffers, output, last=piece.is_last
-    )
+def _prepared(
+    plan: Plan, shard: Shard, merger: Merger, progress: _Progress, threads: contextlib.ExitStack
+) -> Iterator[Prepared]:
+    """Yield the shard's pieces in file order, read and decided ahead by threads."""
+    tensors = [plan.tensors[spec.name] for spec in shard.tensors]
+    reader = Ahead(_reads(plan, tensors), plan.read_ahead_bytes or READ_AHEAD_BYTES)
+    threads.callback(reader.close)
+
+    def decisions() -> Iterator[tuple[int, Callable[[], tuple[Held[Piece], Prepared]]]]:
+        for held in reader:
+            progress.bytes_read += sum(len(buffer) for buffer in held.value.buffers)
+
+            def decide(held: Held[Piece] = held) -> tuple[Held[Piece], Prepared]:
+                return held, merger.prepare(held.value)
+
+            yield plan.working_bytes_of(held.value.tensor), decide
+
+    decider = Ahead(decisions(), plan.working_bytes, workers=_workers(merger.device))
+    threads.callback(decider.close)
+    for decided in decider:
+        piece, prepared = decided.value
+        yield prepared
+        del prepared
+        piece.value.close()
+        piece.release()
+        decided.release()
 
 
 def _sample(progress: _Progress) -> None:
     progress.peak_private = max(progress.peak_private, private_memory())
 
 
-def _jobs(plan: Plan, tensors: list[PlannedTensor]) -> Iterator[tuple[int, Callable[[], Piece]]]:
+def _workers(device: torch.device) -> int:
+    """Return how many tensors are decided at once: one a core, or one at a time on a GPU."""
+    return usable_cores() if device.type == "cpu" else 1
+
+
+def _reads(plan: Plan, tensors: list[PlannedTensor]) -> Iterator[tuple[int, Callable[[], Piece]]]:
     """Yield what to read, in order: bytes and a function that reads them."""
     for tensor in tensors:
-        sources = list(plan.checkpoints) if tensor.rule else [plan.base]
-        rows, _ = tensor.spec.matrix_shape
-        step = max(rows, 1)
-        if tensor.rule is None or (tensor.rule.in_pieces and not tensor.rule.needs_matrix):
-            step = max(PIECE_BYTES * rows // max(tensor.spec.nbytes, 1) // 16 * 16, 16)
-        for start in range(0, max(rows, 1), step):
-            stop = min(start + step, rows)
-            size = sum(
-                end - begin
-                for source in sources
-                if source is not None
-                for begin, end in [source.tensors[tensor.spec.name].byte_range(start, stop)]
-            )
+        name = tensor.spec.name
+        sources = list(plan.checkpoints) if tensor.rule else [plan.opened[0]]
+        for start, stop, is_last in row_ranges(tensor):
+            ranges = [source.tensors[name].byte_range(start, stop) for source in sources]
 
-            def load(
+            def read(
                 tensor: PlannedTensor = tensor,
+                sources: list[Checkpoint] = sources,
                 start: int = start,
                 stop: int = stop,
-                rows: int = rows,
-                sources: list[Any] = sources,
+                is_last: bool = is_last,
             ) -> Piece:
                 name = tensor.spec.name
                 buffers = [source.read(name, start, stop) for source in sources]
-                return Piece(tensor, start, stop, stop >= rows, buffers)
+                release = _releaser(tensor, sources, start, stop)
+                close = _closer(name, sources, start, stop)
+                return Piece(tensor, start, stop, is_last, buffers, release, close)
 
-            yield size, load
+            yield sum(end - begin for begin, end in ranges), read
+
+
+def _releaser(
+    tensor: PlannedTensor, sources: list[Checkpoint], start: int, stop: int
+) -> Callable[[slice], None]:
+    is_slice = len(tensor.spec.shape) == 3 and stop - start == 1
+
+    def release(rows: slice) -> None:
+        first, last = (start, stop) if is_slice else (start + rows.start, start + rows.stop)
+        for source in sources:
+            source.release(tensor.spec.name, first, last)
+
+    return release
+
+
+def _closer(name: str, sources: list[Checkpoint], start: int, stop: int) -> Callable[[], None]:
+    def close() -> None:
+        for source in sources:
+            source.done_with(name, start, stop)
+
+    return close
+
+
+def _reading_ahead(plan: Plan, shards: list[Shard]) -> contextlib.AbstractContextManager[None]:
+    """Let sources on the Hub know what will be read, across the shards."""
+    remote = [source for source in plan.checkpoints if isinstance(source, Followed)]
+    tensors = (plan.tensors[spec.name] for shard in shards for spec in shard.tensors)
+    order = (
+        (source, tensor.spec.name, start, stop)
+        for tensor in tensors
+        for start, stop, _ in row_ranges(tensor)
+        for source in (remote if tensor.rule else remote[: int(plan.opened[0] in remote)])
+    )
+    return reading_ahead(order, remote, plan.read_ahead_bytes)
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
@@ -217,7 +254,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "resmerge_stream": __version__,
         "torch": str(torch.__version__),
         "device": str(device),
-        "threads": torch.get_num_threads(),
+        "threads": _workers(device),
     }
 
 

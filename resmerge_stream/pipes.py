@@ -1,5 +1,6 @@
-"""Two threads around the arithmetic: read ahead and write behind, each bounded in bytes."""
+"""Threads around a loop: work ahead of it and writes behind it, each bounded in bytes."""
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,66 +24,117 @@ class _Window:
         return self.closed or self.used == 0 or self.used + size <= self.limit
 
 
-class ReadAhead(Generic[T]):
-    """Runs loads in a thread, in order, ahead of their consumer.
+class Held(Generic[T]):
+    """A result whose bytes count until it is released.
 
-    Args:
-        jobs: pairs of bytes and a function that loads them; made lazily, called in the thread.
-        limit: bytes that may be loaded and not yet released.
-
-    An item's bytes are released when the next one is asked for. Errors of a load are raised where
-    its item would have come.
+    Attributes:
+        value: the result.
     """
 
-    def __init__(self, jobs: Iterable[tuple[int, Callable[[], T]]], limit: int) -> None:
-        self._window = _Window(limit)
-        self._ready: deque[tuple[int, T]] = deque()
-        self._done = False
-        self._thread = threading.Thread(target=self._run, args=(iter(jobs),), daemon=True)
-        self._thread.start()
+    def __init__(self, value: T, size: int, window: _Window) -> None:
+        self.value = value
+        self._size, self._window = size, window
 
-    def __iter__(self) -> Iterator[T]:
-        window, held = self._window, 0
-        while True:
-            with window.changed:
-                window.used -= held
-                window.changed.notify_all()
-                window.changed.wait_for(lambda: self._ready or self._done)
-                if not self._ready:
-                    if window.error is not None:
-                        raise window.error
+    def release(self) -> None:
+        """Give the bytes back to the window; a second call does nothing."""
+        size, self._size = self._size, 0
+        with self._window.changed:
+            self._window.used -= size
+            self._window.changed.notify_all()
+
+
+class Ahead(Generic[T]):
+    """Runs jobs in threads ahead of their consumer, and hands the results over in order.
+
+    Args:
+        jobs: pairs of bytes and a function; taken in order, lazily, by the threads.
+        limit: bytes of jobs that may be started and not yet released. A job larger than that
+            runs alone.
+        workers: threads.
+
+    An error of a job is raised where its result would have come.
+    """
+
+    def __init__(
+        self, jobs: Iterable[tuple[int, Callable[[], T]]], limit: int, *, workers: int = 1
+    ) -> None:
+        self._jobs = iter(jobs)
+        self._window = _Window(limit)
+        self._taking = threading.Lock()
+        self._taken = 0
+        self._exhausted = False
+        self._results: dict[int, Held[T] | BaseException] = {}
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(workers)]
+        for thread in self._threads:
+            thread.start()
+
+    def __iter__(self) -> Iterator[Held[T]]:
+        for number in itertools.count():
+            with self._window.changed:
+                self._window.changed.wait_for(
+                    lambda number=number: number in self._results or self._no_more(number)  # type: ignore[misc]
+                )
+                if number not in self._results:
                     return
-                held, item = self._ready.popleft()
-            yield item
-            del item
+                result = self._results.pop(number)
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+            del result
 
     def close(self) -> None:
-        """Stop loading, and wait for the load that is under way."""
+        """Start no more jobs, and wait for those under way."""
         with self._window.changed:
             self._window.closed = True
             self._window.changed.notify_all()
-        self._thread.join()
-        self._ready.clear()
+        for thread in self._threads:
+            thread.join()
+        self._results.clear()
 
-    def _run(self, jobs: Iterator[tuple[int, Callable[[], T]]]) -> None:
+    def _no_more(self, number: int) -> bool:
+        return self._window.closed or (self._exhausted and number >= self._taken)
+
+    def _run(self) -> None:
+        while True:
+            taken = self._take()
+            if taken is None:
+                return
+            number, size, job = taken
+            result: Held[T] | BaseException
+            try:
+                result = Held(job(), size, self._window)
+            except BaseException as exc:  # handed to the consumer, whatever it is
+                result = exc
+            del job, taken
+            with self._window.changed:
+                self._results[number] = result
+                self._exhausted |= isinstance(result, BaseException)
+                self._window.changed.notify_all()
+            del result
+
+    def _take(self) -> tuple[int, int, Callable[[], T]] | None:
+        """Return the next job once its bytes fit; jobs start in their order."""
         window = self._window
-        try:
-            for size, load in jobs:
+        with self._taking:
+            if self._exhausted or window.closed:
+                return None
+            try:
+                size, job = next(self._jobs)
+            except BaseException as exc:  # the end, or an error of the source of jobs
                 with window.changed:
-                    window.changed.wait_for(lambda size=size: window.has_room(size))  # type: ignore[misc]
-                    if window.closed:
-                        return
-                    window.used += size
-                item = load()
-                with window.changed:
-                    self._ready.append((size, item))
+                    self._exhausted = True
+                    if not isinstance(exc, StopIteration):
+                        self._results[self._taken] = exc
+                        self._taken += 1
                     window.changed.notify_all()
-        except BaseException as exc:  # handed to the consumer, whatever it is
-            window.error = exc
-        finally:
+                return None
             with window.changed:
-                self._done = True
-                window.changed.notify_all()
+                window.changed.wait_for(lambda: window.has_room(size))
+                if window.closed:
+                    return None
+                window.used += size
+                self._taken += 1
+                return self._taken - 1, size, job
 
 
 class WriteBehind:

@@ -19,14 +19,23 @@ from .compat import (
 from .device import available_memory, free_disk
 from .errors import NotEnoughMemoryError, PlanRefusedError, RecipeError, ResMergeError
 from .layout import DEFAULT_SHARD_BYTES, Shard, index_json, plan_shards
-from .memory import FIXED_BYTES, block_bytes, matrix_bytes
+from .memory import (
+    BLOCK_ELEMENTS,
+    FIXED_BYTES,
+    HUB_WINDOW_BYTES,
+    LEAST_HUB_WINDOW_BYTES,
+    PIECE_BYTES,
+    SPARE_BYTES,
+    block_bytes,
+    matrix_bytes,
+)
 from .methods import MergeMethod, Rule, build_method
 from .recipe import ModelRef, Recipe
 from .roles import Role
 from .sidefiles import output_config, side_files
 from .sinks import target_state
 from .sources import Checkpoint, open_checkpoint
-from .specs import OUTPUT_DTYPES, TensorSpec, format_size
+from .specs import DTYPES, OUTPUT_DTYPES, TensorSpec, format_size
 from .version import __version__
 
 # Seconds an element and expert on two cores, measured (docs/performance.md).
@@ -45,7 +54,8 @@ class Options:
         max_shard_bytes: None mirrors the base's shards, cut at 5 GB.
         tokenizer_from: where tokenizer files come from instead of the base.
         device: as ``--device``; not part of what makes a run the same run.
-        memory_budget: bytes of private memory, None for 80 % of what is free; likewise.
+        memory_budget: bytes of private memory, likewise. None keeps to what the largest matrix
+            calls for, and to 80 % of what is free.
     """
 
     rounding: str = "nearest"
@@ -93,6 +103,8 @@ class Plan:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     memory_budget: int = 0
+    working_bytes: int = 0
+    read_ahead_bytes: int = 0
     peak_memory_bytes: int = 0
     peak_disk_bytes: int = 0
     read_bytes: int = 0
@@ -152,6 +164,15 @@ class Plan:
         ]
         text = json.dumps(key, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def working_bytes_of(self, tensor: PlannedTensor) -> int:
+        """Return bytes of float32 memory that are held while a tensor's piece is in work."""
+        m, n = matrix_of(tensor.spec)
+        count = len(self.experts)
+        if tensor.rule is None or not tensor.rule.needs_matrix:
+            return 4 * count * min(m * n, max(BLOCK_ELEMENTS, 16 * n))
+        scratch = self.opened[1].scratch_bytes(m, n, count)
+        return matrix_bytes(m, n, count, scratch, resident=tensor.resident)
 
     def side_files(self) -> dict[str, bytes]:
         """Return the small output files that do not depend on the merge, by name."""
@@ -325,36 +346,59 @@ def _estimate(plan: Plan) -> None:
 
 
 def _fit_memory(plan: Plan, found: Findings) -> None:
-    """Choose for every matrix how many float32 copies live at once; refuse what cannot fit."""
-    _, method = plan.opened
-    count = len(plan.experts)
+    """Choose for every matrix how many float32 copies live at once; refuse what cannot fit.
+
+    What may be in work at once (`working_bytes`) is bounded by the largest matrix, not by what the
+    machine has, unless the user gave a budget.
+    """
     asked = plan.options.memory_budget
     plan.memory_budget = asked if asked is not None else int(available_memory() * 0.8)
-    worst = (0, "")
-    plan.peak_memory_bytes = FIXED_BYTES
-    fitted = {}
+    count = len(plan.experts)
+    longest = max((matrix_of(t.spec)[1] for t in plan.tensors.values()), default=1)
+    room = plan.memory_budget - FIXED_BYTES - block_bytes(count, longest)
+    plan.read_ahead_bytes = _read_ahead_bytes(plan, room)
+    room -= plan.read_ahead_bytes
+    worst, largest, fitted = (0, ""), 0, {}
     for name, tensor in plan.tensors.items():
-        m, n = matrix_of(tensor.spec)
-        room = FIXED_BYTES + block_bytes(count, n)
-        need, resident = room, True
-        if tensor.rule and tensor.rule.needs_matrix:
-            scratch = method.scratch_bytes(m, n, count)
-            need = room + matrix_bytes(m, n, count, scratch, resident=True)
-            if need > plan.memory_budget:
-                need = room + matrix_bytes(m, n, count, scratch, resident=False)
-                resident = False
-        worst = max(worst, (need, name))
+        resident = plan.working_bytes_of(tensor) <= room
         fitted[name] = PlannedTensor(tensor.spec, tensor.rule, resident)
+        worst = max(worst, (plan.working_bytes_of(fitted[name]), name))
+        if tensor.rule and tensor.rule.needs_matrix:
+            m, n = matrix_of(tensor.spec)
+            largest = max(largest, m * n)
     plan.tensors = fitted
-    plan.peak_memory_bytes = max(worst[0], FIXED_BYTES)
-    if plan.peak_memory_bytes > plan.memory_budget:
+    ample = SPARE_BYTES + 4 * (count + 2) * largest
+    plan.working_bytes = max(worst[0], min(room, ample) if asked is None else room)
+    plan.peak_memory_bytes = plan.memory_budget - room + plan.working_bytes
+    if worst[0] > room:
+        needed = plan.memory_budget - room + worst[0]
         which = "--memory-budget allows" if asked is not None else "80 % of the free memory is"
         error = NotEnoughMemoryError(
-            f"merging {worst[1]} needs {format_size(plan.peak_memory_bytes)} of memory, but "
-            f"{which} {format_size(plan.memory_budget)}. Give --memory-budget "
-            f"{-(-plan.peak_memory_bytes // 1_000_000)}MB or more, on a machine that has it."
+            f"merging {worst[1]} needs {format_size(needed)} of memory, but {which} "
+            f"{format_size(plan.memory_budget)}. Give --memory-budget "
+            f"{-(-needed // 1_000_000)}MB or more, on a machine that has it."
         )
         found.problems.append(str(error))
+
+
+def _read_ahead_bytes(plan: Plan, room: int) -> int:
+    """Return bytes for what is on its way from the Hub: the largest piece, and a window ahead."""
+    remote = [source for source in plan.checkpoints if source.is_remote]
+    if not remote:
+        return 0
+    largest = 0
+    for name, tensor in plan.tensors.items():
+        m, n = matrix_of(tensor.spec)
+        for_matrix = tensor.rule is not None and tensor.rule.needs_matrix
+        rows = 1.0 if for_matrix else min(1.0, PIECE_BYTES / max(tensor.spec.nbytes, 1))
+        stored = sum(
+            m * n * DTYPES[source.tensors[name].spec.dtype].nbytes
+            for source in remote
+            if name in source.tensors
+        )
+        largest = max(largest, int(stored * rows))
+    window = min(HUB_WINDOW_BYTES, max(LEAST_HUB_WINDOW_BYTES, (room - largest) // 3))
+    return largest + window
 
 
 def matrix_of(spec: TensorSpec) -> tuple[int, int]:

@@ -5,8 +5,8 @@ float32 copies (`matrix`) are kept for all experts when the budget allows (`resi
 again for one expert at a time; either way the values are the same.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,25 +25,38 @@ class NonFiniteValues(Exception):
         self.source = source
 
 
-@dataclass(slots=True)
 class Workspace:
-    """Float32 scratch memory, reused from tensor to tensor so that it never fragments.
+    """Float32 buffers that are lent, taken back and lent again: allocating them anew for every
+    tensor costs more in page faults than the arithmetic saves.
 
-    Attributes:
+    Args:
         device: where the arithmetic happens.
+        limit: bytes of buffers, lent or kept for later; what is kept is dropped beyond it.
     """
 
-    device: torch.device
-    _buffers: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(self, device: torch.device, limit: int = 1 << 62) -> None:
+        self.device = device
+        self._limit = limit
+        self._total = 0
+        self._free: dict[int, list[Tensor]] = {}
+        self._lock = threading.Lock()
 
-    def take(self, name: str, numel: int) -> Tensor:
-        """Return a one-dimensional float32 buffer of `numel` elements; contents undefined."""
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < numel:
-            self._buffers.pop(name, None)  # free before allocating: both never live at once
-            buffer = torch.empty(numel, dtype=torch.float32, device=self.device)
-            self._buffers[name] = buffer
-        return buffer[:numel]
+    def take(self, numel: int) -> Tensor:
+        """Lend a one-dimensional float32 buffer of `numel` elements; contents undefined."""
+        with self._lock:
+            if self._free.get(numel):
+                return self._free[numel].pop()
+            for size in sorted(self._free, reverse=True):
+                while self._free[size] and self._total + 4 * numel > self._limit:
+                    del self._free[size][-1]
+                    self._total -= 4 * size
+            self._total += 4 * numel
+        return torch.empty(numel, dtype=torch.float32, device=self.device)
+
+    def give(self, buffer: Tensor) -> None:
+        """Take a lent buffer back."""
+        with self._lock:
+            self._free.setdefault(buffer.numel(), []).append(buffer)
 
 
 def block_rows(m: int, n: int) -> int:
@@ -67,24 +80,40 @@ class TaskVectors:
         experts: W_i as stored, same shape, any float dtype, CPU.
         workspace: scratch memory and the device.
         resident: keep float32 copies of all Δ_i (4·N·m·n bytes) rather than of one at a time.
+        release: told which rows of the stored bytes are not needed for a while.
     """
 
     def __init__(
-        self, base: Tensor, experts: Sequence[Tensor], workspace: Workspace, *, resident: bool
+        self,
+        base: Tensor,
+        experts: Sequence[Tensor],
+        workspace: Workspace,
+        *,
+        resident: bool,
+        release: Callable[[slice], None] = lambda rows: None,
     ) -> None:
         self.shape: tuple[int, int] = (base.shape[0], base.shape[1])
         self.count = len(experts)
         self._base, self._experts, self._workspace = base, experts, workspace
+        self._release = release
+        self._lent: dict[str, Tensor] = {}
         self._whole: Tensor | None = None
         self._gram = torch.zeros(self.count, self.count, dtype=torch.float64)
         self._summed: dict[int, bool] = {}  # start row of a block → whether it is all zero
-        m, n = self.shape
         if resident:
-            whole = workspace.take("delta", self.count * m * n).view(self.count, m, n)
+            m, n = self.shape
+            whole = self._buffer("whole", self.count * m * n).view(self.count, m, n)
             for rows in self.blocks():
                 self._subtract(rows, whole[:, rows])
                 self._sum(rows, whole[:, rows])
             self._whole = whole
+
+    def close(self) -> None:
+        """Give the float32 copies back; the task vectors are not to be used any more."""
+        for buffer in self._lent.values():
+            self._workspace.give(buffer)
+        self._lent.clear()
+        self._whole = None
 
     def blocks(self) -> list[slice]:
         """Return the row blocks, in order."""
@@ -107,7 +136,7 @@ class TaskVectors:
         if self._whole is not None:
             return self._whole[:, rows]
         b, n = rows.stop - rows.start, self.shape[1]
-        stack = self._workspace.take("block", self.count * b * n).view(self.count, b, n)
+        stack = self._buffer("block", self.count * b * n).view(self.count, b, n)
         self._subtract(rows, stack)
         self._sum(rows, stack)
         return stack
@@ -117,10 +146,11 @@ class TaskVectors:
         if self._whole is not None:
             return self._whole[i]
         m, n = self.shape
-        matrix = self._workspace.take("delta", m * n).view(m, n)
+        matrix = self._buffer("matrix", m * n).view(m, n)
         for rows in self.blocks():
             matrix[rows].copy_(self._experts[i][rows])
             matrix[rows].sub_(self.base(rows))
+            self._release(rows)
         return matrix
 
     def gram(self) -> Tensor:
@@ -153,6 +183,16 @@ class TaskVectors:
         for i, expert in enumerate(self._experts):
             out[i].copy_(expert[rows])
             out[i].sub_(base)
+        self._release(rows)
+
+    def _buffer(self, use: str, numel: int) -> Tensor:
+        """Return the buffer of a use, lent until `close`; one as large as asked for at the most."""
+        lent = self._lent.get(use)
+        if lent is None or lent.numel() < numel:
+            if lent is not None:
+                self._workspace.give(lent)
+            lent = self._lent[use] = self._workspace.take(numel)
+        return lent[:numel]
 
     def _sum(self, rows: slice, stack: Tensor) -> None:
         if rows.start in self._summed:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .errors import RecipeError, VerificationError, listed
-from .merging import Merger, Output
+from .merging import Merger, Piece, row_ranges
 from .plan import Options, Plan, plan_merge
 from .recipe import ModelRef, Recipe, load_recipe
 from .sinks.folder import REPORT
@@ -173,10 +173,11 @@ def _plan_again(report: Mapping[str, Any], recipe: Recipe | Path) -> Plan:
 def _merge_again(plan: Plan, merger: Merger, name: str) -> bytes:
     tensor = plan.tensors[name]
     sources = plan.checkpoints if tensor.rule else [plan.opened[0]]
-    buffers = [source.read(name) for source in sources]
     parts: list[bytes] = []
-    output = Output(lambda data: parts.append(bytes(data)), lambda: None)
-    merger.merge(tensor, 0, tensor.spec.matrix_shape[0], buffers, output, last=True)
+    for start, stop, is_last in row_ranges(tensor):
+        buffers = [source.read(name, start, stop) for source in sources]
+        piece = Piece(tensor, start, stop, is_last, buffers)
+        merger.finish(merger.prepare(piece), lambda data: parts.append(bytes(data)))
     return b"".join(parts)
 
 

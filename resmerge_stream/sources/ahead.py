@@ -5,7 +5,9 @@ Ranges that follow each other are joined to batches, neighbours in a file to one
 
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 from .fetch import Download, Fetcher, RangedFile, Span
 
@@ -15,6 +17,43 @@ BATCH_BYTES = 32_000_000
 _GAP_BYTES = 64_000
 
 _Key = tuple[int, int, int]
+
+
+@runtime_checkable
+class Followed(Protocol):
+    """A checkpoint whose reads can be seen coming."""
+
+    ahead: "Ahead | None"
+
+    def span(self, name: str, start_row: int = 0, stop_row: int | None = None) -> Span | None:
+        """Return where some rows are, or None when they are on this machine."""
+        ...
+
+
+@contextmanager
+def reading_ahead(
+    order: Iterable[tuple[Followed, str, int, int]],
+    sources: Iterable[Followed],
+    limit: int,
+) -> Iterator[None]:
+    """Read ahead for some checkpoints while the context lasts.
+
+    Args:
+        order: what will be read: checkpoint, tensor, first row, row after the last.
+        sources: the checkpoints that are read so.
+        limit: see `Ahead`.
+    """
+    spans = (source.span(name, start, stop) for source, name, start, stop in order)
+    ahead = Ahead((span for span in spans if span is not None), limit)
+    followed = list(sources)
+    for source in followed:
+        source.ahead = ahead
+    try:
+        yield
+    finally:
+        for source in followed:
+            source.ahead = None
+        ahead.close()
 
 
 @dataclass(slots=True)
@@ -110,11 +149,7 @@ class Ahead:
         wanted: dict[_Key, int] = {}
         for span in sorted(spans, key=_key):
             last = joined[-1] if joined else None
-            if (
-                last is not None
-                and last.file is span.file
-                and span.begin <= last.end + _GAP_BYTES
-            ):
+            if last is not None and last.file is span.file and span.begin <= last.end + _GAP_BYTES:
                 joined[-1] = Span(last.file, last.begin, max(last.end, span.end))
             else:
                 joined.append(span)

@@ -86,6 +86,10 @@ class Checkpoint(Protocol):
         """Hint that these rows were read and may leave the memory; reading them again is fine."""
         ...
 
+    def done_with(self, name: str, start_row: int = 0, stop_row: int | None = None) -> None:
+        """Say that these rows were read for the last time in this run; never fails."""
+        ...
+
     def read_small(self, name: str) -> bytes:
         """Return the content of one of `small_files`."""
         ...

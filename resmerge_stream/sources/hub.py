@@ -46,6 +46,7 @@ class HubCheckpoint:
         self.tensors: Mapping[str, StoredTensor] = {}
         self.files: tuple[SourceFile, ...] = ()
         self.small_files: tuple[str, ...] = ()
+        self.is_remote = True
         self.ahead: Ahead | None = None
         self._api = api
         self._listed = {s.rfilename: s for s in info.siblings or () if "/" not in s.rfilename}
@@ -107,6 +108,9 @@ class HubCheckpoint:
         """Do nothing: what is read soon is said by `ahead`."""
 
     def release(self, name: str, start_row: int = 0, stop_row: int | None = None) -> None:
+        """Do nothing: fetching some rows again would cost more than their memory."""
+
+    def done_with(self, name: str, start_row: int = 0, stop_row: int | None = None) -> None:
         """Let the bytes go that were read ahead for these rows."""
         span = self.span(name, start_row, stop_row)
         if self.ahead is not None and span is not None:
@@ -119,11 +123,6 @@ class HubCheckpoint:
         if isinstance(file, CachedFile):
             return None
         return Span(file, *tensor.byte_range(start_row, stop_row))
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether any weight file has to come over the network."""
-        return any(isinstance(self._file(file.name), RemoteFile) for file in self.files)
 
     def read_small(self, name: str) -> bytes:
         """Return the content of one of `small_files`, through the library's cache."""
@@ -170,6 +169,8 @@ class HubCheckpoint:
         self.files = tuple(
             SourceFile(name, self._size(name), _sha256(self._listed[name])) for name in weights
         )
+        # What the Hub's local cache holds whole is read from there.
+        self.is_remote = any(isinstance(self._file(name), RemoteFile) for name in weights)
         self.small_files = tuple(
             name for name in names if name.endswith(SMALL_SUFFIXES) and name not in weights
         )

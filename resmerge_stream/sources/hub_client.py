@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import get_session, parse_ratelimit_headers
+from huggingface_hub.utils import get_session, parse_ratelimit_headers  # type: ignore[attr-defined]
 
 from ..errors import CheckpointNotFoundError, ResMergeError, StoppedError
 

@@ -112,6 +112,14 @@ class LocalCheckpoint:
             self._map(tensor.file).madvise(mmap.MADV_WILLNEED, start, end - start)
 
     def release(self, name: str, start_row: int = 0, stop_row: int | None = None) -> None:
+        """Unmap the pages of some rows: pages of a file in memory count as private otherwise."""
+        tensor = self.tensors[name]
+        begin, end = tensor.byte_range(start_row, stop_row)
+        if begin < end and hasattr(mmap, "MADV_DONTNEED"):
+            start = begin - begin % mmap.PAGESIZE
+            self._map(tensor.file).madvise(mmap.MADV_DONTNEED, start, end - start)
+
+    def done_with(self, name: str, start_row: int = 0, stop_row: int | None = None) -> None:
         """Do nothing: the kernel takes mapped pages back by itself."""
 
     def read_small(self, name: str) -> bytes:

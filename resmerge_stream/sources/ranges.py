@@ -6,11 +6,12 @@ would send the whole file; and none that goes on in the middle of a body.
 
 import mmap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import get_session, hf_raise_for_status
+from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from ..errors import CheckpointFormatError, StoppedError
 from .hub_client import asked_wait, explain, is_transient, plain, wait_seconds
@@ -73,15 +74,15 @@ class RemoteFile:
                 return
             # What arrived is kept: the next request starts where this one broke off.
             failures = 1 if done > before else failures + 1
-            if failed is not None and not isinstance(failed, _TryAgainError | httpx2.HTTPError):
-                if not is_transient(failed):
-                    raise explain(failed, f"read {self.name}") from failed
+            is_answer = isinstance(failed, HfHubHTTPError | OSError)
+            if failed is not None and is_answer and not is_transient(failed):
+                raise explain(failed, f"read {self.name}") from failed
             if failures >= _TRIES:
                 raise self._stopped(failed) from failed
             wait = failed.wait if isinstance(failed, _TryAgainError) else None
             time.sleep(wait if wait is not None else wait_seconds(failures, failed))
 
-    def _stream(self, begin: int, view: memoryview):  # type: ignore[no-untyped-def]
+    def _stream(self, begin: int, view: memoryview) -> Iterator[int]:
         """Yield how many more bytes of one request's body arrived in the buffer."""
         signed = self._signed
         end = begin + len(view)
