@@ -68,7 +68,14 @@ def follow(events: Iterable[Event]) -> None:
                 total = sum(shard["bytes"] for shard in event.plan["shards"])
                 for warning in event.plan["warnings"]:
                     say(f"warning: {warning}")
-                bar = tqdm(total=total, unit="B", unit_scale=True, desc="merging", file=sys.stderr)
+                bar = tqdm(
+                    total=total,
+                    unit="B",
+                    unit_scale=True,
+                    desc="merging",
+                    file=sys.stderr,
+                    mininterval=0.5,
+                )
             elif isinstance(event, TensorMerged):
                 bar.update(event.bytes_written - getattr(bar, "written", 0))
                 bar.written = event.bytes_written

@@ -98,25 +98,41 @@ def default_work_dir() -> Path:
 
 
 def _cgroup_free() -> int:
-    """Return what the container's memory limit leaves, page cache counted as free."""
-    limit = _read_number(_CGROUP / "memory.max", _CGROUP / "memory/memory.limit_in_bytes")
-    used = _read_number(_CGROUP / "memory.current", _CGROUP / "memory/memory.usage_in_bytes")
+    """Return what the container's memory limits leave, page cache counted as free.
+
+    Every ancestor's limit holds: a service's slice as well as the container itself.
+    """
+    return min((_left(folder) for folder in _cgroup_folders()), default=_UNLIMITED)
+
+
+def _cgroup_folders() -> list[Path]:
+    """Return this process's control group and its ancestors (version 2), or version 1's root."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
+    except (OSError, UnicodeDecodeError):
+        lines = []
+    own = next((line[3:] for line in lines if line.startswith("0::")), "/").strip("/")
+    folder = _CGROUP / own
+    folders = [folder, *(p for p in folder.parents if p.is_relative_to(_CGROUP))]
+    return [*folders, _CGROUP / "memory"]
+
+
+def _left(folder: Path) -> int:
+    limit = _read_number(folder / "memory.max", folder / "memory.limit_in_bytes")
+    used = _read_number(folder / "memory.current", folder / "memory.usage_in_bytes")
     if limit is None or used is None or limit >= _UNLIMITED:
         return _UNLIMITED
-    return limit - max(used - _cgroup_cache(), 0)
+    return limit - max(used - _page_cache(folder / "memory.stat"), 0)
 
 
-def _cgroup_cache() -> int:
-    for path in (_CGROUP / "memory.stat", _CGROUP / "memory/memory.stat"):
-        try:
-            lines = path.read_text(encoding="ascii").splitlines()
-        except (OSError, UnicodeDecodeError):
-            continue
-        for line in lines:
-            key, _, value = line.partition(" ")
-            if key in ("inactive_file", "total_inactive_file") and value.isdigit():
-                return int(value)
-    return 0
+def _page_cache(path: Path) -> int:
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return 0
+    fields = dict(line.split(" ", 1) for line in lines if " " in line)
+    value = fields.get("inactive_file", fields.get("total_inactive_file", "0"))
+    return int(value) if value.isdigit() else 0
 
 
 def _read_number(*paths: Path) -> int | None:

@@ -289,6 +289,8 @@ def _open_all(plan: Plan, found: Findings) -> None:
             f"{plan.method.name} takes no weight for each model: it measures how far the experts "
             "agree. Leave 'weight' out, or use task_arithmetic or mean."
         )
+    elif plan.method and (problem := plan.method.check_weights(plan.weights)):
+        found.problems.append(problem)
     plan.base = attempt(open_checkpoint, recipe.base)
     opened = [attempt(open_checkpoint, ref) for ref in recipe.experts]
     plan.experts = tuple(expert for expert in opened if expert is not None)

@@ -24,7 +24,7 @@ _ELSEWHERE = {
     "merge": "this is a mergekit multi-merge entry; write one recipe a merge",
 }
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}
-_REVISION = re.compile(r"^[A-Za-z0-9._/\-]{1,200}$")
+_REVISION = re.compile(r"[A-Za-z0-9._/\-]{1,200}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class ModelRef:
         if is_folder or "@" not in text:
             return cls(text, None, weight)
         name, _, revision = text.rpartition("@")
-        if not name or not _REVISION.match(revision):
+        if not name or not _REVISION.fullmatch(revision):
             raise RecipeError(
                 f"{text!r} has a malformed revision. Write org/name@branch-or-commit."
             )
@@ -217,9 +217,10 @@ def override(
         recipe = Recipe(ModelRef.parse(base), ())
     elif base is not None:
         recipe = replace(recipe, base=ModelRef.parse(base))
-    if experts:
-        refs = (ModelRef.parse(text) for text in experts)
-        recipe = replace(recipe, experts=tuple(ref for ref in refs if ref != recipe.base))
+    refs = tuple(ModelRef.parse(text) for text in experts) or recipe.experts
+    named = (recipe.base.id, recipe.base.revision)
+    refs = tuple(ref for ref in refs if (ref.id, ref.revision) != named)
+    recipe = replace(recipe, experts=refs)
     if method is not None:
         # The parameters of another method would only be refused one by one.
         kept = recipe.parameters if method == recipe.method else {}

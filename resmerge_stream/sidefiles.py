@@ -24,11 +24,13 @@ def side_files(base: Checkpoint, tokenizer: Checkpoint) -> dict[str, bytes]:
         base: gives generation config, processor files, and the code that its config needs.
         tokenizer: gives tokenizer files and chat template; usually the base again.
     """
-    files = {name: base.read_small(name) for name in base.small_files if _MODEL.match(name)}
+    files = {name: base.read_small(name) for name in base.small_files if _MODEL.fullmatch(name)}
     if base.config.get("auto_map"):
         files |= {name: base.read_small(name) for name in base.small_files if name.endswith(".py")}
     files |= {
-        name: tokenizer.read_small(name) for name in tokenizer.small_files if _TOKENIZER.match(name)
+        name: tokenizer.read_small(name)
+        for name in tokenizer.small_files
+        if _TOKENIZER.fullmatch(name)
     }
     return files
 

@@ -105,9 +105,7 @@ def parse_size(text: str | int, *, option: str = "size") -> int:
     Raises:
         RecipeError: the text is not a size.
     """
-    if isinstance(text, int):
-        return text
-    compact = text.strip().upper().replace(" ", "").replace("_", "")
+    compact = str(text).strip().upper().replace(" ", "").replace("_", "")
     digits = compact.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
     unit = compact[len(digits) :]
     try:

@@ -19,7 +19,9 @@ from .memory import DENSE_UP_TO, GRAM_UP_TO
 # Converged: the residual is below this times σ₁, and below ten times this times the gap.
 TOLERANCE = 1e-7
 # Above this share of energy the float32 noise of the head shows in the update: refine it.
-REFINE_ABOVE = 0.1
+REFINE_ABOVE = 0.3
+# Rows or columns that are converted to float64 at once.
+_PRECISE_ROWS = 256
 # float32 sums longer than this are cut into chunks and added in float64.
 CHUNK = 256
 _BREAKDOWN = 1e-12
@@ -30,7 +32,7 @@ class Head:
     """The spectral head H = Δ V Vᵀ of a matrix Δ (m × n).
 
     Attributes:
-        V: right singular vectors, shape (n, k), float32, orthonormal columns; a column is zero
+        V: right singular vectors, shape (n, k), float64, orthonormal columns; a column is zero
             where Δ has no such direction.
         sigma: singular values, largest first.
         solver: ``lanczos``, ``gram`` or ``dense``.
@@ -47,13 +49,16 @@ class Head:
     gap: float
 
 
-def top_singular(delta: Tensor, rank: int, *, solver: str = "auto") -> Head:
+def top_singular(
+    delta: Tensor, rank: int, *, solver: str = "auto", energy: float | None = None
+) -> Head:
     """Return the leading `rank` singular triplets of a matrix.
 
     Args:
         delta: Δ, shape (m, n), float32, not all zero, finite, any device.
         rank: k ≥ 1; more than min(m, n) means min(m, n).
         solver: ``auto``, ``lanczos`` or ``dense``.
+        energy: ‖Δ‖² where it is known already.
 
     Memory: Lanczos keeps (steps · k) × min(m, n) float32 beside Δ; the Gram matrix and its
     eigenvectors take 32 · min(m, n)² bytes; dense keeps three float64 copies of Δ.
@@ -64,10 +69,11 @@ def top_singular(delta: Tensor, rank: int, *, solver: str = "auto") -> Head:
     if solver == "dense" or (solver == "auto" and short <= max(DENSE_UP_TO, 4 * rank)):
         return _dense(delta, rank)
     patience = max((8 + short // 6) // rank, 2)
+    norm = _norm(delta) if energy is None else math.sqrt(energy)
     if solver == "auto" and short <= GRAM_UP_TO:
-        head = _lanczos(delta, rank, patience, patience)
+        head = _lanczos(delta, rank, norm, patience, patience)
         return head if head is not None else _gram(delta, rank)
-    head = _lanczos(delta, rank, patience, max(short // rank, 2))
+    head = _lanczos(delta, rank, norm, patience, max(short // rank, 2))
     return head if head is not None else _dense(delta, rank)
 
 
@@ -96,7 +102,7 @@ def transposed_times(delta: Tensor, left: Tensor) -> Tensor:
     return (total + left[whole:].T @ delta[whole:]).float().T
 
 
-def _lanczos(delta: Tensor, rank: int, patience: int, max_steps: int) -> Head | None:
+def _lanczos(delta: Tensor, rank: int, norm: float, patience: int, max_steps: int) -> Head | None:
     """Return the head, or None when `max_steps` do not suffice.
 
     After `patience` steps a small residual is enough, however small the gap: then the head is not
@@ -106,7 +112,7 @@ def _lanczos(delta: Tensor, rank: int, patience: int, max_steps: int) -> Head | 
     forward, backward = (transposed_times, times) if m < n else (times, transposed_times)
     short = min(m, n)
     # Products with the matrix scaled by a power of two neither overflow nor underflow.
-    scale = _power_of_two(float(torch.linalg.vector_norm(delta, ord=math.inf)))
+    scale = 2.0 ** math.frexp(norm)[1]
     V = torch.empty(patience * rank, short, dtype=torch.float32, device=delta.device)
     T = torch.zeros(patience * rank, patience * rank, dtype=torch.float64)
     block = _start(short, rank, delta.device)
@@ -127,16 +133,16 @@ def _lanczos(delta: Tensor, rank: int, patience: int, max_steps: int) -> Head | 
         block, beta = _orthonormal_rows(product)
         if step + 1 < check and step + 1 < max_steps:
             continue
-        check = step + 1 + max(2, (step + 1) // 6)
+        check = step + 1 + max(2, (step + 1) // 12)
         strict = step + 1 < patience or patience == max_steps
         found = _converged(T[: done + rank, : done + rank], beta, rank, strict=strict)
         if found is not None:
             values, vectors = found
             top = (vectors[:, -rank:].to(basis).T @ basis).T.flip(1)
-            energy = float(torch.linalg.vector_norm(delta, dtype=torch.float64)) / scale
-            if float(values[-rank:].sum()) > REFINE_ABOVE * energy**2:
-                top = _refined(delta / scale, top, basis, values, vectors, energy**2)
-            V_top = _orthonormal_columns(transposed_times(delta, top) if m < n else top)
+            energy = (norm / scale) ** 2
+            if float(values[-rank:].sum()) > REFINE_ABOVE * energy:
+                top = _refined(delta, scale, top, basis, values, vectors, energy)
+            V_top = _right_vectors(delta, top)
             following = float(values[-rank - 1]) if len(values) > rank else 0.0
             gap = math.sqrt(float(values[-rank]) / following) if following > 0 else math.inf
             return _head(delta, V_top, "lanczos", step + 1, gap)
@@ -144,28 +150,57 @@ def _lanczos(delta: Tensor, rank: int, patience: int, max_steps: int) -> Head | 
 
 
 def _refined(
-    delta: Tensor, top: Tensor, basis: Tensor, values: Tensor, vectors: Tensor, energy: float
+    delta: Tensor,
+    scale: float,
+    top: Tensor,
+    basis: Tensor,
+    values: Tensor,
+    vectors: Tensor,
+    energy: float,
 ) -> Tensor:
-    """Return the Ritz vectors after one correction by their residual in float64.
+    """Return the Ritz vectors, float64, after one correction by their residual in float64.
 
     Inside the Krylov space the correction is exact to first order, outside it the spectrum is
     taken as flat. It removes the noise that the float32 products left.
     """
     rank = top.shape[1]
-    wide = delta.double() if delta.shape[0] >= delta.shape[1] else delta.T.double()
     ritz = (vectors.T.to(basis.device) @ basis.double()).T  # (short, j), all Ritz vectors
     level = max(energy - float(values.sum()), 0.0) / max(top.shape[0] - len(values), 1)
+    images = _precise_gram_product(delta, top.double() / scale) / scale
     refined = []
-    for column, value in zip(top.double().T, values[-rank:].flip(0).tolist(), strict=True):
-        image = wide.T @ (wide @ column)
-        residual = image - value * column
+    for j, value in enumerate(values[-rank:].flip(0).tolist()):
+        column = top[:, j].double()
+        residual = images[:, j] - value * column
         inside = ritz.T @ residual
         denominators = value - values.to(inside.device)
         denominators[-rank:] = math.inf  # rotations inside the head change nothing
         outside = residual - ritz @ inside
         refined.append(column + ritz @ (inside / denominators) + outside / (value - level))
-    corrected, _ = torch.linalg.qr(torch.stack(refined, dim=1))
-    return _float(corrected)
+    return torch.stack(refined, dim=1)
+
+
+def _precise_gram_product(delta: Tensor, columns: Tensor) -> Tensor:
+    """Return ΔᵀΔ·X (or ΔΔᵀ·X on the short side) in float64, a few rows or columns at a time."""
+    wide = delta if delta.shape[0] < delta.shape[1] else delta.T
+    image = torch.zeros_like(columns)
+    for start in range(0, wide.shape[1], _PRECISE_ROWS):
+        part = wide[:, start : start + _PRECISE_ROWS].double()
+        image += part @ (part.T @ columns)
+    return image
+
+
+def _right_vectors(delta: Tensor, short_vectors: Tensor) -> Tensor:
+    """Return V, float64, from vectors of the short side: right ones, or left ones if m < n."""
+    m, n = delta.shape
+    if m >= n:
+        return _orthonormal_columns(short_vectors)
+    if short_vectors.dtype == torch.float32:
+        return _orthonormal_columns(transposed_times(delta, short_vectors))
+    V = torch.zeros(n, short_vectors.shape[1], dtype=torch.float64, device=delta.device)
+    for start in range(0, m, _PRECISE_ROWS):
+        rows = slice(start, start + _PRECISE_ROWS)
+        V += delta[rows].double().T @ short_vectors[rows]
+    return _orthonormal_columns(V)
 
 
 def _grown(V: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,8 +239,8 @@ def _gram(delta: Tensor, rank: int) -> Head:
         columns = wide[:, start : start + 2 * CHUNK].double()
         gram.addmm_(columns, columns.T)
     values, vectors = torch.linalg.eigh(gram)
-    top = vectors[:, -rank:].flip(1).float().contiguous()
-    V = _orthonormal_columns(transposed_times(delta, top) if m < n else top)
+    top = vectors[:, -rank:].flip(1).contiguous()
+    V = _right_vectors(delta, top)
     following = float(values[-rank - 1]) if len(values) > rank else 0.0
     gap = math.sqrt(float(values[-rank]) / following) if following > 0 else math.inf
     return _head(delta, V, "gram", 0, gap)
@@ -215,16 +250,17 @@ def _dense(delta: Tensor, rank: int) -> Head:
     _, sigma, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
     following = float(sigma[rank]) if rank < len(sigma) else 0.0
     gap = float(sigma[rank - 1]) / following if following > 0 else math.inf
-    V = Vh[:rank].T.float().contiguous()
+    V = Vh[:rank].T.contiguous()
     V[:, sigma[:rank] <= _BREAKDOWN * sigma[0]] = 0
     return _head(delta, V, "dense", 0, gap)
 
 
 def _head(delta: Tensor, V: Tensor, solver: str, steps: int, gap: float) -> Head:
-    U_sigma = times(delta, V)
+    right = V.to(torch.float32)
+    U_sigma = times(delta, right)
     sigma = torch.linalg.vector_norm(U_sigma, dim=0, dtype=torch.float64)
     safe = torch.where(sigma > 0, sigma, torch.ones_like(sigma)).float()
-    back = transposed_times(delta, U_sigma / safe) - V * sigma.float()
+    back = transposed_times(delta, U_sigma / safe) - right * sigma.float()
     residual = torch.linalg.vector_norm(back, dim=0, dtype=torch.float64).max()
     first = float(sigma.max())
     return Head(
@@ -254,18 +290,20 @@ def _orthonormal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _orthonormal_columns(columns: Tensor) -> Tensor:
-    norms = torch.linalg.vector_norm(columns, dim=0, dtype=torch.float64)
-    if columns.shape[1] == 1:
-        return _float(columns / norms.clamp_min(1e-300).float())
-    Q, R = torch.linalg.qr(columns.double())
-    Q = _float(Q * torch.sign(torch.diagonal(R)))
-    Q[:, norms <= _BREAKDOWN * norms.max()] = 0
-    return Q
+    """Return an orthonormal basis of the columns, float64; zero where a column is."""
+    columns = columns.to(torch.float64)
+    norms = torch.linalg.vector_norm(columns, dim=0)
+    Q, R = torch.linalg.qr(columns)
+    Q = Q * torch.sign(torch.diagonal(R))
+    return torch.where(norms > _BREAKDOWN * norms.max(), Q, torch.zeros_like(Q))
 
 
 def _float(values: Tensor) -> Tensor:
     return values.to(torch.float32)
 
 
-def _power_of_two(value: float) -> float:
-    return 2.0 ** math.frexp(value)[1] if 0 < value < math.inf else 1.0
+def _norm(delta: Tensor) -> float:
+    """Return ‖Δ‖ from float32 products that neither overflow nor underflow."""
+    low, high = torch.aminmax(delta)
+    largest = max(-float(low), float(high))
+    return largest * float(torch.linalg.vector_norm(delta / largest, dtype=torch.float64))

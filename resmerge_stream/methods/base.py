@@ -135,6 +135,10 @@ class MergeMethod:
         """
         raise NotImplementedError
 
+    def check_weights(self, weights: tuple[float, ...]) -> str | None:
+        """Return what is wrong with the experts' weights, or None."""
+        return None
+
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
         """Return bytes needed for one m × n matrix beside the float32 task vectors."""
         return 0

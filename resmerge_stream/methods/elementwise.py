@@ -28,6 +28,16 @@ def linear(coefficients: Sequence[float], rule: str, warnings: tuple[str, ...] =
     return Update(rows, rule, warnings=warnings)
 
 
+def cancelling(weights: Sequence[float]) -> str | None:
+    """Return a problem when weights to divide by add up to (nearly) nothing."""
+    if abs(sum(weights)) > 1e-6 * sum(map(abs, weights)):
+        return None
+    return (
+        f"the weights {', '.join(f'{weight:g}' for weight in weights)} add up to zero, so there is "
+        "no weighted mean. Use task_arithmetic with reduce: sum, or other weights."
+    )
+
+
 def other_rule(site: Site) -> Update:
     """Return the update of a tensor that is not decomposed: rule ``mean``, ``sum`` or ``base``."""
     count = len(site.weights)

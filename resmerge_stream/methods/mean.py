@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..specs import TensorSpec
 from .base import MergeMethod, Rule, Site, Update, default_role
-from .elementwise import linear
+from .elementwise import cancelling, linear
 
 if TYPE_CHECKING:
     from ..task_vectors import TaskVectors
@@ -30,6 +30,10 @@ class Mean(MergeMethod):
     def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
         """Return the mean rule for every tensor."""
         return Rule("mean", default_role(spec))
+
+    def check_weights(self, weights: tuple[float, ...]) -> str | None:
+        """Return a problem when the weights cancel: a mean divides by their sum."""
+        return cancelling(weights)
 
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Return Σ wᵢ Δᵢ / Σ wᵢ."""

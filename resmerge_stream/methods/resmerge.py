@@ -10,6 +10,7 @@ three variants are set side by side in docs/paper.md. The gates themselves are i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,8 +33,9 @@ _FAMILY_SCALE = {
     "release-2026-06": (1.0, 0.25, 0.0),
     "release-2026-07": (1.0, 1.0, 0.0),  # Release (July): attention and FFN alike.
 }
-# Below these shares of ‖Δ‖² the residual's Gram matrix has lost digits, or is numerically zero.
-_RECOMPUTE_BELOW = 1e-6
+# With more of ‖Δ‖² than this in a head, differences Δ − H lose digits in float32: use float64.
+_PRECISE_ABOVE = 0.5
+# With less of ‖Δ‖² than this in a residual, it is rounding noise.
 _ZERO_BELOW = 1e-10
 
 
@@ -93,7 +95,7 @@ class ResMerge(MergeMethod):
 
         D = vectors.gram()
         heads = self._heads(vectors, D)
-        V, Y = _project(vectors, heads)
+        V, Y = _project(vectors, heads, D)
         _, Q, G = residual_gram(vectors, D, V, Y)
         report = _head_report(heads, self.rank)
         scale = D.diagonal()
@@ -119,7 +121,9 @@ class ResMerge(MergeMethod):
 
         energies = D.diagonal().tolist()
         return [
-            top_singular(vectors.matrix(i), self.rank, solver=self.solver) if energy > 0 else None
+            top_singular(vectors.matrix(i), self.rank, solver=self.solver, energy=energy)
+            if energy > 0
+            else None
             for i, energy in enumerate(energies)
         ]
 
@@ -141,16 +145,21 @@ class ResMerge(MergeMethod):
         return a, b, {}
 
 
-def _project(vectors: TaskVectors, heads: list[Head | None]) -> tuple[Tensor, Tensor]:
-    """Return V of shape (n, N·k) and Y_j = Δ_j V of shape (N, m, N·k)."""
+def _project(vectors: TaskVectors, heads: list[Head | None], D: Tensor) -> tuple[Tensor, Tensor]:
+    """Return V of shape (n, N·k) and Y_j = Δ_j V of shape (N, m, N·k).
+
+    Both are float64 where a head holds most of an update, else float32.
+    """
     import torch
 
-    width = max(head.V.shape[1] for head in heads if head is not None)
-    device = next(head.V.device for head in heads if head is not None)
-    V = torch.zeros(vectors.shape[1], len(heads) * width, device=device)
-    for i, head in enumerate(heads):
-        if head is not None:
-            V[:, i * width : i * width + head.V.shape[1]] = head.V
+    found = [(i, head) for i, head in enumerate(heads) if head is not None]
+    width = max(head.V.shape[1] for _, head in found)
+    V = found[0][1].V.new_zeros(vectors.shape[1], len(heads) * width)
+    for i, head in found:
+        V[:, i * width : i * width + head.V.shape[1]] = head.V
+    share = max(sum(s * s for s in head.sigma) / float(D[i, i]) for i, head in found)
+    if share <= _PRECISE_ABOVE:
+        V = V.to(torch.float32)
     return V, vectors.project(V)
 
 
@@ -163,7 +172,7 @@ def residual_gram(
         vectors: the task vectors.
         D: their Gram matrix.
         V: right singular vectors of all experts, shape (n, N·k).
-        Y: Δ_j·V for all j, shape (N, m, N·k).
+        Y: Δ_j·V for all j, shape (N, m, N·k); float64 asks for G without cancellation.
     """
     import torch
 
@@ -179,10 +188,9 @@ def residual_gram(
             P[i, j] = (H_left[i] * Y[j, :, columns[i]]).sum()
             inner = (H_left[i].T @ H_left[j]).cpu()
             Q[i, j] = (inner * VtV[columns[i], columns[j]]).sum()
-    G = D - P - P.T + Q
-    if bool((G.diagonal() < _RECOMPUTE_BELOW * D.diagonal()).any()):
-        G = _residual_gram_by_blocks(vectors, V, Y, columns)
-    return P, Q, G
+    if V.dtype == torch.float64:
+        return P, Q, _residual_gram_by_blocks(vectors, V, Y, columns)
+    return P, Q, D - P - P.T + Q
 
 
 def _residual_gram_by_blocks(
@@ -194,9 +202,7 @@ def _residual_gram_by_blocks(
     G = torch.zeros(vectors.count, vectors.count, dtype=torch.float64)
     for rows in vectors.blocks():
         residuals = [
-            (
-                delta.double() - Y[i, rows, columns[i]].double() @ V[:, columns[i]].double().T
-            ).flatten()
+            (delta.double() - Y[i, rows, columns[i]] @ V[:, columns[i]].T).flatten()
             for i, delta in enumerate(vectors.stack(rows))
         ]
         stacked = torch.stack(residuals)
@@ -204,7 +210,7 @@ def _residual_gram_by_blocks(
     return G
 
 
-def _rows(a: list[float], e: list[float], V: Tensor, Y: Tensor) -> Any:
+def _rows(a: list[float], e: list[float], V: Tensor, Y: Tensor) -> Callable[..., Tensor]:
     """Return ΔW = Σ a_i Δ_i + Σ e_i H_i as a function of row blocks."""
     import torch
 
@@ -213,10 +219,10 @@ def _rows(a: list[float], e: list[float], V: Tensor, Y: Tensor) -> Any:
     right = V.T.contiguous()
 
     def rows(block: slice, stack: Tensor) -> Tensor:
-        update = stack[0] * a[0]
+        update = stack[0].to(V.dtype) * a[0]
         for delta, a_i in zip(stack[1:], a[1:], strict=True):
             update.add_(delta, alpha=a_i)
-        return update.addmm_(left[block], right)
+        return update.addmm_(left[block], right).to(torch.float32)
 
     return rows
 

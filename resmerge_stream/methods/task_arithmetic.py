@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..specs import TensorSpec
 from .base import MergeMethod, Rule, Site, Update, default_role, param
-from .elementwise import linear
+from .elementwise import cancelling, linear
 
 if TYPE_CHECKING:
     from ..task_vectors import TaskVectors
@@ -34,6 +34,10 @@ class TaskArithmetic(MergeMethod):
     def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
         """Return one rule for every tensor: ``sum`` or ``mean``."""
         return Rule(self.reduce, default_role(spec))
+
+    def check_weights(self, weights: tuple[float, ...]) -> str | None:
+        """Return a problem when a mean is asked for and the weights cancel."""
+        return cancelling(weights) if self.reduce == "mean" else None
 
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Return λ Σ wᵢ Δᵢ, divided by Σ wᵢ for the mean."""

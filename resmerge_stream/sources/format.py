@@ -1,12 +1,13 @@
 """The safetensors format from bytes: a header, an index and a config, every rule checked.
 
 The rules are those of the safetensors library (https://github.com/huggingface/safetensors); what
-it rejects is rejected here. Stricter in three points: duplicate keys, dtypes that this tool cannot
-copy (4 and 6 bits), and an index that points anywhere but at a file beside it.
+it rejects is rejected here. Stricter in four points: duplicate keys, dtypes that this tool cannot
+copy (4 and 6 bits), sizes that no file has, and an index that points anywhere but beside it.
 """
 
+import itertools
 import json
-import math
+import operator
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
@@ -19,7 +20,7 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 100_000_000
 MAX_CONFIG_BYTES = 4_000_000
 _LIMIT = 2**63
-_SHARD_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,200}\.safetensors$")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,200}\.safetensors")
 
 
 def header_length(prefix: bytes, file_size: int, *, where: str) -> int:
@@ -94,7 +95,7 @@ def parse_index(data: bytes, *, where: str) -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str):
             _refuse(where, f"maps {name[:200]!r} to {type(file).__name__}, not to a file name")
-        if not _SHARD_NAME.match(file):
+        if not _SHARD_NAME.fullmatch(file):
             _refuse(
                 where,
                 f"maps {name[:200]!r} to {file[:200]!r}; only *.safetensors files beside the "
@@ -193,7 +194,9 @@ def _entry(name: str, info: object, where: str) -> tuple[TensorSpec, int, int]:
         _refuse(where, f"tensor {shown} has the unknown dtype {str(dtype)[:40]!r}")
     if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
         _refuse(where, f"tensor {shown} has a shape that is not a list of sizes")
-    if len(shape) > 64 or math.prod(shape) * DTYPES[dtype].nbytes >= _LIMIT:
+    # Partial products from the left, as the library checks them: a zero behind does not save it.
+    partial = itertools.accumulate(shape, operator.mul, initial=DTYPES[dtype].nbytes)
+    if len(shape) > 64 or max(partial) >= _LIMIT:
         _refuse(where, f"tensor {shown} is larger than any file")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         _refuse(where, f"tensor {shown} has data_offsets that are not two positions")

@@ -1,0 +1,39 @@
+# make setup · demo · test · quality · style · bench. Everything runs in .venv, made on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+export PYTHONWARNINGS ?= default::DeprecationWarning:resmerge_stream
+
+.PHONY: setup demo test quality style bench size clean
+
+setup: .venv/.ready
+
+.venv/.ready: requirements.txt requirements-dev.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/resmerge-stream demo --out demo-merge
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+quality: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+style: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	$(BIN)/python -m benchmarks.core
+
+size:
+	@wc -l resmerge_stream/*.py resmerge_stream/*/*.py | sort -n | tail -50
+
+clean:
+	rm -rf .venv demo-merge build *.egg-info
