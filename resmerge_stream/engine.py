@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .card import render_card
-from .device import choose_device, default_work_dir, private_memory, usable_cores
+from .device import choose_device, private_memory, usable_cores
 from .errors import NonFiniteError
 from .events import Event, Finished, Planned, Published, ShardFinished, TensorMerged
 from .layout import Shard
@@ -19,8 +19,8 @@ from .merging import Merger, Piece, Prepared, row_ranges
 from .pipes import Ahead, Held, WriteBehind
 from .plan import Plan, PlannedTensor
 from .report import build_report
-from .sinks import FolderSink, Sink, target_state
-from .sinks.folder import REPORT, discard
+from .opening import finished_already, open_sink
+from .sinks import Sink
 from .sources import Checkpoint
 from .sources.ahead import Followed, reading_ahead
 from .version import __version__
@@ -40,7 +40,7 @@ class _Progress:
 
 
 def run_merge(
-    plan: Plan, *, out: str | Path, work_dir: str | Path | None = None
+    plan: Plan, *, out: str | Path | None = None, work_dir: str | Path | None = None
 ) -> Iterator[Event]:
     """Run a plan, and yield what happens.
 
@@ -48,33 +48,30 @@ def run_merge(
     half-made has a final name.
 
     Args:
-        plan: from `plan_merge`.
-        out: the output folder.
+        plan: from `plan_merge`; it names the repository to publish to, if any.
+        out: the output folder, if any.
         work_dir: where journals are kept; the user's cache folder when None.
 
     Raises:
         PlanRefusedError: the plan has problems, or the sources changed since a first run.
         NonFiniteError: a weight is NaN or infinite, or overflows the output dtype.
-        StoppedError: disk or permission; the same command continues.
+        OutputExistsError: somebody else put something there since the plan was made.
+        StoppedError: disk, network or permission; the same command continues.
 
     Memory: `plan.peak_memory_bytes`, whatever the model's size.
     """
-    out = Path(out).expanduser()
     plan.raise_if_refused()
-    if target_state(out, plan.plan_hash).finished:
-        yield Finished(where=str(out), report=_read_report(out), already_there=True)
+    folder = Path(out).expanduser() if out is not None else None
+    done = finished_already(plan, folder)
+    if done is not None:
+        yield done
         return
-    root = Path(work_dir).expanduser() if work_dir is not None else default_work_dir()
-    target = f"{plan.plan_hash}-{_target_key(out)}"
-    identity = {f"{i} {source.id}": source.identity for i, source in enumerate(plan.checkpoints)}
-    sink = FolderSink(out, plan.plan_hash, root / target, identity)
+    sink = open_sink(plan, folder, work_dir)
     try:
         yield from _run(plan, sink)
     except NonFiniteError:
         # This run can never be finished, so it leaves nothing behind.
-        sink.close()
-        with contextlib.suppress(OSError):
-            discard(out)
+        sink.abandon()
         raise
     finally:
         sink.close()
@@ -111,7 +108,7 @@ def _run(plan: Plan, sink: Sink) -> Iterator[Event]:
         bytes_written=progress.bytes_written,
         peak_private_bytes=progress.peak_private,
     )
-    files = plan.side_files() | render_card(plan, report)
+    files = plan.side_files() | render_card(plan, report, name_private=plan.name_private)
     where = sink.publish(files)
     yield Published(where=where)
     yield Finished(where=where, report=report)
@@ -256,16 +253,3 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "threads": _workers(device),
     }
-
-
-def _target_key(out: Path) -> str:
-    import hashlib
-
-    return hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]
-
-
-def _read_report(out: Path) -> dict[str, Any]:
-    import json
-
-    report: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))
-    return report

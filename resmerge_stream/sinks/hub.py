@@ -1,7 +1,6 @@
 """A repository as target: shards staged one by one, then one commit on main that shows them all."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
@@ -9,7 +8,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOpera
 from ..errors import OutputExistsError, PlanRefusedError
 from ..layout import Shard
 from .folder import FolderSink
-from .hub_repo import HubRepo, MovedError, Operation
+from .hub_discard import discard_sibling
+from .hub_repo import MovedError, Operation
 from .hub_staging import Staging, branch_name
 from .hub_target import HubTarget, has_xet, no_xet, replaced_files, staging_repo
 from .hub_upload import StreamedShard, Uploads, upload_file
@@ -109,8 +109,14 @@ class HubSink:
         if self._keep_files:
             self._shelf.publish(files)
         else:
-            self._shelf.discard()
+            self._shelf.abandon()
         return f"{repo.page}/commit/{commit}"
+
+    def abandon(self) -> None:
+        """Remove what this run staged, since it can never be finished."""
+        self._uploads.close()
+        self._staging.repo.delete_branch(self._staging.branch)
+        self._shelf.abandon()
 
     def close(self) -> None:
         """Stop sending, and release the lock."""
@@ -180,25 +186,12 @@ class HubSink:
 
 
 def finish_target(target: HubTarget, plan_hash: str) -> None:
-    """Do what follows the commit on main: the visibility, then the staging goes.
+    """Do what follows the commit on main: the staging goes, the visibility is set last.
 
     Safe to repeat, so that a run killed in the middle of it can be finished by the next.
     """
-    public = target.publication.public
-    was_private = target.is_private
-    if public is not None and public is was_private:
-        target.repo.set_public(public)
     target.repo.delete_branch(branch_name(plan_hash))
-    from .hub_discard import discard_sibling
-
     discard_sibling(target.repo, plan_hash)
-
-
-def staging_page(repo: HubRepo, plan_hash: str) -> str:
-    """Return where the staging branch can be looked at."""
-    return f"{repo.page}/tree/{branch_name(plan_hash)}"
-
-
-def shelf_folder(work_folder: Path) -> Path:
-    """Return where shards lie until they are sent."""
-    return work_folder / "shards"
+    public = target.publication.public
+    if public is not None and public is target.is_private:
+        target.repo.set_public(public)

@@ -57,7 +57,11 @@ def discard_sibling(target: HubRepo, plan_hash: str) -> bool:
 
 def _is_marked(repo: HubRepo, branch: str) -> bool:
     info = repo.info(branch)
-    head = repo.read_json(HEAD, info) if info is not None else None
+    if info is None:
+        return False
+    if info.sha == repo.head("main"):
+        return True  # made a moment before its run was killed; nothing is on it
+    head = repo.read_json(HEAD, info)
     return head is not None and branch_name(str(head.get("plan_hash"))) == branch
 
 

@@ -4,23 +4,30 @@ Everything is asked before a tensor moves; nothing is changed here.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.hf_api import HfApi, ModelInfo
-from huggingface_hub.utils import is_xet_available  # type: ignore[attr-defined]
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    get_session,
+    hf_raise_for_status,
+    is_xet_available,
+)
 
 from ..errors import ResMergeError, StoppedError
 from ..publication import Publication
-from ..sources.hub_client import FAILURES, client, explain, patiently, status_of
+from ..sources import REPO_ID
+from ..sources.hub_client import client, patiently, status_of
 from ..specs import format_size
 from .folder import REPORT
 from .hub_repo import HubRepo, listed, sha256_of
 from .hub_staging import Staged, branch_name, is_branch_name, read_staged
 
+# What every merge writes beside weights and side files.
+CARD_FILES = ("README.md", REPORT, "resmerge/recipe.yml", "resmerge/gates.png")
 # What the Hub gives an account for private repositories (docs, 2026-08).
 _PRIVATE_BYTES = {False: 100_000_000_000, True: 1_000_000_000_000}
 
@@ -155,7 +162,8 @@ def _check_content(target: HubTarget, plan_hash: str) -> None:
         return
     try:
         patiently(
-            lambda: repo.api.auth_check(repo.id, write=True), what=f"get the right to write {repo.id}"
+            lambda: repo.api.auth_check(repo.id, write=True),
+            what=f"get the right to write {repo.id}",
         )
     except ResMergeError as exc:
         target.problems.append(f"{exc} Choose another --push-to, or a token that may write there.")
@@ -166,9 +174,7 @@ def _check_content(target: HubTarget, plan_hash: str) -> None:
         target.finished, target.report = True, report
         return
     others = [
-        name
-        for name in repo.branches()
-        if is_branch_name(name) and name != branch_name(plan_hash)
+        name for name in repo.branches() if is_branch_name(name) and name != branch_name(plan_hash)
     ]
     if others:
         target.problems.append(
@@ -187,8 +193,7 @@ def _check_content(target: HubTarget, plan_hash: str) -> None:
 def _matches(info: ModelInfo, report: Mapping[str, Any]) -> bool:
     files = listed(info)
     return all(
-        str(file.get("name")) in files
-        and sha256_of(files[str(file["name"])]) == file.get("sha256")
+        str(file.get("name")) in files and sha256_of(files[str(file["name"])]) == file.get("sha256")
         for file in report.get("files") or [{}]
     )
 
@@ -258,7 +263,6 @@ def _check_xet(target: HubTarget) -> None:
 
 def has_xet(repo: HubRepo) -> bool:
     """Whether a repository's Hub takes uploads through Xet."""
-    from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
     def ask() -> bool:
         url = f"{repo.api.endpoint}/api/models/{repo.id}/xet-write-token/main"
@@ -279,24 +283,38 @@ def no_xet(repo: HubRepo) -> str:
     )
 
 
-def card_problem(api: HfApi, metadata: str) -> str:
-    """Return what the Hub has against a card's metadata, or an empty string."""
-    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+def card_problem(target: HubTarget, sources: Sequence[tuple[str, str | None]]) -> str:
+    """Return what the Hub has against the metadata of the card to come, or an empty string.
 
-    try:
+    Args:
+        target: whose Hub is asked.
+        sources: id and licence of each.
+    """
+    from huggingface_hub import ModelCardData
+
+    licences = {licence for _, licence in sources if licence}
+    data = ModelCardData(
+        base_model=[name for name, _ in sources if REPO_ID.fullmatch(name)],
+        base_model_relation="merge",
+        tags=["merge"],
+        license=licences.pop() if len(licences) == 1 else "other",
+    )
+    api = target.repo.api
+
+    def ask() -> str:
         response = get_session().post(
             f"{api.endpoint}/api/validate-yaml",
-            json={"content": metadata, "repoType": "model"},
+            json={"content": f"---\n{data.to_yaml()}\n---\n", "repoType": "model"},
             headers=api._build_hf_headers(),
             timeout=60,
         )
         if response.status_code != 400:
+            hf_raise_for_status(response)
             return ""
-        errors = response.json().get("errors") or []
-    except FAILURES as exc:
-        return str(explain(exc, "have the card's metadata checked"))
-    said = "; ".join(str(error.get("message"))[:200] for error in errors)
-    return f"the Hub refuses the model card's metadata: {said or 'no reason given'}."
+        said = "; ".join(str(e.get("message"))[:200] for e in response.json().get("errors") or [])
+        return f"the Hub refuses the model card's metadata: {said or 'no reason given'}."
+
+    return patiently(ask, what="have the card's metadata checked")
 
 
 def _seconds_left(account: Mapping[str, Any]) -> float | None:

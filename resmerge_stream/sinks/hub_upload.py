@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-import hf_xet
 from huggingface_hub import CommitOperationAdd
 from huggingface_hub.lfs import UploadInfo
 from huggingface_hub.utils._xet import (
@@ -68,6 +67,8 @@ class StreamedShard:
     def __init__(self, repo: HubRepo, branch: str, shard: Shard) -> None:
         self._repo, self._shard = repo, shard
         self._written, self._sample = 0, b""
+        import hf_xet  # type: ignore[import-untyped]  # only where something is streamed
+
         headers = repo.api._build_hf_headers()
         url = xet_connection_info_refresh_url(
             token_type=XetTokenType.WRITE,
@@ -77,7 +78,8 @@ class StreamedShard:
             endpoint=repo.api.endpoint,
         )
         try:
-            self._commit = get_xet_session().new_upload_commit(
+            session = get_xet_session()  # type: ignore[no-untyped-call]
+            self._commit = session.new_upload_commit(
                 token_refresh_url=url,
                 token_refresh_headers=headers,
                 custom_headers=xet_headers_without_auth(headers),
