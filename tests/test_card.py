@@ -244,7 +244,7 @@ def test_local_sources_are_not_base_models(group: list[Path]) -> None:
 
     front = yaml.safe_load(text.split("---")[1])
     assert "base_model" not in front
-    assert metadata["base_model_relation"] == "merge"
+    assert front["base_model_relation"] == "merge"
 
 
 @pytest.mark.parametrize("hidden", ["is_private", "gated"])
