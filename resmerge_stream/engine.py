@@ -16,10 +16,10 @@ from .events import Event, Finished, Planned, Published, ShardFinished, TensorMe
 from .layout import Shard
 from .memory import WRITE_QUEUE_BYTES
 from .merging import Merger, Piece, Prepared, row_ranges
+from .opening import finished_already, open_sink
 from .pipes import Ahead, Held, WriteBehind
 from .plan import Plan, PlannedTensor
 from .report import build_report
-from .opening import finished_already, open_sink
 from .sinks import Sink
 from .sources import Checkpoint
 from .sources.ahead import Followed, reading_ahead

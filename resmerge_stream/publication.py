@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .device import default_work_dir
-
 from .errors import RecipeError
 from .sources import REPO_ID
 

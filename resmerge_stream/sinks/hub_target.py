@@ -14,8 +14,8 @@ from huggingface_hub.hf_api import HfApi, ModelInfo
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
     get_session,
     hf_raise_for_status,
-    is_xet_available,
 )
+from huggingface_hub.utils._runtime import is_xet_available
 
 from ..errors import ResMergeError, StoppedError
 from ..publication import Publication
