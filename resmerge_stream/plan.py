@@ -18,7 +18,14 @@ from .compat import (
     match_tensors,
 )
 from .device import available_memory, free_disk
-from .errors import NotEnoughMemoryError, PlanRefusedError, RecipeError, ResMergeError, listed
+from .errors import (
+    NotEnoughMemoryError,
+    PlanRefusedError,
+    RecipeError,
+    ResMergeError,
+    StoppedError,
+    listed,
+)
 from .layout import DEFAULT_SHARD_BYTES, Shard, index_json, plan_shards
 from .memory import (
     BLOCK_ELEMENTS,
@@ -275,6 +282,9 @@ def plan_merge(
         token: the caller's, for the Hub; None stands for HF_TOKEN or the login.
         work_dir: where journals are kept; what an earlier start pinned is found there.
 
+    Raises:
+        StoppedError: the network or the Hub kept failing, so that nothing is known.
+
     Memory: the headers and configs of the checkpoints; no tensor is read, save an LM head that
     a tied config says is redundant.
     """
@@ -350,6 +360,8 @@ def _open_all(plan: Plan, found: Findings, commits: list[str | None]) -> None:
     def attempt(ref: ModelRef, commit: str | None) -> Checkpoint | str:
         try:
             return open_checkpoint(ref, token=plan.token, commit=commit)
+        except StoppedError:
+            raise  # the network, not the input
         except ResMergeError as exc:
             return str(exc)
 

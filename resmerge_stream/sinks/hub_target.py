@@ -17,7 +17,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 from huggingface_hub.utils._runtime import is_xet_available
 
-from ..errors import ResMergeError, StoppedError
+from ..errors import PublishError, ResMergeError, StoppedError
 from ..publication import Publication
 from ..sources import REPO_ID
 from ..sources.hub_client import client, patiently, status_of
@@ -93,7 +93,11 @@ def sibling_id(repo_id: str, plan_hash: str) -> str:
 
 
 def look_at_target(publication: Publication, plan_hash: str, token: str | None) -> HubTarget:
-    """Ask the Hub about a target; what speaks against it is collected, not raised."""
+    """Ask the Hub about a target; what speaks against it is collected, not raised.
+
+    Raises:
+        StoppedError: the network or the Hub kept failing.
+    """
     api = client(token)
     target = HubTarget(HubRepo(api, publication.repo_id), publication)
     try:
@@ -106,6 +110,8 @@ def look_at_target(publication: Publication, plan_hash: str, token: str | None) 
             _check_content(target, plan_hash)
         if not target.finished:
             target.staged = read_staged(staging_repo(target, plan_hash), plan_hash)
+    except StoppedError:
+        raise  # the network, not the target
     except ResMergeError as exc:
         target.problems.append(str(exc))
     return target
@@ -116,20 +122,23 @@ def _whoami(api: HfApi) -> dict[str, Any]:
         answer: dict[str, Any] = api.whoami()
         return answer
 
-    try:
-        return patiently(ask, what="ask the Hub whose token this is")
-    except StoppedError as exc:
-        if isinstance(exc.__cause__, LocalTokenNotFoundError):
-            raise ResMergeError(
-                "publishing needs an account: log in with 'hf auth login', or set HF_TOKEN to a "
-                "token that may write."
-            ) from exc
-        if exc.__cause__ is not None and status_of(exc.__cause__) == 401:
-            raise ResMergeError(
-                "the Hub does not accept the token (expired, revoked or mistyped). Log in again "
-                "with 'hf auth login', or set HF_TOKEN."
-            ) from exc
-        raise
+    for is_last in (False, True):
+        try:
+            return patiently(ask, what="ask the Hub whose token this is")
+        except StoppedError as exc:
+            if isinstance(exc.__cause__, LocalTokenNotFoundError):
+                raise PublishError(
+                    "publishing needs an account: log in with 'hf auth login', or set HF_TOKEN to "
+                    "a token that may write."
+                ) from exc
+            if exc.__cause__ is None or status_of(exc.__cause__) != 401:
+                raise
+            if is_last:
+                raise PublishError(
+                    "the Hub does not accept the token (expired, revoked or mistyped). Log in "
+                    "again with 'hf auth login', or set HF_TOKEN."
+                ) from exc
+    raise AssertionError("unreachable")
 
 
 def _check_rights(target: HubTarget) -> None:
@@ -166,7 +175,11 @@ def _check_content(target: HubTarget, plan_hash: str) -> None:
             what=f"get the right to write {repo.id}",
         )
     except ResMergeError as exc:
-        target.problems.append(f"{exc} Choose another --push-to, or a token that may write there.")
+        if exc.__cause__ is None or status_of(exc.__cause__) != 403:
+            raise
+        target.problems.append(
+            f"you may not write to {repo.id}. Choose another --push-to, or a token that may."
+        )
         return
     files = listed(info)
     report = repo.read_json(REPORT, info) if REPORT in files else None
