@@ -18,14 +18,16 @@ from .hub_client import asked_wait, explain, is_transient, plain, wait_seconds
 
 _TIMEOUT = httpx2.Timeout(connect=15.0, read=30.0, write=30.0, pool=120.0)
 _TRIES = 8
+# A server that ignores ranges, or answers others, seldom learns.
+_STUBBORN_TRIES = 4
 
 
 class _TryAgainError(Exception):
     """An answer that is not the range asked for; nothing of it was used."""
 
-    def __init__(self, reason: str, wait: float | None = None) -> None:
+    def __init__(self, reason: str, wait: float | None = None, tries: int = _TRIES) -> None:
         super().__init__(reason)
-        self.wait = wait
+        self.wait, self.tries = wait, tries
 
 
 class RemoteFile:
@@ -77,7 +79,8 @@ class RemoteFile:
             is_answer = isinstance(failed, HfHubHTTPError | OSError)
             if failed is not None and is_answer and not is_transient(failed):
                 raise explain(failed, f"read {self.name}") from failed
-            if failures >= _TRIES:
+            tries = failed.tries if isinstance(failed, _TryAgainError) else _TRIES
+            if failures >= tries:
                 raise self._stopped(failed) from failed
             wait = failed.wait if isinstance(failed, _TryAgainError) else None
             time.sleep(wait if wait is not None else wait_seconds(failures, failed))
@@ -110,7 +113,7 @@ class RemoteFile:
             said = response.headers.get("Content-Range", "").replace("bytes ", "")
             if said != f"{begin}-{end - 1}/{self.size}":
                 self._signed = None
-                raise _TryAgainError("another range than was asked for")
+                raise _TryAgainError("another range than asked for", tries=_STUBBORN_TRIES)
             if response.headers.get("Content-Encoding", "identity") != "identity":
                 raise _TryAgainError("an encoded body")
             return
@@ -120,7 +123,7 @@ class RemoteFile:
             raise _TryAgainError(f"an expired link ({status})", wait=0.0 if status == 403 else None)
         if status < 400 or status == 416:
             self._signed = None
-            raise _TryAgainError(f"status {status} instead of the range")
+            raise _TryAgainError(f"status {status} instead of the range", tries=_STUBBORN_TRIES)
         if status in (408, 425, 429) or status >= 500:
             raise _TryAgainError(f"status {status}", asked_wait(response.headers))
         hf_raise_for_status(response)
@@ -130,7 +133,7 @@ class RemoteFile:
         kind = "" if isinstance(exc, _TryAgainError | None) else f"{type(exc).__name__}: "
         return StoppedError(
             f"cannot read {self.name} from the Hub: {kind}{reason or 'no reason given'}, "
-            f"{_TRIES} times. Finished shards are kept; the same command continues."
+            "every time. Finished shards are kept; the same command continues."
         )
 
 
