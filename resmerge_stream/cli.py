@@ -294,7 +294,7 @@ def _run(plan: Plan, out: str | None, work_dir: str | None, *, as_json: bool) ->
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from .verify import verify_merge
+    from .verify_hub import verify_merge
 
     recipe = load_recipe(args.recipe) if args.recipe else None
     if args.sample < 0:

@@ -305,6 +305,9 @@ def plan_merge(
     plan = Plan(recipe, options or Options(), publication=publication, token=token)
     found = Findings(plan.problems, plan.warnings)
     folder = Path(os.path.expanduser(out)) if out is not None else None
+    if folder is not None and ("\x00" in str(folder) or len(os.fsencode(folder.name)) > 255):
+        found.problems.append(f"--out {shown(str(out))} is no name that a folder can have.")
+        return plan
     _build_method(plan, found)
     if plan.method is not None:
         commits = _look_at_target(plan, folder, work_dir, found)
@@ -503,9 +506,6 @@ def matrix_of(spec: TensorSpec) -> tuple[int, int]:
 
 
 def _check_target(plan: Plan, out: Path, found: Findings) -> None:
-    if "\x00" in str(out) or len(out.name.encode()) > 255:
-        found.problems.append(f"--out {shown(str(out))} is no name that a folder can have.")
-        return
     state = target_state(out, plan.plan_hash)
     if state.problem:
         found.problems.append(state.problem)
