@@ -4,15 +4,16 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from . import console
 from .errors import RecipeError, ResMergeError
+from .events import Event
 from .plan import Options, Plan, plan_merge
 from .publication import Publication
 from .recipe import Recipe, load_recipe, override
-from .specs import OUTPUT_DTYPES, parse_size
+from .specs import OUTPUT_DTYPES, format_size, parse_size
 from .version import __version__
 
 _EXIT = """\
@@ -23,6 +24,8 @@ _EXAMPLES = {
     "plan": "resmerge-stream plan --base models/base --expert models/math --expert models/code",
     "merge": "resmerge-stream merge recipe.yml --push-to me/merged",
     "verify": "resmerge-stream verify merged",
+    "compare": "resmerge-stream compare recipe.yml --methods resmerge,ties,tsv_m --out compared",
+    "analyse": "resmerge-stream analyse recipe.yml --out analysis",
     "methods": "resmerge-stream methods",
     "demo": "resmerge-stream demo --out demo-merge",
 }
@@ -85,6 +88,32 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--recipe", metavar="FILE", help="where the sources are named")
     verify.add_argument("--sample", type=int, default=3, help="tensors to merge again (3)")
     _add_json(verify)
+    compare = _command(commands, "compare", _compare, "merge by several methods in one pass")
+    _add_recipe(compare)
+    compare.add_argument(
+        "--methods",
+        metavar="A,B,C",
+        required=True,
+        help="methods, with parameters behind colons: resmerge,ties:trim=tensor",
+    )
+    compare.add_argument("--out", metavar="DIR", required=True, help="one folder a method below")
+    compare.add_argument(
+        "--report-only", action="store_true", help="write reports, table and picture, no weights"
+    )
+    compare.add_argument("--work-dir", metavar="DIR", help="as for merge")
+    analyse = _command(commands, "analyse", _analyse, "measure the experts' spectra; no merging")
+    _add_recipe(analyse)
+    analyse.add_argument("--out", metavar="DIR", required=True, help="folder for the results")
+    analyse.add_argument(
+        "--sft", metavar="ID", action="append", default=[], help="an SFT expert beside; repeat"
+    )
+    analyse.add_argument("--rank", type=int, default=1, help="directions in the head (1)")
+    analyse.add_argument(
+        "--component",
+        choices=("head", "residual"),
+        help="write the model W0 + head (or residual) of one expert instead",
+    )
+    analyse.add_argument("--of", metavar="EXPERT", help="which expert: its ID, or its number")
     methods = _command(commands, "methods", _methods, "list the methods and their parameters")
     _add_json(methods)
     demo = _command(commands, "demo", _demo, "merge the built-in experts; no account, no network")
@@ -261,6 +290,52 @@ def _verify(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe) if args.recipe else None
     checks = verify_merge(args.merged, recipe=recipe, sample=args.sample)
     return 0 if console.show_checks(checks, as_json=args.json) else 2
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from .compare_plan import plan_comparison
+
+    names = [name for name in args.methods.split(",") if name.strip()]
+    comparison = plan_comparison(
+        _recipe(args), names, _options(args), out=args.out, report_only=args.report_only
+    )
+    comparison.raise_if_refused()
+    from .compare import run_comparison
+
+    console.say(f"memory: at most {format_size(comparison.peak_memory_bytes)} private")
+    _show(run_comparison(comparison, work_dir=args.work_dir), args, table="comparison.md")
+    comparison.close()
+    return 0
+
+
+def _analyse(args: argparse.Namespace) -> int:
+    from .analyse import component_recipe, plan_analysis, run_analysis
+    from .recipe import ModelRef
+
+    recipe = _recipe(args)
+    if bool(args.component) != bool(args.of):
+        raise RecipeError("--component and --of go together: which part, of which expert.")
+    if args.component:
+        chosen = component_recipe(recipe, args.component, args.of, rank=args.rank)
+        return _run(
+            plan_merge(chosen, _options(args), out=args.out), args.out, None, as_json=args.json
+        )
+    sft = [ModelRef.parse(text) for text in args.sft]
+    plan = plan_analysis(recipe, sft, _options(args), rank=args.rank)
+    _show(run_analysis(plan, out=args.out, sft=len(sft)), args, table="analysis.md")
+    plan.close()
+    return 0
+
+
+def _show(events: Iterator[Event], args: argparse.Namespace, *, table: str) -> None:
+    """Print events as JSON, or a count of them and then the table that they end in."""
+    from pathlib import Path
+
+    if args.json:
+        console.print_json(events)
+        return
+    console.count(events)
+    print((Path(args.out).expanduser() / table).read_text(encoding="utf-8"), end="")
 
 
 def _methods(args: argparse.Namespace) -> int:

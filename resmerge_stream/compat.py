@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import listed
+from .errors import listed, shown
 from .roles import Role, role_of
 from .sources.checkpoint import Checkpoint, StoredTensor
 from .specs import DTYPES
@@ -72,7 +72,8 @@ def check_configs(base: Checkpoint, expert: Checkpoint, found: Findings) -> None
     for key, (left, right) in sorted(_differences(base.config, expert.config).items()):
         leaf = key.rsplit(".", 1)[-1]
         part = _STRUCTURE_KEYS.get(leaf)
-        text = f"{key} is {_short(right)} in {expert.id} and {_short(left)} in {base.id}"
+        shown_key = key if len(key) <= 120 else f"{key[:117]}..."
+        text = f"{shown_key} is {shown(right)} in {expert.id} and {shown(left)} in {base.id}"
         if part is None or left is _MISSING or right is _MISSING:
             found.warnings.append(f"config: {text}; the base's is kept")
         else:
@@ -125,6 +126,8 @@ def match_tensors(base: Checkpoint, experts: Sequence[Checkpoint], found: Findin
     merged: list[str] = []
     carried: dict[str, str] = {}
     left_out = _tied_heads(base, experts, found)
+    partial: dict[str, list[str]] = {}
+    shapes: dict[str, list[str]] = {}
     for name, stored in base.tensors.items():
         if name in left_out:
             continue
@@ -133,19 +136,23 @@ def match_tensors(base: Checkpoint, experts: Sequence[Checkpoint], found: Findin
             carried[name] = "no expert has it"
         elif len(having) < len(experts):
             lacking = [expert.id for expert in experts if name not in expert.tensors]
-            found.problems.append(
-                f"{name} is in the base and in some experts but not in {listed(lacking)}. "
-                "Give complete checkpoints of the same architecture."
-            )
+            partial.setdefault(listed(lacking), []).append(name)
         elif not DTYPES[stored.spec.dtype].is_merged:
             carried[name] = f"it holds {stored.spec.dtype}, not floating point"
         else:
             merged.append(name)
-            _check_shapes(stored, having, found)
+            _check_shapes(stored, having, shapes)
     for expert in experts:
         for name in expert.tensors:
             if name not in base.tensors and name not in left_out:
                 left_out[name] = f"the base lacks it (seen in {expert.id})"
+    for experts_without, names in partial.items():
+        found.problems.append(
+            f"{len(names)} tensor(s) are in the base and some experts but not in "
+            f"{experts_without}: {listed(names)}. Give complete checkpoints of one architecture."
+        )
+    for problem, names in shapes.items():
+        found.problems.append(f"{listed(names)} {problem}")
     for reason, names in _grouped(carried).items():
         found.warnings.append(
             f"{len(names)} tensor(s) kept as in the base, {reason}: {listed(names)}"
@@ -207,29 +214,32 @@ def _same_values(checkpoint: Checkpoint, left: str, right: str) -> bool:
     )
 
 
-def _check_shapes(stored: StoredTensor, having: Sequence[Checkpoint], found: Findings) -> None:
+def _check_shapes(
+    stored: StoredTensor, having: Sequence[Checkpoint], problems: dict[str, list[str]]
+) -> None:
+    """Add what does not fit to `problems`: the problem in words → the tensors that have it."""
     name, shape = stored.spec.name, stored.spec.shape
     for expert in having:
         other = expert.tensors[name].spec
         if not DTYPES[other.dtype].is_merged:
-            found.problems.append(
-                f"{name} holds {other.dtype} in {expert.id} and {stored.spec.dtype} in the base; "
-                "only floating point can be merged."
+            problem = (
+                f"hold {other.dtype} in {expert.id} and {stored.spec.dtype} in the base; only "
+                "floating point can be merged."
             )
-        if other.shape == shape:
+        elif other.shape == shape:
             continue
-        role = role_of(name, shape)
-        if role in (Role.EMBEDDING, Role.HEAD) and other.shape[1:] == shape[1:]:
-            found.problems.append(
-                f"{name} has {other.shape[0]} vocabulary rows in {expert.id} and {shape[0]} in the "
+        elif role_of(name, shape) in (Role.EMBEDDING, Role.HEAD) and other.shape[1:] == shape[1:]:
+            problem = (
+                f"have {other.shape[0]} vocabulary rows in {expert.id} and {shape[0]} in the "
                 "base: tokens were added or the table was padded. Resize the expert's embeddings "
                 "to the base's (transformers: resize_token_embeddings) first."
             )
         else:
-            found.problems.append(
-                f"{name} has shape {list(other.shape)} in {expert.id} and {list(shape)} in the "
-                "base. They must be the same architecture."
+            problem = (
+                f"have shape {list(other.shape)} in {expert.id} and {list(shape)} in the base. "
+                "They must be of the same architecture."
             )
+        problems.setdefault(problem, []).append(name)
 
 
 class _Missing:
@@ -258,8 +268,3 @@ def _grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     for name, reason in reasons.items():
         groups.setdefault(reason, []).append(name)
     return groups
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

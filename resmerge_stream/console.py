@@ -6,7 +6,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import ResMergeError
-from .events import Event, Finished, Planned, Published, ShardFinished, TensorMerged
+from .events import (
+    Analysed,
+    Counted,
+    Event,
+    Finished,
+    Planned,
+    Published,
+    ShardFinished,
+    TensorMerged,
+)
 from .plan import Plan
 from .report import median
 from .specs import format_size
@@ -23,7 +32,12 @@ _GATES = (
 
 def say(text: str) -> None:
     """Print a line for people, on standard error."""
-    print(text, file=sys.stderr)
+    print(plain(text), file=sys.stderr)
+
+
+def plain(text: str) -> str:
+    """Return text without control characters: names come from strangers' files."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def failed(error: ResMergeError, *, as_json: bool) -> None:
@@ -37,9 +51,9 @@ def failed(error: ResMergeError, *, as_json: bool) -> None:
 def show_plan(plan: Plan) -> None:
     """Print a plan: problems first."""
     for problem in plan.problems:
-        print(f"problem: {problem}")
+        print(plain(f"problem: {problem}"))
     for warning in plan.warnings:
-        print(f"warning: {warning}")
+        print(plain(f"warning: {warning}"))
     if plan.tensors:
         rules = ", ".join(f"{count} {rule}" for rule, count in plan.by_rule().items())
         print(f"tensors:  {len(plan.tensors)} ({rules})")
@@ -47,6 +61,12 @@ def show_plan(plan: Plan) -> None:
         print(f"output:   {format_size(plan.write_bytes)} in {len(plan.shards)} file(s)")
         peak, budget = format_size(plan.peak_memory_bytes), format_size(plan.memory_budget)
         print(f"memory:   at most {peak} private, of a budget of {budget}")
+        if plan.target is not None:
+            kind = "public" if plan.target.ends_public else "private"
+            disk = format_size(plan.peak_disk_bytes)
+            print(
+                f"target:   {plan.target.repo.id} on the Hub, {kind}; at most {disk} on this disk"
+            )
         print(f"time:     about {plan.seconds_estimate:.0f} s on two cores")
     print("refused" if plan.refused else f"plan {plan.plan_hash}: ready to merge")
 
@@ -88,6 +108,29 @@ def follow(events: Iterable[Event]) -> None:
                 bar.close()
             elif isinstance(event, Finished):
                 show_summary(event)
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def count(events: Iterable[Event]) -> None:
+    """Show on standard error how far a run is that writes no single model."""
+    from tqdm import tqdm
+
+    bar: Any = None
+    try:
+        for event in events:
+            if isinstance(event, Planned):
+                for warning in event.plan["warnings"]:
+                    say(f"warning: {warning}")
+                total = event.plan["read_bytes"]
+                bar = tqdm(total=total, unit="B", unit_scale=True, desc="reading", file=sys.stderr)
+            elif isinstance(event, Counted | TensorMerged | Analysed):
+                counted = event.bytes_read if isinstance(event, Counted) else 0
+                done = counted or getattr(bar, "counted", 0) + event.bytes_read
+                bar.counted = counted or getattr(bar, "counted", 0)
+                bar.update(done - bar.n)
+                bar.set_postfix_str(event.tensor[-40:], refresh=False)
     finally:
         if bar is not None:
             bar.close()

@@ -83,7 +83,7 @@ def usable_cores() -> int:
 def free_disk(folder: Path) -> int:
     """Return free bytes on the disk of a folder, or of its nearest parent that exists."""
     folder = folder.absolute()
-    while not folder.exists() and folder != folder.parent:
+    while not os.path.exists(folder) and folder != folder.parent:
         folder = folder.parent
     try:
         return shutil.disk_usage(folder).free

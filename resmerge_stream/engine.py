@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,21 @@ from typing import Any
 import torch
 
 from .card import render_card
+from .counting import counted
 from .device import choose_device, private_memory, usable_cores
 from .errors import NonFiniteError
 from .events import Event, Finished, Planned, Published, ShardFinished, TensorMerged
 from .layout import Shard
 from .memory import WRITE_QUEUE_BYTES
-from .merging import Merger, Piece, Prepared, row_ranges
+from .merging import Merger, Prepared
 from .opening import finished_already, open_sink
+from .pieces import Piece, row_ranges
 from .pipes import Ahead, Held, WriteBehind
 from .plan import Plan, PlannedTensor
+from .publication import work_folder
 from .report import build_report
 from .sinks import Sink
+from .sinks.folder import REPORT
 from .sources import Checkpoint
 from .sources.ahead import Followed, reading_ahead
 from .version import __version__
@@ -66,9 +70,10 @@ def run_merge(
     if done is not None:
         yield done
         return
-    sink = open_sink(plan, folder, work_dir)
+    work = work_folder(plan.plan_hash, folder, plan.publication, work_dir)
+    sink = open_sink(plan, folder, work)
     try:
-        yield from _run(plan, sink)
+        yield from _run(plan, sink, work)
     except NonFiniteError:
         # This run can never be finished, so it leaves nothing behind.
         sink.abandon()
@@ -77,13 +82,17 @@ def run_merge(
         sink.close()
 
 
-def _run(plan: Plan, sink: Sink) -> Iterator[Event]:
+def _run(plan: Plan, sink: Sink, work_dir: Path) -> Iterator[Event]:
     progress = _Progress()
     yield Planned(plan=plan.to_dict())
     device = choose_device(plan.options.device)
     merger = Merger(plan, device, lambda: _sample(progress))
+    if plan.opened[1].counting_passes():
+        with _reading_ahead(plan, [tensor for tensor in plan.tensors.values() if tensor.rule]):
+            yield from counted([plan], [merger], reads, work_dir / "counted.json")
     kept = sink.finished_shards()
-    with _reading_ahead(plan, [shard for shard in plan.shards if shard.name not in kept]):
+    unmerged = [shard for shard in plan.shards if shard.name not in kept]
+    with _reading_ahead(plan, (plan.tensors[t.name] for shard in unmerged for t in shard.tensors)):
         for shard in plan.shards:
             entry = kept.get(shard.name)
             if entry is None:
@@ -97,12 +106,13 @@ def _run(plan: Plan, sink: Sink) -> Iterator[Event]:
                 resumed=shard.name in kept,
                 shards_done=len(progress.files),
                 shards=len(plan.shards),
+                bytes_sent=sink.bytes_sent,
             )
     report = build_report(
         plan,
         progress.entries,
         progress.files,
-        environment=_environment(merger.device),
+        environment=environment(merger.device),
         seconds=time.monotonic() - progress.started,
         bytes_read=progress.bytes_read,
         bytes_written=progress.bytes_written,
@@ -142,6 +152,7 @@ def _merge_shard(
                 entry=entry,
                 bytes_read=progress.bytes_read,
                 bytes_written=progress.bytes_written,
+                bytes_sent=sink.bytes_sent,
             )
         queue.drain()
         sha256 = writer.finish()
@@ -156,7 +167,7 @@ def _prepared(
 ) -> Iterator[Prepared]:
     """Yield the shard's pieces in file order, read and decided ahead by threads."""
     tensors = [plan.tensors[spec.name] for spec in shard.tensors]
-    reader = Ahead(_reads(plan, tensors), plan.read_ahead_bytes or READ_AHEAD_BYTES)
+    reader = Ahead(reads(plan, tensors), plan.read_ahead_bytes or READ_AHEAD_BYTES)
     threads.callback(reader.close)
 
     def decisions() -> Iterator[tuple[int, Callable[[], tuple[Held[Piece], Prepared]]]]:
@@ -168,7 +179,7 @@ def _prepared(
 
             yield plan.working_bytes_of(held.value.tensor), decide
 
-    decider = Ahead(decisions(), plan.working_bytes, workers=_workers(merger.device))
+    decider = Ahead(decisions(), plan.working_bytes, workers=workers(merger.device))
     threads.callback(decider.close)
     for decided in decider:
         piece, prepared = decided.value
@@ -183,12 +194,12 @@ def _sample(progress: _Progress) -> None:
     progress.peak_private = max(progress.peak_private, private_memory())
 
 
-def _workers(device: torch.device) -> int:
+def workers(device: torch.device) -> int:
     """Return how many tensors are decided at once: one a core, or one at a time on a GPU."""
     return usable_cores() if device.type == "cpu" else 1
 
 
-def _reads(plan: Plan, tensors: list[PlannedTensor]) -> Iterator[tuple[int, Callable[[], Piece]]]:
+def reads(plan: Plan, tensors: list[PlannedTensor]) -> Iterator[tuple[int, Callable[[], Piece]]]:
     """Yield what to read, in order: bytes and a function that reads them."""
     for tensor in tensors:
         name = tensor.spec.name
@@ -233,10 +244,11 @@ def _closer(name: str, sources: list[Checkpoint], start: int, stop: int) -> Call
     return close
 
 
-def _reading_ahead(plan: Plan, shards: list[Shard]) -> contextlib.AbstractContextManager[None]:
+def _reading_ahead(
+    plan: Plan, tensors: Iterable[PlannedTensor]
+) -> contextlib.AbstractContextManager[None]:
     """Let sources on the Hub know what will be read, across the shards."""
     remote = [source for source in plan.checkpoints if isinstance(source, Followed)]
-    tensors = (plan.tensors[spec.name] for shard in shards for spec in shard.tensors)
     order = (
         (source, tensor.spec.name, start, stop)
         for tensor in tensors
@@ -246,10 +258,26 @@ def _reading_ahead(plan: Plan, shards: list[Shard]) -> contextlib.AbstractContex
     return reading_ahead(order, remote, plan.read_ahead_bytes)
 
 
-def _environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what the numbers may depend on beside the sources: versions, device, threads."""
     return {
         "resmerge_stream": __version__,
         "torch": str(torch.__version__),
         "device": str(device),
-        "threads": _workers(device),
+        "threads": workers(device),
     }
+
+
+def target_key(out: Path) -> str:
+    """Return what tells an output folder from another, for the name of its work folder."""
+    import hashlib
+
+    return hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]
+
+
+def read_report(out: Path) -> dict[str, Any]:
+    """Return the report of a finished output folder."""
+    import json
+
+    report: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))
+    return report

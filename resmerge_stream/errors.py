@@ -18,6 +18,7 @@ A message says what is wrong, what was expected, and what to do. Errors of other
 translated where they enter, with ``raise … from exc``. Anything outside this tree is a bug.
 """
 
+import reprlib
 from collections.abc import Iterable
 
 
@@ -78,12 +79,22 @@ class StoppedError(ResMergeError):
 
 
 def listed(items: Iterable[object], *, limit: int = 5) -> str:
-    """Return the first `limit` items as quoted text, then "and N more".
+    """Return the first `limit` items, each bounded, then "and N more".
 
     Args:
-        items: what to name; strings are shown as they are, in quotes.
+        items: what to name; strings are shown in quotes.
         limit: how many to show.
     """
-    every = [repr(item) for item in items]
-    shown = ", ".join(every[:limit])
-    return shown if len(every) <= limit else f"{shown} and {len(every) - limit} more"
+    every = list(items)
+    text = ", ".join(shown(item) for item in every[:limit])
+    return text if len(every) <= limit else f"{text} and {len(every) - limit} more"
+
+
+def shown(value: object) -> str:
+    """Return a value for a message: its repr, never long, never failing."""
+    shortener = reprlib.Repr()
+    shortener.maxlevel, shortener.maxstring, shortener.maxother = 2, 120, 120
+    try:
+        return shortener.repr(value)
+    except ValueError:  # an integer with more digits than Python prints
+        return f"a {type(value).__name__} too long to show"

@@ -1,4 +1,4 @@
-"""What a run reports, in order: planned, tensors and shards, published, finished."""
+"""What a run reports, in order: planned, (counted,) tensors and shards, published, finished."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -30,6 +30,37 @@ class Planned(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Counted(Event):
+    """A tensor was read in a counting pass, before the merge.
+
+    Attributes:
+        tensor: its name.
+        number, passes: which pass, from 1.
+        bytes_read: of all counting so far.
+    """
+
+    name: ClassVar[str] = "counted"
+    tensor: str
+    number: int
+    passes: int
+    bytes_read: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Analysed(Event):
+    """A tensor was analysed; nothing is written for it.
+
+    Attributes:
+        tensor: its name.
+        bytes_read: of this run so far.
+    """
+
+    name: ClassVar[str] = "analysed"
+    tensor: str
+    bytes_read: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorMerged(Event):
     """A tensor was merged, cast and handed to the writer.
 
@@ -38,6 +69,7 @@ class TensorMerged(Event):
         rule: the rule that was applied.
         entry: its row of the report.
         bytes_read, bytes_written: of this run so far.
+        bytes_sent: of finished shards, to the Hub, by this run so far.
     """
 
     name: ClassVar[str] = "tensor"
@@ -46,6 +78,7 @@ class TensorMerged(Event):
     entry: Mapping[str, Any]
     bytes_read: int
     bytes_written: int
+    bytes_sent: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +91,7 @@ class ShardFinished(Event):
         sha256: in hex.
         resumed: whether an earlier run made it.
         shards_done, shards: progress.
+        bytes_sent: of finished shards, to the Hub, by this run so far.
     """
 
     name: ClassVar[str] = "shard"
@@ -67,6 +101,7 @@ class ShardFinished(Event):
     resumed: bool
     shards_done: int
     shards: int
+    bytes_sent: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

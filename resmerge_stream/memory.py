@@ -6,7 +6,10 @@ Numbers without torch: measured constants (docs/performance.md) and counts of el
 # Up to this short side a dense SVD costs less than Lanczos steps, in time and in memory.
 DENSE_UP_TO = 96
 # Above this short side the float64 Gram matrix of the fallback would dominate the memory.
-GRAM_UP_TO = 2048
+GRAM_UP_TO = 1024
+# Up to this short side the factors of a whole SVD are kept in float64: whitening nearly collinear
+# directions of several experts enlarges float32's noise by the inverse of their distance.
+DOUBLE_UP_TO = 2048
 
 # Private memory of the process once torch is imported and has worked: interpreter, libraries,
 # threads, allocator slack, headers, small files.
@@ -38,6 +41,17 @@ def solver_bytes(m: int, n: int, rank: int, solver: str) -> int:
         return 8 * m * n * 3
     krylov = 4 * 2 * (8 + short // 6) * short
     return max(krylov, 32 * short * short) if short <= GRAM_UP_TO and solver == "auto" else krylov
+
+
+def svd_bytes(m: int, n: int, count: int = 1) -> int:
+    """Return bytes of `count` whole SVDs of m × n matrices that are kept, made one at a time.
+
+    The factors of each; once the float64 Gram matrix, its eigenvectors and LAPACK's own room,
+    and the longer factor in float64.
+    """
+    short, long = min(m, n), max(m, n)
+    width = 8 if short <= DOUBLE_UP_TO else 4
+    return count * width * (m + n) * short + 40 * short**2 + 12 * long * short
 
 
 def matrix_bytes(m: int, n: int, experts: int, scratch: int, *, resident: bool) -> int:

@@ -6,7 +6,7 @@ changes no bit of the result.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,43 +14,13 @@ import torch
 from torch import Tensor
 
 from .errors import NonFiniteError
-from .memory import PIECE_BYTES
 from .methods import Rule, Site, Update
-from .plan import Plan, PlannedTensor
+from .pieces import Piece
+from .plan import Plan
 from .report import combine_slices, tensor_entry
 from .rounding import Kept, block_seed, cast
 from .specs import DTYPES, TensorSpec
 from .task_vectors import NonFiniteValues, TaskVectors, Workspace, as_tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Some rows of a tensor, read; for a stack [E, m, n] to decompose, one of its matrices.
-
-    Attributes:
-        tensor: as planned.
-        start_row, stop_row: which rows (first axis) the buffers hold.
-        is_last: whether these are the tensor's last rows.
-        buffers: stored bytes of the base, then of each expert; of the base alone if carried.
-        release: told which rows of the buffers are not needed for a while.
-        close: called when the piece is merged; its buffers are not used any more.
-    """
-
-    tensor: PlannedTensor
-    start_row: int
-    stop_row: int
-    is_last: bool
-    buffers: list[memoryview]
-    release: Callable[[slice], None] = lambda rows: None
-    close: Callable[[], None] = lambda: None
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """Rows and columns of the matrix that these rows make."""
-        spec, rule = self.tensor.spec, self.tensor.rule
-        if rule is not None and rule.needs_matrix and len(spec.shape) == 3:
-            return spec.shape[1], spec.shape[2]
-        return self.stop_row - self.start_row, spec.matrix_shape[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +57,10 @@ class Merger:
     ) -> None:
         self.device = device
         self._plan = plan
-        self._method = plan.opened[1]
+        self.method = plan.opened[1]
         self._workspace = Workspace(device, plan.working_bytes)
         self._seed = plan.options.seed
+        self._layers = plan.layers
         self._stochastic = plan.options.rounding == "stochastic"
         self._sample = sample
         self._row: _Row | None = None
@@ -100,19 +71,59 @@ class Merger:
         Raises:
             NonFiniteError: a weight is NaN or infinite.
         """
-        rule, spec = piece.tensor.rule, piece.tensor.spec
-        if rule is None:
+        if piece.tensor.rule is None:
             return Prepared(piece)
+        try:
+            return self.decide(piece, *self.open(piece))
+        except NonFiniteValues as exc:
+            raise self.non_finite(piece.tensor.spec, exc.source) from exc
+
+    def open(self, piece: Piece) -> tuple[Tensor, TaskVectors]:
+        """Return the base as stored and the task vectors of a piece that is merged.
+
+        Raises:
+            NonFiniteValues: some task vector is not finite.
+        """
         torch.set_num_threads(1)
+        rule, spec = piece.tensor.rule, piece.tensor.spec
         dtypes = [source.tensors[spec.name].spec.dtype for source in self._plan.checkpoints]
         raw = [
             as_tensor(buffer, dtype, piece.matrix_shape)
             for buffer, dtype in zip(piece.buffers, dtypes, strict=True)
         ]
-        try:
-            return Prepared(piece, raw[0], *self._decide(piece, rule, raw))
-        except NonFiniteValues as exc:
-            raise self._non_finite(spec, exc.source) from exc
+        resident = rule is not None and rule.needs_matrix and piece.tensor.resident
+        return raw[0], TaskVectors(
+            raw[0], raw[1:], self._workspace, resident=resident, release=piece.release
+        )
+
+    def decide(self, piece: Piece, base: Tensor, vectors: TaskVectors) -> Prepared:
+        """Let the method decide about a piece that is open.
+
+        Raises:
+            NonFiniteValues: some task vector is not finite.
+        """
+        site = self.site(piece)
+        if site.rule.needs_matrix and vectors.is_zero():
+            update = Update(lambda block, stack: torch.zeros_like(stack[0]), "copy")
+        else:
+            update = self.method.merge(vectors, site)
+            self._sample()
+        return Prepared(piece, base, vectors, update)
+
+    def site(self, piece: Piece) -> Site:
+        """Return where a piece is, as a method sees it."""
+        spec, rule = piece.tensor.spec, piece.tensor.rule
+        if rule is None:
+            raise RuntimeError(f"{spec.name} is not merged")
+        return Site(
+            rule,
+            self._plan.weights,
+            block_seed(self._seed, spec.name, -1),
+            spec=spec,
+            start_row=piece.first_row,
+            layers=self._layers,
+            counted=self._plan.counted,
+        )
 
     def finish(
         self, prepared: Prepared, write: Callable[[memoryview], None]
@@ -130,54 +141,69 @@ class Merger:
         spec, rule = piece.tensor.spec, piece.tensor.rule
         if rule is None:
             write(piece.buffers[0])
-            return self._carried(spec) if piece.is_last else None
-        if self._row is None:
-            self._row = _Row()
-        row = self._row
+            return self.carried(spec) if piece.is_last else None
+        vectors = prepared.vectors
+        if vectors is None:
+            raise RuntimeError("this piece was not prepared")
+        torch.set_num_threads(1)
         try:
-            self._write(prepared, row, write)
+            for rows in vectors.blocks():
+                self.write_rows(prepared, rows, vectors.stack(rows), vectors.base(rows), write)
+                piece.release(rows)
         except NonFiniteValues as exc:
-            raise self._non_finite(spec, exc.source) from exc
-        if not piece.is_last:
-            return None
-        self._row = None
-        return _entry(spec, rule, row)
-
-    def _decide(self, piece: Piece, rule: Rule, raw: list[Tensor]) -> tuple[TaskVectors, Update]:
-        resident = rule.needs_matrix and piece.tensor.resident
-        vectors = TaskVectors(
-            raw[0], raw[1:], self._workspace, resident=resident, release=piece.release
-        )
-        if rule.needs_matrix and vectors.is_zero():
-            return vectors, Update(lambda block, stack: torch.zeros_like(stack[0]), "copy")
-        seed = block_seed(self._seed, piece.tensor.spec.name, -1)
-        update = self._method.merge(vectors, Site(rule, self._plan.weights, seed))
+            raise self.non_finite(spec, exc.source) from exc
         self._sample()
-        return vectors, update
+        entry = self.end(prepared)
+        vectors.close()
+        return entry
 
-    def _write(self, prepared: Prepared, row: _Row, write: Callable[[memoryview], None]) -> None:
+    def write_rows(
+        self,
+        prepared: Prepared,
+        rows: slice,
+        stack: Tensor,
+        base: Tensor,
+        write: Callable[[memoryview], None],
+    ) -> Tensor:
+        """Merge, cast and write a row block; return its ΔW.
+
+        Args:
+            prepared: what was decided.
+            rows: of the piece.
+            stack, base: the task vectors and W0 there.
+            write: takes the next bytes of the file.
+
+        Raises:
+            NonFiniteError: a weight overflows the output dtype.
+        """
         piece, vectors, update = prepared.piece, prepared.vectors, prepared.update
         if vectors is None or update is None or prepared.base is None:
             raise RuntimeError("this piece was not prepared")
-        torch.set_num_threads(1)
-        for rows in vectors.blocks():
-            delta = update.rows(rows, vectors.stack(rows))
-            base = vectors.base(rows)
-            if vectors.is_zero(rows):
-                merged = prepared.base[rows].to(self._dtype(piece))  # signed zeros included
-            else:
-                merged = cast(base + delta, self._dtype(piece), seed=self._cast_seed(piece, rows))
-            row.kept.add(delta, merged.to(base.device, torch.float32) - base)
-            if row.kept.overflowed:
-                raise _overflow(piece.tensor.spec)
-            write(_bytes_of(merged))
-            piece.release(rows)
-        self._sample()
+        if self._row is None:
+            self._row = _Row()
+        delta = update.rows(rows, stack)
+        if vectors.is_zero(rows):
+            merged = prepared.base[rows].to(self._dtype(piece))  # signed zeros included
+        else:
+            merged = cast(base + delta, self._dtype(piece), seed=self._cast_seed(piece, rows))
+        self._row.kept.add(delta, merged.to(base.device, torch.float32) - base)
+        if self._row.kept.overflowed:
+            raise _overflow(piece.tensor.spec)
+        write(_bytes_of(merged))
+        return delta
+
+    def end(self, prepared: Prepared) -> dict[str, Any] | None:
+        """Note that a piece is written; return the tensor's row of the report after its last."""
+        piece, vectors, update = prepared.piece, prepared.vectors, prepared.update
+        if vectors is None or update is None or piece.tensor.rule is None:
+            raise RuntimeError("this piece was not prepared")
+        row = self._row or _Row()
         row.rules.append("copy" if vectors.is_zero() else update.rule)
         row.warnings += [text for text in update.warnings if text not in row.warnings]
         if update.gates:
             row.gates.append(dict(update.gates))
-        vectors.close()
+        self._row = None if piece.is_last else row
+        return _entry(piece.tensor.spec, piece.tensor.rule, row) if piece.is_last else None
 
     def _dtype(self, piece: Piece) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, DTYPES[piece.tensor.spec.dtype].torch_name)
@@ -186,40 +212,22 @@ class Merger:
     def _cast_seed(self, piece: Piece, rows: slice) -> int | None:
         if not self._stochastic:
             return None
-        # Rows of the whole tensor as a matrix, so that the cut into pieces does not matter.
-        first = piece.start_row * (
-            piece.matrix_shape[0] if len(piece.tensor.spec.shape) == 3 else 1
-        )
-        return block_seed(self._seed, piece.tensor.spec.name, first + rows.start)
+        return block_seed(self._seed, piece.tensor.spec.name, piece.first_row + rows.start)
 
-    def _carried(self, spec: TensorSpec) -> dict[str, Any]:
-        role = self._method.rule_for(spec, len(self._plan.experts)).role.value
+    def carried(self, spec: TensorSpec) -> dict[str, Any]:
+        """Return the row of the report of a tensor that is not merged."""
+        role = self.method.rule_for(spec, len(self._plan.experts)).role.value
         return tensor_entry(
             name=spec.name, role=role, shape=list(spec.shape), rule="carried", changed_fraction=0.0
         )
 
-    def _non_finite(self, spec: TensorSpec, source: int) -> NonFiniteError:
+    def non_finite(self, spec: TensorSpec, source: int) -> NonFiniteError:
+        """Return the error that names a tensor and its checkpoint (−1: the base)."""
         checkpoint = list(self._plan.checkpoints)[source + 1]
         return NonFiniteError(
             f"{spec.name} of {checkpoint.id} holds NaN or infinite values (or differences too "
             "large for float32). A merge would spread them; repair or replace that checkpoint."
         )
-
-
-def row_ranges(tensor: PlannedTensor) -> Iterator[tuple[int, int, bool]]:
-    """Yield (start row, stop row, last) of the pieces that a tensor is read in.
-
-    The cut depends on the tensor alone, so that it changes no bit whatever the machine.
-    """
-    rows, _ = tensor.spec.matrix_shape
-    step = max(rows, 1)
-    if tensor.rule is not None and tensor.rule.needs_matrix:
-        step = 1 if len(tensor.spec.shape) == 3 else step
-    elif tensor.rule is None or tensor.rule.in_pieces:
-        step = max(PIECE_BYTES * rows // max(tensor.spec.nbytes, 1) // 16 * 16, 16)
-    starts = range(0, max(rows, 1), step)
-    for start in starts:
-        yield start, min(start + step, rows), start == starts[-1]
 
 
 def _overflow(spec: TensorSpec) -> NonFiniteError:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +41,7 @@ from .memory import (
 from .methods import MergeMethod, Rule, build_method
 from .publication import Publication, known_commits, work_folder
 from .recipe import ModelRef, Recipe
-from .roles import Role
+from .roles import Role, layer_of
 from .sidefiles import output_config, side_files
 from .sinks import target_state
 from .sources import Checkpoint, open_checkpoint
@@ -126,6 +127,8 @@ class Plan:
     publication: Publication | None = None
     target: "HubTarget | None" = None
     token: str | None = field(default=None, repr=False)
+    # What the method's counting passes found; the run fills it in before it merges.
+    counted: dict[str, Any] = field(default_factory=dict)
 
     @property
     def refused(self) -> bool:
@@ -172,6 +175,12 @@ class Plan:
     def weights(self) -> tuple[float, ...]:
         """The experts' factors, 1.0 where none was given."""
         return tuple(1.0 if ref.weight is None else ref.weight for ref in self.recipe.experts)
+
+    @property
+    def layers(self) -> int:
+        """How many blocks the model has, by its tensors' names."""
+        numbers = [layer_of(name) for name in self.tensors]
+        return 1 + max((number for number in numbers if number is not None), default=-1)
 
     @property
     def plan_hash(self) -> str:
@@ -416,10 +425,12 @@ def _check_code(plan: Plan, found: Findings) -> None:
 def _estimate(plan: Plan) -> None:
     count = len(plan.experts)
     seconds = _SECONDS_START
+    passes = 1 + plan.opened[1].counting_passes()
     for name, tensor in plan.tensors.items():
         sources = plan.checkpoints if tensor.rule else [plan.base]
-        plan.read_bytes += sum(s.tensors[name].spec.nbytes for s in sources if s is not None)
-        seconds += tensor.spec.numel * (count + 1) * _SECONDS_ROWS
+        stored = sum(s.tensors[name].spec.nbytes for s in sources if s is not None)
+        plan.read_bytes += stored * (passes if tensor.rule else 1)
+        seconds += tensor.spec.numel * (count + 1) * _SECONDS_ROWS * passes
         if tensor.rule and tensor.rule.needs_matrix:
             seconds += tensor.spec.numel * count * _SECONDS_MATRIX
     plan.seconds_estimate = seconds
@@ -562,7 +573,7 @@ def _check_work_disk(
 def _lasting_name(ref: ModelRef) -> str:
     """Return a folder's absolute path, so that the working directory does not matter."""
     folder = Path(ref.id).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else str(ref)
+    return str(folder.resolve()) if os.path.isdir(folder) else str(ref)
 
 
 __all__ = ["Options", "Plan", "PlannedTensor", "Role", "matrix_of", "plan_merge"]

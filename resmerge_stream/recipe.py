@@ -1,13 +1,13 @@
 """A recipe: which base, which experts, which method with which parameters; YAML in and out."""
 
+import os
 import re
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import RecipeError, listed
+from .errors import RecipeError, listed, shown
 from .specs import OUTPUT_DTYPES
 
 MAX_RECIPE_BYTES = 32 * 1024
@@ -52,19 +52,15 @@ class ModelRef:
         """
         if not isinstance(text, str) or not text.strip() or "\x00" in text:
             raise RecipeError(
-                f"a model must be a folder or a repo id such as org/name, not {text!r}."
+                f"a model must be a folder or a repo id such as org/name, not {shown(text)}."
             )
         text = text.strip()
-        try:
-            is_folder = Path(text).expanduser().is_dir()
-        except OSError:
-            is_folder = False
-        if is_folder or "@" not in text:
+        if os.path.isdir(os.path.expanduser(text)) or "@" not in text:
             return cls(text, None, weight)
         name, _, revision = text.rpartition("@")
         if not name or not _REVISION.fullmatch(revision):
             raise RecipeError(
-                f"{text!r} has a malformed revision. Write org/name@branch-or-commit."
+                f"{shown(text)} has a malformed revision. Write org/name@branch-or-commit."
             )
         return cls(name, revision, weight)
 
@@ -157,7 +153,7 @@ def parse_recipe(data: bytes | str, *, where: str = "recipe") -> Recipe:
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
         document = yaml.load(text, Loader=_unique_key_loader())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError, OverflowError) as exc:
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as exc:
         reason = " ".join(str(exc).split())[:200] or type(exc).__name__
         raise RecipeError(f"{where} is not a YAML document: {reason}") from exc
     try:
@@ -186,11 +182,11 @@ def recipe_from_dict(document: object, *, where: str = "recipe") -> Recipe:
     experts = tuple(_experts(document.get("models"), base, where))
     method = document.get("merge_method", "resmerge")
     if not isinstance(method, str):
-        raise RecipeError(f"merge_method must be a name, not {_short(method)}.")
+        raise RecipeError(f"merge_method must be a name, not {shown(method)}.")
     parameters = document.get("parameters") or {}
     if not isinstance(parameters, Mapping) or not all(isinstance(key, str) for key in parameters):
         raise RecipeError(
-            f"parameters must be a mapping of names to values, not {_short(parameters)}."
+            f"parameters must be a mapping of names to values, not {shown(parameters)}."
         )
     return Recipe(base, experts, method, dict(parameters), _dtype(document.get("dtype")))
 
@@ -242,10 +238,10 @@ def _experts(models: object, base: ModelRef, where: str) -> list[ModelRef]:
         if isinstance(entry, str):
             entry = {"model": entry}
         if not isinstance(entry, Mapping) or "model" not in entry:
-            raise RecipeError(f"an entry of 'models' must be '- model: ID', not {_short(entry)}.")
+            raise RecipeError(f"an entry of 'models' must be '- model: ID', not {shown(entry)}.")
         unknown = [key for key in entry if key not in ("model", "parameters")]
         if unknown:
-            raise RecipeError(f"unknown key {_short(unknown[0])} in an entry of 'models'.")
+            raise RecipeError(f"unknown key {shown(unknown[0])} in an entry of 'models'.")
         ref = ModelRef.parse(entry["model"], weight=_weight(entry.get("parameters")))
         if (ref.id, ref.revision) != (base.id, base.revision):
             experts.append(ref)
@@ -261,12 +257,12 @@ def _weight(parameters: object) -> float | None:
         return None
     if not isinstance(parameters, Mapping) or set(parameters) - {"weight"}:
         raise RecipeError(
-            f"a model's parameters can only hold 'weight' here, not {_short(parameters)}; "
+            f"a model's parameters can only hold 'weight' here, not {shown(parameters)}; "
             "the method's own parameters go under the recipe's 'parameters'."
         )
     weight = parameters.get("weight")
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < 1e6:
-        raise RecipeError(f"a model's weight must be one number, not {_short(weight)}.")
+        raise RecipeError(f"a model's weight must be one number, not {shown(weight)}.")
     return float(weight)
 
 
@@ -280,7 +276,7 @@ def _check_keys(document: Mapping[Any, Any], where: str) -> None:
             raise RecipeError(f"{where}: {key!r} is not supported; {_ELSEWHERE[key]}.")
         close = difflib.get_close_matches(str(key)[:100], _KEYS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else f" Known keys: {listed(_KEYS)}."
-        raise RecipeError(f"{where}: unknown key {_short(key)}.{hint}")
+        raise RecipeError(f"{where}: unknown key {shown(key)}.{hint}")
 
 
 def _dtype(value: object) -> str | None:
@@ -289,16 +285,9 @@ def _dtype(value: object) -> str | None:
     name = _DTYPE_ALIASES.get(value, value) if isinstance(value, str) else value
     if not isinstance(name, str) or name not in OUTPUT_DTYPES:
         raise RecipeError(
-            f"dtype {_short(value)} is not an output dtype; choose {listed(OUTPUT_DTYPES)}."
+            f"dtype {shown(value)} is not an output dtype; choose {listed(OUTPUT_DTYPES)}."
         )
     return name
-
-
-def _short(value: object) -> str:
-    """Return a bounded repr that never expands a large or shared structure."""
-    shortener = reprlib.Repr()
-    shortener.maxlevel, shortener.maxstring, shortener.maxother = 2, 80, 80
-    return shortener.repr(value)
 
 
 def _unique_key_loader() -> Any:
@@ -309,6 +298,9 @@ def _unique_key_loader() -> Any:
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
                 raise yaml.YAMLError("aliases (*name) are not used in recipes")
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            if getattr(event, "tag", None) is not None:
+                raise yaml.YAMLError("tags (!name) are not used in recipes")
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -318,7 +310,7 @@ def _unique_key_loader() -> Any:
                 if not isinstance(key, str | int | float | bool | None):
                     raise yaml.YAMLError(f"a key must be a plain word, not {type(key).__name__}")
                 if key in seen:
-                    raise yaml.YAMLError(f"the key {_short(key)} stands twice")
+                    raise yaml.YAMLError(f"the key {shown(key)} stands twice")
                 seen.add(key)
             return super().construct_mapping(node, deep=deep)
 

@@ -76,6 +76,7 @@ def build_report(
             "name": plan.recipe.method,
             "parameters": plan.method.parameters() if plan.method else {},
         },
+        "counted": dict(plan.counted),
         "options": {"rounding": plan.options.rounding, "seed": plan.options.seed},
         "sources": [
             {

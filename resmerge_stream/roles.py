@@ -34,7 +34,7 @@ _EMBEDDING = re.compile(
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|shared_head\.head|score|classifier)(\.|$)")
 _LLAMA_HEAD = re.compile(r"^output\.weight$")
 _NORM = re.compile(r"(norm|(^|[._])ln(_|\.|\d|$)|layernorm)", re.IGNORECASE)
-_BUFFER = re.compile(r"(rotary_emb|inv_freq|attn\.bias|masked_bias|position_ids)")
+_BUFFER = re.compile(r"(rotary_emb|inv_freq|(?:^|\.)attn\.bias$|masked_bias|position_ids)")
 _ROUTER = re.compile(r"(router|(mlp|moe|block_sparse_moe|ffn)\.gate\.|shared_expert_gate)")
 _ATTENTION = re.compile(
     r"(attn|attention|(^|[._])[qkvo]_proj|qkv|query|key_value|out_proj|"

@@ -30,8 +30,8 @@ class Kept:
         self.update_sq += float(gram[0, 0])
         self.inner += float(gram[0, 1])
         self.kept_sq += float(gram[1, 1])
-        # As integers: torch counts the nonzero floats of a block fifteen times slower.
-        self.changed += int(torch.count_nonzero(kept.view(torch.int32)))
+        # As integers, less the sign: torch counts nonzero floats fifteen times slower.
+        self.changed += int(torch.count_nonzero(kept.view(torch.int32) << 1))
         self.numel += kept.numel()
         self.overflowed |= not math.isfinite(float(gram[1, 1]))
 

@@ -6,7 +6,8 @@ again for one expert at a time; either way the values are the same.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from .memory import BLOCK_ELEMENTS
 from .specs import DTYPES
 
+T = TypeVar("T")
 _DOT_CHUNK = 4096
 
 
@@ -99,6 +101,7 @@ class TaskVectors:
         self._lent: dict[str, Tensor] = {}
         self._whole: Tensor | None = None
         self._gram = torch.zeros(self.count, self.count, dtype=torch.float64)
+        self._made: dict[Hashable, Any] = {}
         self._summed: dict[int, bool] = {}  # start row of a block → whether it is all zero
         if resident:
             m, n = self.shape
@@ -113,7 +116,20 @@ class TaskVectors:
         for buffer in self._lent.values():
             self._workspace.give(buffer)
         self._lent.clear()
+        self._made.clear()
         self._whole = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the arithmetic happens."""
+        return self._workspace.device
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what `make` returns, made once: several methods share a decomposition."""
+        if key not in self._made:
+            self._made[key] = make()
+        found: T = self._made[key]
+        return found
 
     def blocks(self) -> list[slice]:
         """Return the row blocks, in order."""

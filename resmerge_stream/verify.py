@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from .errors import RecipeError, VerificationError, listed
-from .merging import Merger, Piece, row_ranges
+from .merging import Merger
+from .pieces import Piece, row_ranges
 from .plan import Options, Plan, plan_merge
 from .recipe import ModelRef, Recipe, load_recipe, parse_recipe
 from .sinks.folder import REPORT
@@ -251,11 +252,13 @@ def _plan_again(report: Mapping[str, Any], recipe: Recipe | Path, token: str | N
     if isinstance(recipe, Path):
         recipe = load_recipe(recipe)
     options = report.get("options", {})
-    return plan_merge(
+    plan = plan_merge(
         recipe,
         Options(rounding=options.get("rounding", "nearest"), seed=options.get("seed", 0)),
         token=token,
     )
+    plan.counted = dict(report.get("counted", {}))
+    return plan
 
 
 def _merge_again(plan: Plan, merger: Merger, name: str) -> bytes:

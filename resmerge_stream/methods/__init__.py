@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import RecipeError, listed
+from ..errors import RecipeError, listed, shown
 from .base import MergeMethod, Rule, Site, Update
 
 __all__ = ["MergeMethod", "Rule", "Site", "Update", "build_method", "find_methods"]
@@ -54,6 +54,22 @@ def build_method(name: str, parameters: Mapping[str, Any]) -> MergeMethod:
     return method(**values)
 
 
+def parse_method(text: str) -> tuple[str, dict[str, str]]:
+    """Return name and parameters of ``name`` or ``name:key=value:key=value``.
+
+    Raises:
+        RecipeError: the text is not of this form.
+    """
+    name, *rest = text.strip().split(":")
+    parameters = {}
+    for part in rest:
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"{text[:80]!r} must be NAME or NAME:KEY=VALUE:KEY=VALUE.")
+        parameters[key.strip()] = value.strip()
+    return name, parameters
+
+
 def describe_methods() -> list[dict[str, Any]]:
     """Return every method with its parameters as plain data, for ``methods --json``."""
     return [
@@ -87,14 +103,14 @@ def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
     if kind is str:
         if not isinstance(value, str) or (meta["choices"] and value not in meta["choices"]):
             raise RecipeError(
-                f"{key} must be one of {listed(meta['choices'])}, not {str(value)[:80]!r}."
+                f"{key} must be one of {listed(meta['choices'])}, not {shown(value)}."
             )
         return value
     if kind is bool:
         words = {"true": True, "false": False, "yes": True, "no": False}
         value = words.get(value.lower(), value) if isinstance(value, str) else value
         if not isinstance(value, bool):
-            raise RecipeError(f"{key} must be true or false, not {str(value)[:80]!r}.")
+            raise RecipeError(f"{key} must be true or false, not {shown(value)}.")
         return value
     number = _number(value)
     low, high = meta["minimum"], meta["maximum"]
@@ -106,7 +122,7 @@ def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
         or (low is not None and number < low)
         or (high is not None and number > high)
     ):
-        raise RecipeError(f"{key} must be {whole}{bounds}, not {str(value)[:80]!r}.")
+        raise RecipeError(f"{key} must be {whole}{bounds}, not {shown(value)}.")
     return kind(number)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ..roles import MATRIX_ROLES, Role, role_of
 from ..specs import TensorSpec
@@ -59,6 +59,9 @@ class Update:
     warnings: tuple[str, ...] = ()
 
 
+NO_TENSOR = TensorSpec("", "F32", ())
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """Where in the model a merge happens; the only thing a method knows beside the numbers.
@@ -67,11 +70,31 @@ class Site:
         rule: the planned rule.
         weights: one factor an expert, 1.0 where the recipe gave none.
         seed: depends on the user's seed and the tensor; for methods that draw random numbers.
+        spec: the whole tensor, as it is written.
+        start_row: which row of the tensor is the first of the vectors at hand.
+        layers: how many blocks the model has.
+        counted: what the method's counting passes found in the whole model.
     """
 
     rule: Rule
     weights: tuple[float, ...]
     seed: int = 0
+    spec: TensorSpec = NO_TENSOR
+    start_row: int = 0
+    layers: int = 0
+    counted: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Counter(Protocol):
+    """One counting pass over all merged tensors of the sources."""
+
+    def add(self, vectors: TaskVectors, site: Site) -> None:
+        """Count a matrix, or some rows of one."""
+        ...
+
+    def result(self) -> dict[str, Any]:
+        """Return what was found, as JSON-able data; it does not depend on the order of `add`."""
+        ...
 
 
 def param(
@@ -139,6 +162,17 @@ class MergeMethod:
         """Return what is wrong with the experts' weights, or None."""
         return None
 
+    def counting_passes(self) -> int:
+        """Return how often the sources are read before the merge, for numbers of the whole model.
+
+        The plan counts these bytes and this time.
+        """
+        return 0
+
+    def counter(self, number: int, counted: Mapping[str, Any], experts: int) -> Counter:
+        """Return a fresh counter for pass `number` (from 0), given what earlier passes found."""
+        raise NotImplementedError
+
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
         """Return bytes needed for one m × n matrix beside the float32 task vectors."""
         return 0
@@ -154,7 +188,10 @@ class MergeMethod:
 
 def is_matrix(spec: TensorSpec, role: Role) -> bool:
     """Return whether a tensor is a matrix to decompose, or a stack of them ([E, m, n])."""
-    return role in MATRIX_ROLES and len(spec.shape) in (2, 3) and 0 not in spec.shape
+    if role not in MATRIX_ROLES or 0 in spec.shape:
+        return False
+    # Of three axes only stacks of real matrices count, not the kernels of a convolution.
+    return len(spec.shape) == 2 or (len(spec.shape) == 3 and min(spec.shape[1:]) > 4)
 
 
 def default_role(spec: TensorSpec) -> Role:

@@ -94,9 +94,7 @@ def _backbone(G: Tensor, n: Tensor, n_R: float, knobs: Knobs) -> tuple[list[floa
     cosines = w[:, None] * G * w[None, :]
     z = math.sqrt(max(float(cosines.sum()), 0.0))  # ‖Σ q_i‖
     # Eq. (8): pairwise agreement, and alignment with the consensus direction q_src.
-    off_diagonal = float(cosines.sum() - cosines.diagonal().sum())
-    s_R = off_diagonal / (count * (count - 1)) if count > 1 else 1.0
-    c_R = float(cosines.sum()) / (count * z) if z > EPS else 0.0
+    s_R, c_R = _agreement(cosines, w * n, z, knobs.variant)
     score, c, fallback = _score(s_R, c_R, z, count, knobs)
     # Eq. (9): more agreement, smaller exponent.
     beta = knobs.beta_max - (knobs.beta_max - knobs.beta_min) * score
@@ -110,6 +108,23 @@ def _backbone(G: Tensor, n: Tensor, n_R: float, knobs: Knobs) -> tuple[list[floa
     alpha_R = c**beta
     a = (alpha_R * n_R / z * w).tolist()
     return a, gates | {"alpha_R": alpha_R, "branch": "consensus"}
+
+
+def _agreement(products: Tensor, lengths: Tensor, z: float, variant: str) -> tuple[float, float]:
+    """Return s_R and c_R from the products ⟨q_i, q_j⟩, the lengths ‖q_i‖ and z = ‖Σ q_i‖."""
+    count = len(lengths)
+    # Release (July): its cosine divides by the lengths of q_i once more, ε and all.
+    eps = RELEASE_EPS if variant == "release-2026-07" else 0.0
+    scale = lengths if eps else lengths.new_ones(count)
+    pairs = products / (scale[:, None] * scale[None, :] + eps)
+    off_diagonal = float(pairs.sum() - pairs.diagonal().sum())
+    s_R = off_diagonal / (count * (count - 1)) if count > 1 else 1.0
+    if z <= EPS:
+        return s_R, 0.0
+    with_consensus = products.sum(dim=1) / (z + eps)
+    c_R = float((with_consensus / (scale * z / (z + eps) + eps)).mean())
+    # Rounding aside, unit vectors cannot disagree more than this.
+    return max(s_R, -1 / (count - 1) if count > 1 else -1.0), c_R
 
 
 def _score(

@@ -35,6 +35,8 @@ _FAMILY_SCALE = {
 }
 # With more of ‖Δ‖² than this in a head, differences Δ − H lose digits in float32: use float64.
 _PRECISE_ABOVE = 0.5
+# Rows that are converted to float64 at once.
+_PRECISE_ROWS = 32
 # With less of ‖Δ‖² than this in a residual, it is rounding noise.
 _ZERO_BELOW = 1e-10
 
@@ -82,7 +84,7 @@ class ResMerge(MergeMethod):
         """Return bytes of the Krylov basis, or of a dense SVD where the shape calls for one."""
         from ..memory import solver_bytes
 
-        return solver_bytes(m, n, self.rank, self.solver) + 4 * experts**2 * self.rank * m
+        return solver_bytes(m, n, self.rank, self.solver) + 8 * experts**2 * self.rank * m
 
     def in_words(self) -> str:
         """Return the variant's formulas in words."""
@@ -95,36 +97,30 @@ class ResMerge(MergeMethod):
 
         D = vectors.gram()
         heads = self._heads(vectors, D)
-        V, Y = _project(vectors, heads, D)
+        V, Y = project_heads(vectors, heads, D)
         _, Q, G = residual_gram(vectors, D, V, Y)
         report = _head_report(heads, self.rank)
         scale = D.diagonal()
-        rankless = bool(((G.diagonal() < _ZERO_BELOW * scale) | (scale == 0)).all())
-        if rankless:
-            G = G * 0
-            if self.variant == "paper" and self.ablation != "head_only":
-                warning = f"rank ≤ {self.rank} in every expert: no residual to merge, mean used"
-                update = linear([1 / vectors.count] * vectors.count, "mean", (warning,))
-                report |= {"branch": "mean"}
-                return Update(update.rows, "mean", report, update.warnings)
+        has_residual = (_ZERO_BELOW * scale <= G.diagonal()) & (scale > 0)
+        G = G * has_residual[:, None] * has_residual[None, :]
+        rankless = not bool(has_residual.any())
+        if rankless and self.variant == "paper" and self.ablation != "head_only":
+            warning = f"rank ≤ {self.rank} in every expert: no residual to merge, mean used"
+            update = linear([1 / vectors.count] * vectors.count, "mean", (warning,))
+            return Update(update.rows, "mean", report | {"branch": "mean"}, update.warnings)
         gates = decide(D, Q, G, self._knobs(site.rule.role))
         a, b, ablated = self._ablate(gates.a, gates.b)
-        warnings = _solver_warnings(heads, self.variant)
-        if rankless and not any(a) and b == 0:
-            warnings += ("the release's rule erases this update: no expert has a residual",)
+        warnings = _solver_warnings(heads)
+        if not any(a) and b == 0:
+            warnings += (f"the rule erases this update: {gates.report['branch']}",)
         rows = _rows(a, [b - a_i for a_i in a], V, Y)
         return Update(rows, "resmerge", report | gates.report | ablated, warnings)
 
     def _heads(self, vectors: TaskVectors, D: Tensor) -> list[Head | None]:
         """Return the head of every Δ_i (Eq. 6), None where Δ_i is zero."""
-        from ..spectral import top_singular
-
-        energies = D.diagonal().tolist()
         return [
-            top_singular(vectors.matrix(i), self.rank, solver=self.solver, energy=energy)
-            if energy > 0
-            else None
-            for i, energy in enumerate(energies)
+            head_of(vectors, i, self.rank, self.solver, energy) if energy > 0 else None
+            for i, energy in enumerate(D.diagonal().tolist())
         ]
 
     def _knobs(self, role: Role) -> Any:
@@ -145,7 +141,19 @@ class ResMerge(MergeMethod):
         return a, b, {}
 
 
-def _project(vectors: TaskVectors, heads: list[Head | None], D: Tensor) -> tuple[Tensor, Tensor]:
+def head_of(vectors: TaskVectors, i: int, rank: int, solver: str, energy: float) -> Head:
+    """Return the head of Δ_i with ‖Δ_i‖² = `energy`, found once for all methods that ask."""
+    from ..spectral import top_singular
+
+    def find() -> Head:
+        return top_singular(vectors.matrix(i), rank, solver=solver, energy=energy)
+
+    return vectors.once(("head", i, rank, solver), find)
+
+
+def project_heads(
+    vectors: TaskVectors, heads: list[Head | None], D: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return V of shape (n, N·k) and Y_j = Δ_j V of shape (N, m, N·k).
 
     Both are float64 where a head holds most of an update, else float32.
@@ -201,12 +209,15 @@ def _residual_gram_by_blocks(
 
     G = torch.zeros(vectors.count, vectors.count, dtype=torch.float64)
     for rows in vectors.blocks():
-        residuals = [
-            (delta.double() - Y[i, rows, columns[i]] @ V[:, columns[i]].T).flatten()
-            for i, delta in enumerate(vectors.stack(rows))
-        ]
-        stacked = torch.stack(residuals)
-        G += (stacked @ stacked.T).cpu()
+        stack, left = vectors.stack(rows), Y[:, rows]
+        for start in range(0, stack.shape[1], _PRECISE_ROWS):
+            part = slice(start, start + _PRECISE_ROWS)
+            residuals = [
+                stack[i, part].double() - left[i, part, own] @ V[:, own].T
+                for i, own in enumerate(columns)
+            ]
+            flat = torch.stack(residuals).flatten(1)
+            G += (flat @ flat.T).cpu()
     return G
 
 
@@ -242,7 +253,7 @@ def _head_report(heads: list[Head | None], rank: int) -> dict[str, Any]:
     }
 
 
-def _solver_warnings(heads: list[Head | None], variant: str) -> tuple[str, ...]:
+def _solver_warnings(heads: list[Head | None]) -> tuple[str, ...]:
     unresolved = [i for i, head in enumerate(heads) if head is not None and head.gap < 1 + 1e-6]
     if not unresolved:
         return ()

@@ -1,5 +1,6 @@
 """A folder as target: temporary names until all is there, then renamed, the index last."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -39,9 +40,12 @@ def target_state(out: Path, plan_hash: str) -> TargetState:
         out: the folder, which may not exist.
         plan_hash: of the plan that wants to write there.
     """
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not os.path.isdir(out):
         return TargetState(f"{str(out)!r} is a file. Choose another --out.")
-    names = os.listdir(out) if out.is_dir() else []
+    try:
+        names = os.listdir(out) if os.path.isdir(out) else []
+    except OSError as exc:
+        return TargetState(f"cannot look into {str(out)!r}: {exc.strerror}. Choose another --out.")
     if not names:
         return TargetState()
     if MARKER in names:
@@ -102,25 +106,19 @@ class FolderSink:
     ) -> None:
         self._out = out
         self._journal_path = work_dir / "journal.jsonl"
-        try:
-            work_dir.mkdir(parents=True, exist_ok=True)
-            self._lock: TextIO = (work_dir / "lock").open("w")
-            _lock_or_stop(self._lock, out)
-            state = target_state(out, plan_hash)
-            if state.problem:
-                raise OutputExistsError(state.problem)
-            fresh = not (out / MARKER).exists()
-            out.mkdir(parents=True, exist_ok=True)
-            if fresh:
-                self._journal_path.unlink(missing_ok=True)
-            self._finished = self._resume(plan_hash, identity)
-            _write_durably(out / MARKER, json.dumps({"plan_hash": plan_hash}).encode())
-        except OSError as exc:
-            if isinstance(exc, OutputExistsError):
+        with contextlib.ExitStack() as undo:
+            try:
+                work_dir.mkdir(parents=True, exist_ok=True)
+                self._lock: TextIO = undo.enter_context((work_dir / "lock").open("w"))
+                _lock_or_stop(self._lock, out)
+                self._start(plan_hash, identity)
+            except OutputExistsError:
                 raise
-            raise StoppedError(
-                f"cannot use {str(out)!r} and {str(work_dir)!r}: {exc.strerror or exc}."
-            ) from exc
+            except OSError as exc:
+                raise StoppedError(
+                    f"cannot use {str(out)!r} and {str(work_dir)!r}: {exc.strerror or exc}."
+                ) from exc
+            undo.pop_all()  # all went well: the lock is held until `close`
 
     def finished_shards(self) -> Mapping[str, dict[str, Any]]:
         """Return the entries of shards that the journal lists and whose files are there."""
@@ -187,6 +185,16 @@ class FolderSink:
         """Release the lock."""
         self._lock.close()
 
+    def _start(self, plan_hash: str, identity: Mapping[str, Any]) -> None:
+        state = target_state(self._out, plan_hash)
+        if state.problem:
+            raise OutputExistsError(state.problem)
+        if not (self._out / MARKER).exists():
+            self._journal_path.unlink(missing_ok=True)
+        self._out.mkdir(parents=True, exist_ok=True)
+        self._finished = self._resume(plan_hash, identity)
+        _write_durably(self._out / MARKER, json.dumps({"plan_hash": plan_hash}).encode())
+
     def _part(self, name: str) -> Path:
         return self._out / f"{name}{_PART}"
 
@@ -224,18 +232,25 @@ class FolderSink:
 
 
 def _read_journal(path: Path) -> list[dict[str, Any]]:
-    """Return the journal's lines; a last line cut by a crash is dropped."""
+    """Return the journal's entries; what a crash left of a last line is cut off the file."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (FileNotFoundError, UnicodeDecodeError):
+        data = path.read_bytes()
+    except FileNotFoundError:
         return []
-    entries = []
-    for line in lines:
+    entries: list[dict[str, Any]] = []
+    good = 0
+    for line in data.splitlines(keepends=True):
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
+            entry = json.loads(line)
+        except ValueError:
             break
-    return [entry for entry in entries if isinstance(entry, dict)]
+        if not line.endswith(b"\n") or not isinstance(entry, dict):
+            break
+        entries.append(entry)
+        good += len(line)
+    if good < len(data):
+        os.truncate(path, good)
+    return entries
 
 
 def _lock_or_stop(lock: TextIO, out: Path) -> None:

@@ -1,9 +1,10 @@
 """READ: open a checkpoint wherever it is, behind one protocol."""
 
+import os
 import re
 from pathlib import Path
 
-from ..errors import CheckpointNotFoundError
+from ..errors import CheckpointNotFoundError, shown
 from ..recipe import ModelRef
 from .checkpoint import Checkpoint, SourceFile, StoredTensor
 from .local import LocalCheckpoint
@@ -30,12 +31,12 @@ def open_checkpoint(
         StoppedError: the network or the Hub kept failing.
     """
     folder = Path(ref.id).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return LocalCheckpoint.open(folder, ref)
     if not REPO_ID.fullmatch(ref.id):
         raise CheckpointNotFoundError(
-            f"there is no folder {ref.id!r}, and it is no repository id either. Give the folder "
-            "of a model (with config.json and *.safetensors), or namespace/name on the Hub."
+            f"there is no folder {shown(ref.id)}, and it is no repository id either. Give the "
+            "folder of a model (config.json and *.safetensors), or namespace/name on the Hub."
         )
     from .hub import HubCheckpoint
 

@@ -7,6 +7,7 @@ copy (4 and 6 bits), sizes that no file has, and an index that points anywhere b
 
 import itertools
 import json
+import math
 import operator
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 100_000_000
 MAX_CONFIG_BYTES = 4_000_000
 _LIMIT = 2**63
+_MAX_DEPTH = 126
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,200}\.safetensors")
 
 
@@ -61,7 +63,7 @@ def parse_header(
     document = parse_json(header, where=where, what="header", must_start=b"{")
     metadata = document.pop("__metadata__", None)
     if metadata is not None and not (
-        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+        isinstance(metadata, dict) and all(_is_text(value) for value in metadata.values())
     ):
         _refuse(where, "has a __metadata__ that is not a mapping of text to text")
     data_start = 8 + len(header)
@@ -114,7 +116,7 @@ def collect_tensors(
     """
     for name, file in weight_map.items():
         if name not in shards[file]:
-            _refuse(where, f"says that {name!r} is in {file!r}, which does not hold it")
+            _refuse(where, f"says that {name[:200]!r} is in {file!r}, which does not hold it")
     return {
         name: tensor
         for file, tensors in sorted(shards.items())
@@ -135,7 +137,8 @@ def parse_json(data: bytes, *, where: str, what: str, must_start: bytes = b"") -
         document = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_unique,
-            parse_int=_strict_int,
+            parse_int=_integer,
+            parse_float=_finite,
             parse_constant=_no_constant,
         )
     except (ValueError, RecursionError) as exc:
@@ -154,6 +157,7 @@ def parse_config(data: bytes, *, where: str) -> dict[str, Any]:
     """
     try:
         document = json.loads(data.decode("utf-8"))
+        json.dumps(document, ensure_ascii=False).encode()  # no lone surrogates: it is written again
     except (ValueError, RecursionError) as exc:
         reason = " ".join(str(exc).split())[:200]
         raise CheckpointFormatError(f"{where} is not valid JSON: {reason}.") from exc
@@ -189,14 +193,19 @@ def _entry(name: str, info: object, where: str) -> tuple[TensorSpec, int, int]:
     shown = repr(name[:200])
     if not isinstance(info, dict):
         _refuse(where, f"describes tensor {shown} by {type(info).__name__}, not by an object")
+    try:
+        for value in info.values():
+            _check_unknown(value, 2)
+    except ValueError as exc:
+        _refuse(where, f"describes tensor {shown} with text or nesting that is not valid: {exc}")
     dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         _refuse(where, f"tensor {shown} has the unknown dtype {str(dtype)[:40]!r}")
     if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
         _refuse(where, f"tensor {shown} has a shape that is not a list of sizes")
     # Partial products from the left, as the library checks them: a zero behind does not save it.
-    partial = itertools.accumulate(shape, operator.mul, initial=DTYPES[dtype].nbytes)
-    if len(shape) > 64 or max(partial) >= _LIMIT:
+    partial = [1, *itertools.accumulate(shape, operator.mul)]
+    if len(shape) > 64 or max(*partial, partial[-1] * DTYPES[dtype].nbytes) >= _LIMIT:
         _refuse(where, f"tensor {shown} is larger than any file")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         _refuse(where, f"tensor {shown} has data_offsets that are not two positions")
@@ -208,6 +217,13 @@ def _entry(name: str, info: object, where: str) -> tuple[TensorSpec, int, int]:
             f"but its offsets span {offsets[1] - offsets[0]}",
         )
     return spec, offsets[0], offsets[1]
+
+
+def _is_text(value: object) -> bool:
+    try:
+        return isinstance(value, str) and value.encode("utf-8") is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_size(value: object) -> bool:
@@ -225,10 +241,28 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _strict_int(text: str) -> int:
-    if text.startswith("-"):
-        raise ValueError(f"the number {text[:40]} is negative")
-    return int(text)
+def _integer(text: str) -> int | float:
+    if len(text) > 300:
+        raise ValueError(f"the number {text[:40]}… is too large")
+    return -0.0 if text == "-0" else int(text)  # the library reads -0 as a float
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return number
+
+
+def _check_unknown(value: object, depth: int) -> None:
+    """Check a value under a key that the format does not know, as the library's parser does."""
+    if depth > _MAX_DEPTH:
+        raise ValueError("it is nested too deeply")
+    if isinstance(value, str):
+        value.encode("utf-8")
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_unknown(item, depth + 1)
 
 
 def _no_constant(text: str) -> NoReturn:

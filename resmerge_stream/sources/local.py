@@ -116,8 +116,11 @@ class LocalCheckpoint:
         tensor = self.tensors[name]
         begin, end = tensor.byte_range(start_row, stop_row)
         if begin < end and hasattr(mmap, "MADV_DONTNEED"):
-            start = begin - begin % mmap.PAGESIZE
-            self._map(tensor.file).madvise(mmap.MADV_DONTNEED, start, end - start)
+            # The kernel maps up to 16 pages around one that is touched: those go as well.
+            around = 16 * mmap.PAGESIZE
+            start = max(begin - begin % around - around, 0)
+            mapped = self._map(tensor.file)
+            mapped.madvise(mmap.MADV_DONTNEED, start, min(end + around, len(mapped)) - start)
 
     def done_with(self, name: str, start_row: int = 0, stop_row: int | None = None) -> None:
         """Do nothing: the kernel takes mapped pages back by itself."""

@@ -1,0 +1,55 @@
+"""Consensus merging: keep the weights that at least k experts use.
+
+Wang et al. 2024, https://arxiv.org/abs/2405.07813; public code nik-dim/tall_masks. With τ = ΣΔᵢ,
+expert i uses an entry where |Δᵢ| > λ|τ − Δᵢ| (its TALL mask); entries used by at least k = 2
+experts keep λ_scale·τ. The paper tunes λ and the scale on validation data; data-free presets for λ
+are 0.4 (IBM/STAR), 0.6 (fusion_bench) and 0.2 (MergeBench), for the scale 0.3 to 0.4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ..specs import TensorSpec
+from .base import MergeMethod, Rule, Site, Update, default_role, param
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..task_vectors import TaskVectors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consensus(MergeMethod):
+    """The sum of the experts' changes, kept only where enough experts matter to it."""
+
+    name: ClassVar[str] = "consensus"
+    title: ClassVar[str] = "Consensus TA"
+    paper: ClassVar[str] = "Wang et al. 2024, Localizing task information (TALL masks)"
+    url: ClassVar[str] = "https://arxiv.org/abs/2405.07813"
+
+    mask_lambda: float = param(0.4, "How much an expert must matter", minimum=0.0, maximum=100.0)
+    k: int = param(2, "Experts that must use an entry", minimum=0, maximum=64)
+    scale: float = param(0.4, "Factor of the result", minimum=-10.0, maximum=10.0)
+
+    def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
+        """Return the one rule for every tensor."""
+        return Rule("consensus", default_role(spec))
+
+    def merge(self, vectors: TaskVectors, site: Site) -> Update:
+        """Return scale · τ where at least k masks are set."""
+
+        def rows(block: slice, stack: Tensor) -> Tensor:
+            import torch
+
+            total = stack.sum(0, dtype=torch.float64)
+            users = torch.zeros_like(stack[0])
+            for delta in stack:
+                users.add_(delta.abs() > self.mask_lambda * (total - delta).abs())
+            return (total * (users >= self.k)).float().mul_(self.scale)
+
+        return Update(rows, "consensus")
+
+
+METHOD = Consensus

@@ -1,0 +1,46 @@
+"""Sign election and disjoint merge (TIES), shared by the methods that end in it. Not a method.
+
+Yadav et al. 2023, https://arxiv.org/abs/2306.01708, steps 2 and 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def disjoint_merge(
+    deltas: Sequence[Tensor], weights: Sequence[float], *, reduce: str, scale: float
+) -> Tensor:
+    """Return the merge of the entries whose sign is the elected one.
+
+    The elected sign is that of Σ wᵢ Δᵢ, + where the sum is zero (as mergekit). The entries that
+    have it are averaged, Σ wᵢ Δᵢ / Σ wᵢ over them, or added.
+
+    Args:
+        deltas: trimmed Δᵢ, float32, one shape.
+        weights: w, one an expert.
+        reduce: ``mean`` or ``sum``.
+        scale: factor λ of the result.
+    """
+    import torch
+
+    # In float64, where the sum of a few float32 differences is exact: a rounded zero has no sign.
+    total = torch.zeros_like(deltas[0], dtype=torch.float64)
+    for delta, weight in zip(deltas, weights, strict=True):
+        total.add_(delta, alpha=weight)
+    sign = torch.where(total >= 0, 1.0, -1.0)
+    del total
+    merged = torch.zeros_like(deltas[0])
+    share = torch.zeros_like(deltas[0])
+    for delta, weight in zip(deltas, weights, strict=True):
+        agreeing = (delta * sign).clamp_min_(0)
+        merged.add_(agreeing, alpha=weight)
+        if reduce == "mean":
+            share.add_((agreeing > 0).float(), alpha=weight)
+    if reduce == "mean":
+        merged.div_(torch.where(share != 0, share, 1.0))
+    return merged.mul_(sign).mul_(scale)

@@ -1,0 +1,72 @@
+"""RAM: average what several experts changed, keep what one expert alone changed.
+
+Yuan et al. 2026, merging RL-trained agentic models; public code xiangchi-yuan/mrl and mergekit
+``ram``. An entry counts as changed where |Δ| > τ, τ = 1e-5 (the ResMerge paper's setting). τ is
+absolute: one bf16 step of a weight below 2⁻⁹ is smaller and is dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ..specs import TensorSpec
+from .base import MergeMethod, Rule, Site, Update, default_role, param
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..task_vectors import TaskVectors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ram(MergeMethod):
+    """A weight that several experts changed takes the mean of their changes; one that a single
+    expert changed takes that change whole."""
+
+    name: ClassVar[str] = "ram"
+    title: ClassVar[str] = "RAM"
+    paper: ClassVar[str] = "Yuan et al. 2026, RAM"
+    url: ClassVar[str] = "https://github.com/xiangchi-yuan/mrl"
+
+    threshold: float = param(1e-5, "Smaller changes count as none", minimum=0.0, maximum=1.0)
+
+    def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
+        """Return the one rule for every tensor."""
+        return Rule("ram", default_role(spec))
+
+    def merge(self, vectors: TaskVectors, site: Site) -> Update:
+        """Return Σ mᵢ Δᵢ / max(Σ mᵢ, 1) with mᵢ = |Δᵢ| > τ."""
+
+        def rows(block: slice, stack: Tensor) -> Tensor:
+            return shared_mean(stack, self.threshold, [1.0] * len(stack))
+
+        return Update(rows, "ram")
+
+
+def shared_mean(stack: Tensor, threshold: float, unique: list[float]) -> Tensor:
+    """Return the mean of the changes of each entry, a lone change times its expert's factor.
+
+    Args:
+        stack: Δᵢ, shape (N, b, n).
+        threshold: τ.
+        unique: factors ρᵢ of entries that only expert i changed.
+    """
+    import torch
+
+    total = torch.zeros_like(stack[0])
+    count = torch.zeros_like(stack[0])
+    lone = torch.zeros_like(stack[0]) if any(factor != 1.0 for factor in unique) else None
+    for delta, factor in zip(stack, unique, strict=True):
+        changed = delta.abs() > threshold
+        total.add_(delta * changed)
+        count.add_(changed)
+        if lone is not None:
+            lone.add_(changed, alpha=factor - 1.0)
+    if lone is not None:
+        # Where one expert alone changed an entry, `lone` is that expert's factor less one.
+        total.addcmul_(total * lone, (count == 1).float())
+    return total.div_(count.clamp_min_(1.0))
+
+
+METHOD = Ram

@@ -1,0 +1,136 @@
+"""Exact magnitude thresholds without sorting: |Δ| counted by the bits of its float32 pattern.
+
+Float32 patterns of non-negative numbers are ordered like the numbers. A first pass counts their
+upper 16 bits, a second the lower 16 inside the bin where the threshold lies; both together give the
+K-th largest magnitude exactly, whatever the number of elements. Not a method itself.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .base import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..task_vectors import TaskVectors
+
+_UPPER = 1 << 15  # the sign bit is clear
+_LOWER = 1 << 16
+
+
+class Tally:
+    """Counts magnitudes, for each expert.
+
+    Args:
+        experts: N.
+        bins: None counts the upper 16 bits; else the lower 16 inside one upper bin an expert.
+    """
+
+    def __init__(self, experts: int, bins: Sequence[int] | None = None) -> None:
+        import torch
+
+        self._bins = bins
+        size = _UPPER if bins is None else _LOWER + 2
+        self.counts = torch.zeros(experts, size, dtype=torch.int64)
+
+    def add(self, stack: Tensor | Sequence[Tensor]) -> None:
+        """Count a row block of all experts, N times (b, n)."""
+        import torch
+
+        for i, delta in enumerate(stack):
+            bits = delta.abs().view(torch.int32)
+            if self._bins is None:
+                keys = bits >> 16
+            else:
+                # Below the bin falls into slot 0, above it into the last one.
+                keys = (bits - (self._bins[i] << 16)).clamp_(-1, _LOWER).add_(1)
+            self.counts[i] += torch.bincount(keys.flatten(), minlength=len(self.counts[i])).cpu()
+
+    def find(self, ranks: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Return the slot that holds each expert's `rank`-th largest, and its rank inside."""
+        slots, inside = [], []
+        for counts, rank in zip(self.counts, ranks, strict=True):
+            from_top = counts.flip(0).cumsum(0)
+            position = int((from_top >= rank).nonzero()[0])
+            slots.append(len(counts) - 1 - position)
+            inside.append(rank - (int(from_top[position - 1]) if position else 0))
+        return slots, inside
+
+
+def keep_count(numel: int, density: float) -> int:
+    """Return ⌊density · numel⌋, at least 1."""
+    return max(int(density * numel), 1)
+
+
+def tensor_thresholds(
+    vectors: TaskVectors,
+    density: float,
+    change: Callable[[slice, Tensor], Sequence[Tensor]] | None = None,
+) -> list[float]:
+    """Return for each expert the ⌊density · numel⌋-th largest |Δ| of one tensor.
+
+    Args:
+        vectors: the task vectors of the whole tensor.
+        density: share to keep.
+        change: what to count of a row block instead of its Δ.
+    """
+
+    def counted(tally: Tally) -> Tally:
+        for rows in vectors.blocks():
+            stack = vectors.stack(rows)
+            tally.add(stack if change is None else change(rows, stack))
+        return tally
+
+    m, n = vectors.shape
+    if m * n == 0:
+        return [0.0] * vectors.count
+    bins, ranks = counted(Tally(vectors.count)).find([keep_count(m * n, density)] * vectors.count)
+    return _thresholds(bins, counted(Tally(vectors.count, bins)), ranks)
+
+
+class ModelThresholds:
+    """The same over all tensors: two counting passes, whose results are named ``trim_…``.
+
+    Args:
+        number: of the pass, 0 or 1.
+        counted: the first pass's results, for the second.
+        experts: N.
+        density: share to keep.
+    """
+
+    def __init__(
+        self, number: int, counted: Mapping[str, Any], experts: int, density: float
+    ) -> None:
+        self._density = density
+        self._bins: list[int] | None = counted["trim_bins"] if number else None
+        self._ranks: list[int] = counted["trim_ranks"] if number else []
+        self._tally = Tally(experts, self._bins)
+
+    def add(self, vectors: TaskVectors, site: Site) -> None:
+        """Count a matrix, or some rows of one."""
+        for rows in vectors.blocks():
+            self._tally.add(vectors.stack(rows))
+
+    def result(self) -> dict[str, Any]:
+        """Return bins and ranks after the first pass, ``trim_thresholds`` after the second."""
+        if self._bins is not None:
+            return {"trim_thresholds": _thresholds(self._bins, self._tally, self._ranks)}
+        numel = int(self._tally.counts[0].sum())
+        if numel == 0:
+            return {"trim_bins": [0] * len(self._tally.counts), "trim_ranks": []}
+        bins, ranks = self._tally.find([keep_count(numel, self._density)] * len(self._tally.counts))
+        return {"trim_bins": bins, "trim_ranks": ranks}
+
+
+def _thresholds(bins: Sequence[int], lower: Tally, ranks: Sequence[int]) -> list[float]:
+    # Ranks count from the top of the bin: what lies above it must not be counted again.
+    lower.counts[:, -1] = 0
+    if not len(ranks):
+        return [0.0] * len(bins)
+    slots, _ = lower.find(ranks)
+    patterns = [(upper << 16) + slot - 1 for upper, slot in zip(bins, slots, strict=True)]
+    return [float(struct.unpack("<f", struct.pack("<I", pattern))[0]) for pattern in patterns]
