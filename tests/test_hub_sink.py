@@ -7,19 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub_runs import Bench, make_bench
-from tests.loopback_hub import Answer, Hook, LoopbackHub
+from tests.hub_runs import Bench, running_bench
+from tests.loopback_hub import Answer, Hook
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """A Hub with a group of models, shared by the tests of this file."""
-    folder = tmp_path_factory.mktemp("sink")
-    with LoopbackHub(folder / "hub") as hub:
-        bench = make_bench(folder, hub)
-        bench.expected()
+    with running_bench(tmp_path_factory.mktemp("sink")) as bench:
         yield bench
-        bench.close()
 
 
 @pytest.fixture(autouse=True)

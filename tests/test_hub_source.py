@@ -7,20 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub_runs import MODELS, Bench, make_bench
-from tests.loopback_hub import Cut, Hook, LoopbackHub, Reset
+from tests.hub_runs import MODELS, Bench, running_bench
+from tests.loopback_hub import Cut, Hook, Reset
 from tests.loopback_hub.faults import rate_limited
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """A Hub with a group of models, shared by the tests of this file."""
-    folder = tmp_path_factory.mktemp("source")
-    with LoopbackHub(folder / "hub") as hub:
-        bench = make_bench(folder, hub)
-        bench.expected()
+    with running_bench(tmp_path_factory.mktemp("source")) as bench:
         yield bench
-        bench.close()
 
 
 @pytest.fixture(autouse=True)
