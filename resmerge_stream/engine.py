@@ -1,6 +1,7 @@
 """The loop: read ahead, merge, cast, write behind, shard by shard; a generator of events."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +25,6 @@ from .plan import Plan, PlannedTensor
 from .publication import work_folder
 from .report import build_report
 from .sinks import Sink
-from .sinks.folder import REPORT
 from .sources import Checkpoint
 from .sources.ahead import Followed, reading_ahead
 from .version import __version__
@@ -65,15 +65,16 @@ def run_merge(
     Memory: `plan.peak_memory_bytes`, whatever the model's size.
     """
     plan.raise_if_refused()
-    folder = Path(out).expanduser() if out is not None else None
+    folder = Path(os.path.expanduser(out)) if out is not None else None
     done = finished_already(plan, folder)
     if done is not None:
         yield done
         return
+    device = choose_device(plan.options.device)
     work = work_folder(plan.plan_hash, folder, plan.publication, work_dir)
     sink = open_sink(plan, folder, work)
     try:
-        yield from _run(plan, sink, work)
+        yield from _run(plan, sink, work, device)
     except NonFiniteError:
         # This run can never be finished, so it leaves nothing behind.
         sink.abandon()
@@ -82,10 +83,9 @@ def run_merge(
         sink.close()
 
 
-def _run(plan: Plan, sink: Sink, work_dir: Path) -> Iterator[Event]:
+def _run(plan: Plan, sink: Sink, work_dir: Path, device: torch.device) -> Iterator[Event]:
     progress = _Progress()
     yield Planned(plan=plan.to_dict())
-    device = choose_device(plan.options.device)
     merger = Merger(plan, device, lambda: _sample(progress))
     if plan.opened[1].counting_passes():
         with _reading_ahead(plan, [tensor for tensor in plan.tensors.values() if tensor.rule]):
@@ -106,7 +106,6 @@ def _run(plan: Plan, sink: Sink, work_dir: Path) -> Iterator[Event]:
                 resumed=shard.name in kept,
                 shards_done=len(progress.files),
                 shards=len(plan.shards),
-                bytes_sent=sink.bytes_sent,
             )
     report = build_report(
         plan,
@@ -152,7 +151,6 @@ def _merge_shard(
                 entry=entry,
                 bytes_read=progress.bytes_read,
                 bytes_written=progress.bytes_written,
-                bytes_sent=sink.bytes_sent,
             )
         queue.drain()
         sha256 = writer.finish()
@@ -266,18 +264,3 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "threads": workers(device),
     }
-
-
-def target_key(out: Path) -> str:
-    """Return what tells an output folder from another, for the name of its work folder."""
-    import hashlib
-
-    return hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]
-
-
-def read_report(out: Path) -> dict[str, Any]:
-    """Return the report of a finished output folder."""
-    import json
-
-    report: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))
-    return report

@@ -27,7 +27,7 @@ def finished_already(plan: Plan, out: Path | None) -> Finished | None:
             where = f"{plan.target.repo.page}/commit/{info.sha if info else 'main'}"
             return Finished(where=where, report=plan.target.report, already_there=True)
     if plan.publication is None and out is not None and in_folder:
-        return Finished(where=str(out), report=_read_report(out), already_there=True)
+        return Finished(where=str(out), report=read_report(out), already_there=True)
     return None
 
 
@@ -72,6 +72,7 @@ def open_sink(plan: Plan, out: Path | None, work: Path) -> Sink:
         raise
 
 
-def _read_report(out: Path) -> dict[str, Any]:
+def read_report(out: Path) -> dict[str, Any]:
+    """Return the report of a finished output folder."""
     report: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))
     return report

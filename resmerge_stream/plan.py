@@ -2,7 +2,6 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .compat import (
     Findings,
@@ -27,9 +26,6 @@ from .roles import Role
 from .sidefiles import output_config
 from .sources import Checkpoint, open_checkpoint
 from .specs import OUTPUT_DTYPES, TensorSpec
-
-if TYPE_CHECKING:
-    pass
 
 # Seconds an element and expert on two cores, measured (docs/performance.md).
 _SECONDS_START = 3.0
@@ -65,7 +61,7 @@ def plan_merge(
     """
     plan = Plan(recipe, options or Options(), publication=publication, token=token)
     found = Findings(plan.problems, plan.warnings)
-    folder = Path(out).expanduser() if out is not None else None
+    folder = Path(os.path.expanduser(out)) if out is not None else None
     _build_method(plan, found)
     if plan.method is not None:
         commits = look_at_targets(plan, folder, work_dir, found)
@@ -111,7 +107,7 @@ def _build_method(plan: Plan, found: Findings) -> None:
 def _open_all(plan: Plan, found: Findings, commits: list[str | None]) -> None:
     recipe = plan.recipe
     refs = [recipe.base, *recipe.experts]
-    if plan.options.tokenizer_from:
+    if plan.options.tokenizer_from is not None:
         refs.append(ModelRef.parse(plan.options.tokenizer_from))
     if len(commits) != len(refs):
         commits = [None] * len(refs)
@@ -131,7 +127,7 @@ def _open_all(plan: Plan, found: Findings, commits: list[str | None]) -> None:
     plan.base = sources[0]
     experts = sources[1 : 1 + len(recipe.experts)]
     plan.experts = tuple(expert for expert in experts if expert is not None)
-    if plan.options.tokenizer_from:
+    if plan.options.tokenizer_from is not None:
         plan.tokenizer = sources[-1]
     names = [str(ref) for ref in recipe.experts]
     twice = sorted({name for name in names if names.count(name) > 1})

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from .compat import Findings
 from .device import free_disk
-from .errors import listed
+from .errors import listed, shown
 from .planned import Plan
 from .publication import known_commits, work_folder
 from .sinks import target_state
@@ -33,6 +33,9 @@ def look_at_targets(
 
 def check_folder(plan: Plan, out: Path, found: Findings) -> None:
     """Refuse an output folder that holds something else, or whose disk is too small."""
+    if "\x00" in str(out) or len(out.name.encode()) > 255:
+        found.problems.append(f"--out {shown(str(out))} is no name that a folder can have.")
+        return
     state = target_state(out, plan.plan_hash)
     if state.problem:
         found.problems.append(state.problem)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import PlanRefusedError, RecipeError
+from .device import DEVICE
+from .errors import PlanRefusedError, RecipeError, shown
 from .layout import Shard, index_json
 from .memory import BLOCK_ELEMENTS, matrix_bytes
 from .methods import MergeMethod, Rule
@@ -49,6 +50,10 @@ class Options:
     def __post_init__(self) -> None:
         if self.rounding not in ("nearest", "stochastic"):
             raise RecipeError(f"--rounding must be nearest or stochastic, not {self.rounding!r}.")
+        if not DEVICE.fullmatch(self.device):
+            raise RecipeError(
+                f"--device must be auto, cpu, cuda, cuda:N or mps, not {shown(self.device)}."
+            )
         if self.max_shard_bytes is not None and self.max_shard_bytes < 1:
             raise RecipeError("--max-shard-size must be more than zero, such as 5GB.")
 
@@ -246,5 +251,5 @@ def matrix_of(spec: TensorSpec) -> tuple[int, int]:
 
 def _lasting_name(ref: ModelRef) -> str:
     """Return a folder's absolute path, so that the working directory does not matter."""
-    folder = Path(ref.id).expanduser()
+    folder = Path(os.path.expanduser(ref.id))
     return str(folder.resolve()) if os.path.isdir(folder) else str(ref)

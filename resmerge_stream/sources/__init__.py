@@ -30,13 +30,13 @@ def open_checkpoint(
         UnsupportedCheckpointError: the weights are not mergeable safetensors.
         StoppedError: the network or the Hub kept failing.
     """
-    folder = Path(ref.id).expanduser()
+    folder = Path(os.path.expanduser(ref.id))
     if os.path.isdir(folder):
         return LocalCheckpoint.open(folder, ref)
     if not REPO_ID.fullmatch(ref.id):
         raise CheckpointNotFoundError(
             f"there is no folder {shown(ref.id)}, and it is no repository id either. Give the "
-            "folder of a model (config.json and *.safetensors), or namespace/name on the Hub."
+            "folder of a model (with config.json and *.safetensors), or namespace/name on the Hub."
         )
     from .hub import HubCheckpoint
 
