@@ -20,7 +20,7 @@ from .cli_options import (
 from .errors import RecipeError, ResMergeError, StoppedError
 from .events import Event
 from .plan import Plan, plan_merge
-from .recipe import load_recipe
+from .recipe_file import load_recipe
 from .specs import format_size
 from .version import __version__
 

@@ -14,7 +14,8 @@ from .errors import RecipeError, VerificationError, listed
 from .merging import Merger
 from .pieces import Piece, row_ranges
 from .plan import Options, Plan, plan_merge
-from .recipe import ModelRef, Recipe, load_recipe
+from .recipe import ModelRef, Recipe
+from .recipe_file import load_recipe
 from .report_schema import MAX_REPORT_BYTES, parse_report
 from .sinks.folder import REPORT
 from .sources import Checkpoint, open_checkpoint

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import VerificationError, listed
-from .recipe import ModelRef, Recipe, parse_recipe
+from .recipe import ModelRef, Recipe
+from .recipe_file import parse_recipe
 from .report_schema import parse_report
 from .sinks.folder import REPORT
 from .sources import REPO_ID, Checkpoint, open_checkpoint
