@@ -1,5 +1,6 @@
 """PLAN: decide everything before anything big moves, from headers and configs alone. No torch."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,9 +64,8 @@ def plan_merge(
     found = Findings(plan.problems, plan.warnings)
     folder = Path(os.path.expanduser(out)) if out is not None else None
     _build_method(plan, found)
-    if plan.method is not None:
-        commits = look_at_targets(plan, folder, work_dir, found)
-        _open_all(plan, found, commits)
+    commits = look_at_targets(plan, folder, work_dir, found) if plan.method is not None else []
+    _open_all(plan, found, commits)
     if plan.refused or plan.base is None or plan.method is None:
         return plan
     for source in plan.checkpoints:
