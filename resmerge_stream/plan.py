@@ -68,9 +68,8 @@ def plan_merge(
         found.problems.append(f"--out {shown(str(out))} is no name that a folder can have.")
         return plan
     _build_method(plan, found)
-    if plan.method is not None:
-        commits = look_at_targets(plan, folder, work_dir, found)
-        _open_all(plan, found, commits)
+    commits = look_at_targets(plan, folder, work_dir, found) if plan.method is not None else []
+    _open_all(plan, found, commits)
     if plan.refused or plan.base is None or plan.method is None:
         return plan
     for source in plan.checkpoints:
