@@ -11,6 +11,7 @@ from . import console
 from .errors import RecipeError, ResMergeError
 from .events import Event
 from .plan import Options, Plan, plan_merge
+from .publication import Publication
 from .recipe import Recipe, load_recipe, override
 from .specs import OUTPUT_DTYPES, format_size, parse_size
 from .version import __version__
@@ -21,7 +22,7 @@ command continues; 130 interrupted, the same command continues; 1 a bug.
 """
 _EXAMPLES = {
     "plan": "resmerge-stream plan --base models/base --expert models/math --expert models/code",
-    "merge": "resmerge-stream merge recipe.yml --out merged",
+    "merge": "resmerge-stream merge recipe.yml --push-to me/merged",
     "verify": "resmerge-stream verify merged",
     "compare": "resmerge-stream compare recipe.yml --methods resmerge,ties,tsv_m --out compared",
     "analyse": "resmerge-stream analyse recipe.yml --out analysis",
@@ -72,19 +73,18 @@ def _parser() -> argparse.ArgumentParser:
     plan = _command(commands, "plan", _plan, "show what a merge would do; reads headers only")
     _add_recipe(plan)
     plan.add_argument("--out", metavar="DIR", help="also check this output folder and its disk")
+    _add_publication(plan)
     merge = _command(commands, "merge", _merge, "merge, write, and report")
     _add_recipe(merge)
     merge.add_argument("--out", metavar="DIR", help="output folder; must not exist yet")
-    merge.add_argument(
-        "--work-dir", metavar="DIR", help="where journals are kept (default: the user's cache)"
-    )
+    _add_publication(merge)
     merge.add_argument(
         "--discard-staging",
         action="store_true",
-        help="list and remove what an unfinished merge left in --out, then start afresh",
+        help="list and remove what an unfinished merge left at the target, then start afresh",
     )
-    verify = _command(commands, "verify", _verify, "check a merged folder against its report")
-    verify.add_argument("folder", metavar="DIR", help="output folder of a merge")
+    verify = _command(commands, "verify", _verify, "check a merged model against its report")
+    verify.add_argument("merged", metavar="ID", help="output folder of a merge, or namespace/name")
     verify.add_argument("--recipe", metavar="FILE", help="where the sources are named")
     verify.add_argument("--sample", type=int, default=3, help="tensors to merge again (3)")
     _add_json(verify)
@@ -140,10 +140,27 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
 
 
+def _add_publication(parser: argparse.ArgumentParser) -> None:
+    hub = parser.add_argument_group("publish on the Hub, with HF_TOKEN or its login")
+    hub.add_argument("--push-to", metavar="NS/NAME", help="repository, made private when new")
+    seen = hub.add_mutually_exclusive_group()
+    seen.add_argument("--private", action="store_true", help="keep it private (new: the default)")
+    seen.add_argument("--public", action="store_true", help="make it public when all is there")
+    hub.add_argument(
+        "--update", action="store_true", help="replace the model in it; the plan lists the files"
+    )
+    hub.add_argument(
+        "--max-disk", metavar="SIZE", help="of unsent shards (default: two); 0 for no file at all"
+    )
+    parser.add_argument(
+        "--work-dir", metavar="DIR", help="where journals are kept (default: the user's cache)"
+    )
+
+
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE.yml", help="in mergekit's vocabulary")
     what = parser.add_argument_group("instead of a recipe, or over it")
-    what.add_argument("--base", metavar="ID", help="folder of the base model")
+    what.add_argument("--base", metavar="ID", help="folder or namespace/name[@revision]")
     what.add_argument(
         "--expert", metavar="ID", action="append", default=[], help="an expert; repeat"
     )
@@ -196,8 +213,33 @@ def _options(args: argparse.Namespace) -> Options:
     )
 
 
+def _publication(args: argparse.Namespace) -> Publication | None:
+    if not args.push_to:
+        for option in ("private", "public", "update", "max_disk"):
+            if getattr(args, option):
+                name = option.replace("_", "-")
+                raise RecipeError(f"--{name} says how to publish: give --push-to as well.")
+        return None
+    return Publication(
+        repo_id=args.push_to,
+        public=True if args.public else False if args.private else None,
+        update=args.update,
+        max_disk=parse_size(args.max_disk, option="--max-disk") if args.max_disk else None,
+    )
+
+
+def _plan_of(args: argparse.Namespace) -> Plan:
+    return plan_merge(
+        _recipe(args),
+        _options(args),
+        out=args.out,
+        publication=_publication(args),
+        work_dir=args.work_dir,
+    )
+
+
 def _plan(args: argparse.Namespace) -> int:
-    plan = plan_merge(_recipe(args), _options(args), out=args.out)
+    plan = _plan_of(args)
     if args.json:
         print(json.dumps(plan.to_dict()))
     else:
@@ -206,19 +248,30 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    if not args.out:
-        raise RecipeError("nowhere to write: give --out DIR.")
+    if not args.out and not args.push_to:
+        raise RecipeError("nowhere to write: give --out DIR or --push-to NAMESPACE/NAME.")
     if args.discard_staging:
+        console.discarded(_discard(args))
+    return _run(_plan_of(args), args.out, args.work_dir, as_json=args.json)
+
+
+def _discard(args: argparse.Namespace) -> list[str]:
+    removed: list[str] = []
+    if args.push_to:
+        from .sinks.hub_discard import discard_staging
+
+        publication = _publication(args)
+        removed += discard_staging(publication.repo_id, None) if publication else []
+    if args.out:
         from pathlib import Path
 
         from .sinks.folder import discard
 
-        console.discarded(discard(Path(args.out).expanduser()))
-    plan = plan_merge(_recipe(args), _options(args), out=args.out)
-    return _run(plan, args.out, args.work_dir, as_json=args.json)
+        removed += discard(Path(args.out).expanduser())
+    return removed
 
 
-def _run(plan: Plan, out: str, work_dir: str | None, *, as_json: bool) -> int:
+def _run(plan: Plan, out: str | None, work_dir: str | None, *, as_json: bool) -> int:
     plan.raise_if_refused()
     from .engine import run_merge
 
@@ -232,10 +285,10 @@ def _run(plan: Plan, out: str, work_dir: str | None, *, as_json: bool) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from .verify import verify_folder
+    from .verify import verify_merge
 
     recipe = load_recipe(args.recipe) if args.recipe else None
-    checks = verify_folder(args.folder, recipe=recipe, sample=args.sample)
+    checks = verify_merge(args.merged, recipe=recipe, sample=args.sample)
     return 0 if console.show_checks(checks, as_json=args.json) else 2
 
 

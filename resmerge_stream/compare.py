@@ -15,11 +15,13 @@ from .compare_plan import Comparison
 from .compare_report import Similarity, comparison_files, write_files
 from .compare_shard import Method, Run, merge_shard
 from .counting import counted
-from .device import choose_device, default_work_dir
-from .engine import environment, read_report, reads, target_key
+from .device import choose_device
+from .engine import environment, reads
 from .errors import NonFiniteError
 from .events import Event, Finished, Planned, Published, ShardFinished
 from .merging import Merger
+from .opening import read_report
+from .publication import work_folder
 from .report import build_report
 from .sinks import FolderSink, Sink, target_state
 from .sinks.folder import discard
@@ -45,16 +47,15 @@ def run_comparison(
     """
     comparison.raise_if_refused()
     out = comparison.out
-    root = Path(work_dir).expanduser() if work_dir is not None else default_work_dir()
     done = {} if comparison.report_only else _finished(comparison)
     with contextlib.ExitStack() as stack:
-        run = _open(comparison, root, done, stack)
+        run = _open(comparison, work_dir, done, stack)
         yield Planned(plan=comparison.to_dict())
         reports = dict(done)
         if run.methods:
             plans = {label: comparison.plans[label] for label in run.methods}
             mergers = [method.merger for method in run.methods.values()]
-            store = root / f"compare-{target_key(out)}" / "counted.json"
+            store = work_folder("compare", out, None, work_dir) / "counted.json"
             try:
                 yield from counted(list(plans.values()), mergers, reads, store)
                 yield from _merge_all(run)
@@ -97,12 +98,14 @@ def _earlier(comparison: Comparison) -> dict[str, Any] | None:
 
 
 def _open(
-    comparison: Comparison, root: Path, done: Mapping[str, Any], stack: contextlib.ExitStack
+    comparison: Comparison,
+    work_dir: str | Path | None,
+    done: Mapping[str, Any],
+    stack: contextlib.ExitStack,
 ) -> Run:
     first = next(iter(comparison.plans.values()))
     device = choose_device(first.options.device)
     run = Run(comparison, device, {}, Similarity(list(comparison.plans), len(first.experts)))
-    identity = {f"{i} {source.id}": source.identity for i, source in enumerate(first.checkpoints)}
     for label, plan in comparison.plans.items():
         if label in done:
             continue
@@ -111,8 +114,8 @@ def _open(
             sink = ReportOnlySink(comparison.out / "reports" / f"{label}.json")
         else:
             folder = comparison.out / label
-            work = root / f"{plan.plan_hash}-{target_key(folder)}"
-            sink = FolderSink(folder, plan.plan_hash, work, identity)
+            work = work_folder(plan.plan_hash, folder, None, work_dir)
+            sink = FolderSink(folder, plan.plan_hash, work, plan.identity)
         stack.callback(sink.close)
         run.methods[label] = Method(sink, Merger(plan, device, run.sample))
     return run

@@ -11,19 +11,21 @@ import torch
 
 from .card import render_card
 from .counting import counted
-from .device import choose_device, default_work_dir, private_memory, usable_cores
+from .device import choose_device, private_memory, usable_cores
 from .errors import NonFiniteError
 from .events import Event, Finished, Planned, Published, ShardFinished, TensorMerged
 from .layout import Shard
 from .memory import WRITE_QUEUE_BYTES
 from .merging import Merger, Prepared
+from .opening import finished_already, open_sink
 from .pieces import Piece, row_ranges
 from .pipes import Ahead, Held, WriteBehind
 from .plan import Plan, PlannedTensor
+from .publication import work_folder
 from .report import build_report
-from .sinks import FolderSink, Sink, target_state
-from .sinks.folder import REPORT, discard
+from .sinks import Sink
 from .sources import Checkpoint
+from .sources.ahead import Followed, reading_ahead
 from .version import __version__
 
 # Bytes of sources that may be read ahead; from a folder these are mapped pages, not private memory.
@@ -41,7 +43,7 @@ class _Progress:
 
 
 def run_merge(
-    plan: Plan, *, out: str | Path, work_dir: str | Path | None = None
+    plan: Plan, *, out: str | Path | None = None, work_dir: str | Path | None = None
 ) -> Iterator[Event]:
     """Run a plan, and yield what happens.
 
@@ -49,33 +51,31 @@ def run_merge(
     half-made has a final name.
 
     Args:
-        plan: from `plan_merge`.
-        out: the output folder.
+        plan: from `plan_merge`; it names the repository to publish to, if any.
+        out: the output folder, if any.
         work_dir: where journals are kept; the user's cache folder when None.
 
     Raises:
         PlanRefusedError: the plan has problems, or the sources changed since a first run.
         NonFiniteError: a weight is NaN or infinite, or overflows the output dtype.
-        StoppedError: disk or permission; the same command continues.
+        OutputExistsError: somebody else put something there since the plan was made.
+        StoppedError: disk, network or permission; the same command continues.
 
     Memory: `plan.peak_memory_bytes`, whatever the model's size.
     """
-    out = Path(out).expanduser()
     plan.raise_if_refused()
-    if target_state(out, plan.plan_hash).finished:
-        yield Finished(where=str(out), report=read_report(out), already_there=True)
+    folder = Path(out).expanduser() if out is not None else None
+    done = finished_already(plan, folder)
+    if done is not None:
+        yield done
         return
-    root = Path(work_dir).expanduser() if work_dir is not None else default_work_dir()
-    target = f"{plan.plan_hash}-{target_key(out)}"
-    identity = {f"{i} {source.id}": source.identity for i, source in enumerate(plan.checkpoints)}
-    sink = FolderSink(out, plan.plan_hash, root / target, identity)
+    sink = open_sink(plan, folder, work_dir)
+    work = work_folder(plan.plan_hash, folder, plan.publication, work_dir)
     try:
-        yield from _run(plan, sink, root / target)
+        yield from _run(plan, sink, work)
     except NonFiniteError:
         # This run can never be finished, so it leaves nothing behind.
-        sink.close()
-        with contextlib.suppress(OSError):
-            discard(out)
+        sink.abandon()
         raise
     finally:
         sink.close()
@@ -88,20 +88,21 @@ def _run(plan: Plan, sink: Sink, work_dir: Path) -> Iterator[Event]:
     merger = Merger(plan, device, lambda: _sample(progress))
     yield from counted([plan], [merger], reads, work_dir / "counted.json")
     kept = sink.finished_shards()
-    for shard in plan.shards:
-        entry = kept.get(shard.name)
-        if entry is None:
-            entry = yield from _merge_shard(plan, shard, sink, merger, progress)
-        progress.entries += entry["tensors"]
-        progress.files.append({key: entry[key] for key in ("name", "size", "sha256")})
-        yield ShardFinished(
-            shard=shard.name,
-            bytes=shard.nbytes,
-            sha256=entry["sha256"],
-            resumed=shard.name in kept,
-            shards_done=len(progress.files),
-            shards=len(plan.shards),
-        )
+    with _reading_ahead(plan, [shard for shard in plan.shards if shard.name not in kept]):
+        for shard in plan.shards:
+            entry = kept.get(shard.name)
+            if entry is None:
+                entry = yield from _merge_shard(plan, shard, sink, merger, progress)
+            progress.entries += entry["tensors"]
+            progress.files.append({key: entry[key] for key in ("name", "size", "sha256")})
+            yield ShardFinished(
+                shard=shard.name,
+                bytes=shard.nbytes,
+                sha256=entry["sha256"],
+                resumed=shard.name in kept,
+                shards_done=len(progress.files),
+                shards=len(plan.shards),
+            )
     report = build_report(
         plan,
         progress.entries,
@@ -112,7 +113,7 @@ def _run(plan: Plan, sink: Sink, work_dir: Path) -> Iterator[Event]:
         bytes_written=progress.bytes_written,
         peak_private_bytes=progress.peak_private,
     )
-    files = plan.side_files() | render_card(plan, report)
+    files = plan.side_files() | render_card(plan, report, name_private=plan.name_private)
     where = sink.publish(files)
     yield Published(where=where)
     yield Finished(where=where, report=report)
@@ -160,7 +161,7 @@ def _prepared(
 ) -> Iterator[Prepared]:
     """Yield the shard's pieces in file order, read and decided ahead by threads."""
     tensors = [plan.tensors[spec.name] for spec in shard.tensors]
-    reader = Ahead(reads(plan, tensors), READ_AHEAD_BYTES)
+    reader = Ahead(reads(plan, tensors), plan.read_ahead_bytes or READ_AHEAD_BYTES)
     threads.callback(reader.close)
 
     def decisions() -> Iterator[tuple[int, Callable[[], tuple[Held[Piece], Prepared]]]]:
@@ -178,6 +179,7 @@ def _prepared(
         piece, prepared = decided.value
         yield prepared
         del prepared
+        piece.value.close()
         piece.release()
         decided.release()
 
@@ -209,7 +211,8 @@ def reads(plan: Plan, tensors: list[PlannedTensor]) -> Iterator[tuple[int, Calla
                 name = tensor.spec.name
                 buffers = [source.read(name, start, stop) for source in sources]
                 release = _releaser(tensor, sources, start, stop)
-                return Piece(tensor, start, stop, is_last, buffers, release)
+                close = _closer(name, sources, start, stop)
+                return Piece(tensor, start, stop, is_last, buffers, release, close)
 
             yield sum(end - begin for begin, end in ranges), read
 
@@ -227,6 +230,27 @@ def _releaser(
     return release
 
 
+def _closer(name: str, sources: list[Checkpoint], start: int, stop: int) -> Callable[[], None]:
+    def close() -> None:
+        for source in sources:
+            source.done_with(name, start, stop)
+
+    return close
+
+
+def _reading_ahead(plan: Plan, shards: list[Shard]) -> contextlib.AbstractContextManager[None]:
+    """Let sources on the Hub know what will be read, across the shards."""
+    remote = [source for source in plan.checkpoints if isinstance(source, Followed)]
+    tensors = (plan.tensors[spec.name] for shard in shards for spec in shard.tensors)
+    order = (
+        (source, tensor.spec.name, start, stop)
+        for tensor in tensors
+        for start, stop, _ in row_ranges(tensor)
+        for source in (remote if tensor.rule else remote[: int(plan.opened[0] in remote)])
+    )
+    return reading_ahead(order, remote, plan.read_ahead_bytes)
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Return what the numbers may depend on beside the sources: versions, device, threads."""
     return {
@@ -235,18 +259,3 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "threads": workers(device),
     }
-
-
-def target_key(out: Path) -> str:
-    """Return what tells an output folder from another, for the name of its work folder."""
-    import hashlib
-
-    return hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]
-
-
-def read_report(out: Path) -> dict[str, Any]:
-    """Return the report of a finished output folder."""
-    import json
-
-    report: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))
-    return report

@@ -10,6 +10,7 @@
     ├── PlanRefusedError               (ValueError)         the plan has problems; it lists them
     ├── NotEnoughMemoryError           (MemoryError)        the budget cannot hold a matrix
     ├── OutputExistsError              (FileExistsError)    the target is not this run's
+    ├── PublishError                   (PermissionError)    no account that may publish there
     ├── VerificationError              (ValueError)         a folder differs from its report
     └── StoppedError                   exit 3               stopped, but the same command continues
 
@@ -61,6 +62,10 @@ class NotEnoughMemoryError(ResMergeError, MemoryError):
 
 class OutputExistsError(ResMergeError, FileExistsError):
     """The target exists and was not made by this run."""
+
+
+class PublishError(ResMergeError, PermissionError):
+    """There is no account that may publish there."""
 
 
 class VerificationError(ResMergeError, ValueError):

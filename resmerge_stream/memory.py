@@ -18,6 +18,12 @@ FIXED_BYTES = 200_000_000
 SPARE_BYTES = 60_000_000
 # Elements of one row block; also the step of `task_vectors`.
 BLOCK_ELEMENTS = 1 << 19
+# A tensor merged by rows is read in ranges of about this many output bytes a source.
+PIECE_BYTES = 16_000_000
+# Bytes that are read ahead from the Hub, beside what is being merged. From a folder pages are
+# mapped, which is no private memory.
+HUB_WINDOW_BYTES = 192_000_000
+LEAST_HUB_WINDOW_BYTES = 16_000_000
 # Bytes that may wait for the disk.
 WRITE_QUEUE_BYTES = 24_000_000
 

@@ -3,10 +3,8 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from .memory import PIECE_BYTES
 from .plan import PlannedTensor
-
-# A tensor merged by rows is cut into pieces of about this many bytes.
-PIECE_BYTES = 64_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +17,7 @@ class Piece:
         is_last: whether these are the tensor's last rows.
         buffers: stored bytes of the base, then of each expert; of the base alone if carried.
         release: told which rows of the buffers are not needed for a while.
+        close: called when the piece is merged; its buffers are not used any more.
     """
 
     tensor: PlannedTensor
@@ -27,6 +26,7 @@ class Piece:
     is_last: bool
     buffers: list[memoryview]
     release: Callable[[slice], None] = lambda rows: None
+    close: Callable[[], None] = lambda: None
 
     @property
     def first_row(self) -> int:

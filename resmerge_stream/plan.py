@@ -5,9 +5,10 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .compat import (
     Findings,
@@ -18,22 +19,43 @@ from .compat import (
     match_tensors,
 )
 from .device import available_memory, free_disk
-from .errors import NotEnoughMemoryError, PlanRefusedError, RecipeError, ResMergeError
+from .errors import (
+    NotEnoughMemoryError,
+    PlanRefusedError,
+    RecipeError,
+    ResMergeError,
+    StoppedError,
+    listed,
+)
 from .layout import DEFAULT_SHARD_BYTES, Shard, index_json, plan_shards
-from .memory import BLOCK_ELEMENTS, FIXED_BYTES, SPARE_BYTES, block_bytes, matrix_bytes
+from .memory import (
+    BLOCK_ELEMENTS,
+    FIXED_BYTES,
+    HUB_WINDOW_BYTES,
+    LEAST_HUB_WINDOW_BYTES,
+    PIECE_BYTES,
+    SPARE_BYTES,
+    block_bytes,
+    matrix_bytes,
+)
 from .methods import MergeMethod, Rule, build_method
+from .publication import Publication, known_commits, work_folder
 from .recipe import ModelRef, Recipe
 from .roles import Role, layer_of
 from .sidefiles import output_config, side_files
 from .sinks import target_state
 from .sources import Checkpoint, open_checkpoint
-from .specs import OUTPUT_DTYPES, TensorSpec, format_size
+from .specs import DTYPES, OUTPUT_DTYPES, TensorSpec, format_size
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .sinks.hub_target import HubTarget
 
 # Seconds an element and expert on two cores, measured (docs/performance.md).
 _SECONDS_START = 3.0
 _SECONDS_ROWS = 0.6e-9
 _SECONDS_MATRIX = 4.0e-9
+_OPEN_THREADS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +118,7 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     memory_budget: int = 0
     working_bytes: int = 0
+    read_ahead_bytes: int = 0
     peak_memory_bytes: int = 0
     peak_disk_bytes: int = 0
     read_bytes: int = 0
@@ -103,6 +126,9 @@ class Plan:
     config: bytes = b"{}"
     # What the method's counting passes found; the run fills it in before it merges.
     counted: dict[str, Any] = field(default_factory=dict)
+    publication: Publication | None = None
+    target: "HubTarget | None" = None
+    token: str | None = field(default=None, repr=False)
 
     @property
     def refused(self) -> bool:
@@ -115,6 +141,19 @@ class Plan:
         if self.base is not None:
             yield self.base
         yield from self.experts
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells the sources from others under the same names, by number."""
+        sources = [*self.checkpoints, *([self.tokenizer] if self.tokenizer else [])]
+        return {str(number): source.identity for number, source in enumerate(sources)}
+
+    @property
+    def name_private(self) -> bool:
+        """Whether the card may name private models: nobody else sees it, or `--public` said so."""
+        if self.publication is None or self.target is None:
+            return False
+        return self.publication.public is True or not self.target.ends_public
 
     @property
     def opened(self) -> tuple[Checkpoint, MergeMethod]:
@@ -234,7 +273,13 @@ class Plan:
 
 
 def plan_merge(
-    recipe: Recipe, options: Options | None = None, *, out: str | Path | None = None
+    recipe: Recipe,
+    options: Options | None = None,
+    *,
+    out: str | Path | None = None,
+    publication: Publication | None = None,
+    token: str | None = None,
+    work_dir: str | Path | None = None,
 ) -> Plan:
     """Plan a merge. Problems are collected in the plan, not raised.
 
@@ -242,13 +287,23 @@ def plan_merge(
         recipe: what to merge.
         options: how; defaults when None.
         out: the output folder, when there is one: it is checked, and its disk.
+        publication: the repository to publish to, when there is one: it is asked for.
+        token: the caller's, for the Hub; None stands for HF_TOKEN or the login.
+        work_dir: where journals are kept; what an earlier start pinned is found there.
+
+    Raises:
+        StoppedError: the network or the Hub kept failing, so that nothing is known.
 
     Memory: the headers and configs of the checkpoints; no tensor is read, save an LM head that
     a tied config says is redundant.
     """
-    plan = Plan(recipe, options or Options())
+    plan = Plan(recipe, options or Options(), publication=publication, token=token)
     found = Findings(plan.problems, plan.warnings)
-    _open_all(plan, found)
+    folder = Path(out).expanduser() if out is not None else None
+    _build_method(plan, found)
+    if plan.method is not None:
+        commits = _look_at_target(plan, folder, work_dir, found)
+        _open_all(plan, found, commits)
     if plan.refused or plan.base is None or plan.method is None:
         return plan
     for source in plan.checkpoints:
@@ -264,37 +319,70 @@ def plan_merge(
     _check_code(plan, found)
     _estimate(plan)
     _fit_memory(plan, found)
-    if out is not None:
-        _check_target(plan, Path(out).expanduser(), found)
+    if folder is not None:
+        _check_target(plan, folder, found)
+    if plan.target is not None:
+        _check_publication(plan, plan.target, folder, work_dir, found)
     return plan
 
 
-def _open_all(plan: Plan, found: Findings) -> None:
-    def attempt(action: Any, *args: Any) -> Any:
-        try:
-            return action(*args)
-        except ResMergeError as exc:
-            found.problems.append(str(exc))
-            return None
-
+def _build_method(plan: Plan, found: Findings) -> None:
     recipe = plan.recipe
-    plan.method = attempt(build_method, recipe.method, recipe.parameters)
-    if (
-        plan.method
-        and not plan.method.weighted
-        and any(ref.weight is not None for ref in recipe.experts)
-    ):
+    try:
+        plan.method = build_method(recipe.method, recipe.parameters)
+    except ResMergeError as exc:
+        found.problems.append(str(exc))
+        return
+    if not plan.method.weighted and any(ref.weight is not None for ref in recipe.experts):
         found.problems.append(
             f"{plan.method.name} takes no weight for each model: it measures how far the experts "
             "agree. Leave 'weight' out, or use task_arithmetic or mean."
         )
-    elif plan.method and (problem := plan.method.check_weights(plan.weights)):
+    elif problem := plan.method.check_weights(plan.weights):
         found.problems.append(problem)
-    plan.base = attempt(open_checkpoint, recipe.base)
-    opened = [attempt(open_checkpoint, ref) for ref in recipe.experts]
-    plan.experts = tuple(expert for expert in opened if expert is not None)
+
+
+def _look_at_target(
+    plan: Plan, out: Path | None, work_dir: str | Path | None, found: Findings
+) -> list[str | None]:
+    """Return the commits that an earlier start pinned the sources to; those win over any branch."""
+    commits: list[str | None] = []
+    if plan.publication is not None:
+        from .sinks.hub_target import look_at_target
+
+        plan.target = look_at_target(plan.publication, plan.plan_hash, plan.token)
+        found.problems += plan.target.problems
+        if plan.target.staged is not None:
+            commits = plan.target.staged.commits
+    here = work_folder(plan.plan_hash, out, plan.publication, work_dir)
+    return commits or known_commits(here, plan.plan_hash)
+
+
+def _open_all(plan: Plan, found: Findings, commits: list[str | None]) -> None:
+    recipe = plan.recipe
+    refs = [recipe.base, *recipe.experts]
     if plan.options.tokenizer_from:
-        plan.tokenizer = attempt(open_checkpoint, ModelRef.parse(plan.options.tokenizer_from))
+        refs.append(ModelRef.parse(plan.options.tokenizer_from))
+    if len(commits) != len(refs):
+        commits = [None] * len(refs)
+
+    def attempt(ref: ModelRef, commit: str | None) -> Checkpoint | str:
+        try:
+            return open_checkpoint(ref, token=plan.token, commit=commit)
+        except StoppedError:
+            raise  # the network, not the input
+        except ResMergeError as exc:
+            return str(exc)
+
+    with ThreadPoolExecutor(_OPEN_THREADS) as pool:
+        opened = list(pool.map(attempt, refs, commits))
+    found.problems += [text for text in opened if isinstance(text, str)]
+    sources = [None if isinstance(source, str) else source for source in opened]
+    plan.base = sources[0]
+    experts = sources[1 : 1 + len(recipe.experts)]
+    plan.experts = tuple(expert for expert in experts if expert is not None)
+    if plan.options.tokenizer_from:
+        plan.tokenizer = sources[-1]
     names = [str(ref) for ref in recipe.experts]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -359,6 +447,8 @@ def _fit_memory(plan: Plan, found: Findings) -> None:
     count = len(plan.experts)
     longest = max((matrix_of(t.spec)[1] for t in plan.tensors.values()), default=1)
     room = plan.memory_budget - FIXED_BYTES - block_bytes(count, longest)
+    plan.read_ahead_bytes = _read_ahead_bytes(plan, room)
+    room -= plan.read_ahead_bytes
     worst, largest, fitted = (0, ""), 0, {}
     for name, tensor in plan.tensors.items():
         resident = plan.working_bytes_of(tensor) <= room
@@ -382,6 +472,26 @@ def _fit_memory(plan: Plan, found: Findings) -> None:
         found.problems.append(str(error))
 
 
+def _read_ahead_bytes(plan: Plan, room: int) -> int:
+    """Return bytes for what is on its way from the Hub: the largest piece, and a window ahead."""
+    remote = [source for source in plan.checkpoints if source.is_remote]
+    if not remote:
+        return 0
+    largest = 0
+    for name, tensor in plan.tensors.items():
+        m, n = matrix_of(tensor.spec)
+        for_matrix = tensor.rule is not None and tensor.rule.needs_matrix
+        rows = 1.0 if for_matrix else min(1.0, PIECE_BYTES / max(tensor.spec.nbytes, 1))
+        stored = sum(
+            m * n * DTYPES[source.tensors[name].spec.dtype].nbytes
+            for source in remote
+            if name in source.tensors
+        )
+        largest = max(largest, int(stored * rows))
+    window = min(HUB_WINDOW_BYTES, max(LEAST_HUB_WINDOW_BYTES, (room - largest) // 3))
+    return largest + window
+
+
 def matrix_of(spec: TensorSpec) -> tuple[int, int]:
     """Return rows and columns of what is merged at once: of one slice for a stack [E, m, n]."""
     return (spec.shape[1], spec.shape[2]) if len(spec.shape) == 3 else spec.matrix_shape
@@ -399,6 +509,64 @@ def _check_target(plan: Plan, out: Path, found: Findings) -> None:
         found.problems.append(
             f"the output takes {format_size(needed)} more, but the disk of {str(out)!r} has "
             f"{format_size(free)} free. Free some, or choose another --out."
+        )
+
+
+def _check_publication(
+    plan: Plan,
+    target: "HubTarget",
+    out: Path | None,
+    work_dir: str | Path | None,
+    found: Findings,
+) -> None:
+    from .sinks import hub_target
+
+    if target.finished or target.problems:
+        return
+    largest = max((shard.nbytes for shard in plan.shards), default=0)
+    hub_target.check_fit(target, plan.write_bytes, largest, plan.seconds_estimate)
+    private = sorted(
+        {s.id for s in plan.checkpoints if s.folder is None and (s.is_private or s.gated)}
+    )
+    if private and target.ends_public:
+        does = "will name" if plan.name_private else "will not name (give --public to name them)"
+        found.warnings.append(f"the public card {does} private or gated models: {listed(private)}")
+    if target.publication.update:
+        written = [
+            *(shard.name for shard in plan.shards),
+            *hub_target.CARD_FILES,
+            *plan.side_files(),
+        ]
+        replaced, stale = hub_target.replaced_files(target, written)
+        if replaced:
+            found.warnings.append(f"--update replaces in {target.repo.id}: {', '.join(replaced)}")
+        if stale:
+            found.warnings.append(f"--update removes from {target.repo.id}: {', '.join(stale)}")
+    card = hub_target.card_problem(target, [(s.id, s.license) for s in plan.checkpoints])
+    found.problems += [*target.problems, *([card] if card else [])]
+    found.warnings += target.warnings
+    if out is None:
+        _check_work_disk(plan, target, largest, work_dir, found)
+
+
+def _check_work_disk(
+    plan: Plan,
+    target: "HubTarget",
+    largest: int,
+    work_dir: str | Path | None,
+    found: Findings,
+) -> None:
+    """Say how much disk the shards take that wait to be sent: two at most, none when streamed."""
+    allowed = target.publication.max_disk
+    plan.peak_disk_bytes = min(2 * largest if allowed is None else allowed, plan.write_bytes)
+    folder = work_folder(plan.plan_hash, None, plan.publication, work_dir)
+    free = free_disk(folder)
+    needed = min(largest, plan.peak_disk_bytes)
+    if needed > free:
+        found.problems.append(
+            f"shards of {format_size(largest)} wait on the disk of {str(folder)!r} before they are "
+            f"sent, but it has {format_size(free)} free. Give a smaller --max-shard-size, another "
+            "--work-dir, or --max-disk 0."
         )
 
 

@@ -159,6 +159,28 @@ class FolderSink:
             ) from exc
         return str(self._out)
 
+    def path_of(self, name: str) -> Path:
+        """Return where a finished shard lies before `publish`."""
+        part, final = self._part(name), self._out / name
+        return part if part.exists() or not final.exists() else final
+
+    def free(self, name: str) -> None:
+        """Remove a shard's file, since it is kept elsewhere."""
+        self._part(name).unlink(missing_ok=True)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Nothing: a folder is on this machine."""
+        return 0
+
+    def abandon(self) -> None:
+        """Remove everything of this run: files, journal, and the folder if that empties it."""
+        try:
+            discard(self._out)
+            self._journal_path.unlink(missing_ok=True)
+        except OSError:
+            return
+
     def close(self) -> None:
         """Release the lock."""
         self._lock.close()

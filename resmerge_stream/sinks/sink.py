@@ -27,7 +27,16 @@ class ShardWriter(Protocol):
 
 
 class Sink(Protocol):
-    """A folder or a repository that a merge ends in."""
+    """A folder or a repository that a merge ends in.
+
+    Attributes:
+        bytes_sent: to the Hub by this run, so far.
+    """
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that this run has sent to the Hub so far."""
+        ...
 
     def finished_shards(self) -> Mapping[str, dict[str, Any]]:
         """Return the journal's entry of every shard that an earlier run finished, by name."""
@@ -47,6 +56,10 @@ class Sink(Protocol):
         Args:
             files: the small files by name, sub-folders allowed.
         """
+        ...
+
+    def abandon(self) -> None:
+        """Remove what this run left so far, since it can never be finished."""
         ...
 
     def close(self) -> None:

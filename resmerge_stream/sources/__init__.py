@@ -1,6 +1,7 @@
 """READ: open a checkpoint wherever it is, behind one protocol."""
 
 import os
+import re
 from pathlib import Path
 
 from ..errors import CheckpointNotFoundError, shown
@@ -8,24 +9,35 @@ from ..recipe import ModelRef
 from .checkpoint import Checkpoint, SourceFile, StoredTensor
 from .local import LocalCheckpoint
 
-__all__ = ["Checkpoint", "SourceFile", "StoredTensor", "open_checkpoint"]
+__all__ = ["REPO_ID", "Checkpoint", "SourceFile", "StoredTensor", "open_checkpoint"]
+
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9_][\w.\-]{0,95}", re.ASCII)
 
 
-def open_checkpoint(ref: ModelRef) -> Checkpoint:
+def open_checkpoint(
+    ref: ModelRef, *, token: str | None = None, commit: str | None = None
+) -> Checkpoint:
     """Open the checkpoint that a reference names; reads headers and configs only.
 
     Args:
-        ref: a folder on this machine. A name that exists as a folder is a folder.
+        ref: a folder on this machine, or a repository. A name that exists as a folder is a folder.
+        token: the caller's, for the Hub; None stands for HF_TOKEN or the login.
+        commit: what to read instead of the repository's revision.
 
     Raises:
-        CheckpointNotFoundError: there is no such folder.
+        CheckpointNotFoundError: there is no such folder or repository, or no access to it.
         CheckpointFormatError: a header, an index or a config is malformed.
         UnsupportedCheckpointError: the weights are not mergeable safetensors.
+        StoppedError: the network or the Hub kept failing.
     """
     folder = Path(ref.id).expanduser()
-    if not os.path.isdir(folder):
+    if os.path.isdir(folder):
+        return LocalCheckpoint.open(folder, ref)
+    if not REPO_ID.fullmatch(ref.id):
         raise CheckpointNotFoundError(
-            f"there is no folder {shown(ref.id)}. Give the folder of a model: "
-            "one with config.json and *.safetensors files."
+            f"there is no folder {shown(ref.id)}, and it is no repository id either. Give the "
+            "folder of a model (with config.json and *.safetensors), or namespace/name on the Hub."
         )
-    return LocalCheckpoint.open(folder, ref)
+    from .hub import HubCheckpoint
+
+    return HubCheckpoint.open(ref, token=token, commit=commit)

@@ -53,6 +53,7 @@ class Checkpoint(Protocol):
         gated: whether access must be asked for.
         is_private: whether its name may appear in a public card.
         folder: where it lies on this machine, or None.
+        is_remote: whether reading weights needs the network, so that they are read ahead.
     """
 
     id: str
@@ -66,6 +67,7 @@ class Checkpoint(Protocol):
     gated: bool
     is_private: bool
     folder: str | None
+    is_remote: bool
 
     def read(self, name: str, start_row: int = 0, stop_row: int | None = None) -> memoryview:
         """Return the bytes of a tensor, or of a range of its rows (first axis).
@@ -84,8 +86,16 @@ class Checkpoint(Protocol):
         """Hint that these rows were read and may leave the memory; reading them again is fine."""
         ...
 
+    def done_with(self, name: str, start_row: int = 0, stop_row: int | None = None) -> None:
+        """Say that these rows were read for the last time in this run; never fails."""
+        ...
+
     def read_small(self, name: str) -> bytes:
         """Return the content of one of `small_files`."""
+        ...
+
+    def small_oid(self, name: str) -> str | None:
+        """Return what git calls a small file's content where that is known for free, else None."""
         ...
 
     def close(self) -> None:

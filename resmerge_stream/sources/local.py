@@ -23,7 +23,7 @@ from .format import (
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_SMALL_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md")
+SMALL_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md")
 MAX_SMALL_BYTES = 200_000_000
 
 
@@ -50,6 +50,7 @@ class LocalCheckpoint:
         self.license = _card_license(folder)
         self.gated = False
         self.is_private = True
+        self.is_remote = False
         self._folder = folder
         self._maps: dict[str, mmap.mmap] = {}
 
@@ -68,17 +69,13 @@ class LocalCheckpoint:
             raise CheckpointNotFoundError(
                 f"cannot read the folder {str(folder)!r}: {exc.strerror}."
             ) from exc
-        _refuse_other_formats(folder, names)
+        weight_files = choose_weights(str(folder), names)
         config = _read_config(folder, names)
         weight_map = None
-        if WEIGHTS in names:
-            weight_files = [WEIGHTS]
-        elif INDEX in names:
+        if weight_files is None:
             where = str(folder / INDEX)
             weight_map = parse_index(_read_bounded(folder / INDEX, MAX_JSON_BYTES), where=where)
             weight_files = sorted(set(weight_map.values()))
-        else:
-            weight_files = _single_weight_file(folder, names)
         shards, files, identity = {}, [], {}
         for file in weight_files:
             shards[file], source, identity[file] = _read_header(folder / file, file)
@@ -125,9 +122,16 @@ class LocalCheckpoint:
             mapped = self._map(tensor.file)
             mapped.madvise(mmap.MADV_DONTNEED, start, min(end + around, len(mapped)) - start)
 
+    def done_with(self, name: str, start_row: int = 0, stop_row: int | None = None) -> None:
+        """Do nothing: the kernel takes mapped pages back by itself."""
+
     def read_small(self, name: str) -> bytes:
         """Return the content of one of `small_files`."""
         return _read_bounded(self._folder / name, MAX_SMALL_BYTES)
+
+    def small_oid(self, name: str) -> str | None:
+        """Return None: nobody has hashed the files of a folder."""
+        return None
 
     def close(self) -> None:
         """Forget the maps; each is unmapped when the last view of it is gone."""
@@ -194,10 +198,28 @@ def _read_bounded(path: Path, limit: int) -> bytes:
     return data
 
 
-def _refuse_other_formats(folder: Path, names: list[str]) -> None:
+def choose_weights(shown: str, names: list[str]) -> list[str] | None:
+    """Return the weight files among a model's file names, or None where its index names them.
+
+    Args:
+        shown: what to call the model in errors.
+        names: its files.
+
+    Raises:
+        CheckpointNotFoundError: there are no weights.
+        CheckpointFormatError: it is not known which files make the model.
+        UnsupportedCheckpointError: the weights are pickled, GGUF, or a LoRA adapter.
+    """
+    _refuse_other_formats(shown, names)
+    if WEIGHTS in names:
+        return [WEIGHTS]
+    return None if INDEX in names else _single_weight_file(shown, names)
+
+
+def _refuse_other_formats(shown: str, names: list[str]) -> None:
     if "adapter_config.json" in names:
         raise UnsupportedCheckpointError(
-            f"{str(folder)!r} is a LoRA adapter, not a whole model. Merge it into its base first "
+            f"{shown!r} is a LoRA adapter, not a whole model. Merge it into its base first "
             "(peft: model.merge_and_unload(), then save_pretrained) and give that folder."
         )
     if any(name.endswith(".safetensors") for name in names):
@@ -205,36 +227,36 @@ def _refuse_other_formats(folder: Path, names: list[str]) -> None:
     pickled = [name for name in names if name.endswith(_PICKLED)]
     if pickled:
         raise UnsupportedCheckpointError(
-            f"{str(folder)!r} has its weights in {pickled[0]!r}, a pickle, which can run code when "
+            f"{shown!r} has its weights in {pickled[0]!r}, a pickle, which can run code when "
             "it is read. Convert it: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) "
             "writes safetensors."
         )
     gguf = [name for name in names if name.endswith(".gguf")]
     if gguf:
         raise UnsupportedCheckpointError(
-            f"{str(folder)!r} holds {gguf[0]!r}: GGUF files are quantised for inference. "
+            f"{shown!r} holds {gguf[0]!r}: GGUF files are quantised for inference. "
             "Give the original safetensors model."
         )
 
 
-def _single_weight_file(folder: Path, names: list[str]) -> list[str]:
+def _single_weight_file(shown: str, names: list[str]) -> list[str]:
     found = [name for name in names if name.endswith(".safetensors")]
     if len(found) == 1:
         return found
     if not found:
         raise CheckpointNotFoundError(
-            f"{str(folder)!r} has no *.safetensors file. Give a folder with model.safetensors, "
+            f"{shown!r} has no *.safetensors file. Give a folder with model.safetensors, "
             f"or with shards and {INDEX}."
         )
     raise CheckpointFormatError(
-        f"{str(folder)!r} has {len(found)} safetensors files but neither {WEIGHTS} nor {INDEX}, "
+        f"{shown!r} has {len(found)} safetensors files but neither {WEIGHTS} nor {INDEX}, "
         "so it is not known which of them make the model."
     )
 
 
 def _small_files(folder: Path, weights: set[str]) -> tuple[str, ...]:
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
-    return tuple(name for name in names if name.endswith(_SMALL_SUFFIXES) and name not in weights)
+    return tuple(name for name in names if name.endswith(SMALL_SUFFIXES) and name not in weights)
 
 
 def _card_license(folder: Path) -> str | None:

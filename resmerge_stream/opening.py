@@ -1,0 +1,80 @@
+"""Opening a merge's target: a folder, a repository, or both; and seeing that it is finished."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import PlanRefusedError, RecipeError
+from .events import Finished
+from .plan import Plan
+from .publication import work_folder
+from .sinks import FolderSink, Sink, target_state
+from .sinks.folder import REPORT
+
+
+def finished_already(plan: Plan, out: Path | None) -> Finished | None:
+    """Return the last event of a merge that an earlier run finished, or None.
+
+    What such a run had no time for on the Hub (visibility, tidying) is done now.
+    """
+    on_hub = plan.target is not None and plan.target.finished
+    in_folder = out is not None and target_state(out, plan.plan_hash).finished
+    if plan.target is not None and on_hub:
+        from .sinks.hub import finish_target
+
+        finish_target(plan.target, plan.plan_hash)
+        if out is None or in_folder:
+            info = plan.target.info
+            where = f"{plan.target.repo.page}/commit/{info.sha if info else 'main'}"
+            return Finished(where=where, report=plan.target.report, already_there=True)
+    if plan.publication is None and out is not None and in_folder:
+        return Finished(where=str(out), report=read_report(out), already_there=True)
+    return None
+
+
+def open_sink(plan: Plan, out: Path | None, work_dir: str | Path | None) -> Sink:
+    """Return where a plan is written to.
+
+    Args:
+        plan: without problems.
+        out: the output folder, if any.
+        work_dir: where journals are kept; the user's cache folder when None.
+
+    Raises:
+        RecipeError: there is no target at all.
+        OutputExistsError: something else stands at the target.
+        PlanRefusedError: the sources changed since a first run.
+        StoppedError: another process runs this merge, or the disk or the Hub fails.
+    """
+    work = work_folder(plan.plan_hash, out, plan.publication, work_dir)
+    target = plan.target
+    if target is None or target.finished:
+        if out is None:
+            raise RecipeError("nowhere to write: give --out DIR or --push-to NAMESPACE/NAME.")
+        return FolderSink(out, plan.plan_hash, work, plan.identity)
+    if out is not None and target_state(out, plan.plan_hash).finished:
+        raise PlanRefusedError(
+            f"{str(out)!r} already holds this merge, but {target.repo.id} does not. Leave --out "
+            "away to publish it."
+        )
+    from .sinks.hub import HubSink
+
+    shelf = FolderSink(out or work / "shards", plan.plan_hash, work, plan.identity)
+    try:
+        return HubSink(
+            target,
+            plan.plan_hash,
+            plan.shards,
+            shelf,
+            keep_files=out is not None,
+            identity=plan.identity,
+        )
+    except BaseException:
+        shelf.close()
+        raise
+
+
+def read_report(out: Path) -> dict[str, Any]:
+    """Return the report of a finished output folder."""
+    report: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))
+    return report

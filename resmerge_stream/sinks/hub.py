@@ -1,0 +1,197 @@
+"""A repository as target: shards staged one by one, then one commit on main that shows them all."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+
+from ..errors import OutputExistsError, PlanRefusedError
+from ..layout import Shard
+from .folder import FolderSink
+from .hub_discard import discard_sibling
+from .hub_repo import MovedError, Operation
+from .hub_staging import Staging, branch_name
+from .hub_target import HubTarget, has_xet, no_xet, replaced_files, staging_repo
+from .hub_upload import StreamedShard, Uploads, upload_file
+from .sink import ShardWriter
+
+
+class HubSink:
+    """Publishes a merge. See `Sink`.
+
+    Args:
+        target: as the plan found it, without problems and not finished.
+        plan_hash: what marks this run's staging.
+        shards: all planned shards.
+        shelf: where shards lie as files until they are staged, with the local journal.
+        keep_files: whether they stay there afterwards, since a folder was asked for too.
+        identity: of the sources; a later run must see the same.
+
+    Raises:
+        OutputExistsError: somebody made the repository since the plan.
+        PlanRefusedError: the sources changed, or the Hub has no Xet storage for `--max-disk 0`.
+        StoppedError: the network or the Hub failed.
+    """
+
+    def __init__(
+        self,
+        target: HubTarget,
+        plan_hash: str,
+        shards: tuple[Shard, ...],
+        shelf: FolderSink,
+        *,
+        keep_files: bool,
+        identity: Mapping[str, Any],
+    ) -> None:
+        self._target, self._shards = target, {shard.name: shard for shard in shards}
+        self._shelf, self._keep_files = shelf, keep_files
+        self._plan_hash = plan_hash
+        self._main = self._ensure_repo()
+        repo = staging_repo(target, plan_hash)
+        made = repo.create() if repo is not target.repo else False
+        self._streams = target.publication.max_disk == 0
+        if self._streams and not has_xet(repo):
+            raise PlanRefusedError(no_xet(repo))
+        self._staging = Staging(repo, plan_hash, identity, made_repo=made)
+        self._streamed: dict[str, StreamedShard] = {}
+        largest = max((shard.nbytes for shard in shards), default=0)
+        allowed = target.publication.max_disk
+        self._disk = 2 * largest if allowed is None else allowed
+        self._sent = 0
+        self._uploads = Uploads()
+        self._resume()
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of shards that this run has sent and committed."""
+        return self._sent
+
+    def finished_shards(self) -> Mapping[str, dict[str, Any]]:
+        """Return the entries of shards that need not be merged again."""
+        return self._finished
+
+    def open_shard(self, shard: Shard) -> ShardWriter:
+        """Start a shard, once the disk has room beside those that are being sent."""
+        if self._streams:
+            writer = StreamedShard(self._staging.repo, self._staging.branch, shard)
+            self._streamed[shard.name] = writer
+            return writer
+        if not self._keep_files:
+            self._uploads.wait_until(self._disk - shard.nbytes)
+        return self._shelf.open_shard(shard)
+
+    def keep(self, shard: Shard, entry: Mapping[str, Any]) -> None:
+        """Record a finished shard here, and have it sent and recorded on the Hub."""
+        if not self._streams:
+            self._shelf.keep(shard, entry)
+        self._uploads.put(shard.nbytes, lambda: self._send(shard, entry))
+
+    def publish(self, files: Mapping[str, bytes]) -> str:
+        """Wait for the uploads, make the one commit on main, set the visibility, clean up."""
+        self._uploads.wait_until(0)
+        repo = self._target.repo
+        _, stale = replaced_files(self._target, [*self._shards, *files])
+        try:
+            commit = repo.commit(
+                "main",
+                lambda: self._final_operations(files, stale),
+                parent=self._main,
+                message="Merge with ResMerge Stream",
+                proof={"resmerge/report.json": files["resmerge/report.json"]},
+            )
+        except MovedError as exc:
+            raise OutputExistsError(
+                f"main of {repo.id} was changed while this merge ran, so it is not touched; "
+                f"nothing was removed. The shards stay on the branch {self._staging.branch}. "
+                "Look what came there; then run again with --update, or with another --push-to."
+            ) from exc
+        finish_target(self._target, self._plan_hash)
+        if self._keep_files:
+            self._shelf.publish(files)
+        else:
+            self._shelf.abandon()
+        return f"{repo.page}/commit/{commit}"
+
+    def abandon(self) -> None:
+        """Remove what this run staged, since it can never be finished."""
+        self._uploads.close()
+        self._staging.repo.delete_branch(self._staging.branch)
+        self._shelf.abandon()
+
+    def close(self) -> None:
+        """Stop sending, and release the lock."""
+        self._uploads.close()
+        self._shelf.close()
+
+    def _ensure_repo(self) -> str:
+        repo, info = self._target.repo, self._target.info
+        if info is None:
+            repo.create()
+            info = repo.info()
+            if info is None or not info.private or len(info.siblings or ()) > 1:
+                raise OutputExistsError(
+                    f"somebody else made {repo.id} a moment ago; nothing there is touched. Choose "
+                    "another --push-to."
+                )
+        return str(info.sha)
+
+    def _resume(self) -> None:
+        """Find what earlier runs finished, and send what they had not sent."""
+        on_shelf = dict(self._shelf.finished_shards())
+        staged = {
+            name: entry
+            for name, entry in self._staging.entries.items()
+            if name in self._shards and entry["size"] == self._shards[name].nbytes
+        }
+        self._finished = on_shelf if self._keep_files else {**staged, **on_shelf}
+        for name, entry in on_shelf.items():
+            shard = self._shards[name]
+            self._uploads.put(shard.nbytes, lambda s=shard, e=entry: self._send(s, e))  # type: ignore[misc]
+
+    def _send(self, shard: Shard, entry: Mapping[str, Any]) -> None:
+        known = self._staging.entries.get(shard.name)
+        if known is None or known["sha256"] != entry["sha256"]:
+            self._staging.stage(self._upload(shard, entry), entry)
+            self._sent += shard.nbytes
+        if not self._keep_files and not self._streams:
+            self._shelf.free(shard.name)
+
+    def _upload(self, shard: Shard, entry: Mapping[str, Any]) -> CommitOperationAdd:
+        streamed = self._streamed.pop(shard.name, None)
+        if streamed is not None:
+            return streamed.operation()
+        return upload_file(
+            self._staging.repo,
+            self._staging.branch,
+            self._shelf.path_of(shard.name),
+            shard.name,
+            str(entry["sha256"]),
+        )
+
+    def _final_operations(self, files: Mapping[str, bytes], stale: list[str]) -> list[Operation]:
+        staging = self._staging
+        source = staging.repo.id if staging.repo is not self._target.repo else None
+        copies = [
+            CommitOperationCopy(
+                name,
+                name,
+                src_revision=staging.branch,
+                src_repo_id=source,
+                src_repo_type="model" if source is not None else None,
+            )
+            for name in self._shards
+        ]
+        additions = [CommitOperationAdd(name, data) for name, data in files.items()]
+        return [*copies, *additions, *(CommitOperationDelete(name) for name in stale)]
+
+
+def finish_target(target: HubTarget, plan_hash: str) -> None:
+    """Do what follows the commit on main: the staging goes, the visibility is set last.
+
+    Safe to repeat, so that a run killed in the middle of it can be finished by the next.
+    """
+    target.repo.delete_branch(branch_name(plan_hash))
+    discard_sibling(target.repo, plan_hash)
+    public = target.publication.public
+    if public is not None and public is target.is_private:
+        target.repo.set_public(public)

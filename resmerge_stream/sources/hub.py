@@ -1,0 +1,235 @@
+"""A checkpoint on the Hub: pinned to a commit, headers and tensors read in ranges."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.hf_api import HfApi, ModelInfo, RepoSibling
+
+from ..errors import CheckpointFormatError, CheckpointNotFoundError
+from ..recipe import ModelRef
+from .ahead import Ahead
+from .checkpoint import SourceFile, StoredTensor
+from .fetch import PART_BYTES, Fetcher, Span
+from .format import (
+    MAX_CONFIG_BYTES,
+    MAX_JSON_BYTES,
+    collect_tensors,
+    header_length,
+    parse_config,
+    parse_header,
+    parse_index,
+)
+from .hub_client import client, patiently
+from .local import INDEX, MAX_SMALL_BYTES, SMALL_SUFFIXES, WEIGHTS, choose_weights
+from .ranges import CachedFile, RemoteFile
+
+# One request gets the whole header of nearly every file.
+_FIRST_BYTES = 100_000
+_HEADER_THREADS = 8
+
+
+class HubCheckpoint:
+    """A repository at a commit. See `resmerge_stream.sources.Checkpoint` for the attributes."""
+
+    def __init__(self, ref: ModelRef, info: ModelInfo, api: HfApi) -> None:
+        self.id = ref.id
+        self.revision: str | None = info.sha
+        self.folder: str | None = None
+        self.gated = bool(info.gated)
+        self.is_private = bool(info.private)
+        self.license = _license(info)
+        self.identity: dict[str, Any] = {"commit": info.sha}
+        self.config: dict[str, Any] = {}
+        self.tensors: Mapping[str, StoredTensor] = {}
+        self.files: tuple[SourceFile, ...] = ()
+        self.small_files: tuple[str, ...] = ()
+        self.is_remote = True
+        self.ahead: Ahead | None = None
+        self._api = api
+        self._listed = {s.rfilename: s for s in info.siblings or () if "/" not in s.rfilename}
+        self._opened: dict[str, RemoteFile | CachedFile] = {}
+
+    @classmethod
+    def open(
+        cls, ref: ModelRef, *, token: str | None = None, commit: str | None = None
+    ) -> "HubCheckpoint":
+        """Read the headers, the index and the config of a repository.
+
+        Args:
+            ref: names the repository and perhaps a revision.
+            token: the caller's; None stands for HF_TOKEN or the login.
+            commit: what an earlier start of the same run pinned the revision to.
+
+        Raises:
+            CheckpointNotFoundError: no such repository or revision, no access, or no model there.
+            CheckpointFormatError: a header, the index or the config is malformed.
+            UnsupportedCheckpointError: the weights are pickled, GGUF, or a LoRA adapter.
+            StoppedError: the network or the Hub kept failing.
+        """
+        api = client(token)
+        name = str(ref) if commit is None else f"{ref.id}@{commit}"
+        info = patiently(
+            lambda: api.model_info(
+                ref.id, revision=commit or ref.revision, files_metadata=True, timeout=30
+            ),
+            what=f"read {name} on the Hub",
+        )
+        checkpoint = cls(ref, info, api)
+        checkpoint._read_model()
+        return checkpoint
+
+    def read(self, name: str, start_row: int = 0, stop_row: int | None = None) -> memoryview:
+        """Return bytes of a tensor or of some of its rows, fetched now.
+
+        Raises:
+            StoppedError: they cannot be had now.
+        """
+        tensor = self.tensors[name]
+        begin, end = tensor.byte_range(start_row, stop_row)
+        file = self._file(tensor.file)
+        if isinstance(file, CachedFile):
+            return file.view(begin, end)
+        if self.ahead is not None:
+            view = self.ahead.take(Span(file, begin, end))
+            if view is not None:
+                return view
+        if end - begin <= PART_BYTES:
+            return memoryview(file.read(begin, end))
+        fetcher = Fetcher(end - begin)
+        try:
+            return fetcher.begin([Span(file, begin, end)]).wait()[0]
+        finally:
+            fetcher.close()
+
+    def prefetch(self, name: str) -> None:
+        """Do nothing: what is read soon is said by `ahead`."""
+
+    def release(self, name: str, start_row: int = 0, stop_row: int | None = None) -> None:
+        """Do nothing: fetching some rows again would cost more than their memory."""
+
+    def done_with(self, name: str, start_row: int = 0, stop_row: int | None = None) -> None:
+        """Let the bytes go that were read ahead for these rows."""
+        span = self.span(name, start_row, stop_row)
+        if self.ahead is not None and span is not None:
+            self.ahead.release(span)
+
+    def span(self, name: str, start_row: int = 0, stop_row: int | None = None) -> Span | None:
+        """Return where some rows are on the Hub, or None when the local cache has the file."""
+        tensor = self.tensors[name]
+        file = self._file(tensor.file)
+        if isinstance(file, CachedFile):
+            return None
+        return Span(file, *tensor.byte_range(start_row, stop_row))
+
+    def read_small(self, name: str) -> bytes:
+        """Return the content of one of `small_files`, through the library's cache."""
+        return self._download(name, MAX_SMALL_BYTES)
+
+    def small_oid(self, name: str) -> str | None:
+        """Return what git calls a small file's content, where that is known for free."""
+        sibling = self._listed.get(name)
+        return sibling.blob_id if sibling is not None else None
+
+    def close(self) -> None:
+        """Forget the files; the library keeps its connections."""
+        self._opened.clear()
+
+    def _read_model(self) -> None:
+        names = sorted(self._listed)
+        if "config.json" not in names:
+            raise CheckpointNotFoundError(
+                f"{self.id!r} on the Hub has no config.json, so it is not a model that can be "
+                "merged. Give the repository that transformers would load."
+            )
+        weights = choose_weights(self.id, names)
+        where = f"{self.id}/config.json"
+        self.config = parse_config(self._download("config.json", MAX_CONFIG_BYTES), where=where)
+        weight_map = None
+        if weights is None:
+            where = f"{self.id}/{INDEX}"
+            size = self._size(INDEX)
+            if size > MAX_JSON_BYTES:
+                raise CheckpointFormatError(f"{where} is larger than {MAX_JSON_BYTES} bytes.")
+            weight_map = parse_index(bytes(self._read_range(INDEX, 0, size)), where=where)
+            weights = sorted(set(weight_map.values()))
+        missing = [name for name in weights if name not in self._listed]
+        if missing:
+            raise CheckpointNotFoundError(
+                f"{self.id} on the Hub lacks {missing[0]!r}, which its index names."
+            )
+        with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+            shards = dict(zip(weights, pool.map(self._read_header, weights), strict=True))
+        if weight_map is None:
+            self.tensors = dict(shards[WEIGHTS if WEIGHTS in shards else weights[0]])
+        else:
+            self.tensors = collect_tensors(shards, weight_map, where=where)
+        self.files = tuple(
+            SourceFile(name, self._size(name), _sha256(self._listed[name])) for name in weights
+        )
+        # What the Hub's local cache holds whole is read from there.
+        self.is_remote = any(isinstance(self._file(name), RemoteFile) for name in weights)
+        self.small_files = tuple(
+            name for name in names if name.endswith(SMALL_SUFFIXES) and name not in weights
+        )
+
+    def _read_header(self, name: str) -> dict[str, StoredTensor]:
+        size, where = self._size(name), f"{self.id}/{name}"
+        first = bytes(self._read_range(name, 0, min(_FIRST_BYTES, size)))
+        length = header_length(first[:8], size, where=where)
+        if 8 + length > len(first):
+            first += bytes(self._read_range(name, len(first), 8 + length))
+        return parse_header(first[8 : 8 + length], size, file=name, where=where)
+
+    def _read_range(self, name: str, begin: int, end: int) -> memoryview:
+        file = self._file(name)
+        if isinstance(file, CachedFile):
+            return file.view(begin, end)
+        return memoryview(file.read(begin, end))
+
+    def _file(self, name: str) -> RemoteFile | CachedFile:
+        file = self._opened.get(name)
+        if file is None:
+            file = self._opened[name] = self._open_file(name)
+        return file
+
+    def _open_file(self, name: str) -> RemoteFile | CachedFile:
+        shown, size = f"{self.id}/{name}", self._size(name)
+        cached = try_to_load_from_cache(self.id, name, revision=self.revision)
+        if isinstance(cached, str) and Path(cached).stat().st_size == size:
+            return CachedFile(shown, Path(cached))
+        url = hf_hub_url(self.id, name, revision=self.revision, endpoint=self._api.endpoint)
+        return RemoteFile(shown, url, self._api._build_hf_headers(), size)
+
+    def _download(self, name: str, limit: int) -> bytes:
+        if self._size(name) > limit:
+            raise CheckpointFormatError(f"{self.id}/{name} is larger than {limit} bytes.")
+        path = patiently(
+            lambda: hf_hub_download(
+                self.id,
+                name,
+                revision=self.revision,
+                token=self._api.token,
+                endpoint=self._api.endpoint,
+                library_name="resmerge-stream",
+            ),
+            what=f"read {self.id}/{name} on the Hub",
+        )
+        return Path(path).read_bytes()
+
+    def _size(self, name: str) -> int:
+        size = self._listed[name].size
+        if size is None:
+            raise CheckpointFormatError(f"the Hub does not tell the size of {self.id}/{name}.")
+        return size
+
+
+def _sha256(sibling: RepoSibling) -> str | None:
+    return sibling.lfs.sha256 if sibling.lfs is not None else None
+
+
+def _license(info: ModelInfo) -> str | None:
+    value = info.card_data.get("license") if info.card_data is not None else None
+    return value if isinstance(value, str) else None

@@ -1,0 +1,183 @@
+"""Threads around a loop: order, bounds, errors and cancelling."""
+
+import threading
+
+import pytest
+
+from resmerge_stream.pipes import Ahead, WriteBehind
+
+
+def jobs(count, size=1, started=None):
+    """Yield jobs that return their number, and note which have been started."""
+    for number in range(count):
+
+        def job(number=number):
+            if started is not None:
+                started.append(number)
+            return number
+
+        yield size, job
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("limit", [1, 3, 10**9])
+def test_results_come_in_the_order_of_the_jobs(workers, limit):
+    """However many threads, the consumer sees the jobs' order, and every job once."""
+    ahead = Ahead(jobs(200), limit, workers=workers)
+    got = []
+
+    for held in ahead:
+        got.append(held.value)
+        held.release()
+
+    ahead.close()
+    assert got == list(range(200))
+
+
+def test_no_more_is_started_than_fits():
+    """Jobs wait until the bytes before them are released; one larger than all passes alone."""
+    started = []
+    ahead = Ahead(jobs(10, size=4, started=started), 8)
+    results = iter(ahead)
+    first, second = next(results), next(results)
+    assert started == [0, 1]
+
+    first.release()
+    third = next(results)
+
+    assert started == [0, 1, 2]
+    assert (second.value, third.value) == (1, 2)
+    ahead.close()
+    large = Ahead(jobs(2, size=100), 8)
+    for held in large:
+        held.release()
+    large.close()
+
+
+def test_releasing_twice_gives_back_once():
+    """A second release does not make room that is not there."""
+    started = []
+    ahead = Ahead(jobs(10, size=4, started=started), 8)
+    results = iter(ahead)
+    held, _ = next(results), next(results)
+
+    held.release()
+    held.release()
+    next(results)
+
+    assert started == [0, 1, 2]
+    ahead.close()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_error_comes_where_its_result_would_have(workers):
+    """Results before a failing job are handed over first, then its error."""
+
+    def all_jobs():
+        yield 1, lambda: "one"
+        yield 1, lambda: 1 / 0
+        yield 1, lambda: "three"
+
+    ahead = Ahead(all_jobs(), 10, workers=workers)
+    results = iter(ahead)
+
+    assert next(results).value == "one"
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    ahead.close()
+
+
+def test_an_error_of_the_source_of_jobs_is_raised():
+    """What breaks while jobs are listed reaches the consumer too."""
+
+    def all_jobs():
+        yield 1, lambda: "one"
+        raise LookupError("no more")
+
+    ahead = Ahead(all_jobs(), 10)
+    results = iter(ahead)
+
+    assert next(results).value == "one"
+    with pytest.raises(LookupError, match="no more"):
+        next(results)
+    ahead.close()
+
+
+def test_closing_early_ends_the_threads():
+    """A consumer that stops leaves no thread and starts no further job."""
+    before = threading.active_count()
+    started = []
+    ahead = Ahead(jobs(1000, started=started), 4, workers=2)
+    next(iter(ahead))
+
+    ahead.close()
+
+    count = len(started)
+    assert threading.active_count() == before
+    assert count < 1000
+
+
+def test_writes_happen_in_order():
+    """What was put first is written first, and drained means written."""
+    written = []
+    queue = WriteBehind(5)
+    for number in range(100):
+        queue.put(2, lambda number=number: written.append(number))
+
+    queue.drain()
+
+    assert written == list(range(100))
+    queue.close()
+
+
+def test_a_producer_waits_while_the_window_is_full():
+    """No more bytes wait than the limit allows."""
+    gate, waiting = threading.Event(), []
+    queue = WriteBehind(10)
+    queue.put(6, gate.wait)
+
+    def produce():
+        for number in range(4):
+            queue.put(4, lambda number=number: None)
+            waiting.append(number)
+
+    producer = threading.Thread(target=produce)
+    producer.start()
+    producer.join(0.1)
+    assert len(waiting) == 1
+
+    gate.set()
+    producer.join()
+    queue.drain()
+
+    assert waiting == [0, 1, 2, 3]
+    queue.close()
+
+
+def test_an_error_of_a_write_reaches_the_producer():
+    """A failed write is raised by the next put or by drain, and again by every later one."""
+    queue = WriteBehind(10)
+    queue.put(1, lambda: 1 / 0)
+
+    with pytest.raises(ZeroDivisionError):
+        queue.drain()
+    with pytest.raises(ZeroDivisionError):
+        queue.put(1, lambda: None)
+    queue.close()
+
+
+def test_closing_drops_what_waits():
+    """After a close nothing more is written."""
+    gate, written = threading.Event(), []
+    queue = WriteBehind(100)
+    queue.put(1, gate.wait)
+    queue.put(1, lambda: written.append(1))
+    closer = threading.Thread(target=queue.close)
+    closer.start()
+
+    gate.set()
+    closer.join()
+
+    assert len(written) <= 1
+    before = list(written)
+    assert written == before

@@ -1,0 +1,228 @@
+"""Recipes: mergekit's vocabulary in and out, and every refusal in words."""
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from resmerge_stream.errors import RecipeError
+from resmerge_stream.recipe import (
+    MAX_RECIPE_BYTES,
+    ModelRef,
+    Recipe,
+    load_recipe,
+    override,
+    parse_recipe,
+    recipe_from_dict,
+)
+
+FULL = """
+merge_method: resmerge
+base_model: Qwen/Qwen2.5-7B
+models:
+  - model: Qwen/Qwen2.5-7B
+  - model: hkust-nlp/Qwen-2.5-7B-SimpleRL-Zoo
+  - model: Open-Reasoner-Zero/Open-Reasoner-Zero-7B@0123abc
+parameters: {variant: paper, rank: 1, rho: 0.2, beta_min: 0.7, beta_max: 1.0}
+dtype: bfloat16
+"""
+LEAST = {"base_model": "o/base", "models": ["o/one"]}
+
+
+def test_a_mergekit_recipe_is_read():
+    """Every key of the vocabulary is understood, and the base among the models is skipped."""
+    recipe = parse_recipe(FULL)
+
+    assert recipe.base == ModelRef("Qwen/Qwen2.5-7B")
+    assert [str(expert) for expert in recipe.experts] == [
+        "hkust-nlp/Qwen-2.5-7B-SimpleRL-Zoo",
+        "Open-Reasoner-Zero/Open-Reasoner-Zero-7B@0123abc",
+    ]
+    assert recipe.experts[1].revision == "0123abc"
+    assert recipe.parameters["rho"] == 0.2
+    assert recipe.dtype == "bfloat16"
+
+
+def test_the_least_recipe_has_a_base_and_an_expert():
+    """The method is ResMerge unless said otherwise, and its parameters are its own defaults."""
+    recipe = recipe_from_dict(LEAST)
+
+    assert recipe == Recipe(ModelRef("o/base"), (ModelRef("o/one"),))
+    assert recipe.method == "resmerge"
+    assert recipe.dtype is None
+
+
+@pytest.mark.parametrize(
+    ("alias", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")]
+)
+def test_short_names_of_dtypes_are_understood(alias, dtype):
+    """bf16, fp16 and fp32 mean what they mean everywhere."""
+    assert recipe_from_dict(LEAST | {"dtype": alias}).dtype == dtype
+
+
+def test_an_experts_weight_is_kept():
+    """A model's own weight is read as a number and written back."""
+    models = [{"model": "o/one", "parameters": {"weight": 2}}, "o/two"]
+
+    recipe = recipe_from_dict(LEAST | {"models": models})
+
+    assert [expert.weight for expert in recipe.experts] == [2.0, None]
+    assert recipe.to_dict()["models"][0] == {"model": "o/one", "parameters": {"weight": 2.0}}
+
+
+words = st.text(
+    st.characters(codec="utf-8", exclude_categories=("Cs", "Cc", "Zs", "Zl", "Zp")), min_size=1
+).filter(lambda text: "@" not in text and text.strip() == text)
+revisions = st.none() | st.from_regex(r"[A-Za-z0-9._/\-]{1,20}", fullmatch=True)
+refs = st.builds(ModelRef, words, revisions, st.none() | st.floats(-10, 10))
+
+
+@given(
+    base=st.builds(ModelRef, words, revisions),
+    experts=st.lists(refs, min_size=1, max_size=4).map(tuple),
+    parameters=st.dictionaries(words, st.booleans() | st.integers() | words, max_size=3),
+    dtype=st.sampled_from((None, "bfloat16", "float16", "float32")),
+)
+def test_a_recipe_survives_yaml(base, experts, parameters, dtype):
+    """What is written as YAML is read back as the same recipe, whatever the names."""
+    experts = tuple(ref for ref in experts if (ref.id, ref.revision) != (base.id, base.revision))
+    assume(experts)
+    recipe = Recipe(base, experts, "mean", parameters, dtype)
+
+    assert parse_recipe(recipe.to_yaml()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("document", "reason"),
+    [
+        (None, "mapping"),
+        ([], "mapping"),
+        ("text", "mapping"),
+        (LEAST | {"base_modle": "x"}, "'base_modle'.*Did you mean 'base_model'"),
+        (LEAST | {"zzz": 1}, "unknown key 'zzz'.*Known keys"),
+        (LEAST | {"slices": []}, "whole models only"),
+        (LEAST | {"tokenizer_source": "base"}, "--tokenizer-from"),
+        (LEAST | {"tokenizer": {}}, "--tokenizer-from"),
+        (LEAST | {"out_dtype": "float32"}, "write 'dtype'"),
+        (LEAST | {7: 1}, "unknown key 7"),
+        ({"models": ["o/one"]}, "no base_model"),
+        ({"base_model": 5, "models": ["o/one"]}, "not 5"),
+        ({"base_model": " ", "models": ["o/one"]}, "a model must be"),
+        ({"base_model": "a\0b", "models": ["o/one"]}, "a model must be"),
+        ({"base_model": "o/base@", "models": ["o/one"]}, "malformed revision"),
+        ({"base_model": "@main", "models": ["o/one"]}, "malformed revision"),
+        ({"base_model": "o/base@a b", "models": ["o/one"]}, "malformed revision"),
+        ({"base_model": "o/base@main\n", "models": ["o/one@x\ny"]}, "malformed revision"),
+        ({"base_model": "o/base"}, "'models'"),
+        ({"base_model": "o/base", "models": []}, "'models'"),
+        ({"base_model": "o/base", "models": "o/one"}, "'models'"),
+        ({"base_model": "o/base", "models": {"model": "o/one"}}, "'models'"),
+        ({"base_model": "o/base", "models": [{"name": "o/one"}]}, "- model: ID"),
+        ({"base_model": "o/base", "models": [3]}, "- model: ID"),
+        ({"base_model": "o/base", "models": [{"model": "o/one", "weight": 1}]}, "'weight'"),
+        ({"base_model": "o/base", "models": ["o/base"]}, "no expert"),
+        (LEAST | {"merge_method": 3}, "merge_method"),
+        (LEAST | {"parameters": [1]}, "parameters"),
+        (LEAST | {"parameters": {1: 2}}, "parameters"),
+        (LEAST | {"dtype": "int8"}, "output dtype"),
+        (LEAST | {"dtype": 16}, "output dtype"),
+        (LEAST | {"dtype": ["bf16"]}, "output dtype"),
+    ],
+)
+def test_a_wrong_key_or_value_is_refused_by_name(document, reason):
+    """The message names what is wrong, and what to write instead where there is something."""
+    with pytest.raises(RecipeError, match=reason) as caught:
+        recipe_from_dict(document)
+
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("weight", [True, "1", [1], None, float("nan"), float("inf"), 1e9])
+def test_a_weight_is_one_finite_number(weight):
+    """Words, lists, truth values and the infinite are not weights."""
+    models = [{"model": "o/one", "parameters": {"weight": weight}}]
+
+    with pytest.raises(RecipeError, match="weight"):
+        recipe_from_dict(LEAST | {"models": models})
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: [", "not a YAML"),
+        ("a: 1\na: 2", "stands twice"),
+        ("base_model: &x o/base\nmodels: [*x]", "aliases"),
+        ("models: !!python/object/apply:os.system ['true']", "not a YAML"),
+        ("? [a, b]\n: 1", "plain word"),
+        ("a: " + "[" * 5000, "not a YAML"),
+        ("base_model: o/b\nmodels: " + "[" * 300 + "]" * 300, "- model: ID"),
+        ("\x00", "not a YAML"),
+        (b"\xff\xfe\xfa", "not a YAML"),
+        ("a: 2001-99-99", ""),
+    ],
+)  # fmt: skip
+def test_a_document_that_is_not_plain_yaml_is_refused(text, reason):
+    """Broken, repeated, shared, executable or bottomless YAML is one message, never a traceback."""
+    with pytest.raises(RecipeError, match=reason or "recipe") as caught:
+        parse_recipe(text)
+
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_is_not_there_is_refused(tmp_path):
+    """A missing file, a folder, and a name that cannot be one are all refused in words."""
+    for name in (tmp_path / "none.yml", tmp_path, "a\0b"):
+        with pytest.raises(RecipeError, match="cannot read"):
+            load_recipe(name)
+
+
+def test_a_file_too_large_for_a_recipe_is_refused(tmp_path):
+    """Nobody's weights are parsed as YAML."""
+    path = tmp_path / "big.yml"
+    path.write_bytes(b"#" * (MAX_RECIPE_BYTES + 1))
+
+    with pytest.raises(RecipeError, match="is it a recipe"):
+        load_recipe(path)
+
+
+def test_a_folder_may_have_an_at_in_its_name(tmp_path):
+    """A name that exists as a folder is a folder, whatever is in it."""
+    folder = tmp_path / "model@home"
+    folder.mkdir()
+
+    assert ModelRef.parse(str(folder)) == ModelRef(str(folder))
+    assert ModelRef.parse("o/model@home") == ModelRef("o/model", "home")
+
+
+def test_options_win_over_the_recipe():
+    """Experts replace the models, parameters are added one by one, and the base stays."""
+    recipe = parse_recipe(FULL)
+
+    changed = override(recipe, experts=["o/x", "o/y@v1"], parameters={"rho": 0.5}, dtype="float32")
+
+    assert [str(ref) for ref in changed.experts] == ["o/x", "o/y@v1"]
+    assert changed.parameters == {**recipe.parameters, "rho": 0.5}
+    assert (changed.base, changed.dtype) == (recipe.base, "float32")
+
+
+def test_another_method_drops_the_recipes_parameters():
+    """Parameters belong to the method that they were written for."""
+    changed = override(parse_recipe(FULL), method="mean")
+
+    assert (changed.method, changed.parameters) == ("mean", {})
+
+
+def test_options_alone_make_a_recipe():
+    """A base and an expert are enough; less is refused."""
+    assert override(None, base="o/b", experts=["o/x"]).experts == (ModelRef("o/x"),)
+    for base, experts in ((None, ["o/x"]), ("o/b", []), ("o/b", ["o/b"])):
+        with pytest.raises(RecipeError):
+            override(None, base=base, experts=experts)
+
+
+def test_a_new_base_among_the_experts_is_skipped():
+    """Changing the base to one of the experts leaves the other experts."""
+    recipe = parse_recipe(FULL)
+
+    changed = override(recipe, base="hkust-nlp/Qwen-2.5-7B-SimpleRL-Zoo")
+
+    assert changed.base not in changed.experts
