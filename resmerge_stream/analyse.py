@@ -9,6 +9,7 @@ these are the usual ones.
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -81,7 +82,7 @@ def run_analysis(plan: Plan, *, out: str | Path, sft: int = 0) -> Iterator[Event
     Memory: `plan.peak_memory_bytes`.
     """
     plan.raise_if_refused()
-    out = Path(out).expanduser()
+    out = Path(os.path.expanduser(out))
     yield Planned(plan=plan.to_dict())
     started = time.monotonic()
     count = len(plan.experts)

@@ -1,6 +1,7 @@
 """The command line: options in, the library's three steps, events out. No arithmetic, no I/O."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from . import console
-from .errors import RecipeError, ResMergeError
+from .errors import RecipeError, ResMergeError, StoppedError
 from .events import Event
 from .plan import Options, Plan, plan_merge
 from .publication import Publication
@@ -46,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = args.run
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no ‖ must not end a merge
     try:
         return run(args)
     except ResMergeError as exc:
@@ -57,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of our output went away (such as `| head`): nothing is left to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if run in (_merge, _demo):
+            print("nobody reads the output; the same command continues.", file=sys.stderr)
+            return StoppedError.exit_code
         return 0
 
 
@@ -86,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     verify = _command(commands, "verify", _verify, "check a merged model against its report")
     verify.add_argument("merged", metavar="ID", help="output folder of a merge, or namespace/name")
     verify.add_argument("--recipe", metavar="FILE", help="where the sources are named")
-    verify.add_argument("--sample", type=int, default=3, help="tensors to merge again (3)")
+    verify.add_argument(
+        "--sample", type=int, default=3, metavar="N", help="tensors to merge again (3)"
+    )
     _add_json(verify)
     compare = _command(commands, "compare", _compare, "merge by several methods in one pass")
     _add_recipe(compare)
@@ -267,7 +276,7 @@ def _discard(args: argparse.Namespace) -> list[str]:
 
         from .sinks.folder import discard
 
-        removed += discard(Path(args.out).expanduser())
+        removed += discard(Path(os.path.expanduser(args.out)))
     return removed
 
 
@@ -285,9 +294,11 @@ def _run(plan: Plan, out: str | None, work_dir: str | None, *, as_json: bool) ->
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from .verify import verify_merge
+    from .verify_hub import verify_merge
 
     recipe = load_recipe(args.recipe) if args.recipe else None
+    if args.sample < 0:
+        raise RecipeError(f"--sample must be 0 or more tensors, not {args.sample}.")
     checks = verify_merge(args.merged, recipe=recipe, sample=args.sample)
     return 0 if console.show_checks(checks, as_json=args.json) else 2
 
@@ -335,7 +346,7 @@ def _show(events: Iterator[Event], args: argparse.Namespace, *, table: str) -> N
         console.print_json(events)
         return
     console.count(events)
-    print((Path(args.out).expanduser() / table).read_text(encoding="utf-8"), end="")
+    print((Path(os.path.expanduser(args.out)) / table).read_text(encoding="utf-8"), end="")
 
 
 def _methods(args: argparse.Namespace) -> int:

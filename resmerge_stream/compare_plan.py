@@ -1,5 +1,6 @@
 """The plan of a comparison: one plan a method, over the same sources, in one memory. No torch."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -104,7 +105,7 @@ def plan_comparison(
     Raises:
         RecipeError: no method, one named twice, or not of this form.
     """
-    folder = Path(out).expanduser()
+    folder = Path(os.path.expanduser(out))
     plans = {}
     for text in methods:
         label = re.sub(r"[^\w.=+-]+", "-", text.strip())

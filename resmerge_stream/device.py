@@ -1,6 +1,7 @@
 """What this machine can give: device, free memory, free disk, threads."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
 _CGROUP = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60
+# What --device may say; whether there is such a device is for `choose_device` to find out.
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
 
 
 def choose_device(name: str) -> "torch.device":
@@ -35,8 +38,6 @@ def choose_device(name: str) -> "torch.device":
         "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
         "mps": int(torch.backends.mps.is_available()),
     }
-    if kind not in counts or (index and not index.isdigit()):
-        raise RecipeError(f"--device {name[:40]!r}: write auto, cpu, cuda, cuda:N or mps.")
     if int(index or 0) >= counts[kind]:
         raise RecipeError(
             f"--device {name}: this machine has {counts[kind]} such device(s). "

@@ -1,6 +1,7 @@
 """The loop: read ahead, merge, cast, write behind, shard by shard; a generator of events."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
@@ -64,15 +65,16 @@ def run_merge(
     Memory: `plan.peak_memory_bytes`, whatever the model's size.
     """
     plan.raise_if_refused()
-    folder = Path(out).expanduser() if out is not None else None
+    folder = Path(os.path.expanduser(out)) if out is not None else None
     done = finished_already(plan, folder)
     if done is not None:
         yield done
         return
+    device = choose_device(plan.options.device)
     sink = open_sink(plan, folder, work_dir)
     work = work_folder(plan.plan_hash, folder, plan.publication, work_dir)
     try:
-        yield from _run(plan, sink, work)
+        yield from _run(plan, sink, work, device)
     except NonFiniteError:
         # This run can never be finished, so it leaves nothing behind.
         sink.abandon()
@@ -81,10 +83,9 @@ def run_merge(
         sink.close()
 
 
-def _run(plan: Plan, sink: Sink, work_dir: Path) -> Iterator[Event]:
+def _run(plan: Plan, sink: Sink, work_dir: Path, device: torch.device) -> Iterator[Event]:
     progress = _Progress()
     yield Planned(plan=plan.to_dict())
-    device = choose_device(plan.options.device)
     merger = Merger(plan, device, lambda: _sample(progress))
     yield from counted([plan], [merger], reads, work_dir / "counted.json")
     kept = sink.finished_shards()

@@ -18,7 +18,7 @@ from .compat import (
     check_tokenizers,
     match_tensors,
 )
-from .device import available_memory, free_disk
+from .device import DEVICE, available_memory, free_disk
 from .errors import (
     NotEnoughMemoryError,
     PlanRefusedError,
@@ -26,6 +26,7 @@ from .errors import (
     ResMergeError,
     StoppedError,
     listed,
+    shown,
 )
 from .layout import DEFAULT_SHARD_BYTES, Shard, index_json, plan_shards
 from .memory import (
@@ -82,6 +83,10 @@ class Options:
     def __post_init__(self) -> None:
         if self.rounding not in ("nearest", "stochastic"):
             raise RecipeError(f"--rounding must be nearest or stochastic, not {self.rounding!r}.")
+        if not DEVICE.fullmatch(self.device):
+            raise RecipeError(
+                f"--device must be auto, cpu, cuda, cuda:N or mps, not {shown(self.device)}."
+            )
         if self.max_shard_bytes is not None and self.max_shard_bytes < 1:
             raise RecipeError("--max-shard-size must be more than zero, such as 5GB.")
 
@@ -299,7 +304,10 @@ def plan_merge(
     """
     plan = Plan(recipe, options or Options(), publication=publication, token=token)
     found = Findings(plan.problems, plan.warnings)
-    folder = Path(out).expanduser() if out is not None else None
+    folder = Path(os.path.expanduser(out)) if out is not None else None
+    if folder is not None and ("\x00" in str(folder) or len(os.fsencode(folder.name)) > 255):
+        found.problems.append(f"--out {shown(str(out))} is no name that a folder can have.")
+        return plan
     _build_method(plan, found)
     if plan.method is not None:
         commits = _look_at_target(plan, folder, work_dir, found)
@@ -361,7 +369,7 @@ def _look_at_target(
 def _open_all(plan: Plan, found: Findings, commits: list[str | None]) -> None:
     recipe = plan.recipe
     refs = [recipe.base, *recipe.experts]
-    if plan.options.tokenizer_from:
+    if plan.options.tokenizer_from is not None:
         refs.append(ModelRef.parse(plan.options.tokenizer_from))
     if len(commits) != len(refs):
         commits = [None] * len(refs)
@@ -381,7 +389,7 @@ def _open_all(plan: Plan, found: Findings, commits: list[str | None]) -> None:
     plan.base = sources[0]
     experts = sources[1 : 1 + len(recipe.experts)]
     plan.experts = tuple(expert for expert in experts if expert is not None)
-    if plan.options.tokenizer_from:
+    if plan.options.tokenizer_from is not None:
         plan.tokenizer = sources[-1]
     names = [str(ref) for ref in recipe.experts]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -572,7 +580,7 @@ def _check_work_disk(
 
 def _lasting_name(ref: ModelRef) -> str:
     """Return a folder's absolute path, so that the working directory does not matter."""
-    folder = Path(ref.id).expanduser()
+    folder = Path(os.path.expanduser(ref.id))
     return str(folder.resolve()) if os.path.isdir(folder) else str(ref)
 
 

@@ -50,7 +50,7 @@ def work_folder(
         publication: the repository, where there is one.
         work_dir: where such folders are kept; the user's cache folder when None.
     """
-    root = Path(work_dir).expanduser() if work_dir is not None else default_work_dir()
+    root = Path(os.path.expanduser(work_dir)) if work_dir is not None else default_work_dir()
     target = str(out.resolve()) if out is not None else ""
     if publication is not None:
         target += f" {os.environ.get('HF_ENDPOINT', '')} {publication.repo_id}"

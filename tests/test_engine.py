@@ -428,9 +428,9 @@ print(max(peak, private_memory()) - before, plan.peak_memory_bytes, plan.write_b
 
 
 def test_memory_does_not_grow_with_layers(tmp_path):
-    """Four times the layers take the same private memory, which is less than was planned."""
+    """Six times the layers take the same private memory, which is less than was planned."""
     grown, written = [], []
-    for layers in (3, 12):
+    for layers in (3, 18):
         folder = tmp_path / str(layers)
         group = make_group(folder, hidden=320, layers=layers, experts=2)
         done = run_python(MEMORY, str(folder / "out"), *(str(path) for path in group.folders))
@@ -440,10 +440,10 @@ def test_memory_does_not_grow_with_layers(tmp_path):
         grown.append(growth)
         written.append(write_bytes)
 
-    # Each model is 22 MB larger, and keeping any one would show; which tensors are in work at the
-    # same time differs from run to run by a few megabytes.
-    assert written[1] - written[0] > 22_000_000
-    assert grown[1] <= grown[0] + 11_000_000
+    # Each model is 36 MB larger, and keeping any one would show; which tensors are in work at the
+    # same time differs from run to run, and the more of them there are the more often it is many.
+    assert written[1] - written[0] > 36_000_000
+    assert grown[1] <= grown[0] + 25_000_000
 
 
 def test_random_options_give_one_result(tmp_path):

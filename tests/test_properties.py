@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("without_picture")
 
 VARIANTS = ("paper", "release-2026-06", "release-2026-07")
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
-# slerp merges two experts only: tests/test_methods.py has its share of the contract.
+# slerp is for two experts; its own tests have two.
 every_method = pytest.mark.parametrize("method", sorted(set(find_methods()) - {"slerp"}))
 sizes = st.tuples(st.integers(5, 40), st.integers(5, 40))
 seeds = st.integers(0, 2**31)

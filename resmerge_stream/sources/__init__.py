@@ -30,7 +30,7 @@ def open_checkpoint(
         UnsupportedCheckpointError: the weights are not mergeable safetensors.
         StoppedError: the network or the Hub kept failing.
     """
-    folder = Path(ref.id).expanduser()
+    folder = Path(os.path.expanduser(ref.id))
     if os.path.isdir(folder):
         return LocalCheckpoint.open(folder, ref)
     if not REPO_ID.fullmatch(ref.id):
