@@ -9,12 +9,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from . import console
+from .cli_options import (
+    add_json,
+    add_publication,
+    add_recipe,
+    options_of,
+    publication_of,
+    recipe_of,
+)
 from .errors import RecipeError, ResMergeError, StoppedError
 from .events import Event
-from .plan import Options, Plan, plan_merge
-from .publication import Publication
-from .recipe import Recipe, load_recipe, override
-from .specs import OUTPUT_DTYPES, format_size, parse_size
+from .plan import Plan, plan_merge
+from .recipe import load_recipe
+from .specs import format_size
 from .version import __version__
 
 _EXIT = """\
@@ -78,13 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     plan = _command(commands, "plan", _plan, "show what a merge would do; reads headers only")
-    _add_recipe(plan)
+    add_recipe(plan)
     plan.add_argument("--out", metavar="DIR", help="also check this output folder and its disk")
-    _add_publication(plan)
+    add_publication(plan)
     merge = _command(commands, "merge", _merge, "merge, write, and report")
-    _add_recipe(merge)
+    add_recipe(merge)
     merge.add_argument("--out", metavar="DIR", help="output folder; must not exist yet")
-    _add_publication(merge)
+    add_publication(merge)
     merge.add_argument(
         "--discard-staging",
         action="store_true",
@@ -96,9 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--sample", type=int, default=3, metavar="N", help="tensors to merge again (3)"
     )
-    _add_json(verify)
+    add_json(verify)
     compare = _command(commands, "compare", _compare, "merge by several methods in one pass")
-    _add_recipe(compare)
+    add_recipe(compare)
     compare.add_argument(
         "--methods",
         metavar="A,B,C",
@@ -111,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--work-dir", metavar="DIR", help="as for merge")
     analyse = _command(commands, "analyse", _analyse, "measure the experts' spectra; no merging")
-    _add_recipe(analyse)
+    add_recipe(analyse)
     analyse.add_argument("--out", metavar="DIR", required=True, help="folder for the results")
     analyse.add_argument(
         "--sft", metavar="ID", action="append", default=[], help="an SFT expert beside; repeat"
@@ -124,10 +131,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     analyse.add_argument("--of", metavar="EXPERT", help="which expert: its ID, or its number")
     methods = _command(commands, "methods", _methods, "list the methods and their parameters")
-    _add_json(methods)
+    add_json(methods)
     demo = _command(commands, "demo", _demo, "merge the built-in experts; no account, no network")
     demo.add_argument("--out", metavar="DIR", default="demo-merge", help="default: demo-merge")
-    _add_json(demo)
+    add_json(demo)
     return parser
 
 
@@ -145,104 +152,12 @@ def _command(
     return parser
 
 
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
-
-
-def _add_publication(parser: argparse.ArgumentParser) -> None:
-    hub = parser.add_argument_group("publish on the Hub, with HF_TOKEN or its login")
-    hub.add_argument("--push-to", metavar="NS/NAME", help="repository, made private when new")
-    seen = hub.add_mutually_exclusive_group()
-    seen.add_argument("--private", action="store_true", help="keep it private (new: the default)")
-    seen.add_argument("--public", action="store_true", help="make it public when all is there")
-    hub.add_argument(
-        "--update", action="store_true", help="replace the model in it; the plan lists the files"
-    )
-    hub.add_argument(
-        "--max-disk", metavar="SIZE", help="of unsent shards (default: two); 0 for no file at all"
-    )
-    parser.add_argument(
-        "--work-dir", metavar="DIR", help="where journals are kept (default: the user's cache)"
-    )
-
-
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE.yml", help="in mergekit's vocabulary")
-    what = parser.add_argument_group("instead of a recipe, or over it")
-    what.add_argument("--base", metavar="ID", help="folder or namespace/name[@revision]")
-    what.add_argument(
-        "--expert", metavar="ID", action="append", default=[], help="an expert; repeat"
-    )
-    what.add_argument("--method", metavar="NAME", help="default: resmerge; see 'methods'")
-    what.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="a parameter; repeat"
-    )
-    how = parser.add_argument_group("output")
-    how.add_argument("--dtype", metavar="TYPE", help=f"{', '.join(OUTPUT_DTYPES)} (the base's)")
-    how.add_argument("--rounding", metavar="HOW", default="nearest", help="nearest or stochastic")
-    how.add_argument("--seed", metavar="N", type=int, default=0, help="of random numbers (0)")
-    how.add_argument(
-        "--max-shard-size", metavar="SIZE", help="such as 5GB (default: the base's shards, cut)"
-    )
-    how.add_argument("--tokenizer-from", metavar="ID", help="take the tokenizer from there")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    machine.add_argument(
-        "--memory-budget", metavar="SIZE", help="such as 4GB (default: 80%% of what is free)"
-    )
-    _add_json(parser)
-
-
-def _recipe(args: argparse.Namespace) -> Recipe:
-    parameters = {}
-    for text in args.set:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"--set {text!r} must be KEY=VALUE, such as --set rank=2.")
-        parameters[key] = value
-    return override(
-        load_recipe(args.recipe) if args.recipe else None,
-        base=args.base,
-        experts=args.expert,
-        method=args.method,
-        parameters=parameters,
-        dtype=args.dtype,
-    )
-
-
-def _options(args: argparse.Namespace) -> Options:
-    shard, budget = args.max_shard_size, args.memory_budget
-    return Options(
-        rounding=args.rounding,
-        seed=args.seed,
-        max_shard_bytes=parse_size(shard, option="--max-shard-size") if shard else None,
-        tokenizer_from=args.tokenizer_from,
-        device=args.device,
-        memory_budget=parse_size(budget, option="--memory-budget") if budget else None,
-    )
-
-
-def _publication(args: argparse.Namespace) -> Publication | None:
-    if not args.push_to:
-        for option in ("private", "public", "update", "max_disk"):
-            if getattr(args, option):
-                name = option.replace("_", "-")
-                raise RecipeError(f"--{name} says how to publish: give --push-to as well.")
-        return None
-    return Publication(
-        repo_id=args.push_to,
-        public=True if args.public else False if args.private else None,
-        update=args.update,
-        max_disk=parse_size(args.max_disk, option="--max-disk") if args.max_disk else None,
-    )
-
-
 def _plan_of(args: argparse.Namespace) -> Plan:
     return plan_merge(
-        _recipe(args),
-        _options(args),
+        recipe_of(args),
+        options_of(args),
         out=args.out,
-        publication=_publication(args),
+        publication=publication_of(args),
         work_dir=args.work_dir,
     )
 
@@ -269,7 +184,7 @@ def _discard(args: argparse.Namespace) -> list[str]:
     if args.push_to:
         from .sinks.hub_discard import discard_staging
 
-        publication = _publication(args)
+        publication = publication_of(args)
         removed += discard_staging(publication.repo_id, None) if publication else []
     if args.out:
         from pathlib import Path
@@ -308,7 +223,7 @@ def _compare(args: argparse.Namespace) -> int:
 
     names = [name for name in args.methods.split(",") if name.strip()]
     comparison = plan_comparison(
-        _recipe(args), names, _options(args), out=args.out, report_only=args.report_only
+        recipe_of(args), names, options_of(args), out=args.out, report_only=args.report_only
     )
     comparison.raise_if_refused()
     from .compare import run_comparison
@@ -323,16 +238,16 @@ def _analyse(args: argparse.Namespace) -> int:
     from .analyse import component_recipe, plan_analysis, run_analysis
     from .recipe import ModelRef
 
-    recipe = _recipe(args)
+    recipe = recipe_of(args)
     if bool(args.component) != bool(args.of):
         raise RecipeError("--component and --of go together: which part, of which expert.")
     if args.component:
         chosen = component_recipe(recipe, args.component, args.of, rank=args.rank)
         return _run(
-            plan_merge(chosen, _options(args), out=args.out), args.out, None, as_json=args.json
+            plan_merge(chosen, options_of(args), out=args.out), args.out, None, as_json=args.json
         )
     sft = [ModelRef.parse(text) for text in args.sft]
-    plan = plan_analysis(recipe, sft, _options(args), rank=args.rank)
+    plan = plan_analysis(recipe, sft, options_of(args), rank=args.rank)
     _show(run_analysis(plan, out=args.out, sft=len(sft)), args, table="analysis.md")
     plan.close()
     return 0

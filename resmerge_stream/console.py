@@ -61,6 +61,12 @@ def show_plan(plan: Plan) -> None:
         print(f"output:   {format_size(plan.write_bytes)} in {len(plan.shards)} file(s)")
         peak, budget = format_size(plan.peak_memory_bytes), format_size(plan.memory_budget)
         print(f"memory:   at most {peak} private, of a budget of {budget}")
+        if plan.target is not None:
+            kind = "public" if plan.target.ends_public else "private"
+            disk = format_size(plan.peak_disk_bytes)
+            print(
+                f"target:   {plan.target.repo.id} on the Hub, {kind}; at most {disk} on this disk"
+            )
         print(f"time:     about {plan.seconds_estimate:.0f} s on two cores")
     print("refused" if plan.refused else f"plan {plan.plan_hash}: ready to merge")
 

@@ -79,6 +79,7 @@ def _count(shared: Shared[int], mergers: Sequence[Merger], counters: Mapping[int
     except NonFiniteValues as exc:
         raise lead.non_finite(shared.lead_piece.tensor.spec, exc.source) from exc
     shared.lead_piece.release(slice(0, shared.lead_piece.matrix_shape[0]))
+    shared.lead_piece.close()
 
 
 def _identity(plans: Sequence[Plan]) -> list[Any]:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,8 @@ def run_merge(
         yield done
         return
     device = choose_device(plan.options.device)
-    sink = open_sink(plan, folder, work_dir)
     work = work_folder(plan.plan_hash, folder, plan.publication, work_dir)
+    sink = open_sink(plan, folder, work)
     try:
         yield from _run(plan, sink, work, device)
     except NonFiniteError:
@@ -87,9 +87,12 @@ def _run(plan: Plan, sink: Sink, work_dir: Path, device: torch.device) -> Iterat
     progress = _Progress()
     yield Planned(plan=plan.to_dict())
     merger = Merger(plan, device, lambda: _sample(progress))
-    yield from counted([plan], [merger], reads, work_dir / "counted.json")
+    if plan.opened[1].counting_passes():
+        with _reading_ahead(plan, [tensor for tensor in plan.tensors.values() if tensor.rule]):
+            yield from counted([plan], [merger], reads, work_dir / "counted.json")
     kept = sink.finished_shards()
-    with _reading_ahead(plan, [shard for shard in plan.shards if shard.name not in kept]):
+    unmerged = [shard for shard in plan.shards if shard.name not in kept]
+    with _reading_ahead(plan, (plan.tensors[t.name] for shard in unmerged for t in shard.tensors)):
         for shard in plan.shards:
             entry = kept.get(shard.name)
             if entry is None:
@@ -239,10 +242,11 @@ def _closer(name: str, sources: list[Checkpoint], start: int, stop: int) -> Call
     return close
 
 
-def _reading_ahead(plan: Plan, shards: list[Shard]) -> contextlib.AbstractContextManager[None]:
+def _reading_ahead(
+    plan: Plan, tensors: Iterable[PlannedTensor]
+) -> contextlib.AbstractContextManager[None]:
     """Let sources on the Hub know what will be read, across the shards."""
     remote = [source for source in plan.checkpoints if isinstance(source, Followed)]
-    tensors = (plan.tensors[spec.name] for shard in shards for spec in shard.tensors)
     order = (
         (source, tensor.spec.name, start, stop)
         for tensor in tensors

@@ -69,6 +69,7 @@ class TensorMerged(Event):
         rule: the rule that was applied.
         entry: its row of the report.
         bytes_read, bytes_written: of this run so far.
+        bytes_sent: of finished shards, to the Hub, by this run so far.
     """
 
     name: ClassVar[str] = "tensor"
@@ -77,6 +78,7 @@ class TensorMerged(Event):
     entry: Mapping[str, Any]
     bytes_read: int
     bytes_written: int
+    bytes_sent: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,7 @@ class ShardFinished(Event):
         sha256: in hex.
         resumed: whether an earlier run made it.
         shards_done, shards: progress.
+        bytes_sent: of finished shards, to the Hub, by this run so far.
     """
 
     name: ClassVar[str] = "shard"
@@ -98,6 +101,7 @@ class ShardFinished(Event):
     resumed: bool
     shards_done: int
     shards: int
+    bytes_sent: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,6 @@ from typing import Any
 from .errors import PlanRefusedError, RecipeError
 from .events import Finished
 from .plan import Plan
-from .publication import work_folder
 from .sinks import FolderSink, Sink, target_state
 from .sinks.folder import REPORT
 
@@ -32,13 +31,13 @@ def finished_already(plan: Plan, out: Path | None) -> Finished | None:
     return None
 
 
-def open_sink(plan: Plan, out: Path | None, work_dir: str | Path | None) -> Sink:
+def open_sink(plan: Plan, out: Path | None, work: Path) -> Sink:
     """Return where a plan is written to.
 
     Args:
         plan: without problems.
         out: the output folder, if any.
-        work_dir: where journals are kept; the user's cache folder when None.
+        work: the folder of this plan and target, for journal, lock and unsent shards.
 
     Raises:
         RecipeError: there is no target at all.
@@ -46,7 +45,6 @@ def open_sink(plan: Plan, out: Path | None, work_dir: str | Path | None) -> Sink
         PlanRefusedError: the sources changed since a first run.
         StoppedError: another process runs this merge, or the disk or the Hub fails.
     """
-    work = work_folder(plan.plan_hash, out, plan.publication, work_dir)
     target = plan.target
     if target is None or target.finished:
         if out is None:

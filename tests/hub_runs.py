@@ -5,7 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -145,15 +146,34 @@ class Bench:
                     pipe.close()
 
 
-def make_bench(folder: Path, hub: LoopbackHub, *, xet: bool = False, shape: Shape = SHAPE) -> Bench:
+def make_bench(
+    folder: Path,
+    hub: LoopbackHub,
+    *,
+    xet: bool = False,
+    shape: Shape = SHAPE,
+    max_shard_bytes: float = 200_000,
+) -> Bench:
     """Put a group on a Hub that runs: the base is public, the experts are private."""
     write_group(
         folder / "group",
         shape,
         updates=Updates(gap=2.0, unchanged=0.4),
-        max_shard_bytes=200_000,
+        max_shard_bytes=int(max_shard_bytes),
     )
     token = hub.add_user("alice")
     for name in MODELS:
         hub.add_repo(f"alice/{name}", folder / "group" / name, private=name != "base")
     return Bench(hub, folder, token, xet)
+
+
+@contextmanager
+def running_bench(folder: Path, *, xet: bool = False) -> Iterator[Bench]:
+    """A Hub that runs with a group on it, and the folder merge to compare with."""
+    with LoopbackHub(folder / "hub") as hub:
+        bench = make_bench(folder, hub, xet=xet)
+        try:
+            bench.expected()
+            yield bench
+        finally:
+            bench.close()

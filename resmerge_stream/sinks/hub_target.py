@@ -3,26 +3,24 @@
 Everything is asked before a tensor moves; nothing is changed here.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any
 
-from huggingface_hub.errors import LocalTokenNotFoundError
-from huggingface_hub.hf_api import HfApi, ModelInfo
+from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
     get_session,
     hf_raise_for_status,
 )
 from huggingface_hub.utils._runtime import is_xet_available
 
-from ..errors import PublishError, ResMergeError, StoppedError
+from ..errors import ResMergeError, StoppedError
 from ..publication import Publication
 from ..sources import REPO_ID
 from ..sources.hub_client import client, patiently, status_of
 from ..specs import format_size
 from .folder import REPORT
+from .hub_account import rights_missing, seconds_left, whoami
 from .hub_repo import HubRepo, listed, sha256_of
 from .hub_staging import Staged, branch_name, is_branch_name, read_staged
 
@@ -101,8 +99,8 @@ def look_at_target(publication: Publication, plan_hash: str, token: str | None) 
     api = client(token)
     target = HubTarget(HubRepo(api, publication.repo_id), publication)
     try:
-        target.account = _whoami(api)
-        _check_rights(target)
+        target.account = whoami(api)
+        target.problems += rights_missing(target.account, target.repo.id)
         if target.problems:
             return target
         target.info = target.repo.info()
@@ -115,54 +113,6 @@ def look_at_target(publication: Publication, plan_hash: str, token: str | None) 
     except ResMergeError as exc:
         target.problems.append(str(exc))
     return target
-
-
-def _whoami(api: HfApi) -> dict[str, Any]:
-    def ask() -> dict[str, Any]:
-        answer: dict[str, Any] = api.whoami()
-        return answer
-
-    for is_last in (False, True):
-        try:
-            return patiently(ask, what="ask the Hub whose token this is")
-        except StoppedError as exc:
-            if isinstance(exc.__cause__, LocalTokenNotFoundError):
-                raise PublishError(
-                    "publishing needs an account: log in with 'hf auth login', or set HF_TOKEN to "
-                    "a token that may write."
-                ) from exc
-            if exc.__cause__ is None or status_of(exc.__cause__) != 401:
-                raise
-            if is_last:
-                raise PublishError(
-                    "the Hub does not accept the token (expired, revoked or mistyped). Log in "
-                    "again with 'hf auth login', or set HF_TOKEN."
-                ) from exc
-    raise AssertionError("unreachable")
-
-
-def _check_rights(target: HubTarget) -> None:
-    account, namespace = target.account, target.repo.id.split("/")[0]
-    user = account.get("name")
-    orgs = {str(org.get("name")): org.get("roleInOrg") for org in account.get("orgs") or ()}
-    if namespace != user and namespace not in orgs:
-        target.problems.append(
-            f"the token is {user!r}'s, who is not in {namespace!r}: publish to your own namespace "
-            "or to an organisation of yours."
-        )
-    elif namespace != user and orgs[namespace] == "read":
-        target.problems.append(f"{user!r} may read but not write in {namespace!r}.")
-    access = (account.get("auth") or {}).get("accessToken") or {}
-    if access.get("role") == "read":
-        target.problems.append(
-            "the token may only read. Make one that may write (huggingface.co/settings/tokens)."
-        )
-    scopes = (access.get("fineGrained") or {}).get("scoped")
-    if access.get("role") == "fineGrained" and isinstance(scopes, list):
-        names = {str((scope.get("entity") or {}).get("name")): scope for scope in scopes}
-        allowed = names.get(namespace) or names.get(target.repo.id) or {}
-        if "repo.write" not in (allowed.get("permissions") or ()):
-            target.problems.append(f"the token has no right to write in {namespace!r}.")
 
 
 def _check_content(target: HubTarget, plan_hash: str) -> None:
@@ -241,7 +191,7 @@ def check_fit(target: HubTarget, write_bytes: int, largest: int, seconds: float)
         largest: bytes of the largest shard.
         seconds: how long the merge may take.
     """
-    left = _seconds_left(target.account)
+    left = seconds_left(target.account)
     if left is not None and left < seconds:
         target.warnings.append(
             f"the token expires in {left / 60:.0f} min and the merge may take "
@@ -328,13 +278,3 @@ def card_problem(target: HubTarget, sources: Sequence[tuple[str, str | None]]) -
         return f"the Hub refuses the model card's metadata: {said or 'no reason given'}."
 
     return patiently(ask, what="have the card's metadata checked")
-
-
-def _seconds_left(account: Mapping[str, Any]) -> float | None:
-    expires = (account.get("auth") or {}).get("expiresAt")
-    if not isinstance(expires, str):
-        return None
-    try:
-        return datetime.fromisoformat(expires.replace("Z", "+00:00")).timestamp() - time.time()
-    except ValueError:
-        return None
