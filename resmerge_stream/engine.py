@@ -177,7 +177,12 @@ def _prepared(
 
             yield plan.working_bytes_of(held.value.tensor), decide
 
-    decider = Ahead(decisions(), plan.working_bytes, workers=workers(merger.device))
+    decider = Ahead(
+        decisions(),
+        plan.working_bytes,
+        workers=workers(merger.device),
+        keeps=lambda done: done[1].nbytes,
+    )
     threads.callback(decider.close)
     for decided in decider:
         piece, prepared = decided.value

@@ -15,7 +15,7 @@ DOUBLE_UP_TO = 2048
 # threads, allocator slack, headers, small files.
 FIXED_BYTES = 200_000_000
 # Room beside the largest matrix for others that are decided at the same time.
-SPARE_BYTES = 60_000_000
+SPARE_BYTES = 90_000_000
 # Elements of one row block; also the step of `task_vectors`.
 BLOCK_ELEMENTS = 1 << 19
 # A tensor merged by rows is read in ranges of about this many output bytes a source.
@@ -28,10 +28,18 @@ LEAST_HUB_WINDOW_BYTES = 16_000_000
 WRITE_QUEUE_BYTES = 24_000_000
 
 
-def block_bytes(experts: int, longest_row: int) -> int:
-    """Return bytes of one row block's temporaries: N deltas and about eight float32 copies."""
-    elements = max(BLOCK_ELEMENTS, 16 * longest_row)
-    return 4 * (experts + 8) * elements + WRITE_QUEUE_BYTES
+def block_bytes(experts: int, m: int, n: int) -> int:
+    """Return bytes of one row block's temporaries: N deltas and about six float32 copies."""
+    return 4 * (experts + 6) * min(m * n, max(BLOCK_ELEMENTS, 16 * n))
+
+
+def gram_bytes(m: int, n: int, rank: int) -> int:
+    """Return bytes of the fallback's float64 Gram matrix, its eigenvectors and LAPACK's room.
+
+    One at a time, whatever the number of threads.
+    """
+    short = min(m, n)
+    return 32 * short * short if max(DENSE_UP_TO, 4 * rank) < short <= GRAM_UP_TO else 0
 
 
 def solver_bytes(m: int, n: int, rank: int, solver: str) -> int:
@@ -39,8 +47,7 @@ def solver_bytes(m: int, n: int, rank: int, solver: str) -> int:
     short = min(m, n)
     if solver == "dense" or short <= max(DENSE_UP_TO, 4 * rank):
         return 8 * m * n * 3
-    krylov = 4 * 2 * (8 + short // 6) * short
-    return max(krylov, 32 * short * short) if short <= GRAM_UP_TO and solver == "auto" else krylov
+    return 4 * 2 * (8 + short // 6) * short
 
 
 def svd_bytes(m: int, n: int, count: int = 1) -> int:

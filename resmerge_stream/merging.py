@@ -1,8 +1,8 @@
 """One tensor from stored bytes to stored bytes: task vectors, the method, the cast, the row.
 
-In two steps, so that threads can work ahead: `prepare` decides (the costly part, in any order),
-`finish` writes (in file order). Every operation runs on one thread, so the number of threads
-changes no bit of the result.
+In two steps, so that threads can work ahead: `prepare` merges (in any order), `finish` hands the
+bytes over and keeps the tensor's row (in file order). Every operation runs on one thread, so the
+number of threads changes no bit of the result.
 """
 
 from collections import Counter
@@ -25,12 +25,26 @@ from .task_vectors import NonFiniteValues, TaskVectors, Workspace, as_tensor
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A piece with its decision; None for a piece that is carried through."""
+    """A piece with its decision and, once merged, its output.
+
+    Attributes:
+        piece: as read.
+        base, vectors, update: W0 as stored, task vectors, decision; None if carried through.
+        kept: what the cast kept of the update so far.
+        output: the merged bytes, in order.
+    """
 
     piece: Piece
     base: Tensor | None = None
     vectors: TaskVectors | None = None
     update: Update | None = None
+    kept: Kept = field(default_factory=Kept)
+    output: list[memoryview] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the output."""
+        return sum(len(part) for part in self.output)
 
 
 @dataclass(slots=True)
@@ -66,17 +80,22 @@ class Merger:
         self._row: _Row | None = None
 
     def prepare(self, piece: Piece) -> Prepared:
-        """Compute the task vectors of a piece and let the method decide. Safe in any thread.
+        """Merge a piece: task vectors, decision, cast. Safe in any thread, in any order.
 
         Raises:
-            NonFiniteError: a weight is NaN or infinite.
+            NonFiniteError: a weight is NaN or infinite, or overflows the output dtype.
         """
         if piece.tensor.rule is None:
-            return Prepared(piece)
+            return Prepared(piece, output=[piece.buffers[0]])
         try:
-            return self.decide(piece, *self.open(piece))
+            base, vectors = self.open(piece)
+            prepared = self.decide(piece, base, vectors)
         except NonFiniteValues as exc:
             raise self.non_finite(piece.tensor.spec, exc.source) from exc
+        rule = piece.tensor.rule
+        if rule.needs_matrix or rule.in_pieces:
+            self._write_all(prepared, prepared.output.append)
+        return prepared
 
     def open(self, piece: Piece) -> tuple[Tensor, TaskVectors]:
         """Return the base as stored and the task vectors of a piece that is merged.
@@ -133,16 +152,18 @@ class Merger:
         Args:
             prepared: in file order.
             write: takes the next bytes of the file.
-
-        Raises:
-            NonFiniteError: a weight is NaN or infinite, or overflows the output dtype.
         """
+        for part in prepared.output:
+            write(part)
         piece = prepared.piece
-        spec, rule = piece.tensor.spec, piece.tensor.rule
-        if rule is None:
-            write(piece.buffers[0])
-            return self.carried(spec) if piece.is_last else None
-        vectors = prepared.vectors
+        if piece.tensor.rule is None:
+            return self.carried(piece.tensor.spec) if piece.is_last else None
+        if not prepared.output:  # too large to be held: written as it is merged
+            self._write_all(prepared, write)
+        return self.end(prepared)
+
+    def _write_all(self, prepared: Prepared, write: Callable[[memoryview], object]) -> None:
+        piece, vectors = prepared.piece, prepared.vectors
         if vectors is None:
             raise RuntimeError("this piece was not prepared")
         torch.set_num_threads(1)
@@ -151,11 +172,9 @@ class Merger:
                 self.write_rows(prepared, rows, vectors.stack(rows), vectors.base(rows), write)
                 piece.release(rows)
         except NonFiniteValues as exc:
-            raise self.non_finite(spec, exc.source) from exc
+            raise self.non_finite(piece.tensor.spec, exc.source) from exc
         self._sample()
-        entry = self.end(prepared)
         vectors.close()
-        return entry
 
     def write_rows(
         self,
@@ -163,7 +182,7 @@ class Merger:
         rows: slice,
         stack: Tensor,
         base: Tensor,
-        write: Callable[[memoryview], None],
+        write: Callable[[memoryview], object],
     ) -> Tensor:
         """Merge, cast and write a row block; return its ΔW.
 
@@ -179,15 +198,13 @@ class Merger:
         piece, vectors, update = prepared.piece, prepared.vectors, prepared.update
         if vectors is None or update is None or prepared.base is None:
             raise RuntimeError("this piece was not prepared")
-        if self._row is None:
-            self._row = _Row()
         delta = update.rows(rows, stack)
         if vectors.is_zero(rows):
             merged = prepared.base[rows].to(self._dtype(piece))  # signed zeros included
         else:
             merged = cast(base + delta, self._dtype(piece), seed=self._cast_seed(piece, rows))
-        self._row.kept.add(delta, merged.to(base.device, torch.float32) - base)
-        if self._row.kept.overflowed:
+        prepared.kept.add(delta, merged.to(base.device, torch.float32) - base)
+        if prepared.kept.overflowed:
             raise _overflow(piece.tensor.spec)
         write(_bytes_of(merged))
         return delta
@@ -198,6 +215,7 @@ class Merger:
         if vectors is None or update is None or piece.tensor.rule is None:
             raise RuntimeError("this piece was not prepared")
         row = self._row or _Row()
+        row.kept.absorb(prepared.kept)
         row.rules.append("copy" if vectors.is_zero() else update.rule)
         row.warnings += [text for text in update.warnings if text not in row.warnings]
         if update.gates:

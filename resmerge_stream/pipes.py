@@ -35,9 +35,10 @@ class Held(Generic[T]):
         self.value = value
         self._size, self._window = size, window
 
-    def release(self) -> None:
-        """Give the bytes back to the window; a second call does nothing."""
-        size, self._size = self._size, 0
+    def release(self, *, down_to: int = 0) -> None:
+        """Give bytes back to the window, all or down to some; a second call does nothing."""
+        size = max(self._size - down_to, 0)
+        self._size -= size
         with self._window.changed:
             self._window.used -= size
             self._window.changed.notify_all()
@@ -51,13 +52,20 @@ class Ahead(Generic[T]):
         limit: bytes of jobs that may be started and not yet released. A job larger than that
             runs alone.
         workers: threads.
+        keeps: bytes that a result holds once its job is done; all that were counted when None.
 
     An error of a job is raised where its result would have come.
     """
 
     def __init__(
-        self, jobs: Iterable[tuple[int, Callable[[], T]]], limit: int, *, workers: int = 1
+        self,
+        jobs: Iterable[tuple[int, Callable[[], T]]],
+        limit: int,
+        *,
+        workers: int = 1,
+        keeps: Callable[[T], int] | None = None,
     ) -> None:
+        self._keeps = keeps
         self._jobs = iter(jobs)
         self._window = _Window(limit)
         self._taking = threading.Lock()
@@ -103,6 +111,8 @@ class Ahead(Generic[T]):
             result: Held[T] | BaseException
             try:
                 result = Held(job(), size, self._window)
+                if self._keeps is not None:
+                    result.release(down_to=self._keeps(result.value))
             except BaseException as exc:  # handed to the consumer, whatever it is
                 result = exc
             del job, taken

@@ -9,7 +9,7 @@ from .memory import (
     LEAST_HUB_WINDOW_BYTES,
     PIECE_BYTES,
     SPARE_BYTES,
-    block_bytes,
+    WRITE_QUEUE_BYTES,
 )
 from .planned import Plan, PlannedTensor, matrix_of
 from .specs import DTYPES, format_size
@@ -24,18 +24,21 @@ def fit_memory(plan: Plan, found: Findings) -> None:
     asked = plan.options.memory_budget
     plan.memory_budget = asked if asked is not None else int(available_memory() * 0.8)
     count = len(plan.experts)
-    longest = max((matrix_of(t.spec)[1] for t in plan.tensors.values()), default=1)
-    room = plan.memory_budget - FIXED_BYTES - block_bytes(count, longest)
+    matrices = [
+        matrix_of(tensor.spec)
+        for tensor in plan.tensors.values()
+        if tensor.rule and tensor.rule.needs_matrix
+    ]
+    shared = max((plan.opened[1].shared_scratch_bytes(m, n) for m, n in matrices), default=0)
+    room = plan.memory_budget - FIXED_BYTES - WRITE_QUEUE_BYTES - shared
     plan.read_ahead_bytes = _read_ahead_bytes(plan, room)
     room -= plan.read_ahead_bytes
-    worst, largest, fitted = (0, ""), 0, {}
+    largest = max((m * n for m, n in matrices), default=0)
+    worst, fitted = (0, ""), {}
     for name, tensor in plan.tensors.items():
         resident = plan.working_bytes_of(tensor) <= room
         fitted[name] = PlannedTensor(tensor.spec, tensor.rule, resident)
         worst = max(worst, (plan.working_bytes_of(fitted[name]), name))
-        if tensor.rule and tensor.rule.needs_matrix:
-            m, n = matrix_of(tensor.spec)
-            largest = max(largest, m * n)
     plan.tensors = fitted
     ample = SPARE_BYTES + 4 * (count + 2) * largest
     plan.working_bytes = max(worst[0], min(room, ample) if asked is None else room)

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from .device import DEVICE
 from .errors import PlanRefusedError, RecipeError, shown
 from .layout import Shard, index_json
-from .memory import BLOCK_ELEMENTS, matrix_bytes
+from .memory import PIECE_BYTES, block_bytes, matrix_bytes
 from .methods import MergeMethod, Rule
 from .publication import Publication
 from .recipe import ModelRef, Recipe
 from .roles import layer_of
 from .sidefiles import side_files
 from .sources import Checkpoint
-from .specs import TensorSpec
+from .specs import DTYPES, TensorSpec
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -179,10 +179,14 @@ class Plan:
         """Return bytes of float32 memory that are held while a tensor's piece is in work."""
         m, n = matrix_of(tensor.spec)
         count = len(self.experts)
-        if tensor.rule is None or not tensor.rule.needs_matrix:
-            return 4 * count * min(m * n, max(BLOCK_ELEMENTS, 16 * n))
+        if tensor.rule is None:
+            return 0
+        block = block_bytes(count, m, n)
+        output = m * n * DTYPES[tensor.spec.dtype].nbytes
+        if not tensor.rule.needs_matrix:
+            return block + (min(output, PIECE_BYTES) if tensor.rule.in_pieces else 0)
         scratch = self.opened[1].scratch_bytes(m, n, count)
-        return matrix_bytes(m, n, count, scratch, resident=tensor.resident)
+        return block + output + matrix_bytes(m, n, count, scratch, resident=tensor.resident)
 
     def side_files(self) -> dict[str, bytes]:
         """Return the small output files that do not depend on the merge, by name."""

@@ -35,6 +35,15 @@ class Kept:
         self.numel += kept.numel()
         self.overflowed |= not math.isfinite(float(gram[1, 1]))
 
+    def absorb(self, other: "Kept") -> None:
+        """Add the sums of other blocks of the same tensor."""
+        self.update_sq += other.update_sq
+        self.kept_sq += other.kept_sq
+        self.inner += other.inner
+        self.changed += other.changed
+        self.numel += other.numel
+        self.overflowed |= other.overflowed
+
     @property
     def update_norm(self) -> float:
         """‖ΔW‖."""

@@ -9,6 +9,7 @@ has not converged by the time that it would have paid, the eigenvectors of the f
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +57,12 @@ class Head:
 
 
 def top_singular(
-    delta: Tensor, rank: int, *, solver: str = "auto", energy: float | None = None
+    delta: Tensor,
+    rank: int,
+    *,
+    solver: str = "auto",
+    energy: float | None = None,
+    alone: AbstractContextManager[object] | None = None,
 ) -> Head:
     """Return the leading `rank` singular triplets of a matrix.
 
@@ -65,6 +71,7 @@ def top_singular(
         rank: k ≥ 1; more than min(m, n) means min(m, n).
         solver: ``auto``, ``lanczos`` or ``dense``.
         energy: ‖Δ‖² where it is known already.
+        alone: held during the fallback, so that threads do not pay its memory twice.
 
     Memory: Lanczos keeps (steps · k) × min(m, n) float32 beside Δ; the Gram matrix and its
     eigenvectors take 32 · min(m, n)² bytes; dense keeps three float64 copies of Δ.
@@ -78,7 +85,10 @@ def top_singular(
     norm = frobenius_norm(delta) if energy is None else math.sqrt(energy)
     if solver == "auto" and short <= GRAM_UP_TO:
         head = _lanczos(delta, rank, norm, patience, patience)
-        return head if head is not None else _gram(delta, rank)
+        if head is not None:
+            return head
+        with alone or nullcontext():
+            return _gram(delta, rank)
     head = _lanczos(delta, rank, norm, patience, max(short // rank, 2))
     return head if head is not None else _dense(delta, rank)
 

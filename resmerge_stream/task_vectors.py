@@ -42,6 +42,8 @@ class Workspace:
         self._total = 0
         self._free: dict[int, list[Tensor]] = {}
         self._lock = threading.Lock()
+        # Held by whoever needs much memory for a moment.
+        self.alone = threading.Lock()
 
     def take(self, numel: int) -> Tensor:
         """Lend a one-dimensional float32 buffer of `numel` elements; contents undefined."""
@@ -110,6 +112,11 @@ class TaskVectors:
                 self._subtract(rows, whole[:, rows])
                 self._sum(rows, whole[:, rows])
             self._whole = whole
+
+    @property
+    def alone(self) -> threading.Lock:
+        """A lock for work that needs much memory for a moment: one thread at a time."""
+        return self._workspace.alone
 
     def close(self) -> None:
         """Give the float32 copies back; the task vectors are not to be used any more."""

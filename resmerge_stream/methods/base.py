@@ -177,6 +177,10 @@ class MergeMethod:
         """Return bytes needed for one m × n matrix beside the float32 task vectors."""
         return 0
 
+    def shared_scratch_bytes(self, m: int, n: int) -> int:
+        """Return bytes that one matrix at a time may need beside `scratch_bytes`."""
+        return 0
+
     def in_words(self) -> str:
         """Return how this method decides, for the card; Markdown."""
         return (type(self).__doc__ or "").strip()

@@ -86,6 +86,12 @@ class ResMerge(MergeMethod):
 
         return solver_bytes(m, n, self.rank, self.solver) + 8 * experts**2 * self.rank * m
 
+    def shared_scratch_bytes(self, m: int, n: int) -> int:
+        """Return bytes of the solver's fallback, which threads take in turn."""
+        from ..memory import gram_bytes
+
+        return gram_bytes(m, n, self.rank) if self.solver == "auto" else 0
+
     def in_words(self) -> str:
         """Return the variant's formulas in words."""
         return _IN_WORDS[self.variant].format(
@@ -146,7 +152,8 @@ def head_of(vectors: TaskVectors, i: int, rank: int, solver: str, energy: float)
     from ..spectral import top_singular
 
     def find() -> Head:
-        return top_singular(vectors.matrix(i), rank, solver=solver, energy=energy)
+        delta = vectors.matrix(i)
+        return top_singular(delta, rank, solver=solver, energy=energy, alone=vectors.alone)
 
     return vectors.once(("head", i, rank, solver), find)
 
