@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ResMergeError, StoppedError
 from .plan import Options, Plan, plan_merge
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe
+from .recipe_file import load_recipe
 from .version import __version__
 
 if TYPE_CHECKING:

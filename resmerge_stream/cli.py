@@ -20,7 +20,7 @@ from .cli_options import (
 from .errors import RecipeError, ResMergeError, StoppedError
 from .events import Event
 from .plan import Plan, plan_merge
-from .recipe import load_recipe
+from .recipe_file import load_recipe
 from .specs import format_size
 from .version import __version__
 
@@ -209,7 +209,7 @@ def _run(plan: Plan, out: str | None, work_dir: str | None, *, as_json: bool) ->
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from .verify import verify_merge
+    from .verify_hub import verify_merge
 
     recipe = load_recipe(args.recipe) if args.recipe else None
     if args.sample < 0:

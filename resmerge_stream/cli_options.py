@@ -5,7 +5,8 @@ import argparse
 from .errors import RecipeError
 from .plan import Options
 from .publication import Publication
-from .recipe import Recipe, load_recipe, override
+from .recipe import Recipe, override
+from .recipe_file import load_recipe
 from .specs import OUTPUT_DTYPES, parse_size
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .memory import DOUBLE_UP_TO
-from .spectral import CHUNK
+from .products import CHUNK
 from .task_vectors import TaskVectors
 
 # σ below this times σ₁ counts as zero.

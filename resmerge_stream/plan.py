@@ -15,6 +15,7 @@ from .compat import (
 from .errors import (
     ResMergeError,
     StoppedError,
+    shown,
 )
 from .layout import DEFAULT_SHARD_BYTES, Shard, plan_shards
 from .methods import build_method
@@ -65,6 +66,9 @@ def plan_merge(
     plan = Plan(recipe, options or Options(), publication=publication, token=token)
     found = Findings(plan.problems, plan.warnings)
     folder = Path(os.path.expanduser(out)) if out is not None else None
+    if folder is not None and ("\x00" in str(folder) or len(os.fsencode(folder.name)) > 255):
+        found.problems.append(f"--out {shown(str(out))} is no name that a folder can have.")
+        return plan
     _build_method(plan, found)
     commits = look_at_targets(plan, folder, work_dir, found) if plan.method is not None else []
     _open_all(plan, found, commits)

@@ -15,16 +15,22 @@ import torch
 from torch import Tensor
 
 from .memory import DENSE_UP_TO, GRAM_UP_TO
+from .products import (
+    BREAKDOWN,
+    CHUNK,
+    PRECISE_ROWS,
+    frobenius_norm,
+    orthonormal_columns,
+    orthonormal_rows,
+    precise_gram_product,
+    times,
+    transposed_times,
+)
 
 # Converged: the residual is below this times σ₁, and below ten times this times the gap.
 TOLERANCE = 1e-7
 # Above this share of energy the float32 noise of the head shows in the update: refine it.
 REFINE_ABOVE = 0.3
-# Rows or columns that are converted to float64 at once.
-_PRECISE_ROWS = 256
-# float32 sums longer than this are cut into chunks and added in float64.
-CHUNK = 256
-_BREAKDOWN = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,37 +75,12 @@ def top_singular(
     if solver == "dense" or (solver == "auto" and short <= max(DENSE_UP_TO, 4 * rank)):
         return _dense(delta, rank)
     patience = max((8 + short // 6) // rank, 2)
-    norm = _norm(delta) if energy is None else math.sqrt(energy)
+    norm = frobenius_norm(delta) if energy is None else math.sqrt(energy)
     if solver == "auto" and short <= GRAM_UP_TO:
         head = _lanczos(delta, rank, norm, patience, patience)
         return head if head is not None else _gram(delta, rank)
     head = _lanczos(delta, rank, norm, patience, max(short // rank, 2))
     return head if head is not None else _dense(delta, rank)
-
-
-def times(delta: Tensor, right: Tensor) -> Tensor:
-    """Return Δ·X for X of shape (n, c): float32 products, chunks of columns summed in float64."""
-    n = delta.shape[1]
-    if n <= 4 * CHUNK or delta.is_cuda:
-        return delta @ right
-    whole = n // (2 * CHUNK) * (2 * CHUNK)
-    chunks = delta[:, :whole].reshape(len(delta), -1, 2 * CHUNK).transpose(0, 1)
-    total = torch.bmm(chunks, right[:whole].reshape(-1, 2 * CHUNK, right.shape[1])).sum(
-        0, dtype=torch.float64
-    )
-    return (total + delta[:, whole:] @ right[whole:]).float()
-
-
-def transposed_times(delta: Tensor, left: Tensor) -> Tensor:
-    """Return Δᵀ·Y for Y of shape (m, c): float32 products, chunks of rows summed in float64."""
-    m = delta.shape[0]
-    if m <= CHUNK or delta.is_cuda:
-        return delta.T @ left
-    whole = m // CHUNK * CHUNK
-    chunks = delta[:whole].reshape(-1, CHUNK, delta.shape[1])
-    rows = left[:whole].reshape(-1, CHUNK, left.shape[1]).transpose(1, 2)
-    total = torch.bmm(rows, chunks).sum(0, dtype=torch.float64)
-    return (total + left[whole:].T @ delta[whole:]).float().T
 
 
 def _lanczos(delta: Tensor, rank: int, norm: float, patience: int, max_steps: int) -> Head | None:
@@ -130,7 +111,7 @@ def _lanczos(delta: Tensor, rank: int, norm: float, patience: int, max_steps: in
         again = product @ basis.T
         product = product - again @ basis
         T[done : done + rank, : done + rank] = (projection + again).double().cpu()
-        block, beta = _orthonormal_rows(product)
+        block, beta = orthonormal_rows(product)
         if step + 1 < check and step + 1 < max_steps:
             continue
         check = step + 1 + max(2, (step + 1) // 12)
@@ -166,7 +147,7 @@ def _refined(
     rank = top.shape[1]
     ritz = (vectors.T.to(basis.device) @ basis.double()).T  # (short, j), all Ritz vectors
     level = max(energy - float(values.sum()), 0.0) / max(top.shape[0] - len(values), 1)
-    images = _precise_gram_product(delta, top.double() / scale) / scale
+    images = precise_gram_product(delta, top.double() / scale) / scale
     refined = []
     for j, value in enumerate(values[-rank:].flip(0).tolist()):
         column = top[:, j].double()
@@ -179,28 +160,18 @@ def _refined(
     return torch.stack(refined, dim=1)
 
 
-def _precise_gram_product(delta: Tensor, columns: Tensor) -> Tensor:
-    """Return ΔᵀΔ·X (or ΔΔᵀ·X on the short side) in float64, a few rows or columns at a time."""
-    wide = delta if delta.shape[0] < delta.shape[1] else delta.T
-    image = torch.zeros_like(columns)
-    for start in range(0, wide.shape[1], _PRECISE_ROWS):
-        part = wide[:, start : start + _PRECISE_ROWS].double()
-        image += part @ (part.T @ columns)
-    return image
-
-
 def _right_vectors(delta: Tensor, short_vectors: Tensor) -> Tensor:
     """Return V, float64, from vectors of the short side: right ones, or left ones if m < n."""
     m, n = delta.shape
     if m >= n:
-        return _orthonormal_columns(short_vectors)
+        return orthonormal_columns(short_vectors)
     if short_vectors.dtype == torch.float32:
-        return _orthonormal_columns(transposed_times(delta, short_vectors))
+        return orthonormal_columns(transposed_times(delta, short_vectors))
     V = torch.zeros(n, short_vectors.shape[1], dtype=torch.float64, device=delta.device)
-    for start in range(0, m, _PRECISE_ROWS):
-        rows = slice(start, start + _PRECISE_ROWS)
+    for start in range(0, m, PRECISE_ROWS):
+        rows = slice(start, start + PRECISE_ROWS)
         V += delta[rows].double().T @ short_vectors[rows]
-    return _orthonormal_columns(V)
+    return orthonormal_columns(V)
 
 
 def _grown(V: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,7 +195,7 @@ def _converged(T: Tensor, beta: Tensor, rank: int, *, strict: bool) -> tuple[Ten
     residual = float(torch.linalg.vector_norm(beta @ vectors[-rank:, -rank:], dim=0).max())
     following = float(values[-rank - 1]) if len(values) > rank else 0.0
     gap = max((kth - following) / first, 1e-12) if strict else 1.0
-    exhausted = float(torch.linalg.vector_norm(beta)) <= _BREAKDOWN * first
+    exhausted = float(torch.linalg.vector_norm(beta)) <= BREAKDOWN * first
     if exhausted or residual <= TOLERANCE * first * min(1.0, 10 * gap):
         return values, vectors
     return None
@@ -251,7 +222,7 @@ def _dense(delta: Tensor, rank: int) -> Head:
     following = float(sigma[rank]) if rank < len(sigma) else 0.0
     gap = float(sigma[rank - 1]) / following if following > 0 else math.inf
     V = Vh[:rank].T.contiguous()
-    V[:, sigma[:rank] <= _BREAKDOWN * sigma[0]] = 0
+    V[:, sigma[:rank] <= BREAKDOWN * sigma[0]] = 0
     return _head(delta, V, "dense", 0, gap)
 
 
@@ -277,33 +248,4 @@ def _start(size: int, rank: int, device: torch.device) -> Tensor:
     """Return orthonormal start rows that depend on the size only."""
     generator = torch.Generator().manual_seed(0x5EED)
     rows = torch.randn(rank, size, generator=generator, dtype=torch.float32)
-    return _orthonormal_rows(rows)[0].to(device)
-
-
-def _orthonormal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Q and R with rows = Rᵀ·Q, Q of orthonormal rows; R is float64, upper triangular."""
-    if rows.shape[0] == 1:
-        norm = torch.linalg.vector_norm(rows, dtype=torch.float64)
-        return rows / norm.clamp_min(1e-300).float(), norm.reshape(1, 1)
-    Q, R = torch.linalg.qr(rows.T)
-    return _float(Q.T.contiguous()), R.double()
-
-
-def _orthonormal_columns(columns: Tensor) -> Tensor:
-    """Return an orthonormal basis of the columns, float64; zero where a column is."""
-    columns = columns.to(torch.float64)
-    norms = torch.linalg.vector_norm(columns, dim=0)
-    Q, R = torch.linalg.qr(columns)
-    Q = Q * torch.sign(torch.diagonal(R))
-    return torch.where(norms > _BREAKDOWN * norms.max(), Q, torch.zeros_like(Q))
-
-
-def _float(values: Tensor) -> Tensor:
-    return values.to(torch.float32)
-
-
-def _norm(delta: Tensor) -> float:
-    """Return ‖Δ‖ from float32 products that neither overflow nor underflow."""
-    low, high = torch.aminmax(delta)
-    largest = max(-float(low), float(high))
-    return largest * float(torch.linalg.vector_norm(delta / largest, dtype=torch.float64))
+    return orthonormal_rows(rows)[0].to(device)

@@ -1,7 +1,6 @@
 """Re-read a merged folder: layout, hashes, finite values; and merge a sample again."""
 
 import hashlib
-import json
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +14,11 @@ from .errors import RecipeError, VerificationError, listed
 from .merging import Merger
 from .pieces import Piece, row_ranges
 from .plan import Options, Plan, plan_merge
-from .recipe import ModelRef, Recipe, load_recipe, parse_recipe
+from .recipe import ModelRef, Recipe
+from .recipe_file import load_recipe
+from .report_schema import MAX_REPORT_BYTES, parse_report
 from .sinks.folder import REPORT
-from .sources import REPO_ID, Checkpoint, open_checkpoint
+from .sources import Checkpoint, open_checkpoint
 from .specs import DTYPES
 from .task_vectors import as_tensor, block_rows
 
@@ -69,107 +70,28 @@ def verify_folder(
     report = _read_report(folder)
     merged = open_checkpoint(ModelRef(str(folder)))
     try:
-        yield _check_layout(merged, report)
-        yield _check_hashes(folder, report)
-        yield _check_finite(merged, report)
-        yield _check_sample(merged, report, recipe or folder / RECIPE, sample, seed)
+        yield check_layout(merged, report)
+        yield _check_hashes(folder, merged, report)
+        yield check_finite(merged, report)
+        yield check_sample(merged, report, recipe or folder / RECIPE, sample, seed)
     finally:
         merged.close()
 
 
-def verify_merge(
-    merged: str | Path,
-    *,
-    recipe: Recipe | None = None,
-    sample: int = 3,
-    seed: int | None = None,
-    token: str | None = None,
-) -> Iterator[Check]:
-    """Check a merged folder, or a repository on the Hub; see `verify_folder`, `verify_repo`.
-
-    A name that exists as a folder is a folder.
-    """
-    is_folder = Path(os.path.expanduser(merged)).is_dir()
-    if is_folder or not REPO_ID.fullmatch(str(merged).partition("@")[0]):
-        return verify_folder(merged, recipe=recipe, sample=sample, seed=seed or 0)
-    return verify_repo(str(merged), recipe=recipe, sample=sample, seed=seed, token=token)
-
-
-def verify_repo(
-    name: str,
-    *,
-    recipe: Recipe | None = None,
-    sample: int = 3,
-    seed: int | None = None,
-    token: str | None = None,
-) -> Iterator[Check]:
-    """Check a repository against its report without downloading it: headers, hashes, a sample.
-
-    Args:
-        name: ``namespace/name``, perhaps with ``@revision``.
-        recipe: names the sources; the repository's own recipe when None.
-        sample: how many tensors to read again by range, and to merge again where possible.
-        seed: of the sample; drawn anew when None.
-        token: the caller's; None stands for HF_TOKEN or the login.
-
-    Raises:
-        VerificationError: there is no report to check against.
-        CheckpointError: the weights cannot be read at all.
-        StoppedError: the network or the Hub kept failing.
-    """
-    from .sinks.hub_repo import HubRepo
-    from .sources.hub_client import client
-
-    ref = ModelRef.parse(name)
-    merged = open_checkpoint(ref, token=token)
-    repo = HubRepo(client(token), ref.id)
-    info = repo.info(merged.revision or "main")
-    report = repo.read_json(REPORT, info) if info is not None else None
-    if info is None or report is None or not {"files", "tensors", "summary"} <= set(report):
-        raise VerificationError(
-            f"{name} has no readable {REPORT}, so there is nothing to verify against. Give the "
-            "repository of a merge."
-        )
-    seed = random.randrange(1 << 30) if seed is None else seed
-    names = random.Random(seed).sample(sorted(merged.tensors), min(sample, len(merged.tensors)))
-    yield _check_layout(merged, report)
-    yield _check_hub_files(merged, report)
-    yield _check_finite(merged, report, names)
-    found = recipe or parse_recipe(repo.read(RECIPE, info), where=f"{name}/{RECIPE}")
-    yield _check_sample(merged, report, found, sample, seed, token)
-
-
-def _check_hub_files(merged: Checkpoint, report: Mapping[str, Any]) -> Check:
-    """Compare what the Hub says of the weight files with the report."""
-    there = {file.name: file for file in merged.files}
-    problems = []
-    for file in report["files"]:
-        found = there.get(str(file["name"]))
-        if found is None:
-            problems.append(f"{file['name']} is missing")
-        elif found.size != file["size"]:
-            problems.append(f"{found.name} has {found.size} bytes, not {file['size']}")
-        elif found.sha256 != file["sha256"]:
-            problems.append(f"{found.name} has another sha256 than the report")
-    if extra := sorted(set(there) - {str(file["name"]) for file in report["files"]}):
-        problems.append(f"not in the report: {listed(extra)}")
-    return Check("files", tuple(problems), f"{len(there)} weight files: sizes and hashes")
-
-
 def _read_report(folder: Path) -> dict[str, Any]:
     try:
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        if not isinstance(report, dict) or not {"files", "tensors", "summary"} <= set(report):
-            raise ValueError("it lacks 'files' or 'tensors'")
-    except (OSError, ValueError) as exc:
+        with (folder / REPORT).open("rb") as file:
+            data = file.read(MAX_REPORT_BYTES + 1)
+    except OSError as exc:
         raise VerificationError(
             f"{str(folder)!r} has no readable {REPORT}, so there is nothing to verify against: "
-            f"{exc}. Give the output folder of a merge."
+            f"{exc.strerror}. Give the output folder of a merge."
         ) from exc
-    return report
+    return parse_report(data, where=str(folder / REPORT))
 
 
-def _check_layout(merged: Checkpoint, report: Mapping[str, Any]) -> Check:
+def check_layout(merged: Checkpoint, report: Mapping[str, Any]) -> Check:
+    """Compare names, shapes and dtypes with the report."""
     entries = {entry["name"]: entry for entry in report["tensors"]}
     problems = []
     if missing := sorted(set(entries) - set(merged.tensors)):
@@ -185,8 +107,10 @@ def _check_layout(merged: Checkpoint, report: Mapping[str, Any]) -> Check:
     return Check("layout", tuple(problems), f"{len(entries)} tensors: names, shapes, dtypes")
 
 
-def _check_hashes(folder: Path, report: Mapping[str, Any]) -> Check:
-    problems = []
+def _check_hashes(folder: Path, merged: Checkpoint, report: Mapping[str, Any]) -> Check:
+    listed_files = {str(file["name"]) for file in report["files"]}
+    there = {file.name for file in merged.files}
+    problems = [f"{name} is not in the report" for name in sorted(there - listed_files)]
     for file in report["files"]:
         path = folder / Path(str(file["name"])).name
         if not path.is_file():
@@ -198,9 +122,10 @@ def _check_hashes(folder: Path, report: Mapping[str, Any]) -> Check:
     return Check("sha256", tuple(problems), f"{len(report['files'])} weight files")
 
 
-def _check_finite(
+def check_finite(
     merged: Checkpoint, report: Mapping[str, Any], names: Sequence[str] | None = None
 ) -> Check:
+    """Read tensors (all, or the named ones) and see that they are finite."""
     carried = {entry["name"] for entry in report["tensors"] if entry["rule"] == "carried"}
     problems, count = [], 0
     for name in merged.tensors if names is None else names:
@@ -220,7 +145,7 @@ def _check_finite(
     return Check("finite", tuple(problems), f"{count} merged tensors")
 
 
-def _check_sample(
+def check_sample(
     merged: Checkpoint,
     report: Mapping[str, Any],
     recipe: Recipe | Path,
@@ -229,10 +154,12 @@ def _check_sample(
     token: str | None = None,
 ) -> Check:
     """Merge some tensors again from the sources, where those are at hand."""
-    try:
-        plan = _plan_again(report, recipe, token)
-    except RecipeError as exc:
-        return Check("recomputed", (), f"skipped: {exc}")
+    if isinstance(recipe, Path):
+        try:
+            recipe = load_recipe(recipe)
+        except RecipeError as exc:
+            return Check("recomputed", (), f"skipped: {exc}")
+    plan = _plan_again(report, recipe, token)
     if plan.problems:
         return Check("recomputed", (), f"skipped, the sources are not at hand: {plan.problems[0]}")
     names = sorted(set(plan.tensors) & set(merged.tensors))
@@ -249,9 +176,7 @@ def _check_sample(
     return Check("recomputed", tuple(problems), f"{len(chosen)} tensors: {', '.join(chosen)}")
 
 
-def _plan_again(report: Mapping[str, Any], recipe: Recipe | Path, token: str | None) -> Plan:
-    if isinstance(recipe, Path):
-        recipe = load_recipe(recipe)
+def _plan_again(report: Mapping[str, Any], recipe: Recipe, token: str | None) -> Plan:
     options = report.get("options", {})
     plan = plan_merge(
         recipe,

@@ -18,7 +18,8 @@ from resmerge_stream import Options, Plan, Recipe, plan_merge, run_merge
 from resmerge_stream.card import render_card
 from resmerge_stream.events import Finished
 from resmerge_stream.methods import find_methods
-from resmerge_stream.recipe import ModelRef, parse_recipe
+from resmerge_stream.recipe import ModelRef
+from resmerge_stream.recipe_file import parse_recipe
 
 CONFIG = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 2}
 

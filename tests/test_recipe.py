@@ -5,12 +5,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from resmerge_stream.errors import RecipeError
-from resmerge_stream.recipe import (
+from resmerge_stream.recipe import ModelRef, Recipe, override
+from resmerge_stream.recipe_file import (
     MAX_RECIPE_BYTES,
-    ModelRef,
-    Recipe,
     load_recipe,
-    override,
     parse_recipe,
     recipe_from_dict,
 )

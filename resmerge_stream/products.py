@@ -1,0 +1,78 @@
+"""Products of one large float32 matrix, summed in float64 where float32 sums would lose digits."""
+
+import torch
+from torch import Tensor
+
+# float32 sums longer than this are cut into chunks and added in float64.
+CHUNK = 256
+
+
+# Rows or columns that are converted to float64 at once.
+PRECISE_ROWS = 256
+
+
+def times(delta: Tensor, right: Tensor) -> Tensor:
+    """Return Δ·X for X of shape (n, c): float32 products, chunks of columns summed in float64."""
+    n = delta.shape[1]
+    if n <= 4 * CHUNK or delta.is_cuda:
+        return delta @ right
+    whole = n // (2 * CHUNK) * (2 * CHUNK)
+    chunks = delta[:, :whole].reshape(len(delta), -1, 2 * CHUNK).transpose(0, 1)
+    total = torch.bmm(chunks, right[:whole].reshape(-1, 2 * CHUNK, right.shape[1])).sum(
+        0, dtype=torch.float64
+    )
+    return (total + delta[:, whole:] @ right[whole:]).float()
+
+
+def transposed_times(delta: Tensor, left: Tensor) -> Tensor:
+    """Return Δᵀ·Y for Y of shape (m, c): float32 products, chunks of rows summed in float64."""
+    m = delta.shape[0]
+    if m <= CHUNK or delta.is_cuda:
+        return delta.T @ left
+    whole = m // CHUNK * CHUNK
+    chunks = delta[:whole].reshape(-1, CHUNK, delta.shape[1])
+    rows = left[:whole].reshape(-1, CHUNK, left.shape[1]).transpose(1, 2)
+    total = torch.bmm(rows, chunks).sum(0, dtype=torch.float64)
+    return (total + left[whole:].T @ delta[whole:]).float().T
+
+
+def precise_gram_product(delta: Tensor, columns: Tensor) -> Tensor:
+    """Return ΔᵀΔ·X (or ΔΔᵀ·X on the short side) in float64, a few rows or columns at a time."""
+    wide = delta if delta.shape[0] < delta.shape[1] else delta.T
+    image = torch.zeros_like(columns)
+    for start in range(0, wide.shape[1], PRECISE_ROWS):
+        part = wide[:, start : start + PRECISE_ROWS].double()
+        image += part @ (part.T @ columns)
+    return image
+
+
+def frobenius_norm(delta: Tensor) -> float:
+    """Return ‖Δ‖ from float32 products that neither overflow nor underflow."""
+    low, high = torch.aminmax(delta)
+    largest = max(-float(low), float(high))
+    return largest * float(torch.linalg.vector_norm(delta / largest, dtype=torch.float64))
+
+
+def orthonormal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Q and R with rows = Rᵀ·Q, Q of orthonormal rows; R is float64, upper triangular."""
+    if rows.shape[0] == 1:
+        norm = torch.linalg.vector_norm(rows, dtype=torch.float64)
+        return rows / norm.clamp_min(1e-300).float(), norm.reshape(1, 1)
+    Q, R = torch.linalg.qr(rows.T)
+    return _float(Q.T.contiguous()), R.double()
+
+
+def orthonormal_columns(columns: Tensor) -> Tensor:
+    """Return an orthonormal basis of the columns, float64; zero where a column is."""
+    columns = columns.to(torch.float64)
+    norms = torch.linalg.vector_norm(columns, dim=0)
+    Q, R = torch.linalg.qr(columns)
+    Q = Q * torch.sign(torch.diagonal(R))
+    return torch.where(norms > BREAKDOWN * norms.max(), Q, torch.zeros_like(Q))
+
+
+BREAKDOWN = 1e-12
+
+
+def _float(values: Tensor) -> Tensor:
+    return values.to(torch.float32)
