@@ -33,6 +33,8 @@ from .specs import OUTPUT_DTYPES, TensorSpec
 _SECONDS_START = 3.0
 _SECONDS_ROWS = 0.6e-9
 _SECONDS_MATRIX = 4.0e-9
+# Bytes a second from and to the Hub: a modest line; the two go on at the same time.
+_HUB_RATE = 50e6
 _OPEN_THREADS = 4
 
 
@@ -183,7 +185,9 @@ def _estimate(plan: Plan) -> None:
         seconds += tensor.spec.numel * (count + 1) * _SECONDS_ROWS * passes
         if tensor.rule and tensor.rule.needs_matrix:
             seconds += tensor.spec.numel * count * _SECONDS_MATRIX
-    plan.seconds_estimate = seconds
+    share = sum(s.is_remote for s in plan.checkpoints) / (count + 1)
+    sent = plan.write_bytes if plan.publication is not None else 0
+    plan.seconds_estimate = max(seconds, plan.read_bytes * share / _HUB_RATE, sent / _HUB_RATE)
 
 
 __all__ = ["Options", "Plan", "PlannedTensor", "Role", "matrix_of", "plan_merge"]

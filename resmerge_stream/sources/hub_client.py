@@ -4,6 +4,7 @@ Nothing here keeps a token; messages never hold one, nor the query of a URL (it 
 """
 
 import logging
+import os
 import random
 import re
 import time
@@ -21,7 +22,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import get_session, parse_ratelimit_headers  # type: ignore[attr-defined]
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    get_session,
+    parse_ratelimit_headers,
+)
 
 from ..errors import CheckpointNotFoundError, ResMergeError, StoppedError
 
@@ -42,6 +48,8 @@ def client(token: str | None) -> HfApi:
     """Return the library's client for a token; None stands for HF_TOKEN or the Hub's login."""
     _give_time_limits()
     _quieten_logs()
+    if not are_progress_bars_disabled() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+        disable_progress_bars()  # they would be drawn over the merge's own
     return HfApi(token=token, library_name="resmerge-stream")
 
 
