@@ -1,5 +1,6 @@
 """What this machine can give: device, free memory, free disk, threads."""
 
+import contextlib
 import ctypes
 import os
 import re
@@ -74,10 +75,8 @@ def keep_memory_steady() -> None:
     By default it keeps freed buffers of up to 32 MB in the heap of the thread that freed them:
     100 to 150 MB more than is in use, measured (docs/log.md).
     """
-    try:
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-    except (OSError, AttributeError):
-        pass
 
 
 def usable_cores() -> int:

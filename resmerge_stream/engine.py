@@ -12,7 +12,7 @@ import torch
 
 from .card import render_card
 from .counting import counted
-from .device import choose_device, private_memory, usable_cores
+from .device import choose_device, keep_memory_steady, private_memory, usable_cores
 from .errors import NonFiniteError
 from .events import Event, Finished, Planned, Published, ShardFinished, TensorMerged
 from .layout import Shard
@@ -70,6 +70,7 @@ def run_merge(
     if done is not None:
         yield done
         return
+    keep_memory_steady()
     device = choose_device(plan.options.device)
     work = work_folder(plan.plan_hash, folder, plan.publication, work_dir)
     sink = open_sink(plan, folder, work)
