@@ -20,6 +20,7 @@ from .cli_options import (
 from .errors import RecipeError, ResMergeError, StoppedError
 from .events import Event
 from .plan import Plan, plan_merge
+from .planned import refused_plan
 from .recipe_file import load_recipe
 from .specs import format_size
 from .version import __version__
@@ -60,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except ResMergeError as exc:
-        console.failed(exc, as_json=getattr(args, "json", False))
+        if run is _plan and args.json and exc.exit_code == 2:
+            print(json.dumps(refused_plan(str(exc))))
+        else:
+            console.failed(exc, as_json=getattr(args, "json", False))
         return exc.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command continues.", file=sys.stderr)

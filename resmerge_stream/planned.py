@@ -257,3 +257,10 @@ def _lasting_name(ref: ModelRef) -> str:
     """Return a folder's absolute path, so that the working directory does not matter."""
     folder = Path(os.path.expanduser(ref.id))
     return str(folder.resolve()) if os.path.isdir(folder) else str(ref)
+
+
+def refused_plan(problem: str) -> dict[str, Any]:
+    """Return what `Plan.to_dict` would, for a recipe that is none: refused, for one reason."""
+    plan = Plan(Recipe(ModelRef(""), ()), Options())
+    plan.problems.append(problem)
+    return {**plan.to_dict(), "plan_hash": None}

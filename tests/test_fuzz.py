@@ -32,6 +32,13 @@ def specimen(tmp_path_factory):
     return Specimen(folder)
 
 
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """No name is looked up: a changed one may look like a repository of the Hub."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 def shown(failures):
     """Return the first failures as text, so that one run tells about several."""
     return f"{len(failures)} wrong\n" + "\n".join(failures[:20])
