@@ -83,6 +83,17 @@ def check_configs(base: Checkpoint, expert: Checkpoint, found: Findings) -> None
             )
 
 
+def check_small_files(base: Checkpoint, tokenizer: Checkpoint, found: Findings) -> None:
+    """Warn of files that a model is loaded with and that will be missing from the output."""
+    if not any(name in tokenizer.small_files for name in _TOKENIZER_FILES):
+        found.warnings.append(
+            f"{tokenizer.id} has no tokenizer files, so the output will have none; "
+            "--tokenizer-from takes them from elsewhere"
+        )
+    if "generation_config.json" not in base.small_files:
+        found.warnings.append(f"{base.id} has no generation_config.json; none will be written")
+
+
 def check_tokenizers(base: Checkpoint, expert: Checkpoint, found: Findings) -> None:
     """Warn where an expert's tokenizer files differ from the base's."""
     different = [

@@ -9,6 +9,7 @@ from .compat import (
     TensorSets,
     check_configs,
     check_quantised,
+    check_small_files,
     check_tokenizers,
     match_tensors,
 )
@@ -84,6 +85,7 @@ def plan_merge(
     plan.tensors = _tensors(plan, sets)
     plan.shards = _shards(plan)
     plan.config = output_config(plan.base, recipe.dtype)
+    check_small_files(plan.base, plan.tokenizer or plan.base, found)
     _check_code(plan, found)
     _estimate(plan)
     fit_memory(plan, found)

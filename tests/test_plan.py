@@ -569,3 +569,16 @@ def test_a_file_as_target_is_refused_by_the_plan(group, tmp_path):
     (tmp_path / "out").write_text("x")
 
     only_problem(plan_group(group, out=tmp_path / "out"), "is a file")
+
+
+def test_missing_small_files_are_a_warning(tmp_path):
+    """A base without a tokenizer or a generation config is merged, and the plan says what lacks."""
+    group = make_group(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (group.base / name).unlink(missing_ok=True)
+
+    plan = plan_group(group)
+
+    assert not plan.refused
+    assert any("no tokenizer files" in warning for warning in plan.warnings)
+    assert any("generation_config.json" in warning for warning in plan.warnings)
