@@ -1,0 +1,40 @@
+"""Command line: `python -m benchmarks.experts --out DIR --group small|wide [--only KIND]`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from .groups import GROUPS
+from .training import model_names, train_group
+
+KINDS = ("base", "rl", "sft")
+
+
+def main() -> None:
+    """Train what is missing of a group."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.experts",
+        description="Train a base model and its RL and SFT experts; finished models are kept.",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder that gets DIR/GROUP/MODEL")
+    parser.add_argument("--group", choices=GROUPS, default="small", help="which group")
+    parser.add_argument("--only", choices=KINDS, help="train only these models of the group")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=2,
+        help="CPU threads; the same weights come out only with the same number",
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    transformers_logging.disable_progress_bar()
+    kinds = (arguments.only,) if arguments.only else KINDS
+    train_group(GROUPS[arguments.group], arguments.out / arguments.group, names=model_names(kinds))
+
+
+if __name__ == "__main__":
+    main()

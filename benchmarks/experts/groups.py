@@ -1,0 +1,75 @@
+"""The two groups of experts: their seeds, widths and training settings.
+
+The numbers were found by trial; README.md says what was tried.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .corpus import SlipRates
+from .model import Shape
+from .rl import RLSettings
+from .supervised import SupervisedSettings
+
+# Prompts of each task in one pre-training batch: carrying needs the most practice.
+CORPUS_MIX = {"add": 54, "sort": 22, "reverse": 26, "close": 26}
+
+CORPUS_SLIPS = SlipRates(shortest=0.2, longest=0.8)
+
+# Prompts in one batch of an SFT expert, as many as in one of an RL expert.
+SFT_BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """A base and its experts.
+
+    Attributes:
+        name: of the group and its folder.
+        seed: of weights, prompts and sampling, in every training of the group.
+        shape: of the models.
+        pretraining: of the base, on the corpus.
+        rl: of each RL expert, on its own task.
+        sft: of each SFT expert, on right answers to its own task.
+    """
+
+    name: str
+    seed: int
+    shape: Shape
+    pretraining: SupervisedSettings
+    rl: RLSettings
+    sft: SupervisedSettings
+
+
+REINFORCEMENT = RLSettings(
+    steps=40,
+    prompts=256,
+    samples=8,
+    optimizer="sgd",
+    learning_rate=0.03,
+    warmup=5,
+    temperature=1.0,
+)
+
+FINE_TUNING = SupervisedSettings(steps=40, optimizer="sgd", learning_rate=0.03, warmup=5)
+
+SMALL = Group(
+    name="small",
+    seed=1,
+    shape=Shape(width=128, layers=5, feed_forward=384),
+    pretraining=SupervisedSettings(steps=1600, optimizer="adamw", learning_rate=2e-3, warmup=50),
+    rl=REINFORCEMENT,
+    sft=FINE_TUNING,
+)
+
+WIDE = Group(
+    name="wide",
+    seed=2,
+    shape=Shape(width=384, layers=3, feed_forward=768),
+    pretraining=SupervisedSettings(steps=900, optimizer="adamw", learning_rate=1e-3, warmup=50),
+    rl=REINFORCEMENT,
+    sft=FINE_TUNING,
+)
+
+GROUPS = {group.name: group for group in (SMALL, WIDE)}
