@@ -2,8 +2,7 @@
 
 Real pretraining data mixes right answers with wrong ones. So does this corpus, and on purpose: the
 base learns each task's right answer and its usual slip, and says either. Reinforcement then has
-something to select, and does so with small changes of the weights. From a clean corpus stopped half
-way to the same accuracy, the same gain takes three to four times larger ones (see README.md).
+something to select, and does so with small changes of the weights.
 """
 
 from __future__ import annotations
