@@ -1,6 +1,6 @@
 """The two groups of experts: their seeds, widths and training settings.
 
-The numbers were found by trial; README.md says what was tried.
+The numbers were found by trial;
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A base is trained by AdamW, experts by plain SGD. AdamW scales every weight's step to about the same
 size, so weights without much gradient of their own drift with its noise: in trials on these models
-it changed far more bf16 weights than SGD for the same gain (README.md).
+it changed far more bf16 weights than SGD for the same gain.
 """
 
 from __future__ import annotations

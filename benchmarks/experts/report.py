@@ -1,4 +1,4 @@
-"""Print a group's training log as the Markdown tables of README.md.
+"""Print a group's training log as Markdown tables.
 
 `python -m benchmarks.experts.report DIR/small/training_log.json`
 """
