@@ -15,7 +15,7 @@ from pathlib import Path
 
 from resmerge_stream.synthetic import QWEN25_05B, Shape, Updates, write_group
 
-from .measure import alternate, machine, median_seconds, merge_command, run
+from .measure import alternate, machine, median_seconds, merge_command, run, scratch_folder
 
 MB = 1_000_000
 
@@ -192,7 +192,7 @@ def main() -> None:
     """Run the chosen benchmarks."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.core", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
-    parser.add_argument("--dir", type=Path, default=Path("/dev/shm/resmerge-bench"))
+    parser.add_argument("--dir", type=Path, default=scratch_folder())
     parser.add_argument("--times", type=int, default=5, help="counted runs of each command")
     args = parser.parse_args()
     args.dir.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from resmerge_stream.synthetic import Shape, tensor_shapes
 from tests.hub_runs import MODELS, Bench, Run, make_bench
 from tests.loopback_hub import FAULTS, LoopbackHub, Sparse
 
-from .measure import run
+from .measure import run, scratch_folder
 
 _RATE, _LATENCY_S = 40e6, 0.05
 
@@ -306,7 +306,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("name", choices=("s5", "m4", "m5", "r1", "r2"))
-    parser.add_argument("--dir", type=Path, default=Path("/tmp/resmerge-bench-hub"))
+    parser.add_argument("--dir", type=Path, default=scratch_folder("hub"))
     parser.add_argument("--hidden", type=int, default=64, help="width of the model (64)")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model (4)")
     parser.add_argument("--shard", type=float, default=0.2, help="megabytes of a shard (0.2)")

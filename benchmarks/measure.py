@@ -5,6 +5,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -92,6 +93,13 @@ def private_bytes(pid: int) -> int:
         return 0
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     return sum(int(fields[k].split()[0]) * 1024 for k in ("RssAnon", "RssShmem") if k in fields)
+
+
+def scratch_folder(name: str = "") -> Path:
+    """Return where generated groups are kept: in memory where the system has such a folder."""
+    memory = Path("/dev/shm")
+    root = memory if memory.is_dir() else Path(tempfile.gettempdir())
+    return root / "resmerge-bench" / name
 
 
 def machine() -> str:

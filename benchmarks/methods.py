@@ -13,7 +13,7 @@ from pathlib import Path
 
 from resmerge_stream.synthetic import QWEN25_05B, Shape, Updates, write_group
 
-from .measure import alternate, machine, median_seconds, merge_command
+from .measure import alternate, machine, median_seconds, merge_command, scratch_folder
 
 SMALL = Shape(
     hidden_size=512, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=8,
@@ -86,7 +86,7 @@ def main() -> None:
     """Run the named benchmarks, all by default."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
-    parser.add_argument("--dir", type=Path, default=Path("/dev/shm/resmerge-bench"))
+    parser.add_argument("--dir", type=Path, default=scratch_folder())
     parser.add_argument("--times", type=int, default=3, help="counted runs of each command")
     parser.add_argument("--large", action="store_true", help="Qwen2.5-0.5B's shapes")
     args = parser.parse_args()

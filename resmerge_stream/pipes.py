@@ -151,11 +151,11 @@ class WriteBehind:
     """Runs writes in a thread, in order, behind their producer.
 
     Args:
-        limit: bytes that may wait.
+        limit: bytes that may wait; None for any number.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._window = _Window(limit)
+    def __init__(self, limit: int | None) -> None:
+        self._window = _Window(1 << 62 if limit is None else limit)
         self._waiting: deque[tuple[int, Callable[[], object]]] = deque()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -174,23 +174,25 @@ class WriteBehind:
             self._waiting.append((size, write))
             window.changed.notify_all()
 
-    def drain(self) -> None:
-        """Wait until everything queued is written.
+    def drain(self, *, down_to: int = 0) -> None:
+        """Wait until everything queued is written, or all but some bytes.
 
         Raises:
             BaseException: whatever a write raised.
         """
-        with self._window.changed:
-            self._window.changed.wait_for(lambda: self._window.used == 0 or self._window.error)
+        window, most = self._window, max(down_to, 0)
+        with window.changed:
+            window.changed.wait_for(lambda: window.used <= most or window.error)
             self._raise()
 
-    def close(self) -> None:
-        """Drop what still waits, and wait for the write that is under way."""
+    def close(self, *, wait: bool = True) -> None:
+        """Drop what still waits; the write that is under way is waited for, or ends by itself."""
         with self._window.changed:
             self._window.closed = True
             self._waiting.clear()
             self._window.changed.notify_all()
-        self._thread.join()
+        if wait:
+            self._thread.join()
 
     def _raise(self) -> None:
         if self._window.error is not None:

@@ -9,6 +9,7 @@ planning and ``--help`` stay light.
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -121,7 +122,7 @@ OTHER_CHOICES = ("mean", "sum", "base")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeMethod:
+class MergeMethod(ABC):
     """Base of every method.
 
     Class attributes:
@@ -138,6 +139,7 @@ class MergeMethod:
     url: ClassVar[str]
     weighted: ClassVar[bool] = False
 
+    @abstractmethod
     def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
         """Return the rule for a tensor, from its name and shape alone.
 
@@ -145,8 +147,8 @@ class MergeMethod:
             spec: the tensor as the base stores it, with a float dtype.
             experts: N.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Merge one matrix.
 
@@ -156,7 +158,6 @@ class MergeMethod:
 
         The result must not depend on anything but these arguments and the parameters.
         """
-        raise NotImplementedError
 
     def check_weights(self, weights: tuple[float, ...]) -> str | None:
         """Return what is wrong with the experts' weights, or None."""
@@ -170,8 +171,12 @@ class MergeMethod:
         return 0
 
     def counter(self, number: int, counted: Mapping[str, Any], experts: int) -> Counter:
-        """Return a fresh counter for pass `number` (from 0), given what earlier passes found."""
-        raise NotImplementedError
+        """Return a fresh counter for pass `number` (from 0), given what earlier passes found.
+
+        Raises:
+            ValueError: this method has no such pass.
+        """
+        raise ValueError(f"{self.name} has no counting pass {number}")
 
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
         """Return bytes needed for one m × n matrix beside the float32 task vectors."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,9 +36,9 @@ class SpectralMethod(MergeMethod):
             return other_rule(site)
         return self.merge_spectrum(vectors, site)
 
+    @abstractmethod
     def merge_spectrum(self, vectors: TaskVectors, site: Site) -> Update:
         """Merge one matrix that is not zero in all experts."""
-        raise NotImplementedError
 
 
 def product(

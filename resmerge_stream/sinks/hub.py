@@ -7,12 +7,13 @@ from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOpera
 
 from ..errors import OutputExistsError, PlanRefusedError
 from ..layout import Shard
+from ..pipes import WriteBehind
 from .folder import FolderSink
 from .hub_discard import discard_sibling
 from .hub_repo import MovedError, Operation
 from .hub_staging import Staging, branch_name
 from .hub_target import HubTarget, has_xet, no_xet, replaced_files, staging_repo
-from .hub_upload import StreamedShard, Uploads, upload_file
+from .hub_upload import StreamedShard, upload_file
 from .sink import ShardWriter
 
 
@@ -58,7 +59,7 @@ class HubSink:
         allowed = target.publication.max_disk
         self._disk = 2 * largest if allowed is None else allowed
         self._sent = 0
-        self._uploads = Uploads()
+        self._uploads = WriteBehind(None)
         self._resume()
 
     @property
@@ -77,7 +78,7 @@ class HubSink:
             self._streamed[shard.name] = writer
             return writer
         if not self._keep_files:
-            self._uploads.wait_until(self._disk - shard.nbytes)
+            self._uploads.drain(down_to=self._disk - shard.nbytes)
         return self._shelf.open_shard(shard)
 
     def keep(self, shard: Shard, entry: Mapping[str, Any]) -> None:
@@ -88,7 +89,7 @@ class HubSink:
 
     def publish(self, files: Mapping[str, bytes]) -> str:
         """Wait for the uploads, make the one commit on main, set the visibility, clean up."""
-        self._uploads.wait_until(0)
+        self._uploads.drain()
         repo = self._target.repo
         _, stale = replaced_files(self._target, [*self._shards, *files])
         try:
@@ -114,13 +115,15 @@ class HubSink:
 
     def abandon(self) -> None:
         """Remove what this run staged, since it can never be finished."""
-        self._uploads.close()
+        # An interrupted command must not wait for gigabytes to be sent.
+        self._uploads.close(wait=False)
         self._staging.repo.delete_branch(self._staging.branch)
         self._shelf.abandon()
 
     def close(self) -> None:
         """Stop sending, and release the lock."""
-        self._uploads.close()
+        # An interrupted command must not wait for gigabytes to be sent.
+        self._uploads.close(wait=False)
         self._shelf.close()
 
     def _ensure_repo(self) -> str:

@@ -1,8 +1,5 @@
 """Sending shards to the Hub behind the merge: from a file, or as they are merged."""
 
-import threading
-from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd
@@ -146,68 +143,3 @@ class StreamedShard:
 
     def _explained(self, exc: BaseException) -> Exception:
         return explain(exc, f"send {self._shard.name} to {self._repo.id}")
-
-
-class Uploads:
-    """One thread that does jobs in order, and lets their number of bytes be waited for."""
-
-    def __init__(self) -> None:
-        self._jobs: deque[tuple[int, Callable[[], None]]] = deque()
-        self._pending = 0
-        self._error: BaseException | None = None
-        self._closed = False
-        self._changed = threading.Condition()
-        # A daemon: an interrupted command must not wait for gigabytes to be sent.
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def put(self, nbytes: int, job: Callable[[], None]) -> None:
-        """Queue a job that sends some bytes.
-
-        Raises:
-            BaseException: what an earlier job raised.
-        """
-        with self._changed:
-            self._raise()
-            self._pending += nbytes
-            self._jobs.append((nbytes, job))
-            self._changed.notify_all()
-
-    def wait_until(self, limit: int) -> None:
-        """Wait until at most `limit` bytes are unsent.
-
-        Raises:
-            BaseException: what a job raised.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: self._pending <= max(limit, 0) or self._error)
-            self._raise()
-
-    def close(self) -> None:
-        """Drop what still waits; what is under way ends by itself."""
-        with self._changed:
-            self._closed = True
-            self._jobs.clear()
-            self._changed.notify_all()
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._jobs or self._closed)
-                if self._closed:
-                    return
-                nbytes, job = self._jobs.popleft()
-            try:
-                job()
-            except BaseException as exc:  # handed to the merge, whatever it is
-                with self._changed:
-                    self._error = exc
-                    self._changed.notify_all()
-                return
-            with self._changed:
-                self._pending -= nbytes
-                self._changed.notify_all()
