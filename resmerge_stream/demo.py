@@ -5,7 +5,7 @@ from .recipe import ModelRef, Recipe
 from .synthetic import Shape, Updates, write_group
 
 EXPERTS = 3
-_VERSION = "v1"
+_VERSION = "v2"
 
 
 def built_in_recipe() -> Recipe:

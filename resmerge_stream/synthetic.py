@@ -177,14 +177,16 @@ def _write_small_files(target: Path, shape: Shape, dtype: str) -> None:
         "dtype": DTYPES[dtype].torch_name,
     }
     generation = {"do_sample": False, "max_new_tokens": 16}
-    vocabulary = {f"<{number}>": number for number in range(min(shape.vocab_size, 256))}
+    # Bytes without merges: transformers reads any Qwen2 tokenizer as byte-level BPE.
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
     tokenizer = {
         "version": "1.0",
         "added_tokens": [],
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<0>"},
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": _byte_vocabulary(shape.vocab_size), "merges": []},
     }
-    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<0>"}
+    tokenizer_config = {"tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": False}
     for name, document in (
         ("config.json", config),
         ("generation_config.json", generation),
@@ -193,3 +195,11 @@ def _write_small_files(target: Path, shape: Shape, dtype: str) -> None:
     ):
         text = json.dumps(document, indent=2) + "\n"
         (target / name).write_text(text, encoding="utf-8")
+
+
+def _byte_vocabulary(size: int) -> dict[str, int]:
+    """Return the characters that byte-level BPE writes for bytes, printable ones first."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = len(set(range(256)) - set(printable))
+    characters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(others)]
+    return {character: number for number, character in enumerate(characters[:size])}

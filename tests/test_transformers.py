@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from resmerge_stream.synthetic import Shape, write_group
 from tests.checkpoints import make_group, merge, read_tensors
 
 transformers = pytest.importorskip("transformers")
@@ -43,3 +44,14 @@ def test_a_merge_in_another_dtype_loads_in_it(group, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(merged.out, dtype="auto")
 
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+
+
+def test_a_made_up_model_reads_and_writes_text(tmp_path):
+    """The tokenizer of a made-up group is one that transformers loads for it."""
+    write_group(tmp_path, Shape(), experts=1)
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
+    ids = tokenizer("Merge: 1 + 2 = é")["input_ids"]
+
+    assert len(ids) == len("Merge: 1 + 2 = é".encode())
+    assert tokenizer.decode(ids) == "Merge: 1 + 2 = é"

@@ -48,12 +48,16 @@ class Opcm(SpectralMethod):
         return _Norms(self, experts)
 
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
-        """Return the scaled M; ``sum`` tensors are part of it, as in the code."""
-        merged = math.sqrt(site.counted["opcm_merged_sq"])
-        norms = [math.sqrt(square) for square in site.counted["opcm_norms_sq"]]
-        factor = self.scale * sum(norms) / len(norms) / merged if merged > 0 else 0.0
-        if not site.rule.needs_matrix:
-            return self._scaled_other(vectors, site, factor)
+        """Merge a matrix by its chain; ``sum`` tensors get the same factor, as in the code."""
+        if site.rule.needs_matrix:
+            return self.merge_spectrum(vectors, site)
+        sum_factor = self._factor(site)
+        coefficient = {"mean": 1 / vectors.count, "sum": sum_factor, "base": 0.0}[self.other]
+        return linear([coefficient] * vectors.count, self.other)
+
+    def merge_spectrum(self, vectors: TaskVectors, site: Site) -> Update:
+        """Return M with the factor that the whole model's norms call for."""
+        factor = self._factor(site)
         M = self.chain(vectors)
 
         def rows(block: slice, stack: Tensor) -> Tensor:
@@ -90,9 +94,10 @@ class Opcm(SpectralMethod):
         short = min(m, n)
         return 8 * m * n + svd_bytes(m, n) + 8 * (m + n) * short + 12 * short**2
 
-    def _scaled_other(self, vectors: TaskVectors, site: Site, factor: float) -> Update:
-        coefficient = {"mean": 1 / vectors.count, "sum": factor, "base": 0.0}[self.other]
-        return linear([coefficient] * vectors.count, self.other)
+    def _factor(self, site: Site) -> float:
+        merged = math.sqrt(site.counted["opcm_merged_sq"])
+        norms = [math.sqrt(square) for square in site.counted["opcm_norms_sq"]]
+        return self.scale * sum(norms) / len(norms) / merged if merged > 0 else 0.0
 
 
 class _Norms:
