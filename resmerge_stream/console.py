@@ -12,6 +12,7 @@ from .events import (
     Event,
     Finished,
     Planned,
+    Progressed,
     Published,
     ShardFinished,
     TensorMerged,
@@ -96,13 +97,17 @@ def follow(events: Iterable[Event]) -> None:
                     file=sys.stderr,
                     mininterval=0.5,
                 )
-            elif isinstance(event, TensorMerged):
-                bar.update(event.bytes_written - getattr(bar, "written", 0))
-                bar.written = event.bytes_written
-                bar.set_postfix_str(event.tensor[-40:], refresh=False)
+            elif isinstance(event, Counted):
+                bar.set_postfix_str(
+                    f"counting first, {event.number} of {event.passes}: {event.tensor[-40:]}"
+                )
             elif isinstance(event, ShardFinished):
                 if event.resumed:
                     bar.update(event.bytes)
+            elif isinstance(event, Progressed):
+                bar.update(event.bytes_written - getattr(bar, "written", 0))
+                bar.written = event.bytes_written
+                bar.set_postfix_str(_pace(event), refresh=not isinstance(event, TensorMerged))
             elif isinstance(event, Published):
                 bar.set_postfix_str("")
                 bar.close()
@@ -111,6 +116,16 @@ def follow(events: Iterable[Event]) -> None:
     finally:
         if bar is not None:
             bar.close()
+
+
+def _pace(event: Progressed) -> str:
+    """Return what the bar of a merge does not say: the tensor, or what is sent, and how long."""
+    parts = [event.tensor[-40:]] if isinstance(event, TensorMerged) else []
+    if event.bytes_sent:
+        parts.append(f"sent {format_size(event.bytes_sent)}, {format_size(event.sent_speed)}/s")
+    if event.seconds_left is not None and not isinstance(event, TensorMerged):
+        parts.append(f"{event.seconds_left:.0f} s left")
+    return ", ".join(parts)
 
 
 def count(events: Iterable[Event]) -> None:

@@ -2,9 +2,7 @@
 
 import contextlib
 import os
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +10,17 @@ import torch
 
 from .card import render_card
 from .counting import counted
-from .device import choose_device, keep_memory_steady, private_memory, usable_cores
+from .device import choose_device, keep_memory_steady, usable_cores
 from .errors import NonFiniteError
-from .events import Event, Finished, Planned, Published, ShardFinished, TensorMerged
+from .events import Event, Finished, Planned, Progressed, Published, ShardFinished, TensorMerged
 from .layout import Shard
 from .memory import WRITE_QUEUE_BYTES
 from .merging import Merger, Prepared
 from .opening import finished_already, open_sink
 from .pieces import Piece, row_ranges
-from .pipes import Ahead, Held, WriteBehind
+from .pipes import Ahead, Held, WriteBehind, meanwhile
 from .plan import Plan, PlannedTensor
+from .progress import Progress
 from .publication import work_folder
 from .report import build_report
 from .sinks import Sink
@@ -31,16 +30,8 @@ from .version import __version__
 
 # Bytes of sources that may be read ahead; from a folder these are mapped pages, not private memory.
 READ_AHEAD_BYTES = 256_000_000
-
-
-@dataclass(slots=True)
-class _Progress:
-    started: float = field(default_factory=time.monotonic)
-    bytes_read: int = 0
-    bytes_written: int = 0
-    peak_private: int = 0
-    entries: list[dict[str, Any]] = field(default_factory=list)
-    files: list[dict[str, Any]] = field(default_factory=list)
+# How long nothing may be heard of a run.
+_TICK_S = 1.0
 
 
 def run_merge(
@@ -85,14 +76,17 @@ def run_merge(
 
 
 def _run(plan: Plan, sink: Sink, work_dir: Path, device: torch.device) -> Iterator[Event]:
-    progress = _Progress()
+    progress = Progress(lambda: sink.bytes_sent)
     yield Planned(plan=plan.to_dict())
-    merger = Merger(plan, device, lambda: _sample(progress))
+    merger = Merger(plan, device, progress.sample_memory)
     if plan.opened[1].counting_passes():
         with _reading_ahead(plan, [tensor for tensor in plan.tensors.values() if tensor.rule]):
             yield from counted([plan], [merger], reads, work_dir / "counted.json")
     kept = sink.finished_shards()
     unmerged = [shard for shard in plan.shards if shard.name not in kept]
+    progress.merge_bytes = sum(shard.nbytes for shard in unmerged)
+    progress.send_bytes = sink.bytes_to_send
+    progress.start_merging()
     with _reading_ahead(plan, (plan.tensors[t.name] for shard in unmerged for t in shard.tensors)):
         for shard in plan.shards:
             entry = kept.get(shard.name)
@@ -107,13 +101,15 @@ def _run(plan: Plan, sink: Sink, work_dir: Path, device: torch.device) -> Iterat
                 resumed=shard.name in kept,
                 shards_done=len(progress.files),
                 shards=len(plan.shards),
+                **progress.now(),
             )
+    yield from _waiting(sink.settle, progress)
     report = build_report(
         plan,
         progress.entries,
         progress.files,
         environment=environment(merger.device),
-        seconds=time.monotonic() - progress.started,
+        seconds=progress.seconds,
         bytes_read=progress.bytes_read,
         bytes_written=progress.bytes_written,
         peak_private_bytes=progress.peak_private,
@@ -125,9 +121,10 @@ def _run(plan: Plan, sink: Sink, work_dir: Path, device: torch.device) -> Iterat
 
 
 def _merge_shard(
-    plan: Plan, shard: Shard, sink: Sink, merger: Merger, progress: _Progress
+    plan: Plan, shard: Shard, sink: Sink, merger: Merger, progress: Progress
 ) -> Generator[Event, None, dict[str, Any]]:
     """Merge one shard; the generator's value is its journal entry."""
+    yield from _waiting(lambda: sink.make_room(shard), progress)
     writer = sink.open_shard(shard)
     entries: list[dict[str, Any]] = []
     finished = False
@@ -140,6 +137,9 @@ def _merge_shard(
             queue.put(len(data), lambda: writer.write(data))
 
         for prepared in _prepared(plan, shard, merger, progress, threads):
+            if prepared is None:
+                yield Progressed(**progress.now())
+                continue
             entry = merger.finish(prepared, write)
             if entry is None:
                 continue
@@ -150,10 +150,9 @@ def _merge_shard(
                 tensor=spec.name,
                 rule=entry["rule"],
                 entry=entry,
-                bytes_read=progress.bytes_read,
-                bytes_written=progress.bytes_written,
+                **progress.now(),
             )
-        queue.drain()
+        yield from _waiting(queue.drain, progress)
         sha256 = writer.finish()
         finished = True
     result = {"name": shard.name, "size": shard.nbytes, "sha256": sha256, "tensors": entries}
@@ -161,10 +160,18 @@ def _merge_shard(
     return result
 
 
+def _waiting(call: Callable[[], None], progress: Progress) -> Iterator[Event]:
+    """Do what may take long; yield how far the run is until it is done."""
+    return meanwhile(call, _TICK_S, lambda: Progressed(**progress.now()))
+
+
 def _prepared(
-    plan: Plan, shard: Shard, merger: Merger, progress: _Progress, threads: contextlib.ExitStack
-) -> Iterator[Prepared]:
-    """Yield the shard's pieces in file order, read and decided ahead by threads."""
+    plan: Plan, shard: Shard, merger: Merger, progress: Progress, threads: contextlib.ExitStack
+) -> Iterator[Prepared | None]:
+    """Yield the shard's pieces in file order, read and decided ahead by threads.
+
+    None comes once a second while the next one is not ready.
+    """
     tensors = [plan.tensors[spec.name] for spec in shard.tensors]
     reader = Ahead(reads(plan, tensors), plan.read_ahead_bytes or READ_AHEAD_BYTES)
     threads.callback(reader.close)
@@ -185,17 +192,16 @@ def _prepared(
         keeps=lambda done: done[1].nbytes,
     )
     threads.callback(decider.close)
-    for decided in decider:
+    for decided in decider.within(_TICK_S):
+        if decided is None:
+            yield None
+            continue
         piece, prepared = decided.value
         yield prepared
         del prepared
         piece.value.close()
         piece.release()
         decided.release()
-
-
-def _sample(progress: _Progress) -> None:
-    progress.peak_private = max(progress.peak_private, private_memory())
 
 
 def workers(device: torch.device) -> int:

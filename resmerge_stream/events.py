@@ -1,4 +1,7 @@
-"""What a run reports, in order: planned, (counted,) tensors and shards, published, finished."""
+"""What a run reports, in order: planned, (counted,) tensors and shards, published, finished.
+
+Between any two of them, once a second: progress.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -61,28 +64,46 @@ class Analysed(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TensorMerged(Event):
+class Progressed(Event):
+    """How far a run is; also sent by itself, once a second while nothing else is to be told.
+
+    Attributes:
+        bytes_read, bytes_written, bytes_sent: of this run so far; sent means to the Hub.
+        read_speed, write_speed, sent_speed: the same a second, over the last ten seconds.
+        seconds: since the run started.
+        seconds_left: until everything is merged and sent, at the mean speed so far; None as long
+            as there is nothing to tell it from.
+    """
+
+    name: ClassVar[str] = "progress"
+    bytes_read: int = 0
+    bytes_written: int = 0
+    bytes_sent: int = 0
+    read_speed: float = 0.0
+    write_speed: float = 0.0
+    sent_speed: float = 0.0
+    seconds: float = 0.0
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorMerged(Progressed):
     """A tensor was merged, cast and handed to the writer.
 
     Attributes:
         tensor: its name.
         rule: the rule that was applied.
         entry: its row of the report.
-        bytes_read, bytes_written: of this run so far.
-        bytes_sent: of finished shards, to the Hub, by this run so far.
     """
 
     name: ClassVar[str] = "tensor"
     tensor: str
     rule: str
     entry: Mapping[str, Any]
-    bytes_read: int
-    bytes_written: int
-    bytes_sent: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardFinished(Event):
+class ShardFinished(Progressed):
     """A shard is durable under its temporary name, or was so before this run.
 
     Attributes:
@@ -91,7 +112,6 @@ class ShardFinished(Event):
         sha256: in hex.
         resumed: whether an earlier run made it.
         shards_done, shards: progress.
-        bytes_sent: of finished shards, to the Hub, by this run so far.
     """
 
     name: ClassVar[str] = "shard"
@@ -101,7 +121,6 @@ class ShardFinished(Event):
     resumed: bool
     shards_done: int
     shards: int
-    bytes_sent: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+E = TypeVar("E")
 
 
 class _Window:
@@ -77,14 +78,23 @@ class Ahead(Generic[T]):
             thread.start()
 
     def __iter__(self) -> Iterator[Held[T]]:
+        return (result for result in self.within(None) if result is not None)
+
+    def within(self, seconds: float | None) -> Iterator[Held[T] | None]:
+        """Yield the results in order, and None whenever the next one took longer than that."""
         for number in itertools.count():
-            with self._window.changed:
-                self._window.changed.wait_for(
-                    lambda number=number: number in self._results or self._no_more(number)  # type: ignore[misc]
-                )
-                if number not in self._results:
-                    return
-                result = self._results.pop(number)
+            while True:
+                with self._window.changed:
+                    ready = self._window.changed.wait_for(
+                        lambda number=number: number in self._results or self._no_more(number),  # type: ignore[misc]
+                        seconds,
+                    )
+                    result = self._results.pop(number, None)
+                if ready:
+                    break
+                yield None
+            if result is None:
+                return
             if isinstance(result, BaseException):
                 raise result
             yield result
@@ -175,14 +185,14 @@ class WriteBehind:
             window.changed.notify_all()
 
     def drain(self, *, down_to: int = 0) -> None:
-        """Wait until everything queued is written, or all but some bytes.
+        """Wait until everything queued is written, or all but some bytes, or it was closed.
 
         Raises:
             BaseException: whatever a write raised.
         """
         window, most = self._window, max(down_to, 0)
         with window.changed:
-            window.changed.wait_for(lambda: window.used <= most or window.error)
+            window.changed.wait_for(lambda: window.used <= most or window.error or window.closed)
             self._raise()
 
     def close(self, *, wait: bool = True) -> None:
@@ -217,3 +227,33 @@ class WriteBehind:
             with window.changed:
                 window.used -= size
                 window.changed.notify_all()
+
+
+def meanwhile(call: Callable[[], object], seconds: float, tick: Callable[[], E]) -> Iterator[E]:
+    """Run a call in a thread, and yield a tick every so many seconds until it is done.
+
+    Args:
+        call: may be left running when the iterator is closed, so it must end when what it waits
+            for is closed.
+        seconds: between two ticks.
+        tick: makes what is yielded.
+
+    Raises:
+        BaseException: whatever the call raised.
+    """
+    done = threading.Event()
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as exc:  # handed to the caller, whatever it is
+            errors.append(exc)
+        finally:
+            done.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    while not done.wait(seconds):
+        yield tick()
+    if errors:
+        raise errors[0]

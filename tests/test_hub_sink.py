@@ -54,6 +54,26 @@ def test_the_last_event_has_the_commit(bench: Bench) -> None:
     assert done.last["where"] == f"{bench.hub.endpoint}/alice/event/commit/{commit}"
 
 
+def test_a_slow_upload_is_told_of(bench: Bench) -> None:
+    """While everything is merged and shards are still being sent, progress keeps coming."""
+    bench.hub.limits.up = 100_000
+    done = bench.merge("--push-to", "alice/slow")
+    bench.hub.limits.up = None
+
+    assert done.code == 0, done.err
+    shards = sum(shard["bytes"] for shard in done.events[0]["plan"]["shards"])
+    last_tensor = max(n for n, event in enumerate(done.events) if event["event"] == "shard")
+    told = [event for event in done.events[last_tensor:] if event["event"] == "progress"]
+    assert told
+    for event in told:
+        assert event["bytes_written"] <= shards
+        assert 0 <= event["bytes_sent"] <= shards
+        assert event["seconds_left"] >= 0
+    counts = [event["bytes_sent"] for event in done.events if "bytes_sent" in event]
+    assert counts == sorted(counts)
+    assert counts[-1] > 0
+
+
 def test_the_card_recipe_and_report_are_there(bench: Bench) -> None:
     """Card, report, recipe and picture are published with the weights."""
     bench.merge("--push-to", "alice/card")

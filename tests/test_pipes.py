@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from resmerge_stream.pipes import Ahead, WriteBehind
+from resmerge_stream.pipes import Ahead, WriteBehind, meanwhile
 
 
 def jobs(count, size=1, started=None):
@@ -181,3 +181,50 @@ def test_closing_drops_what_waits():
     assert len(written) <= 1
     before = list(written)
     assert written == before
+
+
+def test_a_late_result_is_told_of():
+    """While a result is not ready, the consumer hears so, and then gets it."""
+    ready = threading.Event()
+    ahead = Ahead([(1, lambda: ready.wait() and "there")], 8)
+    results = ahead.within(0.01)
+
+    assert next(results) is None
+    ready.set()
+
+    assert next(held.value for held in results if held is not None) == "there"
+    ahead.close()
+
+
+def test_ticks_come_until_the_call_is_done():
+    """While a call runs there is a tick every so often, and none afterwards."""
+    done = threading.Event()
+    ticks = meanwhile(done.wait, 0.01, lambda: "tick")
+
+    assert [next(ticks), next(ticks)] == ["tick", "tick"]
+    done.set()
+    assert set(ticks) <= {"tick"}
+
+
+def test_an_error_of_the_call_is_raised():
+    """What the call raises is raised to who waits for it."""
+
+    def fail():
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        list(meanwhile(fail, 1.0, lambda: None))
+
+
+def test_closing_ends_a_wait_for_writes():
+    """Whoever waits for writes to be done is let go when they are given up."""
+    go_on = threading.Event()
+    writes = WriteBehind(None)
+    writes.put(1, go_on.wait)
+    waiting = meanwhile(writes.drain, 0.01, lambda: "tick")
+    assert next(waiting) == "tick"
+
+    writes.close(wait=False)
+
+    assert set(waiting) <= {"tick"}
+    go_on.set()

@@ -124,6 +124,12 @@ class FolderSink:
         """Return the entries of shards that the journal lists and whose files are there."""
         return self._finished
 
+    def make_room(self, shard: Shard) -> None:
+        """Nothing to wait for: the plan looked at the disk."""
+
+    def settle(self) -> None:
+        """Nothing to wait for: a shard stays where it was written."""
+
     def open_shard(self, shard: Shard) -> SafetensorsFile:
         """Start a shard under its temporary name."""
         return SafetensorsFile(self._part(shard.name), shard)
@@ -170,6 +176,11 @@ class FolderSink:
 
     @property
     def bytes_sent(self) -> int:
+        """Nothing: a folder is on this machine."""
+        return 0
+
+    @property
+    def bytes_to_send(self) -> int:
         """Nothing: a folder is on this machine."""
         return 0
 

@@ -58,27 +58,42 @@ class HubSink:
         largest = max((shard.nbytes for shard in shards), default=0)
         allowed = target.publication.max_disk
         self._disk = 2 * largest if allowed is None else allowed
-        self._sent = 0
+        self._sent = self._sending = 0
         self._uploads = WriteBehind(None)
         self._resume()
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes of shards that this run has sent and committed."""
-        return self._sent
+        """Bytes that this run has sent: shards, and what is read of one that goes as a file.
+
+        hf_xet does not tell how far it is: with Xet storage, whole shards are counted.
+        """
+        return self._sent + self._sending
+
+    @property
+    def bytes_to_send(self) -> int:
+        """Bytes of the shards that were not staged when this run began."""
+        return sum(s.nbytes for name, s in self._shards.items() if name not in self._staged_before)
 
     def finished_shards(self) -> Mapping[str, dict[str, Any]]:
         """Return the entries of shards that need not be merged again."""
         return self._finished
 
+    def make_room(self, shard: Shard) -> None:
+        """Wait until the disk has room beside the shards that are being sent."""
+        if not self._keep_files and not self._streams:
+            self._uploads.drain(down_to=self._disk - shard.nbytes)
+
+    def settle(self) -> None:
+        """Wait until every shard is staged on the Hub."""
+        self._uploads.drain()
+
     def open_shard(self, shard: Shard) -> ShardWriter:
-        """Start a shard, once the disk has room beside those that are being sent."""
+        """Start a shard: a file, or a stream."""
         if self._streams:
             writer = StreamedShard(self._staging.repo, self._staging.branch, shard)
             self._streamed[shard.name] = writer
             return writer
-        if not self._keep_files:
-            self._uploads.drain(down_to=self._disk - shard.nbytes)
         return self._shelf.open_shard(shard)
 
     def keep(self, shard: Shard, entry: Mapping[str, Any]) -> None:
@@ -88,8 +103,7 @@ class HubSink:
         self._uploads.put(shard.nbytes, lambda: self._send(shard, entry))
 
     def publish(self, files: Mapping[str, bytes]) -> str:
-        """Wait for the uploads, make the one commit on main, set the visibility, clean up."""
-        self._uploads.drain()
+        """Make the one commit on main, set the visibility, clean up."""
         repo = self._target.repo
         _, stale = replaced_files(self._target, [*self._shards, *files])
         try:
@@ -146,6 +160,7 @@ class HubSink:
             for name, entry in self._staging.entries.items()
             if name in self._shards and entry["size"] == self._shards[name].nbytes
         }
+        self._staged_before = set(staged)
         self._finished = on_shelf if self._keep_files else {**staged, **on_shelf}
         for name, entry in on_shelf.items():
             shard = self._shards[name]
@@ -155,6 +170,7 @@ class HubSink:
         known = self._staging.entries.get(shard.name)
         if known is None or known["sha256"] != entry["sha256"]:
             self._staging.stage(self._upload(shard, entry), entry)
+            self._sending = 0
             self._sent += shard.nbytes
         if not self._keep_files and not self._streams:
             self._shelf.free(shard.name)
@@ -169,7 +185,11 @@ class HubSink:
             self._shelf.path_of(shard.name),
             shard.name,
             str(entry["sha256"]),
+            self._now_at,
         )
+
+    def _now_at(self, position: int) -> None:
+        self._sending = position
 
     def _final_operations(self, files: Mapping[str, bytes], stale: list[str]) -> list[Operation]:
         staging = self._staging

@@ -1,6 +1,10 @@
 """Sending shards to the Hub behind the merge: from a file, or as they are merged."""
 
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from huggingface_hub import CommitOperationAdd
 from huggingface_hub.lfs import UploadInfo
@@ -20,8 +24,32 @@ _SAMPLE_BYTES = 512
 _TRIES = 3
 
 
+class _Watched(CommitOperationAdd):
+    """A file to be sent, which tells how far it was read."""
+
+    now_at: Callable[[int], None]
+
+    @contextmanager
+    def as_file(self, with_tqdm: bool = False) -> Iterator[BinaryIO]:
+        now_at = self.now_at
+
+        class File(io.FileIO):
+            def read(self, size: int | None = -1, /) -> bytes:
+                data = super().read(-1 if size is None else size)
+                now_at(self.tell())
+                return data
+
+        with File(str(self.path_or_fileobj)) as file:
+            yield file
+
+
 def upload_file(
-    repo: HubRepo, branch: str, path: Path, name: str, sha256: str
+    repo: HubRepo,
+    branch: str,
+    path: Path,
+    name: str,
+    sha256: str,
+    now_at: Callable[[int], None],
 ) -> CommitOperationAdd:
     """Send a shard that lies in a file; return what commits it.
 
@@ -31,11 +59,13 @@ def upload_file(
         path: the file.
         name: of the shard.
         sha256: in hex, taken when the file was written.
+        now_at: is called with how many of its bytes were read to be sent, where that is known.
 
     Raises:
         StoppedError: the network or the Hub kept failing, or the storage is full.
     """
-    operation = CommitOperationAdd(name, str(path))
+    operation = _Watched(name, str(path))
+    operation.now_at = now_at
     operation.upload_info.sha256 = bytes.fromhex(sha256)
     patiently(
         lambda: repo.api.preupload_lfs_files(

@@ -36,6 +36,12 @@ class ReportOnlySink:
         """Return nothing: nothing is resumed."""
         return {}
 
+    def make_room(self, shard: Shard) -> None:
+        """Nothing to wait for."""
+
+    def settle(self) -> None:
+        """Nothing to wait for."""
+
     def open_shard(self, shard: Shard) -> _Dropped:
         """Return a writer that drops the bytes."""
         return _Dropped()
@@ -59,6 +65,11 @@ class ReportOnlySink:
 
     @property
     def bytes_sent(self) -> int:
+        """Nothing goes to the Hub."""
+        return 0
+
+    @property
+    def bytes_to_send(self) -> int:
         """Nothing goes to the Hub."""
         return 0
 

@@ -31,23 +31,45 @@ class Sink(Protocol):
 
     Attributes:
         bytes_sent: to the Hub by this run, so far.
+        bytes_to_send: to the Hub by this run, in all.
     """
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that this run has sent to the Hub so far."""
+        """Bytes of weights that this run has sent to the Hub so far."""
+        ...
+
+    @property
+    def bytes_to_send(self) -> int:
+        """Bytes of weights that this run sends to the Hub in all."""
         ...
 
     def finished_shards(self) -> Mapping[str, dict[str, Any]]:
         """Return the journal's entry of every shard that an earlier run finished, by name."""
         ...
 
+    def make_room(self, shard: Shard) -> None:
+        """Wait until there is room for a shard; returns early when the sink is closed.
+
+        Raises:
+            StoppedError: what was to make the room failed.
+        """
+        ...
+
     def open_shard(self, shard: Shard) -> ShardWriter:
-        """Start a shard; its header is written at once."""
+        """Start a shard for which there is room; its header is written at once."""
         ...
 
     def keep(self, shard: Shard, entry: Mapping[str, Any]) -> None:
         """Record a finished shard in the journal, so that a later run need not make it again."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until every shard is where it has to be; returns early when the sink is closed.
+
+        Raises:
+            StoppedError: the Hub kept failing.
+        """
         ...
 
     def publish(self, files: Mapping[str, bytes]) -> str:
