@@ -682,6 +682,24 @@ class TestRefusedValues:
         assert repaired == merged(tmp_path / "clean", *models(group))
 
 
+def test_a_name_that_leads_nowhere_is_told_of_as_both(tmp_path):
+    """A mistyped folder that looks like a repository id: the message says it is no folder too."""
+    done = command(
+        "plan",
+        "--base",
+        "models/maht",
+        "--expert",
+        "models/code",
+        cwd=tmp_path,
+        HF_ENDPOINT="http://127.0.0.1:9",
+        PYTHONPATH=str(ROOT),
+    )
+
+    assert done.returncode == 3
+    assert "cannot read models/maht on the Hub" in done.stderr
+    assert "Nor is there a folder 'models/maht' here." in done.stderr
+
+
 def start(*args, limit_bytes=None):
     """Start the command line so that an interrupt reaches it, whatever started the tests."""
     code = (

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from ..errors import CheckpointNotFoundError, shown
+from ..errors import CheckpointNotFoundError, StoppedError, shown
 from ..recipe import ModelRef
 from .checkpoint import Checkpoint, SourceFile, StoredTensor
 from .local import LocalCheckpoint
@@ -40,4 +40,8 @@ def open_checkpoint(
         )
     from .hub import HubCheckpoint
 
-    return HubCheckpoint.open(ref, token=token, commit=commit)
+    try:
+        return HubCheckpoint.open(ref, token=token, commit=commit)
+    except (CheckpointNotFoundError, StoppedError) as exc:
+        # A mistyped folder looks like a repository id.
+        raise type(exc)(f"{exc} Nor is there a folder {shown(ref.id)} here.") from exc

@@ -76,6 +76,7 @@ class HubCheckpoint:
                 ref.id, revision=commit or ref.revision, files_metadata=True, timeout=30
             ),
             what=f"read {name} on the Hub",
+            unreachable_tries=3,
         )
         checkpoint = cls(ref, info, api)
         checkpoint._read_model()

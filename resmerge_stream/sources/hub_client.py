@@ -53,13 +53,16 @@ def client(token: str | None) -> HfApi:
     return HfApi(token=token, library_name="resmerge-stream")
 
 
-def patiently(call: Callable[[], T], *, what: str, tries: int = TRIES) -> T:
+def patiently(
+    call: Callable[[], T], *, what: str, tries: int = TRIES, unreachable_tries: int | None = None
+) -> T:
     """Return what a call to the Hub returns, after waiting out what passes.
 
     Args:
         call: is made again after a time-out, a lost connection, a rate limit or a server error.
         what: what is being done, for the message.
         tries: how often at most.
+        unreachable_tries: how often while there is not even a connection; as `tries` when None.
 
     Raises:
         ResMergeError: the Hub said no (see `explain`), or kept failing.
@@ -68,7 +71,9 @@ def patiently(call: Callable[[], T], *, what: str, tries: int = TRIES) -> T:
         try:
             return call()
         except FAILURES as exc:
-            if number == tries or not is_transient(exc):
+            cut_off = any(isinstance(link, httpx2.ConnectError) for link in _chain(exc))
+            most = min(tries, unreachable_tries or tries) if cut_off else tries
+            if number >= most or not is_transient(exc):
                 raise explain(exc, what) from exc
             time.sleep(wait_seconds(number, exc))
     raise AssertionError("unreachable")
