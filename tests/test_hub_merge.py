@@ -59,9 +59,12 @@ def finish(bench: Bench, repo_id: str, *arguments: str) -> list[Run]:
     raise AssertionError(runs[-1].err)
 
 
-def start_killed(bench: Bench, repo_id: str, method: str, path: str, **when: object) -> None:
+def start_killed(
+    bench: Bench, repo_id: str, method: str, path: str, *options: str, **when: object
+) -> None:
     """Start a merge that is killed at a request, and wait for its end."""
-    arguments = ["merge", *bench.sources(), "--push-to", repo_id, "--public", "--json"]
+    options = options or ("--public",)
+    arguments = ["merge", *bench.sources(), "--push-to", repo_id, *options, "--json"]
     process = bench.start(arguments)
     rule = bench.hub.faults.add(
         Hook(call=lambda: process.send_signal(signal.SIGKILL)),
@@ -105,6 +108,22 @@ def test_a_killed_merge_is_finished_by_the_same_command(bench: Bench, moment: st
     sent = len(bench.hub.log.find(method="PUT", path="/upload/", status=200))
     shards = sum(name.endswith(".safetensors") for name in bench.expected())
     assert sent <= shards + 1, f"{sent_before} before, {sent} in all"
+
+
+@pytest.mark.parametrize("moment", ["after create", "after the branch"])
+def test_a_killed_update_leaves_no_repository_behind(bench: Bench, moment: str) -> None:
+    """The private repository beside a public target goes in the end, marked in time or not."""
+    method, path, when = KILLS[moment]
+    repo_id = f"alice/shown-{len(moment)}"
+    bench.hub.add_repo(repo_id, {"config.json": b"{}"})
+    names = lambda: [r.id for r in bench.hub._services.store.repos("models")]  # noqa: E731
+
+    start_killed(bench, repo_id, method, path, "--update", **when)
+    assert any(name.startswith(f"{repo_id}-resmerge-") for name in names())
+    finish(bench, repo_id, "--update")
+
+    assert bench.published(repo_id) == bench.expected()
+    assert not any(name.startswith(f"{repo_id}-resmerge-") for name in names())
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from ..layout import Shard
 from ..pipes import WriteBehind
 from .folder import FolderSink
 from .hub_discard import discard_sibling
-from .hub_repo import MovedError, Operation
+from .hub_repo import HubRepo, MovedError, Operation, listed
 from .hub_staging import Staging, branch_name
 from .hub_target import HubTarget, has_xet, no_xet, replaced_files, staging_repo
 from .hub_upload import StreamedShard, upload_file
@@ -49,7 +49,7 @@ class HubSink:
         self._plan_hash = plan_hash
         self._main = self._ensure_repo()
         repo = staging_repo(target, plan_hash)
-        made = repo.create() if repo is not target.repo else False
+        made = repo is not target.repo and (repo.create() or _is_unmarked(repo, plan_hash))
         self._streams = target.publication.max_disk == 0
         if self._streams and not has_xet(repo):
             raise PlanRefusedError(no_xet(repo))
@@ -206,6 +206,17 @@ class HubSink:
         ]
         additions = [CommitOperationAdd(name, data) for name, data in files.items()]
         return [*copies, *additions, *(CommitOperationDelete(name) for name in stale)]
+
+
+def _is_unmarked(sibling: HubRepo, plan_hash: str) -> bool:
+    """Whether a run of this plan was killed after it made the sibling, before it could mark it.
+
+    Its name holds the plan's hash, so an empty private repository of that name is ours.
+    """
+    info = sibling.info()
+    if info is None or not info.private or listed(info):
+        return False
+    return sibling.head(branch_name(plan_hash)) in (None, info.sha)
 
 
 def finish_target(target: HubTarget, plan_hash: str) -> None:
