@@ -16,8 +16,9 @@ DOUBLE_UP_TO = 2048
 FIXED_BYTES = 200_000_000
 # Room beside the largest matrix for others that are decided at the same time.
 SPARE_BYTES = 90_000_000
-# Elements of one row block; also the step of `task_vectors`.
-BLOCK_ELEMENTS = 1 << 19
+# Elements of one row block; also the step of `task_vectors`. Its temporaries stay in a core's cache
+# and below the size that `device.keep_memory_steady` has the C library give back each time.
+BLOCK_ELEMENTS = 1 << 16
 # A tensor merged by rows is read in ranges of about this many output bytes a source.
 PIECE_BYTES = 16_000_000
 # Bytes that are read ahead from the Hub, beside what is being merged. From a folder pages are
@@ -30,7 +31,7 @@ WRITE_QUEUE_BYTES = 24_000_000
 
 def block_bytes(experts: int, m: int, n: int) -> int:
     """Return bytes of one row block's temporaries: N deltas and about six float32 copies."""
-    return 4 * (experts + 6) * min(m * n, max(BLOCK_ELEMENTS, 16 * n))
+    return 4 * (experts + 6) * min(m * n, max(BLOCK_ELEMENTS, 4 * n))
 
 
 def gram_bytes(m: int, n: int, rank: int) -> int:

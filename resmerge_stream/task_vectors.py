@@ -64,8 +64,8 @@ class Workspace:
 
 
 def block_rows(m: int, n: int) -> int:
-    """Return how many rows of an m × n matrix one block has; a multiple of 16 or all of them."""
-    rows = max(BLOCK_ELEMENTS // max(n, 1) // 16 * 16, 16)
+    """Return how many rows of an m × n matrix one block has: a multiple of 4, or all of them."""
+    rows = max(BLOCK_ELEMENTS // max(n, 1) // 4 * 4, 4)
     return min(rows, max(m, 1))
 
 

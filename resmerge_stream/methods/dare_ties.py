@@ -16,7 +16,7 @@ from .base import MergeMethod, Rule, Site, Update, default_role, param
 from .dare import RESCALES, dropper
 from .election import disjoint_merge
 from .elementwise import cancelling
-from .trimming import tensor_thresholds
+from .trimming import keep, tensor_thresholds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,7 @@ class DareTies(MergeMethod):
 
         def rows(block: slice, stack: Tensor) -> Tensor:
             deltas = [
-                delta.mul_(delta.abs() >= tau)
+                keep(delta, tau)
                 for delta, tau in zip(dropped(block, stack), thresholds, strict=True)
             ]
             return disjoint_merge(deltas, site.weights, reduce=self.reduce, scale=self.scale)

@@ -61,7 +61,7 @@ class Ties(MergeMethod):
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Trim, elect, merge."""
         from .election import disjoint_merge
-        from .trimming import tensor_thresholds
+        from .trimming import keep, tensor_thresholds
 
         gates: dict[str, Any] = {}
         if self.trim == "model":
@@ -75,11 +75,6 @@ class Ties(MergeMethod):
             return disjoint_merge(trimmed, site.weights, reduce=self.reduce, scale=self.scale)
 
         return Update(rows, "ties", gates)
-
-
-def keep(delta: Tensor, threshold: float) -> Tensor:
-    """Return Δ where |Δ| ≥ threshold, zero elsewhere."""
-    return delta * (delta.abs() >= threshold)
 
 
 METHOD = Ties

@@ -34,25 +34,43 @@ class Tally:
         import torch
 
         self._bins = bins
-        size = _UPPER if bins is None else _LOWER + 2
+        size = _UPPER if bins is None else _LOWER
         self.counts = torch.zeros(experts, size, dtype=torch.int64)
+        self._inside: list[list[Tensor]] = [[] for _ in range(experts)]
 
     def add(self, stack: Tensor | Sequence[Tensor]) -> None:
         """Count a row block of all experts, N times (b, n)."""
         import torch
 
         for i, delta in enumerate(stack):
-            bits = delta.abs().view(torch.int32)
+            bits = delta.abs().view(torch.int32).flatten()
+            keys = bits >> 16
             if self._bins is None:
-                keys = bits >> 16
-            else:
-                # Below the bin falls into slot 0, above it into the last one.
-                keys = (bits - (self._bins[i] << 16)).clamp_(-1, _LOWER).add_(1)
-            self.counts[i] += torch.bincount(keys.flatten(), minlength=len(self.counts[i])).cpu()
+                self._count(i, keys)
+                continue
+            # The few inside the bin are gathered, since a count costs as much as all the bins.
+            self._inside[i].append(bits[keys == self._bins[i]] & (_LOWER - 1))
+            if sum(map(len, self._inside[i])) > _LOWER:
+                self._count_inside(i)
+
+    def _count(self, expert: int, keys: Tensor) -> None:
+        import torch
+
+        counts = self.counts[expert]
+        counts += torch.bincount(keys, minlength=len(counts)).cpu()
+
+    def _count_inside(self, expert: int) -> None:
+        import torch
+
+        self._count(expert, torch.cat(self._inside[expert]))
+        self._inside[expert].clear()
 
     def find(self, ranks: Sequence[int]) -> tuple[list[int], list[int]]:
         """Return the slot that holds each expert's `rank`-th largest, and its rank inside."""
         slots, inside = [], []
+        for expert, gathered in enumerate(self._inside):
+            if gathered:
+                self._count_inside(expert)
         for counts, rank in zip(self.counts, ranks, strict=True):
             from_top = counts.flip(0).cumsum(0)
             position = int((from_top >= rank).nonzero()[0])
@@ -64,6 +82,16 @@ class Tally:
 def keep_count(numel: int, density: float) -> int:
     """Return ⌊density · numel⌋, at least 1."""
     return max(int(density * numel), 1)
+
+
+def keep(delta: Tensor, threshold: float) -> Tensor:
+    """Return Δ where |Δ| ≥ threshold, zero elsewhere; the threshold is a float32 number."""
+    from torch.nn.functional import hardshrink
+
+    # It keeps what is larger than its bound: the next float32 below, or anything negative.
+    pattern = int(struct.unpack("<I", struct.pack("<f", threshold))[0])
+    below = struct.unpack("<f", struct.pack("<I", pattern - 1))[0] if threshold > 0 else -1.0
+    return hardshrink(delta, below)
 
 
 def tensor_thresholds(
@@ -127,10 +155,8 @@ class ModelThresholds:
 
 
 def _thresholds(bins: Sequence[int], lower: Tally, ranks: Sequence[int]) -> list[float]:
-    # Ranks count from the top of the bin: what lies above it must not be counted again.
-    lower.counts[:, -1] = 0
     if not len(ranks):
         return [0.0] * len(bins)
     slots, _ = lower.find(ranks)
-    patterns = [(upper << 16) + slot - 1 for upper, slot in zip(bins, slots, strict=True)]
+    patterns = [(upper << 16) + slot for upper, slot in zip(bins, slots, strict=True)]
     return [float(struct.unpack("<f", struct.pack("<I", pattern))[0]) for pattern in patterns]
