@@ -17,6 +17,7 @@ from .cli_options import (
     publication_of,
     recipe_of,
 )
+from .cli_submit import add_submit, submit
 from .errors import RecipeError, ResMergeError, StoppedError
 from .events import Event
 from .plan import Plan, plan_merge
@@ -35,6 +36,7 @@ _EXAMPLES = {
     "verify": "resmerge-stream verify merged",
     "compare": "resmerge-stream compare recipe.yml --methods resmerge,ties,tsv_m --out compared",
     "analyse": "resmerge-stream analyse recipe.yml --out analysis",
+    "submit": "resmerge-stream submit recipe.yml --push-to me/merged",
     "methods": "resmerge-stream methods",
     "demo": "resmerge-stream demo --out demo-merge",
 }
@@ -134,6 +136,9 @@ def _parser() -> argparse.ArgumentParser:
         help="write the model W0 + head (or residual) of one expert instead",
     )
     analyse.add_argument("--of", metavar="EXPERT", help="which expert: its ID, or its number")
+    add_submit(
+        _command(commands, "submit", submit, "merge as a Job on the Hub; asks before it spends")
+    )
     methods = _command(commands, "methods", _methods, "list the methods and their parameters")
     add_json(methods)
     demo = _command(commands, "demo", _demo, "merge the built-in experts; no account, no network")

@@ -5,6 +5,7 @@ import ctypes
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,19 @@ _UNLIMITED = 1 << 60
 _M_MMAP_THRESHOLD = -3  # malloc.h
 # What --device may say; whether there is such a device is for `choose_device` to find out.
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What another machine has free, for a plan that is to run there.
+
+    Attributes:
+        memory_bytes: of memory.
+        disk_bytes: of disk.
+    """
+
+    memory_bytes: int
+    disk_bytes: int
 
 
 def choose_device(name: str) -> "torch.device":

@@ -11,6 +11,7 @@
     ├── NotEnoughMemoryError           (MemoryError)        the budget cannot hold a matrix
     ├── OutputExistsError              (FileExistsError)    the target is not this run's
     ├── PublishError                   (PermissionError)    no account that may publish there
+    ├── JobRefusedError            (PermissionError)    the Hub runs no Job for this account
     ├── VerificationError              (ValueError)         a folder differs from its report
     └── StoppedError                   exit 3               stopped, but the same command continues
 
@@ -66,6 +67,10 @@ class OutputExistsError(ResMergeError, FileExistsError):
 
 class PublishError(ResMergeError, PermissionError):
     """There is no account that may publish there."""
+
+
+class JobRefusedError(ResMergeError, PermissionError):
+    """The Hub runs no Job for this account, or not this one."""
 
 
 class VerificationError(ResMergeError, ValueError):

@@ -13,6 +13,7 @@ from .compat import (
     check_tokenizers,
     match_tensors,
 )
+from .device import Machine
 from .errors import (
     ResMergeError,
     StoppedError,
@@ -35,7 +36,7 @@ _SECONDS_START = 3.0
 _SECONDS_ROWS = 0.6e-9
 _SECONDS_MATRIX = 4.0e-9
 # Bytes a second from and to the Hub: a modest line; the two go on at the same time.
-_HUB_RATE = 50e6
+HUB_RATE = 50e6
 _OPEN_THREADS = 4
 
 
@@ -47,6 +48,7 @@ def plan_merge(
     publication: Publication | None = None,
     token: str | None = None,
     work_dir: str | Path | None = None,
+    machine: Machine | None = None,
 ) -> Plan:
     """Plan a merge. Problems are collected in the plan, not raised.
 
@@ -57,6 +59,7 @@ def plan_merge(
         publication: the repository to publish to, when there is one: it is asked for.
         token: the caller's, for the Hub; None stands for HF_TOKEN or the login.
         work_dir: where journals are kept; what an earlier start pinned is found there.
+        machine: where it will run; None stands for this machine.
 
     Raises:
         StoppedError: the network or the Hub kept failing, so that nothing is known.
@@ -64,7 +67,7 @@ def plan_merge(
     Memory: the headers and configs of the checkpoints; no tensor is read, save an LM head that
     a tied config says is redundant.
     """
-    plan = Plan(recipe, options or Options(), publication=publication, token=token)
+    plan = Plan(recipe, options or Options(), publication=publication, token=token, machine=machine)
     found = Findings(plan.problems, plan.warnings)
     folder = Path(os.path.expanduser(out)) if out is not None else None
     if folder is not None and ("\x00" in str(folder) or len(os.fsencode(folder.name)) > 255):
@@ -189,7 +192,8 @@ def _estimate(plan: Plan) -> None:
             seconds += tensor.spec.numel * count * _SECONDS_MATRIX
     share = sum(s.is_remote for s in plan.checkpoints) / (count + 1)
     sent = plan.write_bytes if plan.publication is not None else 0
-    plan.seconds_estimate = max(seconds, plan.read_bytes * share / _HUB_RATE, sent / _HUB_RATE)
+    plan.compute_seconds = seconds
+    plan.seconds_estimate = max(seconds, plan.read_bytes * share / HUB_RATE, sent / HUB_RATE)
 
 
 __all__ = ["Options", "Plan", "PlannedTensor", "Role", "matrix_of", "plan_merge"]

@@ -1,5 +1,7 @@
 """Fitting a plan into memory: what lives at once, what is read ahead, what cannot fit. No torch."""
 
+from dataclasses import dataclass
+
 from .compat import Findings
 from .device import available_memory
 from .errors import NotEnoughMemoryError
@@ -14,6 +16,59 @@ from .memory import (
 from .planned import Plan, PlannedTensor, matrix_of
 from .specs import DTYPES, format_size
 
+# Of the free memory, without --memory-budget.
+SHARE = 0.8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """A plan in so much memory.
+
+    Attributes:
+        room: bytes of the budget for what is in work; less than `worst` does not fit.
+        read_ahead_bytes: on their way from the Hub.
+        resident: the tensors of which float32 copies of all experts may live at once.
+        worst: bytes of the tensor that takes most.
+        worst_name: its name.
+        needed_bytes: of memory, at least.
+    """
+
+    room: int
+    read_ahead_bytes: int
+    resident: frozenset[str]
+    worst: int
+    worst_name: str
+    needed_bytes: int
+
+
+def fit(plan: Plan, budget: int) -> Fit:
+    """Return how a plan does with a budget: how many float32 copies of which matrix live at once.
+
+    Args:
+        plan: with its tensors decided; nothing in it is changed.
+        budget: bytes of private memory.
+    """
+    shared = max((plan.opened[1].shared_scratch_bytes(m, n) for m, n in _matrices(plan)), default=0)
+    room = budget - FIXED_BYTES - WRITE_QUEUE_BYTES - shared
+    ahead = _read_ahead_bytes(plan, room)
+    room -= ahead
+    worst, resident = (0, ""), set()
+    for name, tensor in plan.tensors.items():
+        size = plan.working_bytes_of(PlannedTensor(tensor.spec, tensor.rule, True))
+        if size <= room:
+            resident.add(name)
+        else:
+            size = plan.working_bytes_of(PlannedTensor(tensor.spec, tensor.rule, False))
+        worst = max(worst, (size, name))
+    return Fit(
+        room=room,
+        read_ahead_bytes=ahead,
+        resident=frozenset(resident),
+        worst=worst[0],
+        worst_name=worst[1],
+        needed_bytes=budget - room + worst[0],
+    )
+
 
 def fit_memory(plan: Plan, found: Findings) -> None:
     """Choose for every matrix how many float32 copies live at once; refuse what cannot fit.
@@ -22,36 +77,36 @@ def fit_memory(plan: Plan, found: Findings) -> None:
     machine has, unless the user gave a budget.
     """
     asked = plan.options.memory_budget
-    plan.memory_budget = asked if asked is not None else int(available_memory() * 0.8)
-    count = len(plan.experts)
-    matrices = [
-        matrix_of(tensor.spec)
-        for tensor in plan.tensors.values()
-        if tensor.rule and tensor.rule.needs_matrix
-    ]
-    shared = max((plan.opened[1].shared_scratch_bytes(m, n) for m, n in matrices), default=0)
-    room = plan.memory_budget - FIXED_BYTES - WRITE_QUEUE_BYTES - shared
-    plan.read_ahead_bytes = _read_ahead_bytes(plan, room)
-    room -= plan.read_ahead_bytes
-    largest = max((m * n for m, n in matrices), default=0)
-    worst, fitted = (0, ""), {}
-    for name, tensor in plan.tensors.items():
-        resident = plan.working_bytes_of(tensor) <= room
-        fitted[name] = PlannedTensor(tensor.spec, tensor.rule, resident)
-        worst = max(worst, (plan.working_bytes_of(fitted[name]), name))
-    plan.tensors = fitted
-    ample = SPARE_BYTES + 4 * (count + 2) * largest
-    plan.working_bytes = max(worst[0], min(room, ample) if asked is None else room)
+    free = plan.machine.memory_bytes if plan.machine is not None else available_memory()
+    plan.memory_budget = asked if asked is not None else int(free * SHARE)
+    fitted = fit(plan, plan.memory_budget)
+    plan.read_ahead_bytes = fitted.read_ahead_bytes
+    plan.tensors = {
+        name: PlannedTensor(tensor.spec, tensor.rule, name in fitted.resident)
+        for name, tensor in plan.tensors.items()
+    }
+    largest = max((m * n for m, n in _matrices(plan)), default=0)
+    ample = SPARE_BYTES + 4 * (len(plan.experts) + 2) * largest
+    room = fitted.room
+    plan.working_bytes = max(fitted.worst, min(room, ample) if asked is None else room)
     plan.peak_memory_bytes = plan.memory_budget - room + plan.working_bytes
-    if worst[0] > room:
-        needed = plan.memory_budget - room + worst[0]
+    if fitted.worst > room:
+        needed = fitted.needed_bytes
         which = "--memory-budget allows" if asked is not None else "80 % of the free memory is"
         error = NotEnoughMemoryError(
-            f"merging {worst[1]} needs {format_size(needed)} of memory, but {which} "
+            f"merging {fitted.worst_name} needs {format_size(needed)} of memory, but {which} "
             f"{format_size(plan.memory_budget)}. Give --memory-budget "
             f"{-(-needed // 1_000_000)}MB or more, on a machine that has it."
         )
         found.problems.append(str(error))
+
+
+def _matrices(plan: Plan) -> list[tuple[int, int]]:
+    return [
+        matrix_of(tensor.spec)
+        for tensor in plan.tensors.values()
+        if tensor.rule and tensor.rule.needs_matrix
+    ]
 
 
 def _read_ahead_bytes(plan: Plan, room: int) -> int:

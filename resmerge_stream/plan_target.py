@@ -85,21 +85,19 @@ def check_publication(
     found.problems += [*target.problems, *([card] if card else [])]
     found.warnings += target.warnings
     if out is None:
-        _check_work_disk(plan, target, largest, work_dir, found)
+        _check_work_disk(plan, largest, work_dir, found)
 
 
 def _check_work_disk(
     plan: Plan,
-    target: "HubTarget",
     largest: int,
     work_dir: str | Path | None,
     found: Findings,
 ) -> None:
     """Say how much disk the shards take that wait to be sent: two at most, none when streamed."""
-    allowed = target.publication.max_disk
-    plan.peak_disk_bytes = min(2 * largest if allowed is None else allowed, plan.write_bytes)
+    plan.peak_disk_bytes = plan.unsent_bytes
     folder = work_folder(plan.plan_hash, None, plan.publication, work_dir)
-    free = free_disk(folder)
+    free = plan.machine.disk_bytes if plan.machine is not None else free_disk(folder)
     needed = min(largest, plan.peak_disk_bytes)
     if needed > free:
         found.problems.append(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .device import DEVICE
+from .device import DEVICE, Machine
 from .errors import PlanRefusedError, RecipeError, shown
 from .layout import Shard, index_json
 from .memory import PIECE_BYTES, block_bytes, matrix_bytes
@@ -88,12 +88,14 @@ class Plan:
     left_out: Mapping[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    machine: Machine | None = None  # where it will run; None: here
     memory_budget: int = 0
     working_bytes: int = 0
     read_ahead_bytes: int = 0
     peak_memory_bytes: int = 0
     peak_disk_bytes: int = 0
     read_bytes: int = 0
+    compute_seconds: float = 0.0  # on two cores, whatever the network does
     seconds_estimate: float = 0.0
     config: bytes = b"{}"
     publication: Publication | None = None
@@ -142,6 +144,13 @@ class Plan:
     def write_bytes(self) -> int:
         """Bytes of the output weight files."""
         return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes of shards that wait on the disk at most, before they are sent to the Hub."""
+        largest = max((shard.nbytes for shard in self.shards), default=0)
+        allowed = self.publication.max_disk if self.publication is not None else None
+        return min(2 * largest if allowed is None else allowed, self.write_bytes)
 
     @property
     def weights(self) -> tuple[float, ...]:
