@@ -23,8 +23,7 @@ from .submission import (
 )
 
 if TYPE_CHECKING:
-    from huggingface_hub import JobInfo
-    from huggingface_hub.hf_api import HfApi
+    from .sinks.hub_jobs import HubJobs
 
 
 def add_submit(parser: argparse.ArgumentParser) -> None:
@@ -74,35 +73,32 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 
 def _submit(args: argparse.Namespace, plan: Plan, timeout: int | None, show: "_Show") -> int:
-    from .sinks.hub_jobs import find_job, live_flavors, start_job, upload_files
+    from .sinks.hub_jobs import HubJobs
 
     if plan.target is None:
         raise RuntimeError("a plan with a publication has a target")
     if plan.target.finished:
         return _finish_here(plan, show)
-    api, labels = plan.target.repo.api, job_labels(plan)
-    namespace = str(plan.target.account["name"])
-    if job := find_job(api, namespace, labels):
-        show.say(f"this merge already runs as {job.url}; following it.")
-        return _follow(api, job, show)
+    jobs, labels = HubJobs(plan.token, str(plan.target.account["name"])), job_labels(plan)
+    if running := jobs.find(labels):
+        show.say(f"this merge already runs as {jobs.page(running)}; following it.")
+        return _follow(jobs, running, show)
     for warning in plan.warnings:
         show.say(f"warning: {warning}")
-    chosen = _choose(plan, live_flavors(api), args.flavor)
+    chosen = _choose(plan, jobs.flavors(), args.flavor)
     seconds = timeout or timeout_for(chosen.seconds)
     _ask(_offer(plan, chosen, seconds, show), yes=args.yes)
     files = job_files(plan.recipe)
-    job = start_job(
-        api,
-        namespace,
-        command=job_command(plan, files, chosen.flavor),
+    started = jobs.start(
+        job_command(plan, files, chosen.flavor),
         labels=labels,
         flavor=chosen.flavor.name,
         timeout=seconds,
-        volume=upload_files(api, namespace, files.contents, mount=MOUNT),
+        volume=jobs.upload(files.contents, mount=MOUNT),
     )
-    show.event("started", job=f"{namespace}/{job.id}", url=job.url)
-    show.say(f"started {job.url}")
-    return _follow(api, job, show)
+    show.event("started", job=f"{jobs.namespace}/{started}", url=jobs.page(started))
+    show.say(f"started {jobs.page(started)}")
+    return _follow(jobs, started, show)
 
 
 def _finish_here(plan: Plan, show: "_Show") -> int:
@@ -177,39 +173,31 @@ def _ask(question: str, *, yes: bool) -> None:
 
 
 def _attach(reference: str, show: "_Show") -> int:
-    from .sinks.hub_account import whoami
-    from .sinks.hub_jobs import inspect_job
-    from .sources.hub_client import client
+    from .sinks.hub_jobs import HubJobs
 
-    api = client(None)
     namespace, _, job_id = reference.rpartition("/")
-    namespace = namespace or str(whoami(api)["name"])
-    return _follow(api, inspect_job(api, namespace, job_id), show)
+    return _follow(HubJobs(None, namespace or None), job_id, show)
 
 
-def _follow(api: "HfApi", job: "JobInfo", show: "_Show") -> int:
+def _follow(jobs: "HubJobs", job_id: str, show: "_Show") -> int:
     """Show a Job's log until its end; return the exit code that its end calls for."""
-    from .sinks.hub_jobs import ended_job, follow_job
-
-    reference, log = f"{job.owner.name}/{job.id}", JobLog()
+    reference, log = f"{jobs.namespace}/{job_id}", JobLog()
     goes_on = (
         f"the Job goes on. Follow it again: resmerge-stream submit --attach {reference}\n"
         f"Cancel it: hf jobs cancel {reference}"
     )
-    if job.status.stage == "SCHEDULING":
-        show.say("waiting for a machine; Ctrl-C leaves the Job running.")
     try:
-        for line in follow_job(api, job):
+        for line in jobs.log(job_id):
             log.read(line)
             show.line(line)
-        ended = ended_job(api, job)
+        stage, message = jobs.ending(job_id)
     except KeyboardInterrupt:
         show.say(f"\n{goes_on}")
         return 130
     except StoppedError as exc:
         raise StoppedError(f"{exc} Meanwhile {goes_on}") from exc
-    code, text = log.ending(str(ended.status.stage), ended.status.message)
-    show.event("ended", job=reference, stage=str(ended.status.stage), exit_code=code, message=text)
+    code, text = log.ending(stage, message)
+    show.event("ended", job=reference, stage=stage, exit_code=code, message=text)
     show.say(text)
     return code
 

@@ -79,7 +79,11 @@ def print_json(events: Iterable[Event]) -> None:
 
 
 def follow(events: Iterable[Event]) -> None:
-    """Show progress on standard error and the summary on standard output."""
+    """Show progress on standard error and the summary on standard output.
+
+    A bar on a terminal; a line each tenth in a file or a Job's log, where a bar would be one
+    endless line.
+    """
     from tqdm import tqdm
 
     bar: Any = None
@@ -89,13 +93,17 @@ def follow(events: Iterable[Event]) -> None:
                 total = sum(shard["bytes"] for shard in event.plan["shards"])
                 for warning in event.plan["warnings"]:
                     say(f"warning: {warning}")
-                bar = tqdm(
-                    total=total,
-                    unit="B",
-                    unit_scale=True,
-                    desc="merging",
-                    file=sys.stderr,
-                    mininterval=0.5,
+                bar = (
+                    tqdm(
+                        total=total,
+                        unit="B",
+                        unit_scale=True,
+                        desc="merging",
+                        file=sys.stderr,
+                        mininterval=0.5,
+                    )
+                    if sys.stderr.isatty()
+                    else _Tenths(total)
                 )
             elif isinstance(event, Counted):
                 bar.set_postfix_str(
@@ -126,6 +134,27 @@ def _pace(event: Progressed) -> str:
     if event.seconds_left is not None and not isinstance(event, TensorMerged):
         parts.append(f"{event.seconds_left:.0f} s left")
     return ", ".join(parts)
+
+
+class _Tenths:
+    """Stands in for the bar: says how far the merge is each time that a tenth is done."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.n, self._said, self.written = total, 0, 0, 0
+        say(f"merging: {format_size(total)} to write")
+
+    def update(self, nbytes: int) -> None:
+        self.n += nbytes
+        tenths = 10 * self.n // self.total if self.total else 10
+        if tenths > self._said:
+            self._said = tenths
+            say(f"merging: {tenths}0 %, {format_size(self.n)} of {format_size(self.total)}")
+
+    def set_postfix_str(self, text: str, *, refresh: bool = True) -> None:
+        """Do without the tensor's name: it is a bar's."""
+
+    def close(self) -> None:
+        """Leave what was said."""
 
 
 def count(events: Iterable[Event]) -> None:

@@ -122,7 +122,7 @@ def shortage(plan: Plan, flavor: Flavor) -> str:
     if device == "mps" or (device == "cuda" and not flavor.gpu_gb):
         return f"it has no such device as --device {device}"
     budget = int(machine.memory_bytes * SHARE) if asked is None else asked
-    needed = max(fit(plan, budget).needed_bytes, budget if asked is not None else 0)
+    needed = max(fit(plan, budget, elsewhere=True).needed_bytes, budget if asked is not None else 0)
     room = int(machine.memory_bytes * SHARE)
     if needed > min(budget, room):
         return (

@@ -41,16 +41,17 @@ class Fit:
     needed_bytes: int
 
 
-def fit(plan: Plan, budget: int) -> Fit:
+def fit(plan: Plan, budget: int, *, elsewhere: bool = False) -> Fit:
     """Return how a plan does with a budget: how many float32 copies of which matrix live at once.
 
     Args:
         plan: with its tensors decided; nothing in it is changed.
         budget: bytes of private memory.
+        elsewhere: on another machine, where no repository is in the local cache.
     """
     shared = max((plan.opened[1].shared_scratch_bytes(m, n) for m, n in _matrices(plan)), default=0)
     room = budget - FIXED_BYTES - WRITE_QUEUE_BYTES - shared
-    ahead = _read_ahead_bytes(plan, room)
+    ahead = _read_ahead_bytes(plan, room, elsewhere=elsewhere)
     room -= ahead
     worst, resident = (0, ""), set()
     for name, tensor in plan.tensors.items():
@@ -79,7 +80,7 @@ def fit_memory(plan: Plan, found: Findings) -> None:
     asked = plan.options.memory_budget
     free = plan.machine.memory_bytes if plan.machine is not None else available_memory()
     plan.memory_budget = asked if asked is not None else int(free * SHARE)
-    fitted = fit(plan, plan.memory_budget)
+    fitted = fit(plan, plan.memory_budget, elsewhere=plan.machine is not None)
     plan.read_ahead_bytes = fitted.read_ahead_bytes
     plan.tensors = {
         name: PlannedTensor(tensor.spec, tensor.rule, name in fitted.resident)
@@ -109,9 +110,13 @@ def _matrices(plan: Plan) -> list[tuple[int, int]]:
     ]
 
 
-def _read_ahead_bytes(plan: Plan, room: int) -> int:
+def _read_ahead_bytes(plan: Plan, room: int, *, elsewhere: bool) -> int:
     """Return bytes for what is on its way from the Hub: the largest piece, and a window ahead."""
-    remote = [source for source in plan.checkpoints if source.is_remote]
+    remote = [
+        source
+        for source in plan.checkpoints
+        if source.is_remote or (elsewhere and source.folder is None)
+    ]
     if not remote:
         return 0
     largest = 0
