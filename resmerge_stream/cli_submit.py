@@ -97,7 +97,7 @@ def _submit(args: argparse.Namespace, plan: Plan, timeout: int | None, show: "_S
         volume=jobs.upload(files.contents, mount=MOUNT),
     )
     show.event("started", job=f"{jobs.namespace}/{started}", url=jobs.page(started))
-    show.say(f"started {jobs.page(started)}")
+    show.say(f"started {jobs.page(started)}; its log follows, Ctrl-C leaves it running.")
     return _follow(jobs, started, show)
 
 

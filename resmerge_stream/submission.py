@@ -152,9 +152,8 @@ def duration(text: str, *, option: str = "--timeout") -> int:
 
 
 def dollars(amount: float) -> str:
-    """Return a price for people: ``$0.01``, ``$12``."""
-    if amount < 0.01:
-        return "less than $0.01"
+    """Return a price for people: ``$0.07``, ``$120``; less than a cent is a cent."""
+    amount = max(amount, 0.01) if amount > 0 else 0.0
     return f"${amount:.2f}" if amount < 100 else f"${amount:.0f}"
 
 

@@ -226,7 +226,9 @@ class HubJobs:
         try:
             return patiently(call, what=what)
         except ResMergeError as exc:
-            raise self._refused(exc) or exc from exc
+            if refused := self._refused(exc):
+                raise refused from exc
+            raise
 
     def _refused(self, exc: BaseException) -> JobRefusedError | None:
         """Return a refusal in clear words; None where the failure is another."""

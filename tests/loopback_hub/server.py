@@ -102,7 +102,9 @@ class LoopbackHub:
         self._serving.start(sockets)
 
     def stop(self) -> None:
-        """Stop serving; connections in use are dropped."""
+        """Stop serving; connections in use are dropped, Jobs that run are killed."""
+        for job in self.recorded.jobs.values():
+            job.end("ERROR", "the Hub stopped")
         self._serving.stop()
 
     def __enter__(self) -> Self:
