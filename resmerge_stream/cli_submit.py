@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from . import console
@@ -187,10 +188,10 @@ def _follow(jobs: "HubJobs", job_id: str, show: "_Show") -> int:
         f"Cancel it: hf jobs cancel {reference}"
     )
     try:
-        for line in jobs.log(job_id):
-            log.read(line)
-            show.line(line)
+        _show_log(jobs.log(job_id), log, show)
         stage, message = jobs.ending(job_id)
+        if log.exit_code is None:
+            _show_log(jobs.rest(job_id, log.lines), log, show)
     except KeyboardInterrupt:
         show.say(f"\n{goes_on}")
         return 130
@@ -200,6 +201,12 @@ def _follow(jobs: "HubJobs", job_id: str, show: "_Show") -> int:
     show.event("ended", job=reference, stage=stage, exit_code=code, message=text)
     show.say(text)
     return code
+
+
+def _show_log(lines: Iterable[str], log: JobLog, show: "_Show") -> None:
+    for line in lines:
+        log.read(line)
+        show.line(line)
 
 
 class _Show:

@@ -162,17 +162,20 @@ class JobLog:
     """What a Job's log has told of its end.
 
     Attributes:
+        lines: how many there were.
         exit_code: of the merge, or of its installation; None as long as it is not known.
         began: whether the merge itself said something.
         traceback: whether a bug showed itself.
     """
 
+    lines: int = 0
     exit_code: int | None = None
     began: bool = False
     traceback: bool = False
 
     def read(self, line: str) -> None:
         """Take a line of the log."""
+        self.lines += 1
         if match := _EXIT.fullmatch(line.strip()):
             self.exit_code = int(match[1])
         elif line.startswith(("resmerge-stream: ", "merging", "merged into", "warning: ")):

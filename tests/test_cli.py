@@ -26,7 +26,7 @@ from tests.checkpoints import (
 )
 
 Q = "model.layers.0.self_attn.q_proj.weight"
-COMMANDS = ("plan", "merge", "verify", "compare", "analyse", "methods", "demo")
+COMMANDS = ("plan", "merge", "verify", "compare", "analyse", "submit", "methods", "demo")
 PLAN_KEYS = {
     "refused", "problems", "warnings", "tensors", "by_rule", "shards", "read_bytes", "write_bytes",
     "peak_memory_bytes", "peak_disk_bytes", "seconds_estimate", "sources", "plan_hash",
@@ -857,6 +857,8 @@ class TestStreams:
         assert "after the cast" in done.stdout
         assert "\r" not in done.stdout
         assert "merging" in done.stderr
+        assert "\r" not in done.stderr  # lines, as nobody's terminal is there
+        assert 2 <= done.stderr.count("merging: ") <= 11
 
     def test_a_plan_shows_problems_first(self, group, capsys):
         """What refuses a merge is the first thing to read, and the last line says so."""

@@ -3,6 +3,7 @@
 The token travels as the Job's secret, in the body of one request, and nowhere else.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -201,8 +202,23 @@ class HubJobs:
         """
         while self._inspect(job_id).status.stage == "SCHEDULING":
             time.sleep(_POLL_SECONDS)
+        yield from self._lines(job_id, follow=True)
+
+    def rest(self, job_id: str, seen: int) -> Iterator[str]:
+        """Yield the lines of an ended Job's log after the first `seen` ones.
+
+        The library's stream ends without them when the Job ended while it was out of touch.
+
+        Raises:
+            JobRefusedError, StoppedError: as for `log`.
+        """
+        yield from itertools.islice(self._lines(job_id, follow=False), seen, None)
+
+    def _lines(self, job_id: str, *, follow: bool) -> Iterator[str]:
         try:
-            yield from self.api.fetch_job_logs(job_id=job_id, namespace=self.namespace, follow=True)
+            yield from self.api.fetch_job_logs(
+                job_id=job_id, namespace=self.namespace, follow=follow
+            )
         except FAILURES as exc:
             failure = explain(exc, f"read the log of the Job {self.namespace}/{job_id}")
             raise self._refused(exc) or failure from exc
