@@ -178,7 +178,7 @@ class JobLog:
         self.lines += 1
         if match := _EXIT.fullmatch(line.strip()):
             self.exit_code = int(match[1])
-        elif line.startswith(("resmerge-stream: ", "merging", "merged into", "warning: ")):
+        elif line.startswith(("resmerge-stream: ", "merging: ", "merged into ")):
             self.began = True
         elif line.startswith("Traceback (most recent call last)"):
             self.traceback = True

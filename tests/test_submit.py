@@ -421,6 +421,8 @@ def test_a_killed_job_continues_from_its_shards(bench: Bench) -> None:
     second = submit(bench, "alice/killed")
 
     assert first.code == 3, first.err + first.out
+    label = jobs(bench)[0].answer["labels"]["resmerge-plan"]
+    assert branch == f"refs/heads/resmerge-{label}"  # the plan here is the plan there
     assert "Job timeout" in first.err
     assert "Submit it again" in first.err
     assert 1 <= len(staged) < 3  # a commit whose request had arrived is made all the same
@@ -501,7 +503,11 @@ def test_a_broken_line_does_not_end_the_job(bench: Bench) -> None:
     [
         (["merging: 1 GB to write", "resmerge-stream job: exit code 0"], "COMPLETED", 0),
         (["resmerge-stream: no.", "resmerge-stream job: exit code 2"], "ERROR", 2),
-        (["error: no solution found", "resmerge-stream job: exit code 2"], "ERROR", 3),
+        (
+            ["warning: from uv", "error: no solution", "resmerge-stream job: exit code 2"],
+            "ERROR",
+            3,
+        ),
         (["resmerge-stream: later.", "resmerge-stream job: exit code 3"], "ERROR", 3),
         (["Traceback (most recent call last):", "resmerge-stream job: exit code 1"], "ERROR", 1),
         (["merging: 1 GB to write", "resmerge-stream job: exit code 137"], "ERROR", 3),
