@@ -106,7 +106,7 @@ def plan_comparison(
         RecipeError: no method, one named twice, or not of this form.
     """
     folder = Path(os.path.expanduser(out))
-    plans = {}
+    plans: dict[str, Plan] = {}
     for text in methods:
         label = re.sub(r"[^\w.=+-]+", "-", text.strip())
         if label in plans:
@@ -117,6 +117,7 @@ def plan_comparison(
             replace(recipe, method=name, parameters={**own, **given}),
             options,
             out=None if report_only else folder / label,
+            like=next(iter(plans.values()), None),
         )
         plans[label] = plan
     if not plans:

@@ -49,6 +49,7 @@ def plan_merge(
     token: str | None = None,
     work_dir: str | Path | None = None,
     machine: Machine | None = None,
+    like: Plan | None = None,
 ) -> Plan:
     """Plan a merge. Problems are collected in the plan, not raised.
 
@@ -60,6 +61,7 @@ def plan_merge(
         token: the caller's, for the Hub; None stands for HF_TOKEN or the login.
         work_dir: where journals are kept; what an earlier start pinned is found there.
         machine: where it will run; None stands for this machine.
+        like: a plan of the same models, whose open checkpoints are used again.
 
     Raises:
         StoppedError: the network or the Hub kept failing, so that nothing is known.
@@ -75,7 +77,7 @@ def plan_merge(
         return plan
     _build_method(plan, found)
     commits = look_at_targets(plan, folder, work_dir, found) if plan.method is not None else []
-    _open_all(plan, found, commits)
+    _open_all(plan, found, commits, like)
     if plan.refused or plan.base is None or plan.method is None:
         return plan
     for source in plan.checkpoints:
@@ -115,7 +117,7 @@ def _build_method(plan: Plan, found: Findings) -> None:
         found.problems.append(problem)
 
 
-def _open_all(plan: Plan, found: Findings, commits: list[str | None]) -> None:
+def _open_all(plan: Plan, found: Findings, commits: list[str | None], like: Plan | None) -> None:
     recipe = plan.recipe
     refs = [recipe.base, *recipe.experts]
     if plan.options.tokenizer_from is not None:
@@ -123,7 +125,12 @@ def _open_all(plan: Plan, found: Findings, commits: list[str | None]) -> None:
     if len(commits) != len(refs):
         commits = [None] * len(refs)
 
+    known = {} if like is None else _opened_by(like)
+
     def attempt(ref: ModelRef, commit: str | None) -> Checkpoint | str:
+        there = known.get((ref.id, ref.revision))
+        if there is not None and commit in (None, there.revision):
+            return there
         try:
             return open_checkpoint(ref, token=plan.token, commit=commit)
         except StoppedError:
@@ -144,6 +151,14 @@ def _open_all(plan: Plan, found: Findings, commits: list[str | None]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         found.warnings.append(f"listed more than once, and counted so: {', '.join(twice)}")
+
+
+def _opened_by(plan: Plan) -> dict[tuple[str, str | None], Checkpoint]:
+    """Return the checkpoints of a plan by id and revision as written."""
+    refs, sources = [plan.recipe.base, *plan.recipe.experts], list(plan.checkpoints)
+    if len(refs) != len(sources):
+        return {}  # some could not be opened
+    return {(ref.id, ref.revision): source for ref, source in zip(refs, sources, strict=True)}
 
 
 def _tensors(plan: Plan, sets: TensorSets) -> dict[str, PlannedTensor]:
