@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .tasks import TASKS
+from resmerge_stream.tasks import TASKS
 
 
 def accuracy_table(models: dict[str, Any]) -> str:

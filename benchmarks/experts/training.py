@@ -21,14 +21,15 @@ import torch
 import transformers
 from transformers import Qwen2ForCausalLM
 
+from resmerge_stream.evaluate import evaluate, load_model, load_tokenizer
+from resmerge_stream.tasks import LENGTHS, TASKS, answer
+
 from .corpus import slipping_writer
-from .evaluate import evaluate
 from .groups import CORPUS_MIX, CORPUS_SLIPS, SFT_BATCH, Group
 from .measure import measure_change
-from .model import build_model, load_model, load_tokenizer, save_model
+from .model import build_model, save_model
 from .rl import reinforce
 from .supervised import train_on_answers
-from .tasks import LENGTHS, TASKS, answer
 from .tokenizer import build_tokenizer
 
 LOG = "training_log.json"
