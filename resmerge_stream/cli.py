@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     analyse.add_argument("--of", metavar="EXPERT", help="which expert: its ID, or its number")
     methods = _command(commands, "methods", _methods, "list the methods and their parameters")
     add_json(methods)
-    demo = _command(commands, "demo", _demo, "merge the built-in experts; no account, no network")
+    demo = _command(commands, "demo", _demo, "merge the built-in experts and ask them; no network")
     demo.add_argument("--out", metavar="DIR", default="demo-merge", help="default: demo-merge")
     add_json(demo)
     return parser
@@ -279,12 +279,14 @@ def _methods(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from .demo import built_in_recipe
+    from .demo import PROMPTS, built_in_recipe, demo_accuracies
     from .verify import verify_folder
 
-    console.say("making the built-in expert group, if it is not there yet")
     recipe = built_in_recipe()
     plan = plan_merge(recipe, out=args.out)
     _run(plan, args.out, None, as_json=args.json)
     passed = console.show_checks(verify_folder(args.out, recipe=recipe), as_json=args.json)
+    console.say(f"asking every model {PROMPTS} held-out prompts a task")
+    accuracies = demo_accuracies(args.out, say=console.say)
+    console.show_accuracies(accuracies, as_json=args.json)
     return 0 if passed else 2
