@@ -114,15 +114,22 @@ def _train_one(group: Group, folder: Path, name: str) -> dict[str, Any]:
 
 
 def _pretrain(model: Qwen2ForCausalLM, group: Group, label: str) -> list[dict[str, Any]]:
-    return train_on_answers(
-        model,
-        build_tokenizer(model_max_length=group.shape.context),
-        group.pretraining,
-        prompts_per_step=CORPUS_MIX,
-        write=slipping_writer(CORPUS_SLIPS, seed=group.seed),
-        seed=group.seed,
-        label=label,
-    )
+    log: list[dict[str, Any]] = []
+    for stage, settings in enumerate(group.pretraining):
+        if stage > 0:
+            # As if the last stage had been saved: a base may be trained on from its checkpoint.
+            model.to(torch.bfloat16).float()
+        seed = group.seed + 100 * stage
+        log += train_on_answers(
+            model,
+            build_tokenizer(model_max_length=group.shape.context),
+            settings,
+            prompts_per_step=CORPUS_MIX,
+            write=slipping_writer(CORPUS_SLIPS, seed=seed),
+            seed=seed,
+            label=label,
+        )
+    return log
 
 
 def _specialise(
