@@ -8,12 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .accuracy import Accuracy
-from .evaluate import evaluate
 from .recipe import ModelRef, Recipe
 from .tasks import TASKS
 
-# Held-out prompts per task that the demo asks, and their seed; training asked none of them.
-PROMPTS = 500
+# Of the held-out prompts that the demo asks; training asked none of them.
 SEED = 7
 
 _FOLDER = Path(__file__).parent / "experts"
@@ -31,16 +29,20 @@ def built_in_recipe() -> Recipe:
 
 
 def demo_accuracies(
-    merged: Path | str, *, say: Callable[[str], None] = lambda text: None
+    merged: Path | str, n_prompts: int, *, say: Callable[[str], None] = lambda text: None
 ) -> dict[str, dict[str, Accuracy]]:
     """Return the accuracy of base, experts and a merge of them, by model and task.
 
     Args:
         merged: the merged model's folder.
+        n_prompts: held-out prompts per task.
         say: told each model's name before its prompts are asked.
     """
+    # With torch, which the recipe alone does not need.
+    from .evaluate import evaluate
+
     accuracies = {}
     for name, folder in {**builtin_group(), "merged": Path(merged)}.items():
         say(name)
-        accuracies[name] = evaluate(folder, PROMPTS, SEED)
+        accuracies[name] = evaluate(folder, n_prompts, SEED)
     return accuracies
