@@ -1,9 +1,9 @@
-# make setup · demo · test · quality · style · bench. Everything runs in .venv, made on first use.
+# make setup · demo · test · lint · style · bench · quality. Everything runs in .venv, made on first use.
 PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONWARNINGS ?= default::DeprecationWarning:resmerge_stream
 
-.PHONY: setup demo test quality style bench size clean
+.PHONY: setup demo test lint style bench quality size clean
 
 setup: .venv/.ready
 
@@ -20,7 +20,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -q
 
-quality: setup
+lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -31,6 +31,9 @@ style: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.core
+
+quality: setup
+	$(BIN)/python -m benchmarks.quality
 
 size:
 	@wc -l resmerge_stream/*.py resmerge_stream/*/*.py | sort -n | tail -50

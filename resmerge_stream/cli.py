@@ -141,8 +141,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     methods = _command(commands, "methods", _methods, "list the methods and their parameters")
     add_json(methods)
-    demo = _command(commands, "demo", _demo, "merge the built-in experts; no account, no network")
+    demo = _command(commands, "demo", _demo, "merge the built-in experts and ask them; no network")
     demo.add_argument("--out", metavar="DIR", default="demo-merge", help="default: demo-merge")
+    demo.add_argument(
+        "--prompts", type=int, default=500, metavar="N", help="prompts a task to ask (500; 0: none)"
+    )
     add_json(demo)
     return parser
 
@@ -284,12 +287,17 @@ def _methods(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from .demo import built_in_recipe
+    from .demo import built_in_recipe, demo_accuracies
     from .verify import verify_folder
 
-    console.say("making the built-in expert group, if it is not there yet")
+    if args.prompts < 0:
+        raise RecipeError(f"--prompts must be 0 or more prompts a task, not {args.prompts}.")
     recipe = built_in_recipe()
     plan = plan_merge(recipe, out=args.out)
     _run(plan, args.out, None, as_json=args.json)
     passed = console.show_checks(verify_folder(args.out, recipe=recipe), as_json=args.json)
+    if args.prompts:
+        console.say(f"asking every model {args.prompts} held-out prompts a task")
+        accuracies = demo_accuracies(args.out, args.prompts, say=console.say)
+        console.show_accuracies(accuracies, as_json=args.json)
     return 0 if passed else 2

@@ -2,9 +2,10 @@
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .accuracy import Accuracy, mean_accuracy
 from .errors import ResMergeError
 from .events import (
     Analysed,
@@ -212,6 +213,11 @@ def gate_table(tensors: Iterable[Mapping[str, Any]]) -> list[str]:
             values = [entry[key] for entry in entries if entry.get(key) is not None]
             cells.append(f"{median(values):.3g}" if values else "-")
         rows.append(cells)
+    return _columns(rows)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of cells as lines, columns aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
 
@@ -234,6 +240,31 @@ def show_checks(checks: Iterable[Any], *, as_json: bool) -> bool:
         for problem in check.problems:
             print(f"       {problem}")
     return passed
+
+
+def show_accuracies(models: Mapping[str, Mapping[str, Accuracy]], *, as_json: bool) -> None:
+    """Print how often each model answers each task rightly, with 95 % intervals."""
+    if as_json:
+        plain_values = {
+            name: {task: result._asdict() for task, result in results.items()}
+            for name, results in models.items()
+        }
+        print(json.dumps({"event": "evaluated", "accuracy": plain_values}), flush=True)
+        return
+    tasks = list(next(iter(models.values())))
+    prompts = next(iter(models.values()))[tasks[0]].n
+    print(f"right answers in % to {prompts} held-out prompts a task (95 % interval):")
+    rows = [["model", *tasks, "mean"]]
+    for name, results in models.items():
+        shown = [*(results[task] for task in tasks), mean_accuracy(results)]
+        rows.append([name, *(percent(result) for result in shown)])
+    for line in _columns(rows):
+        print(line)
+
+
+def percent(result: Accuracy) -> str:
+    """Return an accuracy and its interval in percent."""
+    return f"{100 * result.accuracy:.0f} ({100 * result.low:.0f}–{100 * result.high:.0f})"
 
 
 def show_methods(methods: Iterable[Mapping[str, Any]]) -> None:

@@ -1,29 +1,48 @@
-"""The built-in expert group: what `resmerge-stream demo` merges."""
+"""The built-in expert group: small models really trained by reinforcement learning.
 
-from .device import default_work_dir
+A base of a million parameters that reads single characters, and four experts, each trained from it
+by reinforcement learning on one of four tasks (`tasks`). What `resmerge-stream demo` merges.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from .accuracy import Accuracy
 from .recipe import ModelRef, Recipe
-from .synthetic import Shape, Updates, write_group
+from .tasks import TASKS
 
-EXPERTS = 3
-_VERSION = "v2"
+# Of the held-out prompts that the demo asks; training asked none of them.
+SEED = 7
+
+_FOLDER = Path(__file__).parent / "experts"
+
+
+def builtin_group() -> dict[str, Path]:
+    """Return the checkpoint folders of the built-in group: "base", then "rl-TASK" by task."""
+    return {name: _FOLDER / name for name in ("base", *(f"rl-{task}" for task in TASKS))}
 
 
 def built_in_recipe() -> Recipe:
-    """Return the recipe of the built-in group, after making the group if it is not there.
+    """Return the recipe that merges the built-in group with every default."""
+    base, *experts = builtin_group().values()
+    return Recipe(ModelRef(str(base)), tuple(ModelRef(str(expert)) for expert in experts))
 
-    It is made in the user's cache folder: a base and three experts with Qwen2 names, 1.2 MB each,
-    in two shards, tied embeddings.
+
+def demo_accuracies(
+    merged: Path | str, n_prompts: int, *, say: Callable[[str], None] = lambda text: None
+) -> dict[str, dict[str, Accuracy]]:
+    """Return the accuracy of base, experts and a merge of them, by model and task.
+
+    Args:
+        merged: the merged model's folder.
+        n_prompts: held-out prompts per task.
+        say: told each model's name before its prompts are asked.
     """
-    folder = default_work_dir() / f"built-in-group-{_VERSION}"
-    done = folder / "complete"
-    if not done.exists():
-        write_group(
-            folder,
-            Shape(hidden_size=128, intermediate_size=320, num_hidden_layers=4, vocab_size=512),
-            experts=EXPERTS,
-            updates=Updates(gap=2.0, unchanged=0.5),
-            max_shard_bytes=800_000,
-        )
-        done.touch()
-    experts = tuple(ModelRef(str(folder / f"expert{i}")) for i in range(EXPERTS))
-    return Recipe(ModelRef(str(folder / "base")), experts)
+    # With torch, which the recipe alone does not need.
+    from .evaluate import evaluate
+
+    accuracies = {}
+    for name, folder in {**builtin_group(), "merged": Path(merged)}.items():
+        say(name)
+        accuracies[name] = evaluate(folder, n_prompts, SEED)
+    return accuracies

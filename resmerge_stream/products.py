@@ -57,7 +57,8 @@ def orthonormal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return Q and R with rows = Rᵀ·Q, Q of orthonormal rows; R is float64, upper triangular."""
     if rows.shape[0] == 1:
         norm = torch.linalg.vector_norm(rows, dtype=torch.float64)
-        return rows / norm.clamp_min(1e-300).float(), norm.reshape(1, 1)
+        # A matrix with one changed element exhausts its Krylov space exactly: the row is zero.
+        return rows / torch.where(norm > _TINY, norm, 1.0).float(), norm.reshape(1, 1)
     Q, R = torch.linalg.qr(rows.T)
     return _float(Q.T.contiguous()), R.double()
 
@@ -72,6 +73,8 @@ def orthonormal_columns(columns: Tensor) -> Tensor:
 
 
 BREAKDOWN = 1e-12
+# Well above the smallest float32, below every norm of a row that is not rounding noise.
+_TINY = 1e-30
 
 
 def _float(values: Tensor) -> Tensor:

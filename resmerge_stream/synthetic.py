@@ -1,4 +1,4 @@
-"""Made-up expert groups with Qwen2 names and shapes: for the demo, the tests and the benchmarks.
+"""Made-up expert groups with Qwen2 names and shapes: for the tests and the benchmarks.
 
 Each expert's update of a matrix is a direction that all experts share, a direction of its own, and
 noise; some elements stay unchanged, as after reinforcement learning. No model of any use.

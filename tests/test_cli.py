@@ -14,6 +14,8 @@ import yaml
 from safetensors import safe_open
 
 from resmerge_stream.cli import main
+from resmerge_stream.demo import builtin_group
+from resmerge_stream.tasks import TASKS
 from tests.checkpoints import (
     ROOT,
     child_environment,
@@ -873,28 +875,32 @@ class TestStreams:
 
 class TestWholeRuns:
     def test_the_demo_merges_and_verifies(self, tmp_path):
-        """The built-in group is made, merged and checked, without a network or an account."""
-        done = command(
-            "demo", "--out", tmp_path / "out", cwd=tmp_path, XDG_CACHE_HOME=str(tmp_path / "cache")
-        )
+        """The built-in group is merged, checked and asked, without a network or an account."""
+        cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+        done = command("demo", "--out", tmp_path / "out", "--prompts", 40, cwd=tmp_path, **cache)
 
         assert done.returncode == 0, done.stderr
         assert "merged into" in done.stdout
         assert "FAILED" not in done.stdout
         assert "ok     recomputed: 3 tensors" in done.stdout
-        assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+        table = done.stdout[done.stdout.index("right answers") :].splitlines()
+        assert "40 held-out prompts a task" in table[0]
+        assert table[1].split() == ["model", *TASKS, "mean"]
+        assert [line.split()[0] for line in table[2:]] == [*builtin_group(), "merged"]
+        assert (tmp_path / "out" / "model.safetensors").exists()
         assert {path.name for path in tmp_path.iterdir()} == {"out", "cache"}
 
     def test_the_demo_twice_is_done_already(self, tmp_path):
         """A second demo finds the first one's result and checks it again."""
         cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-        first = command("demo", cwd=tmp_path, **cache)
-        second = command("demo", "--json", cwd=tmp_path, **cache)
+        first = command("demo", "--prompts", 0, cwd=tmp_path, **cache)
+        second = command("demo", "--json", "--prompts", 10, cwd=tmp_path, **cache)
 
         assert first.returncode == second.returncode == 0, second.stderr
         lines = [json.loads(line) for line in second.stdout.splitlines()]
         assert lines[0]["already_there"] is True
-        assert all(line["passed"] for line in lines[1:])
+        assert all(line["passed"] for line in lines[1:-1])
+        assert list(lines[-1]["accuracy"]) == [*builtin_group(), "merged"]
 
     def test_a_merge_is_verified_by_its_recipe(self, group, tmp_path, capsys):
         """Verify merges a sample again where a recipe names the sources, and exits 0."""

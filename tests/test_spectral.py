@@ -173,3 +173,16 @@ def test_products_are_as_exact_as_float32_is(shape):
 
     assert relative(times(delta, right), delta.double() @ right.double()) <= 3e-7
     assert relative(transposed_times(delta, left), delta.double().T @ left.double()) <= 3e-7
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("shape", [(130, 130), (384, 128), (128, 384)], ids=str)
+def test_a_single_changed_element_is_its_own_head(shape, solver):
+    """An update of one element, as sparse RL experts have, exhausts the Krylov space exactly."""
+    delta = torch.zeros(shape)
+    delta[3, 5] = -1.5e-3
+
+    head = top_singular(delta, 1, solver=solver)
+
+    assert relative(head_of(delta, head), delta.double()) <= 1e-6
+    assert head.sigma[0] == pytest.approx(1.5e-3, rel=1e-6)

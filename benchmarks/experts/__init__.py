@@ -1,5 +1,6 @@
-"""Train small groups of a base and its real RL and SFT experts, for benchmarks and the demo.
+"""Trains small groups of a base and its real RL and SFT experts.
 
-`python -m benchmarks.experts --out DIR --group small` trains a base and its experts;
-docs/log.md says what came out of the first run.
+`python -m benchmarks.experts --out DIR --group small` trains a base and its experts; the base and
+RL experts of that group are bundled (`resmerge_stream/experts`). docs/quality.md says what came
+out, docs/log.md what was tried.
 """

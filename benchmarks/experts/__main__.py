@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks.experts --out DIR --group small|wide [--only KIND]`."""
+"""Command line: `python -m benchmarks.experts --out DIR --group small|wide [--only KIND|NAME]`."""
 
 from __future__ import annotations
 
@@ -22,18 +22,24 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder that gets DIR/GROUP/MODEL")
     parser.add_argument("--group", choices=GROUPS, default="small", help="which group")
-    parser.add_argument("--only", choices=KINDS, help="train only these models of the group")
+    parser.add_argument(
+        "--only",
+        choices=(*KINDS, *model_names(KINDS[1:])),
+        metavar="KIND",
+        help="train only these models of the group: base, rl, sft, or one expert such as rl-add",
+    )
     parser.add_argument(
         "--threads",
         type=int,
-        default=2,
+        default=1,
         help="CPU threads; the same weights come out only with the same number",
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers_logging.disable_progress_bar()
-    kinds = (arguments.only,) if arguments.only else KINDS
-    train_group(GROUPS[arguments.group], arguments.out / arguments.group, names=model_names(kinds))
+    kinds = (arguments.only,) if arguments.only in KINDS else KINDS
+    names = model_names(kinds) if arguments.only in (None, *KINDS) else [arguments.only]
+    train_group(GROUPS[arguments.group], arguments.out / arguments.group, names=names)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
-    PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -64,19 +62,6 @@ def build_model(shape: Shape, *, seed: int) -> Qwen2ForCausalLM:
     """Build a float32 model with random weights from a seed."""
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(build_config(shape)).float()
-
-
-def load_model(folder: Path | str) -> Qwen2ForCausalLM:
-    """Read a checkpoint folder into a float32 model on the CPU.
-
-    Float32 represents every bf16 weight exactly, and is what CPUs compute fastest and most evenly.
-    """
-    return Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-
-
-def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """Read the tokenizer of a checkpoint folder."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def save_model(model: Qwen2ForCausalLM, folder: Path) -> None:

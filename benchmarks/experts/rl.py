@@ -19,9 +19,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
+from resmerge_stream.tasks import answer, is_correct, stream_prompts
+
 from .generate import Rollouts, generate
 from .optimizers import MAX_GRADIENT_NORM, OptimizerName, build_optimizer
-from .tasks import answer, is_correct, stream_prompts
+
+# Completions whose gradient is computed at once: what bounds the memory of a step.
+_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +102,7 @@ def reinforce(
         advantages = group_advantages(rewards)
         if advantages.any():
             optimizer.zero_grad()
-            _policy_loss(model, rollouts, advantages.flatten(), settings.temperature).backward()
+            _policy_gradient(model, rollouts, advantages.flatten(), settings.temperature)
             torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
             optimizer.step()
             schedule.step()
@@ -130,28 +134,30 @@ def _rewards(prompts: list[str], rollouts: Rollouts, samples: int) -> Tensor:
     return torch.tensor(verdicts, dtype=torch.float32).view(len(prompts), samples)
 
 
-def _policy_loss(
+def _policy_gradient(
     model: Qwen2ForCausalLM, rollouts: Rollouts, advantages: Tensor, temperature: float
-) -> Tensor:
-    """Return −mean over completion tokens of advantage · log-probability.
+) -> None:
+    """Add the gradient of −mean over completion tokens of advantage · log-probability.
 
     Args:
         model: the policy that sampled the rollouts.
         rollouts: R completions of C tokens.
-        advantages: one per completion, shape (R,).
+        advantages: one per completion, shape (R,); completions of advantage 0 are left out.
         temperature: the one the completions were sampled at.
     """
-    kept = advantages != 0
+    kept = advantages.nonzero()[:, 0]
     length = rollouts.completion_mask.shape[1]
-    tokens = rollouts.tokens[kept]
-    logits = model(
-        input_ids=tokens,
-        attention_mask=rollouts.attention[kept],
-        position_ids=rollouts.positions[kept],
-        use_cache=False,
-        logits_to_keep=length + 1,
-    ).logits[:, :-1]  # (R', C, V): the last position predicts nothing
-    chosen = tokens[:, -length:, None]
-    log_probabilities = torch.log_softmax(logits / temperature, dim=-1).gather(2, chosen)[..., 0]
-    mask = rollouts.completion_mask[kept]
-    return -(advantages[kept, None] * log_probabilities * mask).sum() / mask.sum()
+    total = rollouts.completion_mask[kept].sum()
+    for rows in kept.split(_ROWS):
+        tokens = rollouts.tokens[rows]
+        logits = model(
+            input_ids=tokens,
+            attention_mask=rollouts.attention[rows],
+            position_ids=rollouts.positions[rows],
+            use_cache=False,
+            logits_to_keep=length + 1,
+        ).logits[:, :-1]  # (rows, C, V): the last position predicts nothing
+        chosen = tokens[:, -length:, None]
+        logs = torch.log_softmax(logits / temperature, dim=-1).gather(2, chosen)[..., 0]
+        mask = rollouts.completion_mask[rows]
+        (-(advantages[rows, None] * logs * mask).sum() / total).backward()

@@ -6,7 +6,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
+from resmerge_stream.evaluate import IGNORED, encode_answers
+from resmerge_stream.tasks import stream_prompts
+
 from .corpus import Writer
 from .optimizers import MAX_GRADIENT_NORM, OptimizerName, build_optimizer
-from .tasks import stream_prompts
-
-# The label that cross-entropy leaves out.
-_IGNORED = -100
 
 _LOG_EVERY = 50
 
@@ -83,7 +82,8 @@ def train_on_answers(
     for step in range(1, settings.steps + 1):
         prompts = [p for stream, count in streams for p in itertools.islice(stream, count)]
         answers = [write(prompt) for prompt in prompts]
-        loss = _answer_loss(model, *_encode(tokenizer, prompts, answers))
+        tokens, labels = encode_answers(tokenizer, prompts, answers)
+        loss = _answer_loss(model, tokens, labels, pad=tokenizer.pad_token_id)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
@@ -108,30 +108,8 @@ def _pace(step: int, settings: SupervisedSettings) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Encode answered prompts as tokens, attention and labels, each (B, T), padded on the right."""
-    rows = [
-        (question, [*reply, tokenizer.eos_token_id])
-        for question, reply in zip(
-            tokenizer(list(prompts)).input_ids, tokenizer(list(answers)).input_ids, strict=True
-        )
-    ]
-    length = max(len(question) + len(reply) for question, reply in rows)
-    tokens = torch.full((len(rows), length), tokenizer.pad_token_id)
-    labels = torch.full((len(rows), length), _IGNORED)
-    for row, (question, reply) in enumerate(rows):
-        end = len(question) + len(reply)
-        tokens[row, :end] = torch.tensor(question + reply)
-        labels[row, len(question) : end] = torch.tensor(reply)
-    return tokens, (tokens != tokenizer.pad_token_id).long(), labels
-
-
-def _answer_loss(
-    model: Qwen2ForCausalLM, tokens: Tensor, attention: Tensor, labels: Tensor
-) -> Tensor:
-    logits = model(input_ids=tokens, attention_mask=attention, use_cache=False).logits
+def _answer_loss(model: Qwen2ForCausalLM, tokens: Tensor, labels: Tensor, *, pad: int) -> Tensor:
+    logits = model(input_ids=tokens, attention_mask=(tokens != pad).long(), use_cache=False).logits
     return functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
     )

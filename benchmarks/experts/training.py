@@ -21,14 +21,15 @@ import torch
 import transformers
 from transformers import Qwen2ForCausalLM
 
+from resmerge_stream.evaluate import evaluate, load_model, load_tokenizer
+from resmerge_stream.tasks import LENGTHS, TASKS, answer
+
 from .corpus import slipping_writer
-from .evaluate import evaluate
 from .groups import CORPUS_MIX, CORPUS_SLIPS, SFT_BATCH, Group
 from .measure import measure_change
-from .model import build_model, load_model, load_tokenizer, save_model
+from .model import build_model, save_model
 from .rl import reinforce
 from .supervised import train_on_answers
-from .tasks import LENGTHS, TASKS, answer
 from .tokenizer import build_tokenizer
 
 LOG = "training_log.json"
@@ -113,15 +114,22 @@ def _train_one(group: Group, folder: Path, name: str) -> dict[str, Any]:
 
 
 def _pretrain(model: Qwen2ForCausalLM, group: Group, label: str) -> list[dict[str, Any]]:
-    return train_on_answers(
-        model,
-        build_tokenizer(model_max_length=group.shape.context),
-        group.pretraining,
-        prompts_per_step=CORPUS_MIX,
-        write=slipping_writer(CORPUS_SLIPS, seed=group.seed),
-        seed=group.seed,
-        label=label,
-    )
+    log: list[dict[str, Any]] = []
+    for stage, settings in enumerate(group.pretraining):
+        if stage > 0:
+            # As if the last stage had been saved: a base may be trained on from its checkpoint.
+            model.to(torch.bfloat16).float()
+        seed = group.seed + 100 * stage
+        log += train_on_answers(
+            model,
+            build_tokenizer(model_max_length=group.shape.context),
+            settings,
+            prompts_per_step=CORPUS_MIX,
+            write=slipping_writer(CORPUS_SLIPS, seed=seed),
+            seed=seed,
+            label=label,
+        )
+    return log
 
 
 def _specialise(

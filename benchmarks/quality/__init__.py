@@ -1,0 +1,6 @@
+"""What merging does to small RL experts: `python -m benchmarks.quality` writes docs/quality.md.
+
+`groups` finds or trains the experts, `merges` merges them, `asking` asks every model the same
+held-out prompts, `studies` says which merges are asked, `results` reads the answers as accuracies,
+`tables` and `figures` show them, and `page` puts them into `page.md`, where the words are.
+"""

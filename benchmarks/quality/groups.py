@@ -1,0 +1,73 @@
+"""The groups that are merged: bundled models where they are, the others trained by the script."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.experts.groups import GROUPS
+from benchmarks.experts.training import LOG, model_names
+from resmerge_stream.demo import builtin_group
+from resmerge_stream.tasks import TASKS
+
+MODELS = tuple(model_names(("base", "rl", "sft")))
+RL = tuple(f"rl-{task}" for task in TASKS)
+SFT = tuple(f"sft-{task}" for task in TASKS)
+
+
+def ensure_groups(folder: Path, names: Sequence[str] = tuple(GROUPS)) -> dict[str, Path]:
+    """Return the folders of the groups, after training what is missing: one process a group.
+
+    Args:
+        folder: gets one folder a group; finished models in it are kept.
+        names: of the groups.
+
+    Raises:
+        RuntimeError: a training failed.
+    """
+    small = folder / "small"
+    if not small.exists():
+        bundled = builtin_group()
+        for name, source in bundled.items():
+            shutil.copytree(source, small / name)
+        shutil.copy(bundled["base"].parent / LOG, small / LOG)
+    running = [(name, _train(folder, name)) for name in names if not _complete(folder / name)]
+    for name, process in running:
+        if process.wait() != 0:
+            raise RuntimeError(f"training the group {name!r} failed; its messages are above.")
+    return {name: folder / name for name in names}
+
+
+def retrain(folder: Path, group: Path, name: str) -> Path:
+    """Train one expert of a group again from its base, and return its folder.
+
+    Raises:
+        RuntimeError: the training failed.
+    """
+    again = folder / group.name
+    if not (again / name).is_dir():
+        shutil.copytree(group / "base", again / "base", dirs_exist_ok=True)
+        if _train(folder, group.name, "--only", name).wait() != 0:
+            raise RuntimeError(f"training {name!r} again failed; its messages are above.")
+    return again / name
+
+
+def training_log(group: Path) -> dict[str, Any]:
+    """Return a group's training log."""
+    found: dict[str, Any] = json.loads((group / LOG).read_text("utf-8"))
+    return found
+
+
+def _complete(group: Path) -> bool:
+    return all((group / name).is_dir() for name in MODELS)
+
+
+def _train(folder: Path, group: str, *options: str) -> subprocess.Popen[bytes]:
+    # One thread: the same weights come out only with the same number of threads.
+    command = [sys.executable, "-m", "benchmarks.experts", "--out", str(folder), "--group", group]
+    return subprocess.Popen([*command, "--threads", "1", *options])
