@@ -5,7 +5,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from . import console
@@ -17,13 +17,12 @@ from .cli_options import (
     publication_of,
     recipe_of,
 )
+from .cli_studies import add_analyse, add_compare, analyse, compare
 from .cli_submit import add_submit, submit
 from .errors import RecipeError, ResMergeError, StoppedError
-from .events import Event
 from .plan import Plan, plan_merge
 from .planned import refused_plan
 from .recipe_file import load_recipe
-from .specs import format_size
 from .version import __version__
 
 _EXIT = """\
@@ -110,32 +109,8 @@ def _parser() -> argparse.ArgumentParser:
         "--sample", type=int, default=3, metavar="N", help="tensors to merge again (3)"
     )
     add_json(verify)
-    compare = _command(commands, "compare", _compare, "merge by several methods in one pass")
-    add_recipe(compare)
-    compare.add_argument(
-        "--methods",
-        metavar="A,B,C",
-        required=True,
-        help="methods, with parameters behind colons: resmerge,ties:trim=tensor",
-    )
-    compare.add_argument("--out", metavar="DIR", required=True, help="one folder a method below")
-    compare.add_argument(
-        "--report-only", action="store_true", help="write reports, table and picture, no weights"
-    )
-    compare.add_argument("--work-dir", metavar="DIR", help="as for merge")
-    analyse = _command(commands, "analyse", _analyse, "measure the experts' spectra; no merging")
-    add_recipe(analyse)
-    analyse.add_argument("--out", metavar="DIR", required=True, help="folder for the results")
-    analyse.add_argument(
-        "--sft", metavar="ID", action="append", default=[], help="an SFT expert beside; repeat"
-    )
-    analyse.add_argument("--rank", type=int, default=1, help="directions in the head (1)")
-    analyse.add_argument(
-        "--component",
-        choices=("head", "residual"),
-        help="write the model W0 + head (or residual) of one expert instead",
-    )
-    analyse.add_argument("--of", metavar="EXPERT", help="which expert: its ID, or its number")
+    add_compare(_command(commands, "compare", compare, "merge by several methods in one pass"))
+    add_analyse(_command(commands, "analyse", _analyse, "measure the experts' spectra; no merging"))
     add_submit(
         _command(commands, "submit", submit, "merge as a Job on the Hub; asks before it spends")
     )
@@ -230,50 +205,8 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if console.show_checks(checks, as_json=args.json) else 2
 
 
-def _compare(args: argparse.Namespace) -> int:
-    from .compare_plan import plan_comparison
-
-    names = [name for name in args.methods.split(",") if name.strip()]
-    comparison = plan_comparison(
-        recipe_of(args), names, options_of(args), out=args.out, report_only=args.report_only
-    )
-    comparison.raise_if_refused()
-    from .compare import run_comparison
-
-    console.say(f"memory: at most {format_size(comparison.peak_memory_bytes)} private")
-    _show(run_comparison(comparison, work_dir=args.work_dir), args, table="comparison.md")
-    comparison.close()
-    return 0
-
-
 def _analyse(args: argparse.Namespace) -> int:
-    from .analyse import component_recipe, plan_analysis, run_analysis
-    from .recipe import ModelRef
-
-    recipe = recipe_of(args)
-    if bool(args.component) != bool(args.of):
-        raise RecipeError("--component and --of go together: which part, of which expert.")
-    if args.component:
-        chosen = component_recipe(recipe, args.component, args.of, rank=args.rank)
-        return _run(
-            plan_merge(chosen, options_of(args), out=args.out), args.out, None, as_json=args.json
-        )
-    sft = [ModelRef.parse(text) for text in args.sft]
-    plan = plan_analysis(recipe, sft, options_of(args), rank=args.rank)
-    _show(run_analysis(plan, out=args.out, sft=len(sft)), args, table="analysis.md")
-    plan.close()
-    return 0
-
-
-def _show(events: Iterator[Event], args: argparse.Namespace, *, table: str) -> None:
-    """Print events as JSON, or a count of them and then the table that they end in."""
-    from pathlib import Path
-
-    if args.json:
-        console.print_json(events)
-        return
-    console.count(events)
-    print((Path(os.path.expanduser(args.out)) / table).read_text(encoding="utf-8"), end="")
+    return analyse(args, _run)
 
 
 def _methods(args: argparse.Namespace) -> int:
