@@ -1,9 +1,25 @@
 """What every target offers: shards written in order, then published all at once."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..layout import Shard
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """As what a process opens the target of a run.
+
+    Attributes:
+        mark: names the run, the same in all its processes.
+        is_main: whether it sets the target up and publishes; the others join.
+        is_first: whether it is the first on its machine, and sends what earlier runs left there.
+    """
+
+    mark: str = ""
+    is_main: bool = True
+    is_first: bool = True
 
 
 class ShardWriter(Protocol):
