@@ -146,7 +146,7 @@ class Crew:
             for event in own:
                 self._group.send([progress.peak_private, event.to_dict()])
                 yield event
-            self._group.send(None)
+            self._group.send([progress.peak_private, None])
 
     def _lead(self, group: Group, own: Iterator[Event], progress: Progress) -> Iterator[Event]:
         busy = set(range(1, self.size))
@@ -166,11 +166,11 @@ class Crew:
         """Yield what the others reported since the last time."""
         group.check()
         for rank, message in group.messages():
-            if message is None:
-                busy.discard(rank)
-                continue
             peak, fields = message
             progress.peak_private = max(progress.peak_private, peak)
+            if fields is None:
+                busy.discard(rank)
+                continue
             read, written, sent = (fields[f"bytes_{what}"] for what in ("read", "written", "sent"))
             progress.others[rank] = (read, written, sent)
             yield from self._retold(fields, progress)
