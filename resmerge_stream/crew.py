@@ -138,9 +138,10 @@ class Crew:
                 yield from self._lead(self._group, own, progress)
             except StoppedError as exc:
                 missing = [shard.name for shard in shards if shard.name not in progress.files]
+                left = f"missing: {listed(missing)}" if missing else "all are merged, not published"
                 raise StoppedError(
-                    f"{exc} Finished shards are kept; missing: {listed(missing)}. The same command "
-                    "continues, with any number of processes."
+                    f"{exc} Finished shards are kept; {left}. The same command continues, with any "
+                    "number of processes."
                 ) from exc
         else:
             for event in own:
