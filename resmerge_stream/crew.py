@@ -83,6 +83,11 @@ class Crew:
             self._group.put(f"{key}/{self._group.rank}", found)
         return found
 
+    def stop_others(self, error: BaseException) -> None:
+        """End the other processes, since what they do is of no use any more."""
+        if self._group is not None:
+            self._group.stop_others(error)
+
     def agree(self, plan: Plan) -> None:
         """Make sure that every process has the same plan.
 
@@ -102,7 +107,10 @@ class Crew:
     def membership(self) -> Membership:
         """Return as what this process opens the target of the run."""
         mark = self.shared("mark", lambda: uuid.uuid4().hex)
-        return Membership(mark, self.is_main, self.is_main or machine_share()[0] == 0)
+        if self._group is None:
+            return Membership(mark)
+        is_first = self.is_main or machine_share()[0] == 0
+        return Membership(mark, self.is_main, is_first, self._group.turn)
 
     def work(self, plan: Plan, kept: Mapping[str, Any]) -> WorkList:
         """Return what this process is to merge.
@@ -201,7 +209,7 @@ def crew_of_launcher() -> Iterator[Crew]:
         return
     group = Group.connect()
     try:
-        with _ended_in_words(group.rank == 0):
+        with _ended_in_words(group):
             yield Crew(group)
     except BaseException as exc:
         if group.fail(exc):
@@ -212,14 +220,16 @@ def crew_of_launcher() -> Iterator[Crew]:
 
 
 @contextlib.contextmanager
-def _ended_in_words(is_main: bool) -> Iterator[None]:
+def _ended_in_words(group: Group) -> Iterator[None]:
     """Have the main process say what is missing when the launcher ends it."""
-    if not is_main:
+    if group.rank != 0:
         yield
         return
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if group.is_over:
+            return  # a process that failed is ended with all others; why is being said already
+        group.is_over = True
         raise StoppedError("the launcher ended this run: a process died, or it was told to.")
 
     before = signal.signal(signal.SIGTERM, stop)

@@ -80,9 +80,10 @@ def run_merge(
         yield from _merge(plan, sink, work_dir, merger, progress, crew)
         if crew.is_main:
             yield from _finish(plan, sink, merger, progress, crew)
-    except NonFiniteError:
+    except NonFiniteError as exc:
         # This run can never be finished, so it leaves nothing behind.
         if crew.is_main:
+            crew.stop_others(exc)
             sink.abandon()
         raise
     finally:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import errors
 from .errors import ResMergeError, StoppedError
+from .sinks.sink import Turn
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -48,6 +49,9 @@ class Group:
         rank, size: which process this is, of how many.
         silent_s: seconds after which a process that is not heard of counts as gone.
 
+    Attributes:
+        is_over: whether this or another process failed, so that the run ends.
+
     Every wait ends with an error when another process fails or is gone.
     """
 
@@ -57,7 +61,7 @@ class Group:
         self._store, self._silent_s = store, silent_s
         self._heard: dict[int, tuple[bytes, float]] = {}
         self._looked = time.monotonic()
-        self._told: set[int] = set()
+        self.is_over = False
         self._sent = 0
         self._received = dict.fromkeys(range(1, size), 0)
         self._closed = threading.Event()
@@ -111,8 +115,34 @@ class Group:
         with _reaching():
             return int(self._store.add("tickets", 1)) - 1
 
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[Turn]:
+        """Wait until no other process is inside, first come first served.
+
+        Raises:
+            ResMergeError: another process failed, or is gone.
+        """
+        with _reaching():
+            mine = self._store.add("turns", 1)
+        while True:
+            with _reaching():
+                if self._store.add("turns over", 0) == mine - 1:
+                    break
+            self.check()
+            time.sleep(_POLL_S)
+        turn = Turn(self.look("turn") or "")
+        yield turn
+        self.put("turn", turn.value)
+        with _reaching():
+            self._store.add("turns over", 1)
+
     def send(self, message: Any) -> None:
-        """Send something to the main process."""
+        """Send something to the main process.
+
+        Raises:
+            ResMergeError: another process failed, or is gone.
+        """
+        self.check()
         self.put(f"message/{self.rank}/{self._sent}", message)
         self._sent += 1
 
@@ -142,6 +172,7 @@ class Group:
 
     def fail(self, error: BaseException) -> bool:
         """Tell the others that this process ends; return whether the main one says why."""
+        self.is_over = True
         with contextlib.suppress(StoppedError):
             if self.look("failure") is None:
                 text = str(error) if isinstance(error, ResMergeError) else repr(error)
@@ -154,12 +185,24 @@ class Group:
             self.put("answer", 0)
         return self.rank != 0 and isinstance(error, OthersStoppedError)
 
+    def stop_others(self, error: BaseException) -> None:
+        """Tell the others why the main process ends, and wait a moment until they have ended."""
+        self.fail(error)
+        until = time.monotonic() + _ANSWER_S
+        with contextlib.suppress(StoppedError):
+            for rank in range(1, self.size):
+                while self.look(f"over/{rank}") is None and time.monotonic() < until:
+                    time.sleep(_POLL_S)
+
     def close(self) -> None:
-        """Stop telling that this process lives."""
+        """Say that this process is over."""
+        with contextlib.suppress(StoppedError):
+            self.put(f"over/{self.rank}", True)
         self._closed.set()
         self._heart.join(timeout=_BEAT_S)
 
     def _raise(self, failure: dict[str, Any]) -> None:
+        self.is_over = True
         if self.rank != 0:
             raise OthersStoppedError(f"{failure['by']} ended this run.")
         self.put("answer", failure["rank"])

@@ -126,6 +126,7 @@ class Staging:
     ) -> None:
         self.repo, self.branch = repo, branch_name(plan_hash)
         self._owner = membership.mark or uuid.uuid4().hex
+        self._turn = membership.turn
         if membership.is_main:
             repo.create_branch(self.branch)
         staged = read_staged(repo, plan_hash)
@@ -166,6 +167,18 @@ class Staging:
         self.entries[name] = dict(entry)
 
     def _advance(
+        self,
+        message: str,
+        operations: Callable[[], list[Operation]],
+        proof: Mapping[str, str | bytes],
+    ) -> None:
+        # By turns: commits of many processes that meet would be repeated more often than made.
+        with self._turn() as turn:
+            self._commit = turn.value or self._commit
+            self._commit_on_top(message, operations, proof)
+            turn.value = self._commit
+
+    def _commit_on_top(
         self,
         message: str,
         operations: Callable[[], list[Operation]],
