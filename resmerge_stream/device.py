@@ -54,6 +54,7 @@ def choose_device(name: str) -> "torch.device":
         raise RecipeError(
             "--device mps: Apple's GPUs have no float64, which the sums need. Use --device cpu."
         )
+    torch.set_float32_matmul_precision("highest")  # no TF32: products keep float32's digits
     index = name.partition(":")[2]
     if int(index or 0) >= gpus:
         raise RecipeError(

@@ -250,8 +250,8 @@ def _prepared(
 
 
 def workers(device: torch.device) -> int:
-    """Return how many tensors are decided at once: one a core, or one at a time on a GPU."""
-    return usable_cores() if device.type == "cpu" else 1
+    """Return how many tensors are in work at once: one a core; on a GPU one while one crosses."""
+    return usable_cores() if device.type == "cpu" else 2
 
 
 def environment(device: torch.device) -> dict[str, Any]:
