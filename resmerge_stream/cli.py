@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from . import console
 from .cli_options import (
+    add_analyse,
     add_json,
     add_publication,
     add_recipe,
@@ -35,7 +36,8 @@ command continues; 130 interrupted, the same command continues; 1 a bug.
 """
 _EXAMPLES = {
     "plan": "resmerge-stream plan --base models/base --expert models/math --expert models/code",
-    "merge": "resmerge-stream merge recipe.yml --push-to me/merged",
+    "merge": "resmerge-stream merge recipe.yml --push-to me/merged\n"
+    "in 8 processes: accelerate launch --multi_gpu --num_processes 8 -m resmerge_stream merge …",
     "verify": "resmerge-stream verify merged",
     "compare": "resmerge-stream compare recipe.yml --methods resmerge,ties,tsv_m --out compared",
     "analyse": "resmerge-stream analyse recipe.yml --out analysis",
@@ -133,18 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--work-dir", metavar="DIR", help="as for merge")
     analyse = _command(commands, "analyse", _analyse, "measure the experts' spectra; no merging")
-    add_recipe(analyse)
-    analyse.add_argument("--out", metavar="DIR", required=True, help="folder for the results")
-    analyse.add_argument(
-        "--sft", metavar="ID", action="append", default=[], help="an SFT expert beside; repeat"
-    )
-    analyse.add_argument("--rank", type=int, default=1, help="directions in the head (1)")
-    analyse.add_argument(
-        "--component",
-        choices=("head", "residual"),
-        help="write the model W0 + head (or residual) of one expert instead",
-    )
-    analyse.add_argument("--of", metavar="EXPERT", help="which expert: its ID, or its number")
+    add_analyse(analyse)
     add_submit(
         _command(commands, "submit", submit, "merge as a Job on the Hub; asks before it spends")
     )

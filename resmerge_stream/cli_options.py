@@ -63,6 +63,22 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+def add_analyse(parser: argparse.ArgumentParser) -> None:
+    """Add what says what to measure, and which part of an expert to write."""
+    add_recipe(parser)
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the results")
+    parser.add_argument(
+        "--sft", metavar="ID", action="append", default=[], help="an SFT expert beside; repeat"
+    )
+    parser.add_argument("--rank", type=int, default=1, help="directions in the head (1)")
+    parser.add_argument(
+        "--component",
+        choices=("head", "residual"),
+        help="write the model W0 + head (or residual) of one expert instead",
+    )
+    parser.add_argument("--of", metavar="EXPERT", help="which expert: its ID, or its number")
+
+
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """Return the recipe that the arguments name, with the options put over it."""
     parameters = {}
