@@ -135,8 +135,8 @@ def watched(folder: Path) -> Iterator[list[int]]:
         thread.join()
 
 
-def m5(args: argparse.Namespace) -> None:
-    """Print time and memory of planning models of which only headers exist."""
+def giants() -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return names and shapes of the models of which only headers exist."""
     llama = Shape(
         hidden_size=16384,
         intermediate_size=53248,
@@ -146,17 +146,26 @@ def m5(args: argparse.Namespace) -> None:
         vocab_size=128256,
         tied=False,
     )
-    models = {"405B dense": dict(tensor_shapes(llama)), "671B experts": dict(_mixture())}
+    return {"405B dense": dict(tensor_shapes(llama)), "671B experts": dict(_mixture())}
+
+
+@contextmanager
+def header_hub(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[Bench]:
+    """A Hub with a base and two experts of which only headers exist."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with LoopbackHub(folder / "hub") as hub:
+        specs = [TensorSpec(tensor, "BF16", shape) for tensor, shape in shapes.items()]
+        made, files = Bench(hub, folder, hub.add_user("alice")), _header_files(specs)
+        for model in ("base", "expert0", "expert1"):
+            hub.add_repo(f"alice/{model}", files)
+        yield made
+
+
+def m5(args: argparse.Namespace) -> None:
+    """Print time and memory of planning models of which only headers exist."""
     rows = []
-    for name, shapes in models.items():
-        folder = args.dir / args.name
-        shutil.rmtree(folder, ignore_errors=True)
-        with LoopbackHub(folder / "hub") as hub:
-            made = Bench(hub, folder, hub.add_user("alice"))
-            specs = [TensorSpec(tensor, "BF16", shape) for tensor, shape in shapes.items()]
-            files = _header_files(specs)
-            for model in ("base", "expert0", "expert1"):
-                hub.add_repo(f"alice/{model}", files)
+    for name, shapes in giants().items():
+        with header_hub(args.dir / args.name, shapes) as made:
             command = ["plan", "--base", "alice/base", "--expert", "alice/expert0"]
             command += ["--expert", "alice/expert1", "--push-to", "alice/merged", "--json"]
             command += ["--memory-budget", "12.8GB"]
@@ -167,7 +176,7 @@ def m5(args: argparse.Namespace) -> None:
         rows.append(
             (
                 name,
-                f"{len(specs)}",
+                f"{len(shapes)}",
                 f"{done.seconds:.1f} s",
                 f"{done.peak_private / 1e6:.0f} MB",
                 "refused" if plan.get("refused", True) else "accepted",

@@ -21,7 +21,7 @@ import torch
 from .analysis_report import analysis_files
 from .compare_report import write_files
 from .device import choose_device
-from .engine import READ_AHEAD_BYTES, environment, reads, workers
+from .engine import environment, workers
 from .errors import RecipeError
 from .events import Analysed, Event, Finished, Planned
 from .factors import singular_values
@@ -32,6 +32,7 @@ from .methods.resmerge import head_of, project_heads, residual_gram
 from .pieces import Piece
 from .pipes import Ahead
 from .plan import Options, Plan, matrix_of, plan_merge
+from .reading import READ_AHEAD_BYTES, reads
 from .recipe import ModelRef, Recipe
 from .specs import format_size
 from .task_vectors import NonFiniteValues, TaskVectors

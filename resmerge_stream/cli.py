@@ -19,7 +19,10 @@ from .cli_options import (
 )
 from .cli_studies import add_analyse, add_compare, analyse, compare
 from .cli_submit import add_submit, submit
+from .crew import Crew, ToldError, crew_of_launcher
 from .errors import RecipeError, ResMergeError, StoppedError
+from .group import launched
+from .opening import discard_unfinished
 from .plan import Plan, plan_merge
 from .planned import refused_plan
 from .recipe_file import load_recipe
@@ -31,7 +34,8 @@ command continues; 130 interrupted, the same command continues; 1 a bug.
 """
 _EXAMPLES = {
     "plan": "resmerge-stream plan --base models/base --expert models/math --expert models/code",
-    "merge": "resmerge-stream merge recipe.yml --push-to me/merged",
+    "merge": "resmerge-stream merge recipe.yml --push-to me/merged\n"
+    "in 8 processes: accelerate launch --multi_gpu --num_processes 8 -m resmerge_stream merge …",
     "verify": "resmerge-stream verify merged",
     "compare": "resmerge-stream compare recipe.yml --methods resmerge,ties,tsv_m --out compared",
     "analyse": "resmerge-stream analyse recipe.yml --out analysis",
@@ -60,15 +64,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has no ‖ must not end a merge
     try:
+        if launched()[1] > 1 and run is not _merge:
+            raise RecipeError("only 'merge' runs in several processes. Start this one alone.")
         return run(args)
+    except ToldError as exc:
+        return exc.code
     except ResMergeError as exc:
-        if run is _plan and args.json and exc.exit_code == 2:
+        as_json = getattr(args, "json", False) and launched()[0] == 0
+        if run is _plan and as_json and exc.exit_code == 2:
             print(json.dumps(refused_plan(str(exc))))
         else:
-            console.failed(exc, as_json=getattr(args, "json", False))
+            console.failed(exc, as_json=as_json)
         return exc.exit_code
     except KeyboardInterrupt:
-        print("interrupted; the same command continues.", file=sys.stderr)
+        if launched()[0] == 0:
+            print("interrupted; the same command continues.", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output went away (such as `| head`): nothing is left to say to it.
@@ -161,34 +171,31 @@ def _plan(args: argparse.Namespace) -> int:
 def _merge(args: argparse.Namespace) -> int:
     if not args.out and not args.push_to:
         raise RecipeError("nowhere to write: give --out DIR or --push-to NAMESPACE/NAME.")
-    if args.discard_staging:
-        console.discarded(_discard(args))
-    return _run(_plan_of(args), args.out, args.work_dir, as_json=args.json)
+    with crew_of_launcher() as crew:
+        with crew.main_first("discard"):
+            if args.discard_staging and crew.is_main:
+                console.discarded(discard_unfinished(args.out, publication_of(args)))
+        return _run(_plan_of(args), args.out, args.work_dir, as_json=args.json, crew=crew)
 
 
-def _discard(args: argparse.Namespace) -> list[str]:
-    removed: list[str] = []
-    if args.push_to:
-        from .sinks.hub_discard import discard_staging
-
-        publication = publication_of(args)
-        removed += discard_staging(publication.repo_id, None) if publication else []
-    if args.out:
-        from pathlib import Path
-
-        from .sinks.folder import discard
-
-        removed += discard(Path(os.path.expanduser(args.out)))
-    return removed
-
-
-def _run(plan: Plan, out: str | None, work_dir: str | None, *, as_json: bool) -> int:
+def _run(
+    plan: Plan,
+    out: str | None,
+    work_dir: str | None,
+    *,
+    as_json: bool,
+    crew: Crew | None = None,
+) -> int:
     plan.raise_if_refused()
     from .engine import run_merge
 
-    events = run_merge(plan, out=out, work_dir=work_dir)
+    events = run_merge(plan, out=out, work_dir=work_dir, crew=crew)
     try:
-        (console.print_json if as_json else console.follow)(events)
+        if crew is not None and not crew.is_main:
+            for _ in events:
+                pass  # the main process shows what happens in all of them
+        else:
+            (console.print_json if as_json else console.follow)(events)
     finally:
         events.close()  # type: ignore[attr-defined]  # a generator; closing it cancels
         plan.close()

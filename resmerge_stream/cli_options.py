@@ -26,7 +26,7 @@ def add_publication(parser: argparse.ArgumentParser) -> None:
         "--update", action="store_true", help="replace the model in it; the plan lists the files"
     )
     hub.add_argument(
-        "--max-disk", metavar="SIZE", help="of unsent shards (default: two); 0 for no file at all"
+        "--max-disk", metavar="SIZE", help="of unsent shards (default: two a process); 0: no file"
     )
     parser.add_argument(
         "--work-dir", metavar="DIR", help="where journals are kept (default: the user's cache)"
@@ -56,7 +56,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     machine.add_argument(
-        "--memory-budget", metavar="SIZE", help="such as 4GB (default: 80%% of what is free)"
+        "--memory-budget",
+        metavar="SIZE",
+        help="of all processes here, such as 4GB (default: 80%% of what is free)",
     )
     add_json(parser)
 

@@ -16,12 +16,13 @@ from .compare_report import Similarity, comparison_files, write_files
 from .compare_shard import Method, Run, merge_shard
 from .counting import counted
 from .device import choose_device
-from .engine import environment, reads
+from .engine import environment
 from .errors import NonFiniteError
 from .events import Event, Finished, Planned, Published, ShardFinished
 from .merging import Merger
 from .opening import read_report
 from .publication import work_folder
+from .reading import reads
 from .report import build_report
 from .sinks import FolderSink, Sink, target_state
 from .sinks.folder import discard

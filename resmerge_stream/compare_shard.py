@@ -12,11 +12,12 @@ from torch import Tensor
 from .compare_plan import Comparison
 from .compare_report import Similarity
 from .device import private_memory
-from .engine import READ_AHEAD_BYTES, reads, workers
+from .engine import workers
 from .events import Event, TensorMerged
 from .memory import WRITE_QUEUE_BYTES
 from .merging import Merger, Prepared
 from .pipes import Ahead, WriteBehind
+from .reading import READ_AHEAD_BYTES, reads
 from .sharing import Shared, shared_reads
 from .sinks import ShardWriter, Sink
 from .task_vectors import NonFiniteValues, TaskVectors

@@ -1,4 +1,4 @@
-"""What this machine can give: device, free memory, free disk, threads."""
+"""What this machine can give this process: device, free memory, free disk, threads."""
 
 import contextlib
 import ctypes
@@ -37,34 +37,45 @@ class Machine:
 def choose_device(name: str) -> "torch.device":
     """Return the torch device that an option names.
 
+    Without a number, each process on this machine gets a GPU of its own.
+
     Args:
-        name: ``auto`` (the best there is), ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        name: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
 
     Raises:
         RecipeError: no such device on this machine.
     """
     import torch
 
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    counts = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
-        "mps": int(torch.backends.mps.is_available()),
-    }
-    if int(index or 0) >= counts[kind]:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not gpus):
+        return torch.device("cpu")
+    if name == "mps":
         raise RecipeError(
-            f"--device {name}: this machine has {counts[kind]} such device(s). "
-            "Use --device cpu, or auto."
+            "--device mps: Apple's GPUs have no float64, which the sums need. Use --device cpu."
         )
-    return torch.device(name)
+    torch.set_float32_matmul_precision("highest")  # no TF32: products keep float32's digits
+    index = name.partition(":")[2]
+    if int(index or 0) >= gpus:
+        raise RecipeError(
+            f"--device {name}: this machine has {gpus} such device(s). Use --device cpu, or auto."
+        )
+    return torch.device("cuda", int(index) if index else machine_share()[0] % gpus)
+
+
+def machine_share() -> tuple[int, int]:
+    """Return which process of a run this is on this machine, from 0, and of how many.
+
+    accelerate and torchrun say so in the environment; alone it is 0 of 1.
+    """
+    number, count = (os.environ.get(key, "") for key in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    if not number.isdigit() or not count.isdigit():
+        return 0, 1
+    return int(number), max(int(count), 1)
 
 
 def available_memory() -> int:
-    """Return bytes of memory that this process may still take: the machine's or the container's."""
+    """Return bytes of memory that may still be taken: the machine's or the container's."""
     import psutil
 
     free = int(psutil.virtual_memory().available)
@@ -94,7 +105,7 @@ def keep_memory_steady() -> None:
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use: its affinity and the container's CPU quota."""
+    """Return how many cores this process may use: its share of what it and the container have."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
@@ -105,7 +116,7 @@ def usable_cores() -> int:
             cores = min(cores, -(-int(quota) // int(period)))
     except (OSError, ValueError):
         pass
-    return max(cores, 1)
+    return max(cores // machine_share()[1], 1)
 
 
 def free_disk(folder: Path) -> int:

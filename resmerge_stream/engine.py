@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from .card import render_card
 from .counting import counted
+from .crew import Crew
 from .device import choose_device, keep_memory_steady, usable_cores
 from .errors import NonFiniteError
 from .events import Event, Finished, Planned, Progressed, Published, ShardFinished, TensorMerged
@@ -17,25 +18,27 @@ from .layout import Shard
 from .memory import WRITE_QUEUE_BYTES
 from .merging import Merger, Prepared
 from .opening import finished_already, open_sink
-from .pieces import Piece, row_ranges
+from .pieces import Piece
 from .pipes import Ahead, Held, WriteBehind, meanwhile
-from .plan import Plan, PlannedTensor
+from .plan import Plan
 from .progress import Progress
 from .publication import work_folder
+from .reading import READ_AHEAD_BYTES, reading_ahead_of, reads
 from .report import build_report
 from .sinks import Sink
-from .sources import Checkpoint
-from .sources.ahead import Followed, reading_ahead
 from .version import __version__
+from .worklist import WorkList
 
-# Bytes of sources that may be read ahead; from a folder these are mapped pages, not private memory.
-READ_AHEAD_BYTES = 256_000_000
 # How long nothing may be heard of a run.
 _TICK_S = 1.0
 
 
 def run_merge(
-    plan: Plan, *, out: str | Path | None = None, work_dir: str | Path | None = None
+    plan: Plan,
+    *,
+    out: str | Path | None = None,
+    work_dir: str | Path | None = None,
+    crew: Crew | None = None,
 ) -> Iterator[Event]:
     """Run a plan, and yield what happens.
 
@@ -46,6 +49,8 @@ def run_merge(
         plan: from `plan_merge`; it names the repository to publish to, if any.
         out: the output folder, if any.
         work_dir: where journals are kept; the user's cache folder when None.
+        crew: the processes that run the plan together; this one alone when None. The main one
+            yields what happens in all of them, the others what they do themselves.
 
     Raises:
         PlanRefusedError: the plan has problems, or the sources changed since a first run.
@@ -55,63 +60,103 @@ def run_merge(
 
     Memory: `plan.peak_memory_bytes`, whatever the model's size.
     """
+    crew = crew or Crew()
     plan.raise_if_refused()
+    crew.agree(plan)
     folder = Path(os.path.expanduser(out)) if out is not None else None
-    done = finished_already(plan, folder)
-    if done is not None:
-        yield done
+    done = finished_already(plan, folder) if crew.is_main else None
+    if crew.shared("finished", lambda: done is not None):
+        yield from () if done is None else (done,)
         return
     keep_memory_steady()
     device = choose_device(plan.options.device)
-    work = work_folder(plan.plan_hash, folder, plan.publication, work_dir)
-    sink = open_sink(plan, folder, work)
+    work_dir = work_folder(plan.plan_hash, folder, plan.publication, work_dir)
+    membership = crew.membership()
+    with crew.main_first("open"):
+        sink = open_sink(plan, folder, work_dir, membership)
     try:
-        yield from _run(plan, sink, work, device)
-    except NonFiniteError:
+        progress = Progress(lambda: sink.bytes_sent)
+        merger = Merger(plan, device, progress.sample_memory)
+        yield from _merge(plan, sink, work_dir, merger, progress, crew)
+        if crew.is_main:
+            yield from _finish(plan, sink, merger, progress, crew)
+    except NonFiniteError as exc:
         # This run can never be finished, so it leaves nothing behind.
-        sink.abandon()
+        if crew.is_main:
+            crew.stop_others(exc)
+            sink.abandon()
         raise
     finally:
         sink.close()
 
 
-def _run(plan: Plan, sink: Sink, work_dir: Path, device: torch.device) -> Iterator[Event]:
-    progress = Progress(lambda: sink.bytes_sent)
+def _merge(
+    plan: Plan, sink: Sink, work_dir: Path, merger: Merger, progress: Progress, crew: Crew
+) -> Iterator[Event]:
+    """Merge what is left, this process its part of it."""
     yield Planned(plan=plan.to_dict())
-    merger = Merger(plan, device, progress.sample_memory)
     if plan.opened[1].counting_passes():
-        with _reading_ahead(plan, [tensor for tensor in plan.tensors.values() if tensor.rule]):
-            yield from counted([plan], [merger], reads, work_dir / "counted.json")
-    kept = sink.finished_shards()
-    unmerged = [shard for shard in plan.shards if shard.name not in kept]
-    progress.merge_bytes = sum(shard.nbytes for shard in unmerged)
+        if crew.is_main:
+            with reading_ahead_of(plan, (t for t in plan.tensors.values() if t.rule)):
+                yield from counted([plan], [merger], reads, work_dir / "counted.json")
+        plan.counted = crew.shared("counted", lambda: plan.counted)
+    kept = crew.gathered("kept", sink.finished_shards())
+    work = crew.work(plan, kept)
+    progress.merge_bytes = sum(shard.nbytes for shard in plan.shards if shard.name not in kept)
     progress.send_bytes = sink.bytes_to_send
     progress.start_merging()
-    with _reading_ahead(plan, (plan.tensors[t.name] for shard in unmerged for t in shard.tensors)):
+    if crew.is_main:
         for shard in plan.shards:
-            entry = kept.get(shard.name)
-            if entry is None:
-                entry = yield from _merge_shard(plan, shard, sink, merger, progress)
-            progress.entries += entry["tensors"]
-            progress.files.append({key: entry[key] for key in ("name", "size", "sha256")})
-            yield ShardFinished(
-                shard=shard.name,
-                bytes=shard.nbytes,
-                sha256=entry["sha256"],
-                resumed=shard.name in kept,
-                shards_done=len(progress.files),
-                shards=len(plan.shards),
-                **progress.now(),
-            )
+            if shard.name in kept:
+                yield _finished(plan, shard, kept[shard.name], progress, resumed=True)
+    own = _merge_own(plan, work, sink, merger, progress)
+    yield from crew.everyones(own, plan.shards, progress)
+
+
+def _merge_own(
+    plan: Plan, work: WorkList, sink: Sink, merger: Merger, progress: Progress
+) -> Iterator[Event]:
+    """Merge this process's shards, and wait until they are where they have to be."""
+    tensors = (
+        plan.tensors[spec.name] if spec is not None else None
+        for shard in work.ahead()
+        for spec in (shard.tensors if shard is not None else (None,))
+    )
+    with reading_ahead_of(plan, tensors):
+        for shard in work:
+            entry = yield from _merge_shard(plan, shard, sink, merger, progress)
+            yield _finished(plan, shard, entry, progress, resumed=False)
     yield from _waiting(sink.settle, progress)
+
+
+def _finished(
+    plan: Plan, shard: Shard, entry: Mapping[str, Any], progress: Progress, *, resumed: bool
+) -> ShardFinished:
+    progress.finish(entry)
+    return ShardFinished(
+        shard=shard.name,
+        bytes=shard.nbytes,
+        sha256=entry["sha256"],
+        resumed=resumed,
+        shards_done=len(progress.files),
+        shards=len(plan.shards),
+        **progress.now(),
+    )
+
+
+def _finish(
+    plan: Plan, sink: Sink, merger: Merger, progress: Progress, crew: Crew
+) -> Iterator[Event]:
+    """Write the report and the card, and publish."""
+    bytes_read, bytes_written, _ = progress.totals()
     report = build_report(
         plan,
-        progress.entries,
-        progress.files,
-        environment=environment(merger.device),
+        [progress.rows[spec.name] for shard in plan.shards for spec in shard.tensors],
+        [progress.files[shard.name] for shard in plan.shards],
+        environment=environment(merger.device) | {"processes": crew.size},
         seconds=progress.seconds,
-        bytes_read=progress.bytes_read,
-        bytes_written=progress.bytes_written,
+        bytes_read=bytes_read,
+        bytes_written=bytes_written,
         peak_private_bytes=progress.peak_private,
     )
     files = plan.side_files() | render_card(plan, report, name_private=plan.name_private)
@@ -205,67 +250,8 @@ def _prepared(
 
 
 def workers(device: torch.device) -> int:
-    """Return how many tensors are decided at once: one a core, or one at a time on a GPU."""
-    return usable_cores() if device.type == "cpu" else 1
-
-
-def reads(plan: Plan, tensors: list[PlannedTensor]) -> Iterator[tuple[int, Callable[[], Piece]]]:
-    """Yield what to read, in order: bytes and a function that reads them."""
-    for tensor in tensors:
-        name = tensor.spec.name
-        sources = list(plan.checkpoints) if tensor.rule else [plan.opened[0]]
-        for start, stop, is_last in row_ranges(tensor):
-            ranges = [source.tensors[name].byte_range(start, stop) for source in sources]
-
-            def read(
-                tensor: PlannedTensor = tensor,
-                sources: list[Checkpoint] = sources,
-                start: int = start,
-                stop: int = stop,
-                is_last: bool = is_last,
-            ) -> Piece:
-                name = tensor.spec.name
-                buffers = [source.read(name, start, stop) for source in sources]
-                release = _releaser(tensor, sources, start, stop)
-                close = _closer(name, sources, start, stop)
-                return Piece(tensor, start, stop, is_last, buffers, release, close)
-
-            yield sum(end - begin for begin, end in ranges), read
-
-
-def _releaser(
-    tensor: PlannedTensor, sources: list[Checkpoint], start: int, stop: int
-) -> Callable[[slice], None]:
-    is_slice = len(tensor.spec.shape) == 3 and stop - start == 1
-
-    def release(rows: slice) -> None:
-        first, last = (start, stop) if is_slice else (start + rows.start, start + rows.stop)
-        for source in sources:
-            source.release(tensor.spec.name, first, last)
-
-    return release
-
-
-def _closer(name: str, sources: list[Checkpoint], start: int, stop: int) -> Callable[[], None]:
-    def close() -> None:
-        for source in sources:
-            source.done_with(name, start, stop)
-
-    return close
-
-
-def _reading_ahead(
-    plan: Plan, tensors: Iterable[PlannedTensor]
-) -> contextlib.AbstractContextManager[None]:
-    """Let sources on the Hub know what will be read, across the shards."""
-    remote = [source for source in plan.checkpoints if isinstance(source, Followed)]
-    order = (
-        (source, tensor.spec.name, start, stop)
-        for tensor in tensors
-        for start, stop, _ in row_ranges(tensor)
-        for source in (remote if tensor.rule else remote[: int(plan.opened[0] in remote)])
-    )
-    return reading_ahead(order, remote, plan.read_ahead_bytes)
+    """Return how many tensors are in work at once: one a core; on a GPU one while one crosses."""
+    return usable_cores() if device.type == "cpu" else 2
 
 
 def environment(device: torch.device) -> dict[str, Any]:

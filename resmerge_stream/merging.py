@@ -5,6 +5,7 @@ bytes over and keeps the tensor's row (in file order). Every operation runs on o
 number of threads changes no bit of the result.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 from .errors import NonFiniteError
+from .lanes import Lane, lanes_of
 from .methods import Rule, Site, Update
 from .pieces import Piece
 from .plan import Plan
 from .report import combine_slices, tensor_entry
 from .rounding import Kept, block_seed, cast
 from .specs import DTYPES, TensorSpec
-from .task_vectors import NonFiniteValues, TaskVectors, Workspace, as_tensor
+from .task_vectors import NonFiniteValues, TaskVectors, as_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class Prepared:
         base, vectors, update: W0 as stored, task vectors, decision; None if carried through.
         kept: what the cast kept of the update so far.
         output: the merged bytes, in order.
+        remarks: for the report, on how it was made.
     """
 
     piece: Piece
@@ -40,6 +43,7 @@ class Prepared:
     update: Update | None = None
     kept: Kept = field(default_factory=Kept)
     output: list[memoryview] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -72,7 +76,7 @@ class Merger:
         self.device = device
         self._plan = plan
         self.method = plan.opened[1]
-        self._workspace = Workspace(device, plan.working_bytes)
+        self.lanes = lanes_of(device, plan.working_bytes)
         self._seed = plan.options.seed
         self._layers = plan.layers
         self._stochastic = plan.options.rounding == "stochastic"
@@ -82,37 +86,52 @@ class Merger:
     def prepare(self, piece: Piece) -> Prepared:
         """Merge a piece: task vectors, decision, cast. Safe in any thread, in any order.
 
+        Where a device's memory does not suffice, the next of `lanes` is tried.
+
         Raises:
             NonFiniteError: a weight is NaN or infinite, or overflows the output dtype.
         """
         if piece.tensor.rule is None:
             return Prepared(piece, output=[piece.buffers[0]])
-        try:
-            base, vectors = self.open(piece)
-            prepared = self.decide(piece, base, vectors)
-        except NonFiniteValues as exc:
-            raise self.non_finite(piece.tensor.spec, exc.source) from exc
-        rule = piece.tensor.rule
-        if rule.needs_matrix or rule.in_pieces:
-            self._write_all(prepared, prepared.output.append)
+        *all_but_last, last = self.lanes
+        for lane in all_but_last:
+            with contextlib.suppress(torch.OutOfMemoryError), lane.taken():
+                return self._prepare(piece, piece.tensor.rule, lane)
+            lane.make_room()
+        with last.taken():
+            return self._prepare(piece, piece.tensor.rule, last)
+
+    def _prepare(self, piece: Piece, rule: Rule, lane: Lane) -> Prepared:
+        with contextlib.ExitStack() as undo:
+            try:
+                base, vectors = self.open(piece, lane)
+                undo.callback(vectors.close)
+                prepared = self.decide(piece, base, vectors)
+            except NonFiniteValues as exc:
+                raise self.non_finite(piece.tensor.spec, exc.source) from exc
+            if rule.needs_matrix or rule.in_pieces:
+                self._write_all(prepared, prepared.output.append)
+            undo.pop_all()
+        prepared.remarks.extend([lane.remark] if lane.remark else [])
         return prepared
 
-    def open(self, piece: Piece) -> tuple[Tensor, TaskVectors]:
-        """Return the base as stored and the task vectors of a piece that is merged.
+    def open(self, piece: Piece, lane: Lane | None = None) -> tuple[Tensor, TaskVectors]:
+        """Return the base as stored and the task vectors of a piece, by one of `lanes`.
 
         Raises:
             NonFiniteValues: some task vector is not finite.
         """
+        lane = lane or self.lanes[0]
         torch.set_num_threads(1)
         rule, spec = piece.tensor.rule, piece.tensor.spec
         dtypes = [source.tensors[spec.name].spec.dtype for source in self._plan.checkpoints]
         raw = [
-            as_tensor(buffer, dtype, piece.matrix_shape)
+            lane.cross(as_tensor(buffer, dtype, piece.matrix_shape))
             for buffer, dtype in zip(piece.buffers, dtypes, strict=True)
         ]
-        resident = rule is not None and rule.needs_matrix and piece.tensor.resident
+        resident = rule is not None and rule.needs_matrix and piece.tensor.resident and lane.whole
         return raw[0], TaskVectors(
-            raw[0], raw[1:], self._workspace, resident=resident, release=piece.release
+            raw[0], raw[1:], lane.workspace, resident=resident, release=piece.release
         )
 
     def decide(self, piece: Piece, base: Tensor, vectors: TaskVectors) -> Prepared:
@@ -205,7 +224,10 @@ class Merger:
             merged = cast(base + delta, self._dtype(piece), seed=self._cast_seed(piece, rows))
         prepared.kept.add(delta, merged.to(base.device, torch.float32) - base)
         if prepared.kept.overflowed:
-            raise _overflow(piece.tensor.spec)
+            raise NonFiniteError(
+                f"{piece.tensor.spec.name} overflows {DTYPES[piece.tensor.spec.dtype].torch_name} "
+                "after the merge. Give --dtype bfloat16 or float32, or smaller parameters."
+            )
         write(_bytes_of(merged))
         return delta
 
@@ -217,7 +239,9 @@ class Merger:
         row = self._row or _Row()
         row.kept.absorb(prepared.kept)
         row.rules.append("copy" if vectors.is_zero() else update.rule)
-        row.warnings += [text for text in update.warnings if text not in row.warnings]
+        for text in (*update.warnings, *prepared.remarks):
+            if text not in row.warnings:
+                row.warnings.append(text)
         if update.gates:
             row.gates.append(dict(update.gates))
         self._row = None if piece.is_last else row
@@ -246,13 +270,6 @@ class Merger:
             f"{spec.name} of {checkpoint.id} holds NaN or infinite values (or differences too "
             "large for float32). A merge would spread them; repair or replace that checkpoint."
         )
-
-
-def _overflow(spec: TensorSpec) -> NonFiniteError:
-    return NonFiniteError(
-        f"{spec.name} overflows {DTYPES[spec.dtype].torch_name} after the merge. "
-        "Give --dtype bfloat16 or float32, or smaller parameters."
-    )
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

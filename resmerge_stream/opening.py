@@ -1,14 +1,17 @@
-"""Opening a merge's target: a folder, a repository, or both; and seeing that it is finished."""
+"""Opening a merge's target: a folder, a repository, or both; and what is found there first."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from .errors import PlanRefusedError, RecipeError
 from .events import Finished
 from .plan import Plan
+from .publication import Publication
 from .sinks import FolderSink, Sink, target_state
-from .sinks.folder import REPORT
+from .sinks.folder import REPORT, discard
+from .sinks.sink import Membership
 
 
 def finished_already(plan: Plan, out: Path | None) -> Finished | None:
@@ -31,13 +34,14 @@ def finished_already(plan: Plan, out: Path | None) -> Finished | None:
     return None
 
 
-def open_sink(plan: Plan, out: Path | None, work: Path) -> Sink:
+def open_sink(plan: Plan, out: Path | None, work: Path, membership: Membership) -> Sink:
     """Return where a plan is written to.
 
     Args:
         plan: without problems.
         out: the output folder, if any.
         work: the folder of this plan and target, for journal, lock and unsent shards.
+        membership: as what this process of the run comes.
 
     Raises:
         RecipeError: there is no target at all.
@@ -49,7 +53,7 @@ def open_sink(plan: Plan, out: Path | None, work: Path) -> Sink:
     if target is None or target.finished:
         if out is None:
             raise RecipeError("nowhere to write: give --out DIR or --push-to NAMESPACE/NAME.")
-        return FolderSink(out, plan.plan_hash, work, plan.identity)
+        return FolderSink(out, plan.plan_hash, work, plan.identity, membership)
     if out is not None and target_state(out, plan.plan_hash).finished:
         raise PlanRefusedError(
             f"{str(out)!r} already holds this merge, but {target.repo.id} does not. Leave --out "
@@ -57,7 +61,14 @@ def open_sink(plan: Plan, out: Path | None, work: Path) -> Sink:
         )
     from .sinks.hub import HubSink
 
-    shelf = FolderSink(out or work / "shards", plan.plan_hash, work, plan.identity)
+    shelf = FolderSink(
+        out or work / "shards",
+        plan.plan_hash,
+        work,
+        plan.identity,
+        membership,
+        one_machine=out is None,
+    )
     try:
         return HubSink(
             target,
@@ -66,10 +77,27 @@ def open_sink(plan: Plan, out: Path | None, work: Path) -> Sink:
             shelf,
             keep_files=out is not None,
             identity=plan.identity,
+            membership=membership,
         )
     except BaseException:
         shelf.close()
         raise
+
+
+def discard_unfinished(out: str | None, publication: Publication | None) -> list[str]:
+    """Remove what unfinished merges left at a target; return what was removed.
+
+    Raises:
+        ResMergeError: there is nothing that a merge left, or the Hub refuses.
+    """
+    removed: list[str] = []
+    if publication is not None:
+        from .sinks.hub_discard import discard_staging
+
+        removed += discard_staging(publication.repo_id, None)
+    if out is not None:
+        removed += discard(Path(os.path.expanduser(out)))
+    return removed
 
 
 def read_report(out: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from .compat import Findings
-from .device import available_memory
+from .device import available_memory, machine_share
 from .errors import NotEnoughMemoryError
 from .memory import (
     FIXED_BYTES,
@@ -75,11 +75,12 @@ def fit_memory(plan: Plan, found: Findings) -> None:
     """Choose for every matrix how many float32 copies live at once; refuse what cannot fit.
 
     What may be in work at once (`working_bytes`) is bounded by the largest matrix, not by what the
-    machine has, unless the user gave a budget.
+    machine has, unless the user gave a budget. Processes on one machine share its budget.
     """
     asked = plan.options.memory_budget
     free = plan.machine.memory_bytes if plan.machine is not None else available_memory()
-    plan.memory_budget = asked if asked is not None else int(free * SHARE)
+    sharing = machine_share()[1] if plan.machine is None else 1
+    plan.memory_budget = (asked if asked is not None else int(free * SHARE)) // sharing
     fitted = fit(plan, plan.memory_budget, elsewhere=plan.machine is not None)
     plan.read_ahead_bytes = fitted.read_ahead_bytes
     plan.tensors = {
@@ -94,10 +95,12 @@ def fit_memory(plan: Plan, found: Findings) -> None:
     if fitted.worst > room:
         needed = fitted.needed_bytes
         which = "--memory-budget allows" if asked is not None else "80 % of the free memory is"
+        each = "" if sharing == 1 else f" for each of the {sharing} processes here"
         error = NotEnoughMemoryError(
             f"merging {fitted.worst_name} needs {format_size(needed)} of memory, but {which} "
-            f"{format_size(plan.memory_budget)}. Give --memory-budget "
-            f"{-(-needed // 1_000_000)}MB or more, on a machine that has it."
+            f"{format_size(plan.memory_budget)}{each}. Give --memory-budget "
+            f"{-(-needed * sharing // 1_000_000)}MB or more, on a machine that has it"
+            f"{', or start fewer processes' if each else ''}."
         )
         found.problems.append(str(error))
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .compat import Findings
-from .device import free_disk
+from .device import free_disk, machine_share
 from .errors import listed, shown
 from .planned import Plan
 from .publication import known_commits, work_folder
@@ -63,7 +63,9 @@ def check_publication(
     if target.finished or target.problems:
         return
     largest = max((shard.nbytes for shard in plan.shards), default=0)
-    hub_target.check_fit(target, plan.write_bytes, largest, plan.seconds_estimate)
+    hub_target.check_fit(
+        target, plan.write_bytes, largest, plan.seconds_estimate, machine_share()[1]
+    )
     private = sorted(
         {s.id for s in plan.checkpoints if s.folder is None and (s.is_private or s.gated)}
     )
@@ -94,11 +96,12 @@ def _check_work_disk(
     work_dir: str | Path | None,
     found: Findings,
 ) -> None:
-    """Say how much disk the shards take that wait to be sent: two at most, none when streamed."""
+    """Say how much disk the shards take that wait: two a process at most, none when streamed."""
     plan.peak_disk_bytes = plan.unsent_bytes
     folder = work_folder(plan.plan_hash, None, plan.publication, work_dir)
     free = plan.machine.disk_bytes if plan.machine is not None else free_disk(folder)
-    needed = min(largest, plan.peak_disk_bytes)
+    sharing = machine_share()[1] if plan.machine is None else 1
+    needed = min(largest * sharing, plan.peak_disk_bytes)
     if needed > free:
         found.problems.append(
             f"shards of {format_size(largest)} wait on the disk of {str(folder)!r} before they are "

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .device import DEVICE, Machine
+from .device import DEVICE, Machine, machine_share
 from .errors import PlanRefusedError, RecipeError, shown
 from .layout import Shard, index_json
 from .memory import PIECE_BYTES, block_bytes, matrix_bytes
@@ -36,8 +36,8 @@ class Options:
         max_shard_bytes: None mirrors the base's shards, cut at 5 GB.
         tokenizer_from: where tokenizer files come from instead of the base.
         device: as ``--device``; not part of what makes a run the same run.
-        memory_budget: bytes of private memory, likewise. None keeps to what the largest matrix
-            calls for, and to 80 % of what is free.
+        memory_budget: bytes of private memory on this machine, likewise; processes of one run
+            share it. None keeps to what the largest matrix calls for, and to 80 % of what is free.
     """
 
     rounding: str = "nearest"
@@ -150,7 +150,8 @@ class Plan:
         """Bytes of shards that wait on the disk at most, before they are sent to the Hub."""
         largest = max((shard.nbytes for shard in self.shards), default=0)
         allowed = self.publication.max_disk if self.publication is not None else None
-        return min(2 * largest if allowed is None else allowed, self.write_bytes)
+        sharing = machine_share()[1] if self.machine is None else 1
+        return min(2 * largest * sharing if allowed is None else allowed, self.write_bytes)
 
     @property
     def weights(self) -> tuple[float, ...]:

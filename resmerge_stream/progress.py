@@ -19,9 +19,11 @@ class Progress:
     Attributes:
         bytes_sent: returns the bytes that this run has sent to the Hub.
         merge_bytes, send_bytes: all that this run has to merge, and to send.
-        bytes_read, bytes_written: so far.
-        peak_private: largest private memory seen, in bytes.
-        entries, files: the report's rows and files so far.
+        bytes_read, bytes_written: of this process so far.
+        peak_private: largest private memory of a process, in bytes.
+        rows: the report's row of each tensor that is merged.
+        files: name, size and sha256 of each finished shard.
+        others: bytes read, written and sent by each other process.
     """
 
     bytes_sent: Callable[[], int]
@@ -30,8 +32,9 @@ class Progress:
     bytes_read: int = 0
     bytes_written: int = 0
     peak_private: int = 0
-    entries: list[dict[str, Any]] = field(default_factory=list)
-    files: list[dict[str, Any]] = field(default_factory=list)
+    rows: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    others: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     _started: float = field(default_factory=time.monotonic)
     _merging_since: float | None = None
     _samples: deque[tuple[float, int, int, int]] = field(default_factory=deque)
@@ -49,30 +52,42 @@ class Progress:
         """Look at the private memory of this process."""
         self.peak_private = max(self.peak_private, private_memory())
 
+    def finish(self, entry: Mapping[str, Any]) -> None:
+        """Take a finished shard's row of the journal."""
+        self.rows |= {row["name"]: row for row in entry["tensors"]}
+        self.files[entry["name"]] = {key: entry[key] for key in ("name", "size", "sha256")}
+
+    def totals(self) -> tuple[int, int, int]:
+        """Return the bytes read, written and sent by all processes."""
+        own = (self.bytes_read, self.bytes_written, self.bytes_sent())
+        read, written, sent = (
+            sum(column) for column in zip(own, *self.others.values(), strict=True)
+        )
+        return read, written, sent
+
     def now(self) -> Mapping[str, Any]:
         """Return the fields of `Progressed`."""
-        moment, sent = time.monotonic(), self.bytes_sent()
+        moment, counts = time.monotonic(), self.totals()
         samples = self._samples
-        samples.append((moment, self.bytes_read, self.bytes_written, sent))
+        samples.append((moment, *counts))
         while len(samples) > 2 and samples[1][0] <= moment - _SPEED_S:
             samples.popleft()
         then, *before = samples[0]
-        counts = (self.bytes_read, self.bytes_written, sent)
         passed = max(moment - then, 1e-9)
         speeds = [(c - b) / passed for c, b in zip(counts, before, strict=True)]
         return {
             **dict(zip(("bytes_read", "bytes_written", "bytes_sent"), counts, strict=True)),
             **dict(zip(("read_speed", "write_speed", "sent_speed"), speeds, strict=True)),
             "seconds": moment - self._started,
-            "seconds_left": self._seconds_left(moment, sent),
+            "seconds_left": self._seconds_left(moment, *counts[1:]),
         }
 
-    def _seconds_left(self, moment: float, sent: int) -> float | None:
+    def _seconds_left(self, moment: float, written: int, sent: int) -> float | None:
         """Merging and sending go on at the same time: the slower one decides."""
         since = self._merging_since if self._merging_since is not None else self._started
         left = [
             (moment - since) * max(total - done, 0) / done
-            for total, done in ((self.merge_bytes, self.bytes_written), (self.send_bytes, sent))
+            for total, done in ((self.merge_bytes, written), (self.send_bytes, sent))
             if done
         ]
         return max(left, default=None)

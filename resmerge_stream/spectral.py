@@ -105,7 +105,8 @@ def _lanczos(delta: Tensor, rank: int, norm: float, patience: int, max_steps: in
     # Products with the matrix scaled by a power of two neither overflow nor underflow.
     scale = 2.0 ** math.frexp(norm)[1]
     V = torch.empty(patience * rank, short, dtype=torch.float32, device=delta.device)
-    T = torch.zeros(patience * rank, patience * rank, dtype=torch.float64)
+    # On the device as well: nothing has to be waited for until it is looked at.
+    T = torch.zeros(patience * rank, patience * rank, dtype=torch.float64, device=delta.device)
     block = _start(short, rank, delta.device)
     check = 4
     for step in range(max_steps):
@@ -120,7 +121,7 @@ def _lanczos(delta: Tensor, rank: int, norm: float, patience: int, max_steps: in
         product = product - projection @ basis
         again = product @ basis.T
         product = product - again @ basis
-        T[done : done + rank, : done + rank] = (projection + again).double().cpu()
+        T[done : done + rank, : done + rank] = (projection + again).double()
         block, beta = orthonormal_rows(product)
         if step + 1 < check and step + 1 < max_steps:
             continue
@@ -197,11 +198,11 @@ def _converged(T: Tensor, beta: Tensor, rank: int, *, strict: bool) -> tuple[Ten
 
     The residual of a Ritz pair is ‖β·s‖ with s the last entries of its eigenvector.
     """
+    T, beta = T.cpu(), beta.cpu()
     values, vectors = torch.linalg.eigh(torch.tril(T) + torch.tril(T, -1).T)
     first, kth = float(values[-1]), float(values[-rank])
     if first <= 0:
         return None
-    beta = beta.cpu()
     residual = float(torch.linalg.vector_norm(beta @ vectors[-rank:, -rank:], dim=0).max())
     following = float(values[-rank - 1]) if len(values) > rank else 0.0
     gap = max((kth - following) / first, 1e-12) if strict else 1.0

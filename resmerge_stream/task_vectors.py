@@ -62,6 +62,19 @@ class Workspace:
         with self._lock:
             self._free.setdefault(buffer.numel(), []).append(buffer)
 
+    @property
+    def lent_bytes(self) -> int:
+        """Bytes of buffers that were not given back."""
+        with self._lock:
+            kept = sum(size * len(found) for size, found in self._free.items())
+            return self._total - 4 * kept
+
+    def drop(self) -> None:
+        """Forget the buffers that are not lent."""
+        with self._lock:
+            self._total -= 4 * sum(size * len(found) for size, found in self._free.items())
+            self._free.clear()
+
 
 def block_rows(m: int, n: int) -> int:
     """Return how many rows of an m × n matrix one block has: a multiple of 4, or all of them."""
@@ -80,8 +93,8 @@ class TaskVectors:
     """The task vectors of N experts for one matrix of shape (m, n).
 
     Args:
-        base: W0 as stored, shape (m, n), CPU.
-        experts: W_i as stored, same shape, any float dtype, CPU.
+        base: W0 as stored, shape (m, n), on the CPU or on the workspace's device.
+        experts: W_i as stored, same shape, any float dtype, likewise.
         workspace: scratch memory and the device.
         resident: keep float32 copies of all Δ_i (4·N·m·n bytes) rather than of one at a time.
         release: told which rows of the stored bytes are not needed for a while.
@@ -106,12 +119,11 @@ class TaskVectors:
         self._made: dict[Hashable, Any] = {}
         self._summed: dict[int, bool] = {}  # start row of a block → whether it is all zero
         if resident:
-            m, n = self.shape
-            whole = self._buffer("whole", self.count * m * n).view(self.count, m, n)
-            for rows in self.blocks():
-                self._subtract(rows, whole[:, rows])
-                self._sum(rows, whole[:, rows])
-            self._whole = whole
+            try:
+                self._whole = self._resident()
+            except BaseException:
+                self.close()
+                raise
 
     @property
     def alone(self) -> threading.Lock:
@@ -146,7 +158,7 @@ class TaskVectors:
 
     def base(self, rows: slice) -> Tensor:
         """Return W0 of some rows, float32, shape (b, n), on the device."""
-        return self._base[rows].to(self._workspace.device, torch.float32)
+        return self._stored(self._base, rows).to(torch.float32)
 
     def stack(self, rows: slice) -> Tensor:
         """Return all Δ_i of some rows, float32, shape (N, b, n).
@@ -171,7 +183,7 @@ class TaskVectors:
         m, n = self.shape
         matrix = self._buffer("matrix", m * n).view(m, n)
         for rows in self.blocks():
-            matrix[rows].copy_(self._experts[i][rows])
+            matrix[rows].copy_(self._stored(self._experts[i], rows))
             matrix[rows].sub_(self.base(rows))
             self._release(rows)
         return matrix
@@ -207,9 +219,21 @@ class TaskVectors:
     def _subtract(self, rows: slice, out: Tensor) -> None:
         base = self.base(rows)
         for i, expert in enumerate(self._experts):
-            out[i].copy_(expert[rows])
+            out[i].copy_(self._stored(expert, rows))
             out[i].sub_(base)
         self._release(rows)
+
+    def _resident(self) -> Tensor:
+        m, n = self.shape
+        whole = self._buffer("whole", self.count * m * n).view(self.count, m, n)
+        for rows in self.blocks():
+            self._subtract(rows, whole[:, rows])
+            self._sum(rows, whole[:, rows])
+        return whole
+
+    def _stored(self, matrix: Tensor, rows: slice) -> Tensor:
+        """Return some rows on the device; they cross in their stored dtype, half of float32."""
+        return matrix[rows].to(self._workspace.device)
 
     def _buffer(self, use: str, numel: int) -> Tensor:
         """Return the buffer of a use, lent until `close`; one as large as asked for at the most."""

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,15 @@ from typing import Any, TextIO
 
 from ..errors import OutputExistsError, PlanRefusedError, StoppedError
 from ..layout import Shard
+from .journal import Journal
 from .safetensors_file import SafetensorsFile
+from .sink import Membership
 
 MARKER = ".resmerge-stream.json"
 REPORT = "resmerge/report.json"
 _PART = ".part"
+# How long a network's folder may take to show a file that another machine wrote.
+_SEEN_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +54,14 @@ def target_state(out: Path, plan_hash: str) -> TargetState:
     if not names:
         return TargetState()
     if MARKER in names:
-        if _plan_hash_in(out / MARKER) == plan_hash:
+        if _value_in(out / MARKER, "plan_hash") == plan_hash:
             parts = (out / name for name in names if name.endswith(_PART))
             return TargetState(bytes_there=sum(part.stat().st_size for part in parts))
         return TargetState(
             f"{str(out)!r} holds the unfinished output of another merge. Run that command again to "
             "finish it, remove it with --discard-staging, or choose another --out."
         )
-    if _plan_hash_in(out / REPORT) == plan_hash:
+    if _value_in(out / REPORT, "plan_hash") == plan_hash:
         return TargetState(finished=True)
     return TargetState(
         f"{str(out)!r} exists and was not made by this merge; nothing there is overwritten. "
@@ -94,24 +99,41 @@ class FolderSink:
         plan_hash: what marks this run's files.
         work_dir: where the journal is; one folder a plan and target.
         identity: of the sources, as first seen; a later run must see the same.
+        membership: as what this process of the run comes.
+        one_machine: whether each machine has such a folder of its own.
 
     Raises:
         OutputExistsError: the folder holds something else.
-        PlanRefusedError: the sources changed since the run was first started.
-        StoppedError: another process runs this merge, or the folder cannot be made.
+        PlanRefusedError: the sources changed since the run was first started, or a process that
+            joins does not see the main one's folder.
+        StoppedError: another run of this merge goes on, or the folder cannot be made.
     """
 
     def __init__(
-        self, out: Path, plan_hash: str, work_dir: Path, identity: Mapping[str, Any]
+        self,
+        out: Path,
+        plan_hash: str,
+        work_dir: Path,
+        identity: Mapping[str, Any],
+        membership: Membership | None = None,
+        *,
+        one_machine: bool = False,
     ) -> None:
-        self._out = out
-        self._journal_path = work_dir / "journal.jsonl"
+        member = membership or Membership()
+        self._out, self._mark = out, member.mark
+        self._journal = Journal(work_dir / "journal.jsonl")
+        if not member.is_main and not one_machine:
+            self._find_marker()
         with contextlib.ExitStack() as undo:
             try:
                 work_dir.mkdir(parents=True, exist_ok=True)
                 self._lock: TextIO = undo.enter_context((work_dir / "lock").open("w"))
-                _lock_or_stop(self._lock, out)
-                self._start(plan_hash, identity)
+                # The processes of one run share the lock; the main one first sees that it is free.
+                _lock_or_stop(self._lock, out, fcntl.LOCK_EX if member.is_main else fcntl.LOCK_SH)
+                with (work_dir / "start").open("w") as start:
+                    fcntl.flock(start, fcntl.LOCK_EX)
+                    self._start(plan_hash, identity)
+                _lock_or_stop(self._lock, out, fcntl.LOCK_SH)
             except OutputExistsError:
                 raise
             except OSError as exc:
@@ -140,7 +162,7 @@ class FolderSink:
         Raises:
             StoppedError: the journal cannot be written.
         """
-        self._append({"shard": shard.name, **entry})
+        self._journal.append({"shard": shard.name, **entry})
 
     def publish(self, files: Mapping[str, bytes]) -> str:
         """Write the small files, rename the shards, then the index, and forget the journal."""
@@ -157,7 +179,7 @@ class FolderSink:
                 _write_durably(self._out / index, files[index])
             (self._out / MARKER).unlink(missing_ok=True)
             _sync_folder(self._out)
-            self._journal_path.unlink(missing_ok=True)
+            self._journal.forget()
         except OSError as exc:
             raise StoppedError(
                 f"cannot finish {str(self._out)!r}: {exc.strerror}. The merged shards are kept; "
@@ -188,7 +210,7 @@ class FolderSink:
         """Remove everything of this run: files, journal, and the folder if that empties it."""
         try:
             discard(self._out)
-            self._journal_path.unlink(missing_ok=True)
+            self._journal.forget()
         except OSError:
             return
 
@@ -201,39 +223,30 @@ class FolderSink:
         if state.problem:
             raise OutputExistsError(state.problem)
         if not (self._out / MARKER).exists():
-            self._journal_path.unlink(missing_ok=True)
+            self._journal.forget()
         self._out.mkdir(parents=True, exist_ok=True)
         self._finished = self._resume(plan_hash, identity)
-        _write_durably(self._out / MARKER, json.dumps({"plan_hash": plan_hash}).encode())
+        if _value_in(self._out / MARKER, "run") != self._mark:
+            marker = {"plan_hash": plan_hash, "run": self._mark}
+            _write_durably(self._out / MARKER, json.dumps(marker).encode())
+
+    def _find_marker(self) -> None:
+        """Wait for the main process's marker; a network's folder may show it late."""
+        until = time.monotonic() + _SEEN_S
+        while _value_in(self._out / MARKER, "run") != self._mark:
+            if time.monotonic() > until:
+                raise PlanRefusedError(
+                    f"this process does not see what the main one wrote into {str(self._out)!r}. "
+                    "--out must be a folder that all machines share; --push-to needs none."
+                )
+            time.sleep(0.1)
 
     def _part(self, name: str) -> Path:
         return self._out / f"{name}{_PART}"
 
-    def _append(self, entry: Mapping[str, Any]) -> None:
-        try:
-            with self._journal_path.open("a", encoding="utf-8") as journal:
-                journal.write(json.dumps(entry) + "\n")
-                journal.flush()
-                os.fsync(journal.fileno())
-        except OSError as exc:
-            raise StoppedError(
-                f"cannot write the journal {str(self._journal_path)!r}: {exc.strerror}."
-            ) from exc
-
     def _resume(self, plan_hash: str, identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        entries = _read_journal(self._journal_path)
-        head = entries[0] if entries else None
-        if head is None or head.get("plan_hash") != plan_hash:
-            self._journal_path.unlink(missing_ok=True)
-            self._append({"plan_hash": plan_hash, "identity": identity})
-            return {}
-        if head.get("identity") != json.loads(json.dumps(identity)):
-            raise PlanRefusedError(
-                "the sources changed since this merge was started (size, time or header differ). "
-                "Restore them, or start afresh with --discard-staging."
-            )
         finished = {}
-        for entry in entries[1:]:
+        for entry in self._journal.start(plan_hash, identity):
             part = self._part(str(entry.get("shard")))
             final = self._out / str(entry.get("shard"))
             there = part if part.exists() else final
@@ -242,43 +255,21 @@ class FolderSink:
         return finished
 
 
-def _read_journal(path: Path) -> list[dict[str, Any]]:
-    """Return the journal's entries; what a crash left of a last line is cut off the file."""
+def _lock_or_stop(lock: TextIO, out: Path, kind: int) -> None:
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    entries: list[dict[str, Any]] = []
-    good = 0
-    for line in data.splitlines(keepends=True):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n") or not isinstance(entry, dict):
-            break
-        entries.append(entry)
-        good += len(line)
-    if good < len(data):
-        os.truncate(path, good)
-    return entries
-
-
-def _lock_or_stop(lock: TextIO, out: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except OSError as exc:
         raise StoppedError(
             f"another process is merging into {str(out)!r}. Wait for it, or stop it."
         ) from exc
 
 
-def _plan_hash_in(path: Path) -> str | None:
+def _value_in(path: Path, key: str) -> str | None:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    value = document.get("plan_hash") if isinstance(document, dict) else None
+    value = document.get(key) if isinstance(document, dict) else None
     return value if isinstance(value, str) else None
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 
+from ..device import machine_share
 from ..errors import OutputExistsError, PlanRefusedError
 from ..layout import Shard
 from ..pipes import WriteBehind
@@ -14,7 +15,7 @@ from .hub_repo import HubRepo, MovedError, Operation, listed
 from .hub_staging import Staging, branch_name
 from .hub_target import HubTarget, has_xet, no_xet, replaced_files, staging_repo
 from .hub_upload import StreamedShard, upload_file
-from .sink import ShardWriter
+from .sink import Membership, ShardWriter
 
 
 class HubSink:
@@ -27,6 +28,7 @@ class HubSink:
         shelf: where shards lie as files until they are staged, with the local journal.
         keep_files: whether they stay there afterwards, since a folder was asked for too.
         identity: of the sources; a later run must see the same.
+        membership: as what this process of the run comes.
 
     Raises:
         OutputExistsError: somebody made the repository since the plan.
@@ -43,24 +45,30 @@ class HubSink:
         *,
         keep_files: bool,
         identity: Mapping[str, Any],
+        membership: Membership | None = None,
     ) -> None:
+        member = membership or Membership()
         self._target, self._shards = target, {shard.name: shard for shard in shards}
         self._shelf, self._keep_files = shelf, keep_files
         self._plan_hash = plan_hash
-        self._main = self._ensure_repo()
+        self._main = self._ensure_repo() if member.is_main else ""
         repo = staging_repo(target, plan_hash)
-        made = repo is not target.repo and (repo.create() or _is_unmarked(repo, plan_hash))
+        made = (
+            member.is_main
+            and repo is not target.repo
+            and (repo.create() or _is_unmarked(repo, plan_hash))
+        )
         self._streams = target.publication.max_disk == 0
         if self._streams and not has_xet(repo):
             raise PlanRefusedError(no_xet(repo))
-        self._staging = Staging(repo, plan_hash, identity, made_repo=made)
+        self._staging = Staging(repo, plan_hash, identity, member, made_repo=made)
         self._streamed: dict[str, StreamedShard] = {}
         largest = max((shard.nbytes for shard in shards), default=0)
         allowed = target.publication.max_disk
-        self._disk = 2 * largest if allowed is None else allowed
+        self._disk = 2 * largest if allowed is None else allowed // machine_share()[1]
         self._sent = self._sending = 0
         self._uploads = WriteBehind(None)
-        self._resume()
+        self._resume(sends=member.is_first)
 
     @property
     def bytes_sent(self) -> int:
@@ -152,7 +160,7 @@ class HubSink:
                 )
         return str(info.sha)
 
-    def _resume(self) -> None:
+    def _resume(self, *, sends: bool) -> None:
         """Find what earlier runs finished, and send what they had not sent."""
         on_shelf = dict(self._shelf.finished_shards())
         staged = {
@@ -162,7 +170,7 @@ class HubSink:
         }
         self._staged_before = set(staged)
         self._finished = on_shelf if self._keep_files else {**staged, **on_shelf}
-        for name, entry in on_shelf.items():
+        for name, entry in on_shelf.items() if sends else ():
             shard = self._shards[name]
             self._uploads.put(shard.nbytes, lambda s=shard, e=entry: self._send(s, e))  # type: ignore[misc]
 

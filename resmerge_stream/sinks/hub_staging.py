@@ -2,11 +2,14 @@
 
 A branch holds, below `FOLDER`, `head.json` (whose run it is, what it was started from) and one
 file for each finished shard (its row of the journal). The branch moves with `parent_commit`, so
-only one run at a time can add to it.
+only one run at a time can add to it; the processes of that run share its mark.
 """
 
+import itertools
 import json
+import random
 import re
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,9 +20,12 @@ from huggingface_hub.hf_api import ModelInfo
 
 from ..errors import CheckpointNotFoundError, PlanRefusedError, StoppedError
 from .hub_repo import HubRepo, MovedError, Operation, listed, sha256_of
+from .sink import Membership
 
 FOLDER = "resmerge-staging"
 HEAD = f"{FOLDER}/head.json"
+# Processes that commit at the same moment try again at different ones.
+_LONGEST_PAUSE_S = 2.0
 _BRANCH = re.compile(r"resmerge-[0-9a-f]{16}")
 
 
@@ -101,6 +107,7 @@ class Staging:
         repo: where the branch is or will be.
         plan_hash: names it.
         identity: of the sources of this run.
+        membership: as what this process of the run comes; its mark is the branch's owner.
         made_repo: whether this run created the repository for the staging alone.
 
     Raises:
@@ -109,21 +116,31 @@ class Staging:
     """
 
     def __init__(
-        self, repo: HubRepo, plan_hash: str, identity: Mapping[str, Any], *, made_repo: bool
+        self,
+        repo: HubRepo,
+        plan_hash: str,
+        identity: Mapping[str, Any],
+        membership: Membership,
+        *,
+        made_repo: bool,
     ) -> None:
         self.repo, self.branch = repo, branch_name(plan_hash)
-        self._owner = uuid.uuid4().hex
-        repo.create_branch(self.branch)
+        self._owner = membership.mark or uuid.uuid4().hex
+        self._turn = membership.turn
+        if membership.is_main:
+            repo.create_branch(self.branch)
         staged = read_staged(repo, plan_hash)
         if staged is None:
             raise StoppedError(f"the staging branch of {repo.id} vanished. Run this again.")
+        self.entries = staged.entries
+        self._commit = staged.commit
+        if not membership.is_main:
+            return
         if staged.identity and staged.identity != json.loads(json.dumps(identity)):
             raise PlanRefusedError(
                 f"the sources changed since this merge into {repo.id} was started. Restore them, "
                 "or start afresh with --discard-staging."
             )
-        self.entries = staged.entries
-        self._commit = staged.commit
         head = {
             "owner": self._owner,
             "plan_hash": plan_hash,
@@ -155,16 +172,42 @@ class Staging:
         operations: Callable[[], list[Operation]],
         proof: Mapping[str, str | bytes],
     ) -> None:
-        try:
-            self._commit = self.repo.commit(
-                self.branch, operations, parent=self._commit, message=message, proof=proof
-            )
-        except (MovedError, CheckpointNotFoundError) as exc:
-            raise StoppedError(
-                f"another run of this merge took over the staging branch {self.branch} of "
-                f"{self.repo.id}, so this one stops; nothing was removed. When that run is over, "
-                "the same command finds its result, or continues where it stopped."
-            ) from exc
+        # By turns: commits of many processes that meet would be repeated more often than made.
+        with self._turn() as turn:
+            self._commit = turn.value or self._commit
+            self._commit_on_top(message, operations, proof)
+            turn.value = self._commit
+
+    def _commit_on_top(
+        self,
+        message: str,
+        operations: Callable[[], list[Operation]],
+        proof: Mapping[str, str | bytes],
+    ) -> None:
+        for number in itertools.count(1):
+            try:
+                self._commit = self.repo.commit(
+                    self.branch, operations, parent=self._commit, message=message, proof=proof
+                )
+                return
+            except (MovedError, CheckpointNotFoundError) as exc:
+                moved_to = self._moved_by_us()
+                if moved_to is None:
+                    raise StoppedError(
+                        f"another run of this merge took over the staging branch {self.branch} of "
+                        f"{self.repo.id}, so this one stops; nothing was removed. When that run is "
+                        "over, the same command finds its result, or continues where it stopped."
+                    ) from exc
+                self._commit = moved_to
+                time.sleep(random.uniform(0, min(0.1 * number, _LONGEST_PAUSE_S)))
+
+    def _moved_by_us(self) -> str | None:
+        """Return where the branch is, if another process of this run moved it there."""
+        info = self.repo.info(self.branch)
+        head = self.repo.read_json(HEAD, info) if info is not None else None
+        if info is None or head is None or head.get("owner") != self._owner:
+            return None
+        return info.sha if info.sha != self._commit else None
 
 
 def _add(path: str, data: bytes) -> CommitOperationAdd:

@@ -182,7 +182,9 @@ def replaced_files(target: HubTarget, written: list[str]) -> tuple[list[str], li
     return replaced, stale
 
 
-def check_fit(target: HubTarget, write_bytes: int, largest: int, seconds: float) -> None:
+def check_fit(
+    target: HubTarget, write_bytes: int, largest: int, seconds: float, sharing: int = 1
+) -> None:
     """Add what only a plan can tell: token's lifetime, storage, disk.
 
     Args:
@@ -190,6 +192,7 @@ def check_fit(target: HubTarget, write_bytes: int, largest: int, seconds: float)
         write_bytes: of all shards.
         largest: bytes of the largest shard.
         seconds: how long the merge may take.
+        sharing: processes that share this machine's disk.
     """
     left = seconds_left(target.account)
     if left is not None and left < seconds:
@@ -206,11 +209,12 @@ def check_fit(target: HubTarget, write_bytes: int, largest: int, seconds: float)
     max_disk = target.publication.max_disk
     if max_disk == 0:
         _check_xet(target)
-    elif max_disk is not None and max_disk < largest:
+    elif max_disk is not None and max_disk < largest * sharing:
+        each = "" if sharing == 1 else f" and each of {sharing} processes here writes one"
         target.problems.append(
             f"--max-disk allows {format_size(max_disk)}, but the largest shard has "
-            f"{format_size(largest)}. Give a smaller --max-shard-size, or --max-disk 0 to send "
-            "shards without any file."
+            f"{format_size(largest)}{each}. Give a smaller --max-shard-size, or --max-disk 0 to "
+            "send shards without any file."
         )
 
 

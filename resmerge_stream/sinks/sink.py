@@ -1,9 +1,39 @@
 """What every target offers: shards written in order, then published all at once."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..layout import Shard
+
+
+@dataclass(slots=True)
+class Turn:
+    """What only one process of a run does at a time.
+
+    Attributes:
+        value: what the process before left for the next one; to be changed.
+    """
+
+    value: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """As what a process opens the target of a run.
+
+    Attributes:
+        mark: names the run, the same in all its processes.
+        is_main: whether it sets the target up and publishes; the others join.
+        is_first: whether it is the first on its machine, and sends what earlier runs left there.
+        turn: waits until no other process of the run is inside.
+    """
+
+    mark: str = ""
+    is_main: bool = True
+    is_first: bool = True
+    turn: Callable[[], AbstractContextManager[Turn]] = lambda: nullcontext(Turn())
 
 
 class ShardWriter(Protocol):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from .fetch import Download, Fetcher, RangedFile, Span
+from .fetch import THREADS, Download, Fetcher, RangedFile, Span
 
 # Ranges are joined until they have this many bytes; a larger one is a batch of its own.
 BATCH_BYTES = 32_000_000
@@ -32,20 +32,24 @@ class Followed(Protocol):
 
 @contextmanager
 def reading_ahead(
-    order: Iterable[tuple[Followed, str, int, int]],
+    order: Iterable[tuple[Followed, str, int, int] | None],
     sources: Iterable[Followed],
     limit: int,
+    connections: int = THREADS,
 ) -> Iterator[None]:
     """Read ahead for some checkpoints while the context lasts.
 
     Args:
-        order: what will be read: checkpoint, tensor, first row, row after the last.
-        sources: the checkpoints that are read so.
-        limit: see `Ahead`.
+        order: what will be read: checkpoint, tensor, first row, row after the last. None where
+            what comes next is not known yet.
+        sources: the checkpoints that are read so; without any, the order is not looked at.
+        limit, connections: see `Ahead`.
     """
-    spans = (source.span(name, start, stop) for source, name, start, stop in order)
-    ahead = Ahead((span for span in spans if span is not None), limit)
     followed = list(sources)
+    if not followed:
+        yield
+        return
+    ahead = Ahead(_spans(order), limit, connections)
     for source in followed:
         source.ahead = ahead
     try:
@@ -54,6 +58,17 @@ def reading_ahead(
         for source in followed:
             source.ahead = None
         ahead.close()
+
+
+def _spans(order: Iterable[tuple[Followed, str, int, int] | None]) -> Iterator[Span | None]:
+    for reading in order:
+        if reading is None:
+            yield None
+            continue
+        source, name, start, stop = reading
+        span = source.span(name, start, stop)
+        if span is not None:
+            yield span
 
 
 @dataclass(slots=True)
@@ -70,15 +85,19 @@ class Ahead:
     """Fetches the ranges of a merge before they are read.
 
     Args:
-        order: the ranges in the order in which they will be read; taken lazily.
+        order: the ranges in the order in which they will be read; taken lazily. None where what
+            comes next is not known yet: it is asked for again later.
         limit: bytes that may be on their way or held. A range that someone waits for is always
             fetched, so that a small limit is slow and never stuck.
+        connections: requests at a time.
     """
 
-    def __init__(self, order: Iterable[Span], limit: int) -> None:
+    def __init__(
+        self, order: Iterable[Span | None], limit: int, connections: int = THREADS
+    ) -> None:
         self._order = _batches(order)
         self._limit = limit
-        self._fetcher = Fetcher(limit)
+        self._fetcher = Fetcher(limit, connections)
         self._lock = threading.RLock()
         self._where: dict[_Key, list[_Batch]] = {}
         self._begun_bytes = 0
@@ -100,6 +119,7 @@ class Ahead:
         """
         key = _key(span)
         with self._lock:
+            self._begin_more()
             found = self._where.get(key)
             if not found:
                 return None
@@ -133,9 +153,12 @@ class Ahead:
     def _begin_more(self) -> None:
         """Queue batches until there is enough to keep the line busy, and always the next few."""
         while self._more and (self._begun_bytes < 2 * self._limit or self._begun < 4):
-            spans = next(self._order, None)
-            if spans is None:
+            try:
+                spans = next(self._order)
+            except StopIteration:
                 self._more = False
+                return
+            if not spans:
                 return
             batch = self._begin(spans)
             self._begun += 1
@@ -160,10 +183,17 @@ class Ahead:
         return _Batch(self._fetcher.begin(joined), nbytes, places, wanted)
 
 
-def _batches(order: Iterable[Span]) -> Iterator[list[Span]]:
+def _batches(order: Iterable[Span | None]) -> Iterator[list[Span]]:
+    """Yield what is fetched at once; an empty batch where nothing more is known for now."""
     batch: list[Span] = []
     size = 0
     for span in order:
+        if span is None:
+            if batch:
+                yield batch
+            batch, size = [], 0
+            yield []
+            continue
         if span.begin == span.end:
             continue
         if batch and size + span.end - span.begin > BATCH_BYTES:
