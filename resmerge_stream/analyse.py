@@ -7,11 +7,12 @@ head agreement S_H, retentions and pairwise cosines. The paper names the ranks w
 these are the usual ones.
 """
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ from .methods.gates import Knobs, decide
 from .methods.resmerge import head_of, project_heads, residual_gram
 from .pieces import Piece
 from .pipes import Ahead
-from .plan import Options, Plan, matrix_of, plan_merge
-from .reading import READ_AHEAD_BYTES, reads
+from .plan import Options, Plan, PlannedTensor, matrix_of, plan_merge
+from .reading import READ_AHEAD_BYTES, reading_ahead_of, reads
 from .recipe import ModelRef, Recipe
 from .specs import format_size
 from .task_vectors import NonFiniteValues, TaskVectors
@@ -92,13 +93,18 @@ def run_analysis(plan: Plan, *, out: str | Path, sft: int = 0) -> Iterator[Event
     merger = Merger(plan, choose_device(plan.options.device))
     bytes_read, entries = 0, []
     pieces: list[dict[str, Any]] = []
-    for piece, found in _analysed(plan, merger, groups):
-        bytes_read += sum(len(buffer) for buffer in piece.buffers)
-        pieces.append(found)
-        if piece.is_last:
-            entries.append(_entry(piece, pieces))
-            pieces = []
-            yield Analysed(tensor=piece.tensor.spec.name, bytes_read=bytes_read)
+    tensors = [tensor for tensor in plan.tensors.values() if tensor.rule]
+    with (
+        reading_ahead_of(plan, tensors),
+        contextlib.closing(_analysed(plan, tensors, merger, groups)) as analysed,
+    ):
+        for piece, found in analysed:
+            bytes_read += sum(len(buffer) for buffer in piece.buffers)
+            pieces.append(found)
+            if piece.is_last:
+                entries.append(_entry(piece, pieces))
+                pieces = []
+                yield Analysed(tensor=piece.tensor.spec.name, bytes_read=bytes_read)
     report = {
         "version": 1,
         "rank": plan.opened[1].parameters()["rank"],
@@ -151,11 +157,10 @@ def component_recipe(recipe: Recipe, component: str, of: str, *, rank: int = 1) 
 
 
 def _analysed(
-    plan: Plan, merger: Merger, groups: Mapping[str, list[int]]
-) -> Iterator[tuple[Piece, dict[str, Any]]]:
+    plan: Plan, tensors: list[PlannedTensor], merger: Merger, groups: Mapping[str, list[int]]
+) -> Generator[tuple[Piece, dict[str, Any]], None, None]:
     """Yield every piece with what was found, in order; read and analysed ahead by threads."""
-    tensors = [tensor for tensor in plan.tensors.values() if tensor.rule]
-    reader = Ahead(reads(plan, tensors), READ_AHEAD_BYTES)
+    reader = Ahead(reads(plan, tensors), plan.read_ahead_bytes or READ_AHEAD_BYTES)
 
     def jobs() -> Iterator[tuple[int, Callable[[], tuple[Any, dict[str, Any]]]]]:
         for held in reader:
@@ -173,6 +178,7 @@ def _analysed(
         for result in analyser:
             held, found = result.value
             yield held.value, found
+            held.value.close()
             held.release()
             result.release()
     finally:

@@ -22,8 +22,9 @@ from .events import Event, Finished, Planned, Published, ShardFinished
 from .merging import Merger
 from .opening import read_report
 from .publication import work_folder
-from .reading import reads
+from .reading import reading_ahead_of
 from .report import build_report
+from .sharing import shared_order
 from .sinks import FolderSink, Sink, target_state
 from .sinks.folder import discard
 from .sinks.report_only import ReportOnlySink
@@ -58,7 +59,7 @@ def run_comparison(
             mergers = [method.merger for method in run.methods.values()]
             store = work_folder("compare", out, None, work_dir) / "counted.json"
             try:
-                yield from counted(list(plans.values()), mergers, reads, store)
+                yield from counted(list(plans.values()), mergers, store)
                 yield from _merge_all(run)
             except NonFiniteError:
                 stack.close()
@@ -123,7 +124,29 @@ def _open(
 
 
 def _merge_all(run: Run) -> Iterator[Event]:
-    first = next(iter(run.comparison.plans.values()))
+    """Merge every shard that some method lacks, reading ahead of the arithmetic."""
+    missing = [
+        [
+            label
+            for label, method in run.methods.items()
+            if shard.name not in method.sink.finished_shards()
+        ]
+        for shard in run.comparison.first.shards
+    ]
+    order = (
+        tensor
+        for shard, labels in zip(run.comparison.first.shards, missing, strict=True)
+        for tensor in shared_order(
+            {label: run.comparison.plans[label] for label in labels},
+            [spec.name for spec in shard.tensors],
+        )
+    )
+    with reading_ahead_of(run.comparison.first, order):
+        yield from _shards(run)
+
+
+def _shards(run: Run) -> Iterator[Event]:
+    first = run.comparison.first
     for number, shard in enumerate(first.shards):
         kept = {
             label: method.sink.finished_shards().get(shard.name)

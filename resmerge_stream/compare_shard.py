@@ -120,7 +120,8 @@ def _decided(
 ) -> Iterator[_Decided]:
     """Yield the pieces in file order, read and decided ahead by threads, all methods together."""
     plans = {label: run.comparison.plans[label] for label in labels}
-    reader = Ahead(shared_reads(plans, names, reads), READ_AHEAD_BYTES)
+    limit = run.comparison.first.read_ahead_bytes or READ_AHEAD_BYTES
+    reader = Ahead(shared_reads(plans, names, reads), limit)
     threads.callback(reader.close)
 
     def decisions() -> Iterator[tuple[int, Callable[[], tuple[Any, _Decided]]]]:
@@ -138,6 +139,7 @@ def _decided(
     for result in decider:
         held, decided = result.value
         yield decided
+        decided.shared.lead_piece.close()
         del decided
         held.release()
         result.release()

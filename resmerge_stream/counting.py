@@ -18,21 +18,17 @@ from .merging import Merger
 from .methods.base import Counter
 from .pipes import Ahead
 from .plan import Plan
-from .sharing import Reads, Shared, shared_reads
+from .reading import READ_AHEAD_BYTES, reading_ahead_of, reads
+from .sharing import Shared, shared_order, shared_reads
 from .task_vectors import NonFiniteValues
 
-_AHEAD_BYTES = 256_000_000
 
-
-def counted(
-    plans: Sequence[Plan], mergers: Sequence[Merger], reads: Reads, store: Path
-) -> Iterator[Event]:
+def counted(plans: Sequence[Plan], mergers: Sequence[Merger], store: Path) -> Iterator[Event]:
     """Fill in `Plan.counted` of plans over the same sources.
 
     Args:
         plans: without problems, one a method.
         mergers: of the plans.
-        reads: how tensors are read, in pieces.
         store: file that keeps the counts for a later run of the same plans.
 
     Raises:
@@ -49,24 +45,32 @@ def counted(
             i: plans[i].opened[1].counter(number, plans[i].counted, len(plans[i].experts))
             for i in asking
         }
-        names = [name for name, tensor in plans[0].tensors.items() if tensor.rule]
-        reader = Ahead(shared_reads({i: plans[i] for i in asking}, names, reads), _AHEAD_BYTES)
-        try:
-            for held in reader:
-                shared = held.value
-                bytes_read += sum(len(buffer) for buffer in shared.lead_piece.buffers)
-                _count(shared, mergers, counters)
-                held.release()
-                if shared.lead_piece.is_last:
-                    name = shared.lead_piece.tensor.spec.name
-                    yield Counted(
-                        tensor=name, number=number + 1, passes=max(passes), bytes_read=bytes_read
-                    )
-        finally:
-            reader.close()
+        for shared in _pieces({i: plans[i] for i in asking}):
+            bytes_read += sum(len(buffer) for buffer in shared.lead_piece.buffers)
+            _count(shared, mergers, counters)
+            if shared.lead_piece.is_last:
+                name = shared.lead_piece.tensor.spec.name
+                yield Counted(
+                    tensor=name, number=number + 1, passes=max(passes), bytes_read=bytes_read
+                )
         for i, counter in counters.items():
             plans[i].counted |= counter.result()
     _keep(plans, store)
+
+
+def _pieces(plans: Mapping[int, Plan]) -> Iterator[Shared[int]]:
+    """Yield everything that is merged, read ahead."""
+    first = next(iter(plans.values()))
+    names = [name for name, tensor in first.tensors.items() if tensor.rule]
+    with reading_ahead_of(first, shared_order(plans, names)):
+        limit = first.read_ahead_bytes or READ_AHEAD_BYTES
+        reader = Ahead(shared_reads(plans, names, reads), limit)
+        try:
+            for held in reader:
+                yield held.value
+                held.release()
+        finally:
+            reader.close()
 
 
 def _count(shared: Shared[int], mergers: Sequence[Merger], counters: Mapping[int, Counter]) -> None:

@@ -97,8 +97,7 @@ def _merge(
     yield Planned(plan=plan.to_dict())
     if plan.opened[1].counting_passes():
         if crew.is_main:
-            with reading_ahead_of(plan, (t for t in plan.tensors.values() if t.rule)):
-                yield from counted([plan], [merger], reads, work_dir / "counted.json")
+            yield from counted([plan], [merger], work_dir / "counted.json")
         plan.counted = crew.shared("counted", lambda: plan.counted)
     kept = crew.gathered("kept", sink.finished_shards())
     work = crew.work(plan, kept)

@@ -1,6 +1,6 @@
 """Reading once for several plans over the same sources: the coarsest cut serves all of them."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -37,25 +37,37 @@ def shared_reads(
     Stacks [E, m, n] are read slice by slice for the methods that decompose them and once more for
     those that do not; everything else is read once.
     """
+    for members, lead, tensor in _led(plans, names):
+        for size, read in reads(plans[lead], [tensor]):
+
+            def load(
+                members: Mapping[K, Plan] = members,
+                lead: K = lead,
+                read: Callable[[], Piece] = read,
+                name: str = tensor.spec.name,
+            ) -> Shared[K]:
+                piece = read()
+                pieces = {
+                    key: replace(piece, tensor=plan.tensors[name]) for key, plan in members.items()
+                }
+                return Shared(lead, pieces)
+
+            yield size, load
+
+
+def shared_order(plans: Mapping[K, Plan], names: Iterable[str]) -> Iterator[PlannedTensor]:
+    """Yield the tensors whose cut `shared_reads` follows, in its order."""
+    return (tensor for _, _, tensor in _led(plans, names))
+
+
+def _led(
+    plans: Mapping[K, Plan], names: Iterable[str]
+) -> Iterator[tuple[dict[K, Plan], K, PlannedTensor]]:
+    """Yield plans that share a reading of a tensor, whose cut it is, and the tensor there."""
     for name in names:
         for members in _groups(plans, name):
             lead = max(members, key=lambda key: _coarseness(members[key].tensors[name]))
-            for size, read in reads(plans[lead], [plans[lead].tensors[name]]):
-
-                def load(
-                    members: Mapping[K, Plan] = members,
-                    lead: K = lead,
-                    read: Callable[[], Piece] = read,
-                    name: str = name,
-                ) -> Shared[K]:
-                    piece = read()
-                    pieces = {
-                        key: replace(piece, tensor=plan.tensors[name])
-                        for key, plan in members.items()
-                    }
-                    return Shared(lead, pieces)
-
-                yield size, load
+            yield members, lead, members[lead].tensors[name]
 
 
 def _groups(plans: Mapping[K, Plan], name: str) -> list[dict[K, Plan]]:

@@ -239,3 +239,35 @@ def test_a_plan_on_folders_does_not_import_the_library(bench: Bench) -> None:
 
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["refused"] is False
+
+
+def test_several_methods_read_the_hub_once(bench: Bench, tmp_path: Path) -> None:
+    """A comparison opens each model once, reads each weight once, and gives a merge's bytes."""
+    done = bench.run(
+        "compare", *bench.sources(), "--methods", "mean,ties:trim=tensor,resmerge",
+        "--out", str(tmp_path / "out"), "--json",
+    )  # fmt: skip
+
+    assert done.code == 0, done.err
+    for name, data in bench.expected().items():
+        assert (tmp_path / "out" / "resmerge" / name).read_bytes() == data
+    looks = [entry.path for entry in bench.hub.log.find(path="/api/models/", method="GET")]
+    assert max(looks.count(path) for path in looks) == 1, looks
+    asked = sum(entry.sent for entry in bench.hub.log.find(path="/file/", method="GET"))
+    sizes = [path.stat().st_size for path in bench.group.rglob("*.safetensors")]
+    assert asked <= sum(sizes) + sum(min(size, 100_000) for size in sizes)
+
+
+def test_counting_and_analysing_read_ahead(bench: Bench, tmp_path: Path) -> None:
+    """Passes over the whole model join neighbours to few requests, as a merge does."""
+    for arguments, passes in (
+        (("merge", *bench.sources(), "--method", "ties"), 3),
+        (("analyse", *bench.sources()), 1),
+    ):
+        bench.hub.log.clear()
+        done = bench.run(*arguments, "--out", str(tmp_path / arguments[0]), "--json")
+
+        assert done.code == 0, done.err
+        asked = bench.hub.log.find(path="/file/", method="GET")
+        files = len(list(bench.group.rglob("*.safetensors")))
+        assert len(asked) <= files * (passes + 1)

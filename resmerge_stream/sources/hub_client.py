@@ -7,9 +7,10 @@ import logging
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx2
 from huggingface_hub import HfApi, set_client_factory
@@ -40,6 +41,7 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S, _LONGEST_LIMIT_S = 0.5, 8.0, 330.0
 _TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 # What a call of the library raises when the network or the Hub fails; hf_xet raises the last four.
 FAILURES = (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError, ValueError)
+_LIMITS = threading.Lock()
 _URL_QUERY = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]*")
 _TOKEN = re.compile(r"\b(hf|api_org|hf_oauth)_[A-Za-z0-9_\-.]{6,}")
 
@@ -190,10 +192,14 @@ def _chain(exc: BaseException | None) -> Iterator[BaseException]:
 
 def _give_time_limits() -> None:
     """Let every call of the library that sets no time-out of its own have ours."""
-    session = get_session()
-    if session.timeout.read is not None:
-        return
-    hooks = session.event_hooks
+    # A new factory closes the client in use: two threads must not both see the old one.
+    with _LIMITS:
+        session = get_session()
+        if session.timeout.read is None:
+            set_client_factory(_factory(session.event_hooks))
+
+
+def _factory(hooks: Any) -> Callable[[], httpx2.Client]:
 
     def factory() -> httpx2.Client:
         return httpx2.Client(
@@ -203,7 +209,7 @@ def _give_time_limits() -> None:
             limits=httpx2.Limits(max_connections=100, max_keepalive_connections=32),
         )
 
-    set_client_factory(factory)
+    return factory
 
 
 class _Discreet(logging.Filter):
