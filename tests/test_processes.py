@@ -16,7 +16,9 @@ import pytest
 from tests.hub_runs import Bench, Run, make_bench
 from tests.loopback_hub import Hook, LoopbackHub
 
-ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes"]
+# Port 0: any that is free, so that two of these can run on one machine.
+ACCELERATE = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
+ACCELERATE += ["--multi_gpu", "--num_processes"]
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node"]
 
 
