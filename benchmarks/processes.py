@@ -112,7 +112,7 @@ def _killed(made: Bench, first: int, then: int) -> str:
     while process.poll() is None and not list(out.glob("*.part")):
         time.sleep(0.005)
     if process.poll() is None:
-        os.kill(process.pid if first == 1 else process_of_rank(first - 1), signal.SIGKILL)
+        os.kill(process.pid if first == 1 else process_of_rank(made, first - 1), signal.SIGKILL)
     process.wait()
     was = "killed" if process.returncode else "NOT KILLED"
     run(made, command(then, *made.folders(), "--out", str(out)), home="home")

@@ -172,9 +172,10 @@ def _merge(args: argparse.Namespace) -> int:
     if not args.out and not args.push_to:
         raise RecipeError("nowhere to write: give --out DIR or --push-to NAMESPACE/NAME.")
     with crew_of_launcher() as crew:
-        with crew.main_first("discard"):
-            if args.discard_staging and crew.is_main:
-                console.discarded(discard_unfinished(args.out, publication_of(args)))
+        if args.discard_staging:
+            with crew.main_first("discard"):
+                if crew.is_main:
+                    console.discarded(discard_unfinished(args.out, publication_of(args)))
         return _run(_plan_of(args), args.out, args.work_dir, as_json=args.json, crew=crew)
 
 
@@ -190,12 +191,10 @@ def _run(
     from .engine import run_merge
 
     events = run_merge(plan, out=out, work_dir=work_dir, crew=crew)
+    is_silent = crew is not None and not crew.is_main
+    show = console.nothing if is_silent else console.print_json if as_json else console.follow
     try:
-        if crew is not None and not crew.is_main:
-            for _ in events:
-                pass  # the main process shows what happens in all of them
-        else:
-            (console.print_json if as_json else console.follow)(events)
+        show(events)
     finally:
         events.close()  # type: ignore[attr-defined]  # a generator; closing it cancels
         plan.close()

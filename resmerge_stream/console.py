@@ -73,6 +73,12 @@ def show_plan(plan: Plan) -> None:
     print("refused" if plan.refused else f"plan {plan.plan_hash}: ready to merge")
 
 
+def nothing(events: Iterable[Event]) -> None:
+    """Show nothing: the main process of a run shows what happens in all of them."""
+    for _ in events:
+        pass
+
+
 def print_json(events: Iterable[Event]) -> None:
     """Print each event as one JSON object a line."""
     for event in events:

@@ -6,7 +6,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,8 @@ class Group:
     """One process's end of the store. Process 0 is the main one.
 
     Args:
-        store: that all processes share.
+        store: returns the store that all processes share; called in a thread, since finding the
+            others takes as long as planning does.
         rank, size: which process this is, of how many.
         silent_s: seconds after which a process that is not heard of counts as gone.
 
@@ -55,10 +57,13 @@ class Group:
     Every wait ends with an error when another process fails or is gone.
     """
 
-    def __init__(self, store: "Store", rank: int, size: int, silent_s: float = SILENT_S) -> None:
+    def __init__(
+        self, store: "Callable[[], Store]", rank: int, size: int, silent_s: float = SILENT_S
+    ) -> None:
         self.rank, self.size = rank, size
         self.name = f"process {rank} ({socket.gethostname()})"
-        self._store, self._silent_s = store, silent_s
+        self._open, self._opened = store, Future["Store"]()
+        self._silent_s = silent_s
         self._heard: dict[int, tuple[bytes, float]] = {}
         self._looked = time.monotonic()
         self.is_over = False
@@ -70,17 +75,12 @@ class Group:
 
     @classmethod
     def connect(cls) -> "Group":
-        """Find the other processes, where the launcher's environment says.
+        """Return the group that the launcher's environment tells of; who needs it waits for it."""
+        return cls(_store_of_launcher, *launched())
 
-        Raises:
-            StoppedError: they are not to be found.
-        """
-        from torch.distributed.rendezvous import rendezvous
-
-        with _reaching():
-            found = rendezvous("env://", timeout=timedelta(seconds=_CONNECT_S))
-            store, rank, size = next(iter(found))
-        return cls(store, rank, size)
+    @property
+    def _store(self) -> "Store":
+        return self._opened.result()
 
     def put(self, key: str, value: Any) -> None:
         """Say something once, as JSON."""
@@ -220,6 +220,11 @@ class Group:
         return False
 
     def _beat(self) -> None:
+        try:
+            self._opened.set_result(self._open())
+        except BaseException as exc:  # handed to whoever needs the store
+            self._opened.set_exception(exc)
+            return
         number = 0
         with contextlib.suppress(StoppedError):
             while True:
@@ -242,6 +247,15 @@ class Group:
                     f"process {rank} was not heard of for {now - since:.0f} s: it or its machine "
                     "is gone."
                 )
+
+
+def _store_of_launcher() -> "Store":
+    from torch.distributed.rendezvous import rendezvous
+
+    with _reaching():
+        found = rendezvous("env://", timeout=timedelta(seconds=_CONNECT_S))
+        store: Store = next(iter(found))[0]
+        return store
 
 
 @contextlib.contextmanager

@@ -16,7 +16,9 @@ import pytest
 from tests.hub_runs import Bench, Run, make_bench
 from tests.loopback_hub import Hook, LoopbackHub
 
-ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes"]
+# Port 0: any that is free, so that two of these can run on one machine.
+ACCELERATE = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
+ACCELERATE += ["--multi_gpu", "--num_processes"]
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node"]
 
 
@@ -46,8 +48,9 @@ def launch(bench: Bench, launcher: list[str], count: int, *arguments: str) -> Ru
     return Run(done.returncode, done.stdout, done.stderr)
 
 
-def process_of_rank(rank: int) -> int:
-    """Return the id of the process that a launcher gave this number."""
+def process_of_rank(bench: Bench, rank: int) -> int:
+    """Return the id of the process that a launcher gave this number, of this Hub's own."""
+    mine = b"HF_ENDPOINT=" + bench.hub.endpoint.encode()
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit() or int(folder.name) == os.getpid():
             continue
@@ -56,7 +59,7 @@ def process_of_rank(rank: int) -> int:
             command = (folder / "cmdline").read_bytes()
         except OSError:
             continue
-        if b"RANK=%d" % rank in words and b"resmerge_stream" in command:
+        if {mine, b"RANK=%d" % rank} <= set(words) and b"resmerge_stream" in command:
             return int(folder.name)
     raise AssertionError(f"no process has number {rank}")
 
@@ -92,7 +95,7 @@ def test_a_killed_process_ends_the_run_and_the_same_command_continues(bench: Ben
     killed: list[int] = []
 
     def kill() -> None:
-        killed.append(process_of_rank(1))
+        killed.append(process_of_rank(bench, 1))
         os.kill(killed[0], signal.SIGKILL)
 
     rule = bench.hub.faults.add(
