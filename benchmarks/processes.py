@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.hub_runs import Bench
-from tests.test_processes import ACCELERATE, process_of_rank
+from tests.test_processes import ACCELERATE, TORCHRUN, process_of_rank
 
 from .hub import bench, table
 from .measure import scratch_folder
@@ -27,9 +27,9 @@ from .measure import scratch_folder
 _LATENCY_S = 0.05
 
 
-def command(processes: int, *arguments: str) -> list[str]:
+def command(processes: int, *arguments: str, launcher: Sequence[str] = ACCELERATE) -> list[str]:
     """Return the command of a merge by some processes."""
-    launcher = [] if processes == 1 else [*ACCELERATE, str(processes)]
+    launcher = [] if processes == 1 else [*launcher, str(processes)]
     return [sys.executable, *launcher, "-m", "resmerge_stream", "merge", *arguments]
 
 
@@ -57,7 +57,9 @@ def s7(args: argparse.Namespace) -> None:
         for number in range(args.times):
             for processes in seconds:
                 target = f"alice/s7-{processes}-{number}"
-                words = command(processes, *made.sources(), "--push-to", target)
+                launcher = TORCHRUN if args.torchrun else ACCELERATE
+                options = (*made.sources(), "--push-to", target)
+                words = command(processes, *options, launcher=launcher)
                 seconds[processes].append(run(made, words, home=f"home{processes}-{number}"))
                 _forget(made, target)
     one, two = (statistics.median(values) for values in seconds.values())
@@ -133,6 +135,7 @@ def main() -> None:
     parser.add_argument("--shard", type=float, default=0.05, help="megabytes of a shard (0.05)")
     parser.add_argument("--rate", type=float, default=40, help="s7: MB/s each way, a process (40)")
     parser.add_argument("--times", type=int, default=3, help="s7: runs of each (3)")
+    parser.add_argument("--torchrun", action="store_true", help="s7: instead of accelerate")
     args = parser.parse_args()
     {"s7": s7, "e4": e4}[args.name](args)
 
