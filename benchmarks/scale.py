@@ -50,6 +50,8 @@ SVD = {"gap": 13e-9, "no gap": 120e-9}
 _REST = 1.2e-9
 # Seconds in which one process commits a shard, while no other one may.
 _COMMIT_S = 1.0
+# What is busy for this share of the time is what limits a merge.
+_BUSY = 0.85
 
 
 @dataclass(slots=True)
@@ -109,7 +111,7 @@ class Process:
         self.on_disk = self.peak_disk = self.peak_held = 0.0
         self.to_send: deque[Shard] = deque()
         self.sending: Shard | None = None
-        self.busy = dict.fromkeys(("download", "arithmetic", "upload", "disk"), 0.0)
+        self.busy = dict.fromkeys(("download", "arithmetic", "upload", "cores"), 0.0)
         self.finished = 0.0
 
     def _order(self) -> Iterator[Job | None]:
@@ -200,8 +202,7 @@ class Process:
         self.busy["download"] += seconds * (self.number in self.down.left)
         self.busy["arithmetic"] += seconds * (self.busy_cores > 0)
         self.busy["upload"] += seconds * (self.sending is not None)
-        blocked = bool(self.ready) and not self.busy_cores
-        self.busy["disk"] += seconds * blocked
+        self.busy["cores"] += seconds * self.busy_cores / self.cores
 
 
 class Simulation:
@@ -299,7 +300,6 @@ def one(processes: int, kind: str, spectrum: str) -> dict:
     return {
         "hours": sim.now / 3600,
         "busy": busy,
-        "idle": (sim.now - min(p.finished for p in sim.all)) / sim.now,
         "memory": here * plan.peak_memory_bytes,
         "disk": max(p.peak_disk for p in sim.all) * here,
         "shards": len(plan.shards),
@@ -341,13 +341,17 @@ def main() -> None:
                 rows.append(_row(name, kind, spectrum, processes, json.loads(done.stdout)))
                 print("\t".join(rows[-1]), file=sys.stderr)
     head = ("model", "machines", "spectrum", "processes", "wall", "memory each", "disk each",
-            "download busy", "arithmetic busy", "upload busy", "limited by")  # fmt: skip
+            "line down busy", "merging", "line up busy", "cores busy", "limited by")  # fmt: skip
     table(head, rows)
 
 
 def _row(name: str, kind: str, spectrum: str, processes: int, found: dict) -> tuple[str, ...]:
-    busy = {key: found["busy"][key] for key in ("download", "arithmetic", "upload")}
-    limit = max(busy, key=busy.__getitem__)
+    busy = found["busy"]
+    # Bytes are held until their tensor is merged: a large one keeps the next from being read.
+    limit = "memory: one large matrix at a time"
+    for key, name_of in (("download", "line down"), ("upload", "line up"), ("cores", "cores")):
+        if busy[key] >= _BUSY:
+            limit = name_of
     return (
         name,
         f"{processes} of their own" if kind == "own" else "one, shared",
