@@ -19,16 +19,19 @@ _RECIPE = "base_model: org/base\nmodels:\n  - model: org/math\n  - model: org/co
 
 def choose(parts: Parts) -> None:
     """Add what is merged and how."""
-    gr.HTML(step(1, "Choose", "Start from an example, or write your own."), container=False)
+    gr.HTML(
+        step(1, "Choose", "Start from an example, or write your own."),
+        container=False,
+        padding=False,
+    )
     with gr.Row():
         for number, example in enumerate(examples()):
             with gr.Column(min_width=220):
                 parts[f"example{number}"] = gr.Button(example.label, size="md")
-                gr.HTML(f'<p class="rm-soft">{example.note}</p>', container=False)
-    with gr.Group():
-        _model(parts, "base", "base_revision", "Base model", "the model the experts were made from")
-        for number in range(ROWS):
-            _expert(parts, number)
+                gr.HTML(f'<p class="rm-soft">{example.note}</p>', container=False, padding=False)
+    _model(parts, "base", "base_revision", "Base model", None)
+    for number in range(ROWS):
+        _expert(parts, number)
     parts["add"] = gr.Button("Add an expert", size="sm")
     with gr.Accordion("Or paste a recipe (mergekit's YAML)", open=False):
         parts["yaml"] = gr.Textbox(
@@ -36,11 +39,13 @@ def choose(parts: Parts) -> None:
             placeholder=_RECIPE,
         )  # fmt: skip
         parts["fill"] = gr.Button("Fill the form from it", size="sm")
-        parts["pasted"] = gr.HTML(container=False)
+        parts["pasted"] = gr.HTML(container=False, padding=False)
     methods = find_methods()
     titles = [(method.title, name) for name, method in methods.items()]
     parts["method"] = gr.Dropdown(titles, value="resmerge", label="Method")
-    parts["about_method"] = gr.HTML(method_html(methods["resmerge"]), container=False)
+    parts["about_method"] = gr.HTML(
+        method_html(methods["resmerge"]), container=False, padding=False
+    )
     for name, method in methods.items():
         _controls(parts, method, visible=name == "resmerge")
     _output(parts)
@@ -48,7 +53,7 @@ def choose(parts: Parts) -> None:
 
 def target(parts: Parts) -> None:
     """Add where the result goes."""
-    gr.HTML(step(2, "Name the result", ""), container=False)
+    gr.HTML(step(2, "Name the result", ""), container=False, padding=False)
     parts["as_files"] = gr.Checkbox(
         False, label="Files to download instead of a repository (built-in example only)"
     )
@@ -89,7 +94,7 @@ def _model(parts: Parts, name: str, revision: str, label: str, info: str | None)
             scale=4, min_width=240, elem_id=name,
         )  # fmt: skip
         parts[revision] = gr.Textbox(
-            label=f"{label}: revision", placeholder="main", max_length=200, scale=1, min_width=110
+            label="Base revision", placeholder="main", max_length=200, scale=1, min_width=130
         )
 
 
@@ -101,13 +106,17 @@ def _expert(parts: Parts, number: int) -> None:
             min_width=240, elem_id=f"expert{number}",
         )  # fmt: skip
         parts[f"revision{number}"] = gr.Textbox(
-            label=f"{label}: revision", placeholder="main", max_length=200, scale=1, min_width=110
+            label=f"Revision {number + 1}",
+            placeholder="main",
+            max_length=200,
+            scale=1,
+            min_width=110,
         )
         parts[f"weight{number}"] = gr.Number(
-            1.0, label=f"{label}: weight", scale=1, min_width=90, visible=False
+            1.0, label=f"Weight {number + 1}", scale=1, min_width=90, visible=False
         )
         parts[f"remove{number}"] = gr.Button(
-            f"Remove {label.lower()}", size="sm", scale=0, min_width=130
+            f"Remove {label.lower()}", size="sm", scale=0, min_width=140, elem_classes="rm-remove"
         )
 
 
@@ -131,7 +140,7 @@ def _control(field: dataclasses.Field[Any]) -> Any:
             )
         return gr.Textbox(default, label=label, info=info, min_width=200)
     whole = isinstance(default, int)
-    if low is not None and high is not None and not whole and high - low <= 10:
+    if low is not None and high is not None and not whole and high - low <= 1:
         return gr.Slider(low, high, value=default, step=0.01, label=label, info=info, min_width=200)
     return gr.Number(
         default, label=label, info=info, minimum=low, maximum=high, precision=0 if whole else None,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .rows import Row, cells, families, modules, unusual
 from .words import esc, table
 
-_CELL_H, _LEFT, _PLOT, _TOP, _BOTTOM = 18, 118, 420, 6, 34
+_CELL_H, _LEFT, _PLOT, _TOP, _BOTTOM = 21, 112, 420, 6, 42
 _MOST_MODULES, _MOST_DOTS = 28, 300
 # Dark blue to yellow, and blue over white to red: stops of two common maps, as RGB.
 _VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
@@ -117,7 +117,7 @@ def heatmap(rows: Sequence[Row], gate: Gate, *, named: bool = False) -> str:
     )
     height = _TOP + len(labels) * _CELL_H
     names = "".join(
-        f'<text x="{_LEFT - 6}" y="{_TOP + i * _CELL_H + 13}" text-anchor="end">{esc(label)}</text>'
+        f'<text x="{_LEFT - 6}" y="{_TOP + i * _CELL_H + 15}" text-anchor="end">{esc(label)}</text>'
         for i, label in enumerate(labels)
     )
     axis = _layer_axis(columns, width, height)
@@ -129,13 +129,13 @@ def heatmap(rows: Sequence[Row], gate: Gate, *, named: bool = False) -> str:
 def _layer_axis(columns: Sequence[int | None], width: float, height: int) -> str:
     step = max(1, -(-len(columns) // 12))
     ticks = "".join(
-        f'<text x="{_LEFT + (i + 0.5) * width:.1f}" y="{height + 13}" text-anchor="middle">'
+        f'<text x="{_LEFT + (i + 0.5) * width:.1f}" y="{height + 16}" text-anchor="middle">'
         f"{'–' if layer is None else layer}</text>"
         for i, layer in enumerate(columns)
         if i % step == 0 or layer is None
     )
     middle = _LEFT + _PLOT / 2
-    return f'{ticks}<text x="{middle}" y="{height + 28}" text-anchor="middle">layer</text>'
+    return f'{ticks}<text x="{middle}" y="{height + 35}" text-anchor="middle">layer</text>'
 
 
 def strip(rows: Sequence[Row], gate: Gate) -> str:
@@ -147,7 +147,7 @@ def strip(rows: Sequence[Row], gate: Gate) -> str:
     low, high = min(everything), max(everything)
     low = low if gate.low is None else min(low, gate.low)
     high = high if gate.high is None else max(high, gate.high)
-    span, plot = (high - low) or 1.0, _PLOT - 70
+    span, plot = (high - low) or 1.0, _PLOT - 84
     parts = []
     for number, (family, values) in enumerate(found.items()):
         y = _TOP + number * 34 + 17
@@ -160,18 +160,18 @@ def strip(rows: Sequence[Row], gate: Gate) -> str:
         middle = statistics.median(values)
         x = _LEFT + (middle - low) / span * plot
         parts.append(
-            f'<text x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">{esc(family)}</text>'
+            f'<text x="{_LEFT - 6}" y="{y + 5}" text-anchor="end">{esc(family)}</text>'
             f'<g class="rm-dots">{dots}</g><path class="rm-median" d="M{x:.1f} {y - 13}v26"/>'
-            f'<text x="{_LEFT + plot + 10}" y="{y + 4}">{middle:.3g}</text>'
+            f'<text x="{_LEFT + plot + 10}" y="{y + 5}">{middle:.3g}</text>'
         )
     height = _TOP + len(found) * 34
     ends = (
-        f'<text x="{_LEFT}" y="{height + 14}">{low:.3g}</text>'
-        f'<text x="{_LEFT + plot}" y="{height + 14}" text-anchor="end">{high:.3g}</text>'
-        f'<text x="{_LEFT + plot + 10}" y="{height + 14}">median</text>'
+        f'<text x="{_LEFT}" y="{height + 16}">{low:.3g}</text>'
+        f'<text x="{_LEFT + plot}" y="{height + 16}" text-anchor="end">{high:.3g}</text>'
+        f'<text x="{_LEFT + plot + 10}" y="{height + 16}">median</text>'
     )
     said = "; ".join(f"{f}: median {statistics.median(v):.3g}" for f, v in found.items())
-    return _figure(gate, _svg(height + 20, f"{gate.title}. {said}", "".join(parts) + ends), "")
+    return _figure(gate, _svg(height + 22, f"{gate.title}. {said}", "".join(parts) + ends), "")
 
 
 def unusual_html(rows: Iterable[Row]) -> str:

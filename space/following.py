@@ -181,7 +181,7 @@ class Following:
         changes: Changes = {"result": view.result_html(job), "files": gr.update(visible=False)}
         if data is not None:
             try:
-                opened = open_report(data, name="this job")
+                opened = open_report(data, name="This merge")
             except ResMergeError as exc:
                 return {**changes, "figures": notice(str(exc))}
             changes["figures"] = view_report.summary_html(opened) + report_html(opened.rows)

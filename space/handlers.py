@@ -22,6 +22,9 @@ from .words import notice
 Form = Mapping[str, Any]
 Changes = dict[str, Any]
 Token = gr.OAuthToken | None
+_NOT_TYPING = frozenset(
+    {"Enter", "Tab", "Shift", "Escape", "ArrowUp", "ArrowDown", "Control", "Alt", "Meta"}
+)
 
 
 class Handlers:
@@ -92,6 +95,8 @@ class Handlers:
 
     def suggest(self, form: Form, typed: gr.KeyUpData, token: Token) -> Changes:
         """Offer ids of the Hub for what is being typed."""
+        if typed.key in _NOT_TYPING:
+            return {}  # new choices would open the list again that was just left
         text = str(typed.input_value or "")
         found = self._service.search.ids(text, self._visitor(token))
         built_in = [name for name in self._built_in() if text.lower() in name]

@@ -133,4 +133,4 @@ class Service:
         data = self.jobs.report(job)
         if data is None:
             raise RecipeError(f"this job is {job.state}; there is a report when it is done.")
-        return open_report(data, name="this job")
+        return open_report(data, name="this merge")

@@ -52,7 +52,7 @@ def build_page(service: Service) -> gr.Blocks:
             _plan_and_merge(parts)
             _follow(parts)
         with gr.Tab("My jobs"):
-            parts["mine"] = gr.HTML(label="My jobs", container=False)
+            parts["mine"] = gr.HTML(label="My jobs", container=False, padding=False)
             parts["refresh"] = gr.Button("Look again", size="sm")
         with gr.Tab("Explore"):
             _explore(parts)
@@ -70,54 +70,59 @@ def build_page(service: Service) -> gr.Blocks:
 
 def _header(parts: Parts, service: Service) -> None:
     with gr.Row(equal_height=True):
-        gr.HTML(TITLE, container=False, elem_classes="rm-title", min_width=320)
+        gr.HTML(TITLE, container=False, padding=False, elem_classes="rm-title", min_width=320)
         if on_space():
             with gr.Column(min_width=180, scale=0):
                 gr.LoginButton(size="sm")
                 gr.DuplicateButton("Duplicate this Space", size="sm")
-    parts["who"] = gr.HTML(label="Account", container=False)
+    parts["who"] = gr.HTML(label="Account", container=False, padding=False)
     machine = this_machine(service.settings)
-    gr.HTML(here_html(machine, running=service.settings.running), container=False)
+    gr.HTML(here_html(machine, running=service.settings.running), container=False, padding=False)
     with gr.Group(visible=False) as parts["unfinished"]:
         parts["chosen"] = gr.Dropdown([], label="Your unfinished merges")
         parts["go_on"] = gr.Button("Continue this merge", variant="primary")
-        parts["go_on_note"] = gr.HTML(container=False)
+        parts["go_on_note"] = gr.HTML(container=False, padding=False)
 
 
 def _plan_and_merge(parts: Parts) -> None:
     gr.HTML(
         step(3, "Plan", "Reads headers only, a few megabytes. Nothing is downloaded."),
         container=False,
+        padding=False,
     )
     parts["plan"] = gr.Button("Plan", variant="primary", elem_id="plan")
-    parts["plan_html"] = gr.HTML(label="Plan", container=False)
-    gr.HTML(step(4, "Merge", "Goes on when you close the page."), container=False)
-    parts["merge_note"] = gr.HTML(container=False)
+    parts["plan_html"] = gr.HTML(label="Plan", container=False, padding=False)
+    gr.HTML(step(4, "Merge", "Goes on when you close the page."), container=False, padding=False)
+    parts["merge_note"] = gr.HTML(container=False, padding=False)
     parts["merge"] = gr.Button("Merge", variant="primary", interactive=False, elem_id="merge")
 
 
 def _follow(parts: Parts) -> None:
     with gr.Column(visible=False, elem_id="follow") as parts["follow"]:
-        gr.HTML(step(5, "Follow", ""), container=False)
-        parts["status"] = gr.HTML(label="Progress", container=False)
+        gr.HTML(step(5, "Follow", ""), container=False, padding=False)
+        parts["status"] = gr.HTML(label="Progress", container=False, padding=False)
         with gr.Row():
             parts["cancel"] = gr.Button("Cancel", variant="stop", visible=False)
             parts["resume"] = gr.Button("Continue", variant="primary", visible=False)
             parts["discard"] = gr.Button("Remove what it left", visible=False)
-        parts["act_note"] = gr.HTML(container=False)
-        parts["link"] = gr.HTML(container=False)
-        parts["gates"] = gr.HTML(label="Gates so far", container=False)
+        parts["act_note"] = gr.HTML(container=False, padding=False)
+        parts["link"] = gr.HTML(container=False, padding=False)
+        parts["gates"] = gr.HTML(label="Gates so far", container=False, padding=False)
         with gr.Accordion("Log", open=False):
             parts["log"] = gr.Textbox(
                 label="Log, times in UTC", lines=12, max_lines=12, interactive=False
             )
         with gr.Column(visible=False) as parts["done"]:
-            gr.HTML(step(6, "Result", ""), container=False)
-            parts["result"] = gr.HTML(label="Result", container=False)
+            gr.HTML(step(6, "Result", ""), container=False, padding=False)
+            parts["result"] = gr.HTML(label="Result", container=False, padding=False)
             parts["files"] = gr.File(
-                label="Files to download", file_count="multiple", interactive=False, visible=False
+                label="Files to download",
+                file_count="multiple",
+                interactive=False,
+                visible=False,
+                height=280,
             )
-            parts["figures"] = gr.HTML(label="Gates", container=False)
+            parts["figures"] = gr.HTML(label="Gates", container=False, padding=False)
 
 
 def _explore(parts: Parts) -> None:
@@ -125,6 +130,7 @@ def _explore(parts: Parts) -> None:
         '<p class="rm-soft">Every merge of this tool keeps how each gate decided, in '
         "<code>resmerge/report.json</code>. Open one, or set two beside each other.</p>",
         container=False,
+        padding=False,
     )
     with gr.Row():
         parts["report_a"] = gr.Textbox(label="Merged model", placeholder="namespace/name")
@@ -132,7 +138,7 @@ def _explore(parts: Parts) -> None:
             label="Compare with (optional)", placeholder="namespace/name"
         )
     parts["open"] = gr.Button("Open", variant="primary", elem_id="open-report")
-    parts["explored"] = gr.HTML(label="Report", container=False)
+    parts["explored"] = gr.HTML(label="Report", container=False, padding=False)
 
 
 _JOB = [
@@ -203,12 +209,13 @@ def _on(
         busy: which part shows that something is being done.
     """
 
-    def run(*values: Any) -> list[Any]:
+    def run(*values: Any) -> Any:
         given, special = values[: len(inputs)], values[len(inputs) :]
         changes = handler(dict(zip(inputs, given, strict=True)), *special)
         if unknown := set(changes) - set(outputs):
             raise KeyError(f"{handler} changes what is not among its outputs: {unknown}")
-        return [changes.get(name, gr.skip()) for name in outputs]
+        found = [changes.get(name, gr.skip()) for name in outputs]
+        return found if len(found) > 1 else found[0]
 
     signature = _signature(handler, len(inputs))
     run.__signature__ = signature  # type: ignore[attr-defined]

@@ -45,6 +45,8 @@ def _numbers(job: Job, speeds: tuple[float, float], now: float) -> list[tuple[st
     plan, running = job.plan, job.state == RUNNING
     read, written = (f" · {format_size(s)}/s" if running and s else "" for s in speeds)
     made = job.bytes_kept + job.bytes_written
+    if job.shards_done == plan["shards"]:
+        made = plan["write_bytes"]  # the files' headers are no tensors
     pairs = [
         ("Read", f"{format_size(job.bytes_read)} of {format_size(plan['read_bytes'])}{read}"),
         ("Merged", f"{format_size(made)} of {format_size(plan['write_bytes'])}{written}"),
