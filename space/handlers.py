@@ -93,10 +93,14 @@ class Handlers:
         rows = without_row(form, number)
         return {**rows, **_visible_rows(rows["count"])}
 
-    def suggest(self, form: Form, typed: gr.KeyUpData, token: Token) -> Changes:
-        """Offer ids of the Hub for what is being typed."""
+    def suggest(
+        self, form: Form, typed: gr.KeyUpData, request: gr.Request, token: Token
+    ) -> Changes:
+        """Offer ids of the Hub for what is being typed, once the keys rest."""
         if typed.key in _NOT_TYPING:
             return {}  # new choices would open the list again that was just left
+        if not self._service.search.is_last(str(request.session_hash)):
+            return {}
         text = str(typed.input_value or "")
         found = self._service.search.ids(text, self._visitor(token))
         built_in = [name for name in self._built_in() if text.lower() in name]

@@ -11,6 +11,8 @@ from .identity import Visitor
 
 _TEXT = re.compile(r"[\w.\-/ ]{2,96}", re.ASCII)
 _LIMIT, _KEPT, _KEPT_S = 8, 256, 120.0
+# How long the keys rest before the Hub is asked.
+_REST_S = 0.25
 
 
 class Search:
@@ -18,7 +20,20 @@ class Search:
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[float, list[str]]] = {}
+        self._typed: dict[str, int] = {}
         self._lock = threading.Lock()
+
+    def is_last(self, session: str) -> bool:
+        """Return, after a moment, whether the same page typed nothing more in it."""
+        with self._lock:
+            number = self._typed.get(session, 0) + 1
+            self._typed[session] = number
+        time.sleep(_REST_S)
+        with self._lock:
+            is_last = self._typed.get(session) == number
+            if is_last:
+                del self._typed[session]
+        return is_last
 
     def ids(self, text: str, visitor: Visitor) -> list[str]:
         """Return up to eight ids; none where the text is too short or the Hub cannot be asked."""

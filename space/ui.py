@@ -4,7 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gradio as gr
 
@@ -165,7 +165,15 @@ def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
         on(parts[f"remove{number}"].click, remove, form, filled)
     for name in ("base", *(f"expert{number}" for number in range(ROWS))):
         renamed = {"suggested": parts[name]}
-        _on(renamed, parts[name].key_up, handlers.suggest, [], ["suggested"], quick=True)
+        _on(
+            renamed,
+            parts[name].key_up,
+            handlers.suggest,
+            [],
+            ["suggested"],
+            quick=True,
+            mode="multiple",
+        )
     on(parts["method"].change, handlers.choose_method, ["method"], filled, quick=True)
     planned = ["planned", "plan_html", "merge", "merge_note"]
     on(parts["plan"].click, handlers.plan, form, planned, busy="plan_html")
@@ -196,6 +204,7 @@ def _on(
     *,
     quick: bool = False,
     busy: str = "",
+    mode: Literal["once", "multiple", "always_last"] | None = None,
 ) -> None:
     """Call a handler on an event with the named values; what it returns changes the named parts.
 
@@ -207,6 +216,7 @@ def _on(
         outputs: the names of what it may change.
         quick: not through the queue, and without any sign of waiting.
         busy: which part shows that something is being done.
+        mode: what happens to events while one is served; once, or the last when quick.
     """
 
     def run(*values: Any) -> Any:
@@ -228,7 +238,7 @@ def _on(
         queue=not quick,
         show_progress="full" if busy else "hidden",
         show_progress_on=parts[busy] if busy else None,
-        trigger_mode="always_last" if quick else "once",
+        trigger_mode=mode or ("always_last" if quick else "once"),
     )
 
 

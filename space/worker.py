@@ -25,7 +25,7 @@ from .examples import on_this_machine, web_names
 from .settings import read_settings
 
 # How long an interrupted merge may take to end by itself.
-_GRACE_S = 4.0
+_GRACE_S = 3.0
 
 
 def main() -> int:
