@@ -206,7 +206,6 @@ def _estimate(plan: Plan) -> None:
         seconds += tensor.spec.numel * (count + 1) * _SECONDS_ROWS * passes
         if tensor.rule and tensor.rule.needs_matrix:
             seconds += tensor.spec.numel * count * _SECONDS_MATRIX
-    plan.compute_seconds = seconds
     share = sum(s.is_remote for s in plan.checkpoints) / (count + 1)
     sent = plan.write_bytes if plan.publication is not None else 0
     plan.compute_seconds = seconds

@@ -190,9 +190,7 @@ class Following:
         return changes
 
     def _status(self, job: Job) -> str:
-        jobs = self._service.jobs
-        speeds = jobs.live(job).speeds()
-        return view.status_html(job, place=jobs.place(job), speeds=speeds, now=time.time())
+        return view.status_html(job, place=self._service.jobs.place(job))
 
     def _picture(self, job: Job) -> tuple[int, str]:
         """Return the running picture, drawn at most every few seconds for all who watch."""

@@ -248,6 +248,8 @@ class Jobs:
 
     def _end(self, job: Job, state: str, message: str) -> None:
         job.state, job.message, job.memory_bytes = state, message, 0
+        job.read_speed = job.write_speed = job.sent_speed = 0.0
+        job.seconds_left = None
         job.say(f"{state}: {message}")
         self._save(job)
 

@@ -1,7 +1,6 @@
 """What a merge's events change in its job."""
 
 import time
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +9,10 @@ from resmerge_stream.specs import format_size
 from .records import PLANNING, RUNNING, Job
 from .rows import Row, row_of
 
-# Seconds over which speeds are taken.
-_WINDOW_S = 12.0
+_PROGRESS = (
+    "bytes_read", "bytes_written", "bytes_sent", "read_speed", "write_speed", "sent_speed",
+    "seconds_left",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -20,28 +21,17 @@ class Live:
 
     Attributes:
         rows: the tensors so far, for the running picture.
-        samples: times with bytes read and written, newest last.
-        report: when it is done.
     """
 
     rows: list[Row] = field(default_factory=list)
-    samples: deque[tuple[float, int, int]] = field(default_factory=deque)
-
-    def speeds(self) -> tuple[float, float]:
-        """Return bytes a second, read and written, over the last moments."""
-        if len(self.samples) < 2:
-            return 0.0, 0.0
-        (t0, r0, w0), (t1, r1, w1) = self.samples[0], self.samples[-1]
-        span = max(t1 - t0, 1e-3)
-        return (r1 - r0) / span, (w1 - w0) / span
 
 
 def begin(job: Job, live: Live) -> None:
     """Note that a job's process was started."""
     job.state, job.started, job.message = PLANNING, time.time(), "Reading headers and configs."
-    job.bytes_read = job.bytes_written = job.bytes_kept = job.tensors_done = job.shards_done = 0
+    job.bytes_read = job.bytes_written = job.bytes_sent = job.bytes_kept = 0
+    job.tensors_done = job.shards_done = 0
     live.rows.clear()
-    live.samples.clear()
     job.say("started: reading headers and configs")
 
 
@@ -49,21 +39,21 @@ def apply(job: Job, live: Live, event: dict[str, Any]) -> dict[str, Any] | None:
     """Take an event, as the worker prints it, into the job; return the report of the last one."""
     kind = event.get("event")
     job.memory_bytes = int(event.get("memory_bytes") or 0)
+    if kind in ("progress", "tensor", "shard"):
+        for key in _PROGRESS:
+            setattr(job, key, event[key])
     if kind == "planned":
         _planned(job, event["plan"])
     elif kind == "counted":
         job.bytes_read = event["bytes_read"]
         job.message = f"Counting pass {event['number']} of {event['passes']} over the whole model."
-        _sample(job, live)
     elif kind == "tensor":
-        job.bytes_read, job.bytes_written = event["bytes_read"], event["bytes_written"]
         job.tensors_done += 1
         job.message = f"Merging {event['tensor'][-80:]}"
         row = row_of(event["entry"])
         live.rows.append(row)
         for text in list(event["entry"].get("warnings") or ())[:1]:
             job.say(f"{row.name}: {text}")
-        _sample(job, live)
     elif kind == "shard":
         _shard(job, event)
     elif kind == "published":
@@ -118,13 +108,6 @@ def _finished(job: Job, live: Live, event: dict[str, Any]) -> dict[str, Any]:
         else f"Done in {_duration(time.time() - job.started)}."
     )
     return report
-
-
-def _sample(job: Job, live: Live) -> None:
-    now = time.monotonic()
-    live.samples.append((now, job.bytes_read, job.bytes_written))
-    while live.samples[0][0] < now - _WINDOW_S and len(live.samples) > 2:
-        live.samples.popleft()
 
 
 def _duration(seconds: float) -> str:

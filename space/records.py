@@ -6,7 +6,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,11 @@ class Job:
         message: one sentence about the state.
         url: of the published model.
         plan: totals of the plan: tensors, shards, bytes, memory.
-        bytes_read, bytes_written, bytes_kept: of this run; and finished by earlier ones.
+        bytes_read, bytes_written, bytes_sent: of this run.
+        bytes_kept: finished by earlier runs.
         tensors_done, shards_done: so far.
+        read_speed, write_speed, sent_speed: bytes a second, over the last moments.
+        seconds_left: until everything is merged and sent, where that can be told.
         memory_bytes: private memory of the merge now.
         log: what happened, a line each.
     """
@@ -53,7 +56,12 @@ class Job:
     plan: dict[str, Any] = field(default_factory=dict)
     bytes_read: int = 0
     bytes_written: int = 0
+    bytes_sent: int = 0
     bytes_kept: int = 0
+    read_speed: float = 0.0
+    write_speed: float = 0.0
+    sent_speed: float = 0.0
+    seconds_left: float | None = None
     tensors_done: int = 0
     shards_done: int = 0
     memory_bytes: int = 0
@@ -72,15 +80,6 @@ class Job:
             return 1.0
         total = int(self.plan.get("write_bytes") or 0)
         return min((self.bytes_kept + self.bytes_written) / total, 1.0) if total else 0.0
-
-    def seconds_left(self, now: float) -> float | None:
-        """Return how long the merge may still take at its pace so far, or None."""
-        total = int(self.plan.get("write_bytes") or 0)
-        took = now - self.started
-        if self.state != RUNNING or not self.bytes_written or not self.started or took <= 0:
-            return None
-        left = max(total - self.bytes_kept - self.bytes_written, 0)
-        return left * took / self.bytes_written
 
 
 def new_job(asked: dict[str, Any], owner: str, key: str) -> Job:
@@ -124,8 +123,11 @@ class Records:
         """Yield every readable record; one that is damaged is left alone."""
         for path in sorted(self.folder.glob("*.json")):
             try:
-                job = Job(**json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError):
+                stored = json.loads(path.read_text(encoding="utf-8"))
+                known = {field.name for field in fields(Job)}
+                # An older version of this file may have known other things about a job.
+                job = Job(**{key: value for key, value in stored.items() if key in known})
+            except (OSError, ValueError, TypeError, AttributeError):
                 continue
             if JOB_ID.fullmatch(job.id) and path.stem == job.id:
                 yield job

@@ -1,6 +1,5 @@
 """What pages and endpoints have in common: plans, jobs and reports, and whose they are."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +106,7 @@ class Service:
 
     def status(self, job: Job) -> dict[str, Any]:
         """Return a job's state as the endpoint tells it."""
-        left = job.seconds_left(time.time())
+        left = job.seconds_left
         return {
             "state": job.state,
             "progress": round(job.progress, 4),

@@ -17,7 +17,7 @@ _STATES = {
 }  # fmt: skip
 
 
-def status_html(job: Job, *, place: int, speeds: tuple[float, float], now: float) -> str:
+def status_html(job: Job, *, place: int) -> str:
     """Return how far a job is."""
     percent = 100 * job.progress
     parts = [
@@ -35,28 +35,30 @@ def status_html(job: Job, *, place: int, speeds: tuple[float, float], now: float
             f"</i></div>"
         )
     if job.plan:
-        parts.append(facts(_numbers(job, speeds, now)))
+        parts.append(facts(_numbers(job)))
     if job.state in CONTINUABLE:
         parts.append(notice(what_remains(job), "warn"))
     return '<div class="rm">' + "".join(parts) + "</div>"
 
 
-def _numbers(job: Job, speeds: tuple[float, float], now: float) -> list[tuple[str, str]]:
+def _numbers(job: Job) -> list[tuple[str, str]]:
     plan, running = job.plan, job.state == RUNNING
-    read, written = (f" · {format_size(s)}/s" if running and s else "" for s in speeds)
+    speeds = (job.read_speed, job.write_speed, job.sent_speed)
+    read, written, sent = (f" · {format_size(s)}/s" if running and s else "" for s in speeds)
     made = job.bytes_kept + job.bytes_written
     if job.shards_done == plan["shards"]:
         made = plan["write_bytes"]  # the files' headers are no tensors
     pairs = [
         ("Read", f"{format_size(job.bytes_read)} of {format_size(plan['read_bytes'])}{read}"),
         ("Merged", f"{format_size(made)} of {format_size(plan['write_bytes'])}{written}"),
+        *([("Sent", f"{format_size(job.bytes_sent)}{sent}")] if job.asked.get("push_to") else []),
         ("Tensors", f"{job.tensors_done:,} of {plan['tensors']:,}"),
         ("Files", f"{job.shards_done} of {plan['shards']}"),
     ]
     if running:
         most = format_size(plan["peak_memory_bytes"])
         pairs.append(("Memory", f"{format_size(job.memory_bytes)} · planned {most}"))
-        pairs.append(("Time left", duration(job.seconds_left(now))))
+        pairs.append(("Time left", duration(job.seconds_left)))
     return pairs
 
 

@@ -24,6 +24,7 @@ _WORDS = (
     (r"Log in again with 'hf auth login', or set HF_TOKEN\.", "Sign in again."),
     (r"log in with 'hf auth login', or set HF_TOKEN to a token that may write", "sign in"),
     (r"the same command\b", "the same job"),
+    (r" Nor is there a folder \S+ here\.", ""),
 )
 
 
