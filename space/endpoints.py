@@ -39,8 +39,7 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
         """List the merge methods with their parameters.
 
         Returns:
-            One object a method: name, title, paper, url, summary, weighted (whether each expert
-            may have a weight), and parameters with type, default, label, range and choices.
+            One object a method: name, title, paper, url, summary, weighted, and its parameters.
         """
         return describe_methods()
 
@@ -52,16 +51,11 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
         """Say what a merge would do and what speaks against it, from headers alone. Takes seconds.
 
         Args:
-            recipe: in mergekit's vocabulary: base_model and models (each {"model":
-                "namespace/name"}), with merge_method (default resmerge), parameters and dtype if
-                wanted. Example: {"base_model": "built-in/base", "models": [{"model":
-                "built-in/expert0"}, {"model": "built-in/expert1"}]}, which comes with the app.
+            recipe: in mergekit's vocabulary, such as {"base_model": "built-in/base", "models": [{"model": "built-in/expert0"}, {"model": "built-in/expert1"}]}, or with namespace/name of the Hub; merge_method (default resmerge), parameters and dtype may be added.
 
         Returns:
-            refused, problems, warnings, tensors, by_rule, shards, read_bytes, write_bytes,
-            peak_memory_bytes, peak_disk_bytes, seconds_estimate, sources, plan_hash. A recipe that
-            is wrong is a refused plan that says why.
-        """
+            An object: refused, problems, warnings, bytes, memory, disk, time, tensors, sources.
+        """  # noqa: E501 - gradio drops what follows the first line of a description
         with _told():
             visitor = visitor_of(oauth_token, x_hf_token)
             found = service.plan({"recipe": recipe}, visitor)
@@ -78,13 +72,12 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
 
         Args:
             recipe: as for plan.
-            push_to: the repository to publish to, namespace/name; an empty text merges the
-                built-in example into files, which needs no account.
+            push_to: the repository to publish to, namespace/name; empty for the built-in example's files.
             private: whether the repository stays private; false makes it public at the very end.
 
         Returns:
             {"job": id}, for status, cancel and report.
-        """
+        """  # noqa: E501
         with _told():
             visitor = visitor_of(oauth_token, x_hf_token)
             document = {"recipe": recipe, "push_to": push_to, "public": not private}
@@ -97,15 +90,13 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
         return service.job(job, visitor_of(oauth_token, x_hf_token), change=change)
 
     def status(job: str, oauth_token: gr.OAuthToken | None, x_hf_token: gr.Header | None) -> dict:  # type: ignore[type-arg]
-        """Say how far a job is.
+        """Say how far a job is: queued, planning, running, cancelled, failed, resumable or done.
 
         Args:
             job: the id that merge returned. An account's job is told to that account alone.
 
         Returns:
-            state (queued, planning, running, cancelled, failed, resumable, done), progress (0 to
-            1), bytes_read, bytes_written, shards_done, shards, seconds_left (null when unknown),
-            message, url (of the published model).
+            state, progress (0 to 1), bytes, shards, seconds_left (null if unknown), message, url.
         """
         with _told():
             return service.status(found(job, oauth_token, x_hf_token))

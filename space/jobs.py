@@ -230,11 +230,13 @@ class Jobs:
 
     def _conclude(self, job: Job, last: dict[str, Any], code: int) -> None:
         kind, said = last.get("event"), str(last.get("message") or "")
-        kept = f"{job.shards_done} of {job.plan.get('shards', '?')} files are finished and kept"
+        kept = "No file was finished"
+        if job.shards_done:
+            kept = f"{job.shards_done} of {job.plan.get('shards')} files are finished and kept"
         if kind == "finished":
             self._end(job, DONE, job.message)
         elif job.id in self._cancelling:
-            self._end(job, CANCELLED, f"Cancelled. {kept}; nothing half-made is shown anywhere.")
+            self._end(job, CANCELLED, f"Cancelled. {kept}. To go on, merge the same again.")
         elif kind == "refused":
             self._end(job, FAILED, said)
         elif kind == "stopped":

@@ -22,6 +22,7 @@ _WORDS = (
     (r"Run that command again to finish it", "Continue that job to finish it"),
     (r" \(HF_TOKEN, or 'hf auth login'\)", ""),
     (r"Log in again with 'hf auth login', or set HF_TOKEN\.", "Sign in again."),
+    (r"Log in again\b", "Sign in again"),
     (r"log in with 'hf auth login', or set HF_TOKEN to a token that may write", "sign in"),
     (r"the same command\b", "the same job"),
     (r" Nor is there a folder \S+ here\.", ""),
