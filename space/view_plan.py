@@ -100,7 +100,7 @@ def hardware_html(fits: Sequence[Fit]) -> str:
     for fit in fits:
         machine = fit.machine
         verdict = "✓ fits" if not fit.lacks else f"✗ not enough {' and '.join(fit.lacks)}"
-        cost = "–" if fit.cost is None else "free" if not machine.price else f"${fit.cost:.2f}"
+        cost = "–" if fit.cost is None else "free" if not machine.price else _dollars(fit.cost)
         rows.append(
             (
                 esc(machine.name) + (f" ({esc(machine.gpu)})" if machine.gpu else ""),
@@ -118,6 +118,10 @@ def hardware_html(fits: Sequence[Fit]) -> str:
         "<details><summary>Here and on other hardware</summary>"
         f'{shown}<p class="rm-soft">{esc(MODEL)} Estimates, not promises.</p></details>'
     )
+
+
+def _dollars(amount: float) -> str:
+    return f"${amount:.2f}" if amount >= 0.01 else "under $0.01"
 
 
 def here_html(machine: Machine, *, running: int) -> str:

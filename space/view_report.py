@@ -118,7 +118,9 @@ def _spread(values: Sequence[float]) -> str:
     if not values:
         return "–"
     low, high, middle = min(values), max(values), statistics.median(values)
-    return f"{middle:.3f}" if high - low < 5e-4 else f"{middle:.3f} ({low:.3f} … {high:.3f})"
+    if high - low < 5e-4:
+        return f"{middle:.3f}"
+    return f'{middle:.3f} <span class="rm-range">({low:.3f} … {high:.3f})</span>'
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
