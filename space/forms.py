@@ -1,5 +1,6 @@
 """The form of a merge: its fields' values to what is asked for, and back."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ def document_of(form: Mapping[str, Any]) -> dict[str, Any]:
     }
     parameters = {
         name: form[field_name(method, name)]
-        for name in (kind.__dataclass_fields__ if kind else ())
+        for name in ([field.name for field in dataclasses.fields(kind)] if kind else [])
         if form.get(field_name(method, name)) is not None
     }
     if parameters:

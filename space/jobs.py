@@ -191,13 +191,7 @@ class Jobs:
                 token = self._tokens.get(job.id)
                 begin(job, self._live[job.id])
                 process = self._processes[job.id] = start_worker(self.settings)
-            try:
-                self._run(job, process, token)
-            finally:
-                with self._changed:
-                    self._tokens.pop(job.id, None)
-                    self._processes.pop(job.id, None)
-                    self._cancelling.discard(job.id)
+            self._run(job, process, token)
 
     def _run(self, job: Job, process: "subprocess.Popen[str]", token: str | None) -> None:
         request = {
@@ -207,26 +201,29 @@ class Jobs:
             "work_dir": str(self._work_dir(job)),
         }
         last: dict[str, Any] = {}
-        with process, contextlib.suppress(BrokenPipeError):
-            if process.stdin is not None and process.stdout is not None:
-                process.stdin.write(json.dumps(request) + "\n")
-                process.stdin.flush()
-                last = self._follow(job, process)
-        with self._changed:
-            self._conclude(job, last, process.returncode)
-
-    def _follow(self, job: Job, process: "subprocess.Popen[str]") -> dict[str, Any]:
-        live, saved, last = self._live[job.id], 0.0, {}
-        for line in process.stdout or ():
-            last = json.loads(line)
+        try:
+            with process, contextlib.suppress(BrokenPipeError):
+                if process.stdin is not None:
+                    process.stdin.write(json.dumps(request) + "\n")
+                    process.stdin.flush()
+                for line in process.stdout or ():
+                    last = json.loads(line)
+                    self._apply(job, last)
+        finally:
             with self._changed:
-                report = apply(job, live, last)
-                if report is not None:
-                    self._records.write_report(job.id, report)
-                if time.monotonic() - saved > _SAVE_S:
-                    self._save(job)
-                    saved = time.monotonic()
-        return last
+                self._conclude(job, last, process.returncode)
+                # With the state, so that a job that is continued at once keeps its new token.
+                self._tokens.pop(job.id, None)
+                self._processes.pop(job.id, None)
+                self._cancelling.discard(job.id)
+
+    def _apply(self, job: Job, event: dict[str, Any]) -> None:
+        with self._changed:
+            report = apply(job, self._live[job.id], event)
+            if report is not None:
+                self._records.write_report(job.id, report)
+            if report is not None or time.time() - job.updated > _SAVE_S:
+                self._save(job)
 
     def _conclude(self, job: Job, last: dict[str, Any], code: int) -> None:
         kind, said = last.get("event"), str(last.get("message") or "")

@@ -24,7 +24,7 @@ def settings(tmp_path):
      "tests/loopback_hub", "https://x.y/z", "built-in/../base", "built-in/nothing", "a b/c", ""],
 )  # fmt: skip
 def test_no_path_is_accepted(name, settings):
-    """A model is a repository id or a built-in one; folders are refused, also such as look like ids."""
+    """A model is a repository id or a built-in one; folders are refused, even with such names."""
     with pytest.raises(RecipeError):
         web_recipe({"base_model": name, "models": ["org/expert"]}, settings)
     with pytest.raises(RecipeError):
@@ -41,7 +41,8 @@ def test_no_path_is_accepted(name, settings):
     "document",
     [
         None, [], "a: [", "x" * 40_000, {"base_model": "o/b", "models": ["o/e"] * 4},
-        {"base_model": "o/b", "models": ["o/e"], "slices": []}, {"base_model": "o/b@..", "models": 1},
+        {"base_model": "o/b", "models": ["o/e"], "slices": []}, 
+        {"base_model": "o/b@..", "models": 1},
         {"base_model": "o/b", "models": [{"model": "o/e", "parameters": {"weight": "x"}}]},
         {"base_model": {1: 2}, "models": ["o/e"]}, {"base_model": "o/b", "models": [object()]},
     ],

@@ -41,9 +41,13 @@ def messages():
             if isinstance(node, ast.JoinedStr):
                 parts = [v.value if isinstance(v, ast.Constant) else "X" for v in node.values]
                 found.append("".join(parts))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                if id(node) not in inner and node.value not in docs:
-                    found.append(node.value)
+            elif (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and id(node) not in inner
+                and node.value not in docs
+            ):
+                found.append(node.value)
     return [text for text in found if OPTION.search(text) and " " in text]
 
 
@@ -198,7 +202,7 @@ def gates(layers=4, modules=("q_proj", "up_proj")):
     return [
         row_of(
             {
-                "name": f"model.layers.{layer}.{'mlp' if m == 'up_proj' else 'self_attn'}.{m}.weight",
+                "name": f"model.layers.{layer}.{m}.weight",
                 "role": "ffn" if m == "up_proj" else "attention", "rule": "resmerge",
                 "shape": [8, 8], "S_H": 0.1 * layer, "c_R": 0.6, "c_R_floor": 0.577,
                 "alpha_R": 0.8, "head_energy": [0.1, 0.3], "kept_norm": 1.0, "kept_cosine": 0.9,
@@ -236,7 +240,7 @@ def test_two_reports_are_set_side_by_side():
 
     assert "me/a" in html
     assert "+0.000" in html
-    assert "model.layers.0.self_attn.q_proj.weight" in html
+    assert "model.layers.0.q_proj.weight" in html
     assert view_report.compared_html(left, right)
 
 
