@@ -47,13 +47,15 @@ class Following:
         except ResMergeError as exc:
             text = notice(str(exc), "warn") if asked else ""
             return {
-                "job": "", "seen": {}, "status": text, "watching": gr.update(active=False),
+                "job": "", "seen": {}, "state": "", "status": text,
+                "watching": gr.update(active=False),
                 "follow": gr.update(visible=asked), "done": gr.update(visible=False),
                 **_buttons(None, may_change=False),
             }  # fmt: skip
         return {
             "job": job.id,
-            "seen": {"state": job.state},
+            "seen": {"job": job.id, "state": job.state, "shown": job.state},
+            "state": job.state,
             "follow": gr.update(visible=True),
             "link": view.link_html(job.id),
             "watching": gr.update(active=job.state in ACTIVE),
@@ -61,27 +63,42 @@ class Following:
         }
 
     def tick(self, form: Form, token: Token) -> Changes:
-        """Bring what is shown of a job up to date; what did not change is left alone."""
-        job_id, seen = str(form.get("job") or ""), dict(form.get("seen") or {})
-        visitor = self._visitor(token)
-        try:
-            job = self._service.job(job_id, visitor)
-        except ResMergeError:
-            return {"watching": gr.update(active=False)}
+        """Bring what is shown of a running job up to date; what did not change is left alone.
+
+        Hundreds of pages ask this every few seconds, so it takes one value and few outputs; a new
+        state only changes `state`, which makes the page call `refresh`.
+        """
+        seen = dict(form.get("seen") or {})
+        job = self._service.jobs.get(str(seen.get("job") or ""))
+        if job is None or (job.owner and job.owner != self._visitor(token).name):
+            return {}
         if job.state != seen.get("state"):
-            secret = _secret(form)
-            active = gr.update(active=job.state in ACTIVE)
-            shown = self._shown(job, visitor, secret)
-            return {**shown, "seen": {"state": job.state}, "watching": active}
+            return {"state": job.state, "seen": {**seen, "state": job.state}}
         changes: Changes = {"status": self._status(job)}
-        if len(job.log) != seen.get("log"):
-            seen["log"] = len(job.log)
+        if len(job.log) != seen.get("log") or job.log[-1:] != [seen.get("last")]:
+            seen |= {"log": len(job.log), "last": job.log[-1] if job.log else ""}
             changes["log"] = "\n".join(job.log)
         stamp, picture = self._picture(job)
         if stamp != seen.get("picture"):
             seen["picture"] = stamp
             changes["gates"] = picture
-        return {**changes, "seen": seen}
+        return {**changes, "seen": seen} if len(changes) > 1 else changes
+
+    def refresh(self, form: Form, token: Token) -> Changes:
+        """Show everything of a job again, when its state changed."""
+        seen = dict(form.get("seen") or {})
+        try:
+            job = self._service.job(str(seen.get("job") or ""), self._visitor(token))
+        except ResMergeError:
+            return {"watching": gr.update(active=False)}
+        if seen.get("shown") == job.state:
+            return {}  # whoever changed the state has shown it
+        return {
+            **self._shown(job, self._visitor(token), _secret(form)),
+            "seen": {**seen, "state": job.state, "shown": job.state},
+            "state": job.state,
+            "watching": gr.update(active=job.state in ACTIVE),
+        }
 
     def cancel(self, form: Form, token: Token) -> Changes:
         """Stop the job that is shown."""

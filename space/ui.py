@@ -41,6 +41,8 @@ def build_page(service: Service) -> gr.Blocks:
             ),
             "job": gr.State(""),
             "seen": gr.State({}),
+            # No gr.State: its change is not told for events that skip the queue, as ticks do.
+            "state": gr.Textbox("", label="State of the job", visible="hidden"),
             "planned": gr.State(None),
             "count": gr.State(2),
             "watching": gr.Timer(TICK_S, active=False),
@@ -142,9 +144,10 @@ def _explore(parts: Parts) -> None:
 
 
 _JOB = [
-    "job", "seen", "watching", "follow", "status", "cancel", "resume", "discard", "act_note",
-    "link", "gates", "log", "done", "result", "files", "figures",
+    "job", "seen", "state", "watching", "follow", "status", "cancel", "resume", "discard",
+    "act_note", "link", "gates", "log", "done", "result", "files", "figures",
 ]  # fmt: skip
+_TICK = ["seen", "state", "status", "log", "gates"]
 _UNFINISHED = ["unfinished", "chosen", "mine"]
 
 
@@ -180,7 +183,8 @@ def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
     merge = [*form, "planned", "remembered"]
     started = [*_JOB, "remembered", "merge", "merge_note"]
     on(parts["merge"].click, handlers.merge, merge, started, busy="merge_note")
-    on(parts["watching"].tick, following.tick, mine, _JOB, quick=True)
+    on(parts["watching"].tick, following.tick, ["seen"], _TICK, quick=True)
+    on(parts["state"].change, following.refresh, ["seen", "remembered"], _JOB, quick=True)
     for name in ("cancel", "resume", "discard"):
         on(parts[name].click, getattr(following, name), mine, _JOB)
     continued = [*_JOB, *_UNFINISHED, "remembered", "go_on_note"]

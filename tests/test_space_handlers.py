@@ -75,13 +75,14 @@ def test_the_built_in_way_from_choosing_to_files(service, handlers):
 
     assert started["follow"]["visible"]
     assert started["watching"]["active"]
-    shown = {"remembered": started["remembered"], "job": started["job"], "seen": started["seen"]}
-    seen, deadline = {}, time.monotonic() + PATIENCE_S
-    while (seen.get("watching") or {"active": True})["active"] is not False:
+    shown, deadline = {"seen": started["seen"]}, time.monotonic() + PATIENCE_S
+    while shown["seen"]["state"] != "done":
         assert time.monotonic() < deadline
-        seen = handlers.following.tick(shown, None)
-        shown["seen"] = seen.get("seen", shown["seen"])
+        shown |= handlers.following.tick(shown, None)
         time.sleep(0.05)
+    assert shown["state"] == "done"
+    seen = handlers.following.refresh({**shown, "remembered": started["remembered"]}, None)
+    assert seen["watching"]["active"] is False
     assert "Download the files" in seen["result"]
     assert "By layer and module" in seen["figures"]
     assert any(path.endswith("model.safetensors.index.json") for path in value(seen["files"]))
