@@ -51,7 +51,7 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
         """Say what a merge would do and what speaks against it, from headers alone. Takes seconds.
 
         Args:
-            recipe: in mergekit's vocabulary, such as {"base_model": "built-in/base", "models": [{"model": "built-in/expert0"}, {"model": "built-in/expert1"}]}, or with namespace/name of the Hub; merge_method (default resmerge), parameters and dtype may be added.
+            recipe: in mergekit's vocabulary, such as {"base_model": "built-in/base", "models": [{"model": "built-in/rl-add"}, {"model": "built-in/rl-sort"}]}, or with namespace/name of the Hub; merge_method (default resmerge), parameters and dtype may be added.
 
         Returns:
             An object: refused, problems, warnings, bytes, memory, disk, time, tensors, sources.

@@ -41,7 +41,7 @@ def examples() -> tuple[Example, ...]:
     return (
         Example(
             "Built-in experts",
-            "Small models that come with this app: no account, no network, done in seconds.",
+            "Small models, each trained by RL on one task. No account, no network.",
             base,
             tuple(experts),
             "built-in-merge",

@@ -199,6 +199,7 @@ class Jobs:
             "token": token,
             "out": None if job.asked.get("push_to") else str(self.result(job)),
             "work_dir": str(self._work_dir(job)),
+            "prompts": 0 if job.asked.get("push_to") else self.settings.prompts,
         }
         last: dict[str, Any] = {}
         try:

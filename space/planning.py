@@ -11,7 +11,7 @@ from resmerge_stream.plan import Plan, plan_merge
 
 from .asked import Asked
 from .examples import on_this_machine, web_names
-from .hardware import Fit, Machine, fits
+from .hardware import Machine, fits
 from .identity import Visitor
 from .settings import Settings
 
@@ -72,7 +72,7 @@ def plan_for(
     )
     try:
         found = _named(plan)
-        found["hardware"] = [] if plan.refused else _hardware(plan, asked, settings)
+        found["hardware"] = [] if plan.refused else fits(plan, this_machine(settings))
         found["target_checked"] = publication is not None
         return found
     finally:
@@ -81,14 +81,7 @@ def plan_for(
 
 def this_machine(settings: Settings) -> Machine:
     """Return what this machine has, by what is free now."""
-    return Machine(
-        "this machine",
-        usable_cores(),
-        available_memory(),
-        free_disk(settings.folder),
-        price=None,
-        gpu="",
-    )
+    return Machine(usable_cores(), available_memory(), free_disk(settings.folder))
 
 
 def _named(plan: Plan) -> dict[str, Any]:
@@ -98,16 +91,3 @@ def _named(plan: Plan) -> dict[str, Any]:
     for source in found["sources"]:
         source["id"] = web_names(source["id"])
     return found
-
-
-def _hardware(plan: Plan, asked: Asked, settings: Settings) -> list[Fit]:
-    remote = sum(source.is_remote for source in plan.checkpoints) / (1 + len(plan.experts))
-    largest = max((shard.nbytes for shard in plan.shards), default=0)
-    return fits(
-        this_machine(settings),
-        compute_seconds=plan.compute_seconds,
-        received=int(plan.read_bytes * remote),
-        sent=plan.write_bytes if asked.push_to else 0,
-        memory=plan.peak_memory_bytes,
-        disk=min(2 * largest, plan.write_bytes) if asked.push_to else plan.write_bytes,
-    )

@@ -58,6 +58,10 @@ def apply(job: Job, live: Live, event: dict[str, Any]) -> dict[str, Any] | None:
         _shard(job, event)
     elif kind == "published":
         job.say("published" if job.asked.get("push_to") else "written")
+    elif kind == "asking":
+        job.message = f"Asking held-out questions: {event['model']}"
+    elif kind == "accuracies":
+        job.accuracies = event["accuracies"]
     elif kind == "finished":
         return _finished(job, live, event)
     return None

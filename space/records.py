@@ -40,6 +40,7 @@ class Job:
         read_speed, write_speed, sent_speed: bytes a second, over the last moments.
         seconds_left: until everything is merged and sent, where that can be told.
         memory_bytes: private memory of the merge now.
+        accuracies: of the built-in example: shares of right answers by model and task.
         log: what happened, a line each.
     """
 
@@ -65,6 +66,7 @@ class Job:
     tensors_done: int = 0
     shards_done: int = 0
     memory_bytes: int = 0
+    accuracies: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
 
     def say(self, text: str) -> None:

@@ -22,6 +22,7 @@ class Settings:
         max_header_bytes: read of one repository.
         anonymous_plans: a minute, of everybody without an account together.
         keep_seconds: how long the files of a finished job stay.
+        prompts: held-out prompts a task that the built-in models are asked after a merge; 0: none.
         secret: encrypts what the browser remembers; empty: one that lasts as long as the process.
     """
 
@@ -33,6 +34,7 @@ class Settings:
     max_header_bytes: int = 64_000_000
     anonymous_plans: int = 30
     keep_seconds: float = 86_400.0
+    prompts: int = 32
     secret: str = ""
 
 
@@ -45,6 +47,7 @@ _NUMBERS = (
     ("RESMERGE_SPACE_MAX_HEADER_BYTES", "max_header_bytes", 1),
     ("RESMERGE_SPACE_ANONYMOUS_PLANS", "anonymous_plans", 0),
     ("RESMERGE_SPACE_KEEP_SECONDS", "keep_seconds", 0),
+    ("RESMERGE_SPACE_PROMPTS", "prompts", 0),
 )
 
 

@@ -41,7 +41,7 @@ print(now["state"], now["url"] or now["message"])
 URL=https://namespace-this-space.hf.space
 curl -s $URL/gradio_api/call/v2/plan -H 'Content-Type: application/json' -d '{
   "recipe": {"base_model": "built-in/base",
-             "models": [{"model": "built-in/expert0"}, {"model": "built-in/expert1"}]}}'
+             "models": [{"model": "built-in/rl-add"}, {"model": "built-in/rl-sort"}]}}'
 # {"event_id": "…"}; the answer is in the stream of that event:
 curl -sN $URL/gradio_api/call/plan/EVENT_ID
 ```

@@ -110,7 +110,30 @@ def result_html(job: Job) -> str:
         text = f'Published: <a href="{page}" target="_blank" rel="noopener">{page}</a>'
     else:
         text = "Merged. Download the files below; they stay here for a day."
-    return f'<div class="rm"><div class="rm-note rm-good"><b>{text}</b></div></div>'
+    shown = f'<div class="rm-note rm-good"><b>{text}</b></div>{_accuracies(job.accuracies)}'
+    return f'<div class="rm">{shown}</div>'
+
+
+def _accuracies(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Return how many held-out questions each model answers rightly, task by task."""
+    if not found:
+        return ""
+    tasks = list(next(iter(found.values())))
+    rows = [
+        (
+            esc(model),
+            *(f"{row[task][0]:.0%}{_interval(row[task])}" for task in tasks),
+            f"{sum(row[task][0] for task in tasks) / len(tasks):.0%}",
+        )
+        for model, row in found.items()
+    ]
+    count = int(found["merged"][tasks[0]][3])
+    caption = f"Right answers to {count} held-out questions a task, with 95 % intervals"
+    return table(("Model", *(esc(task) for task in tasks), "mean"), rows, caption)
+
+
+def _interval(share: Sequence[float]) -> str:
+    return f' <span class="rm-range">({share[1]:.0%} … {share[2]:.0%})</span>'
 
 
 def who_html(name: str, on_space: bool) -> str:

@@ -99,21 +99,22 @@ def hardware_html(fits: Sequence[Fit]) -> str:
     rows = []
     for fit in fits:
         machine = fit.machine
-        verdict = "✓ fits" if not fit.lacks else f"✗ not enough {' and '.join(fit.lacks)}"
-        cost = "–" if fit.cost is None else "free" if not machine.price else _dollars(fit.cost)
+        gone = "–" if fit.lacks else ""
         rows.append(
             (
-                esc(machine.name) + (f" ({esc(machine.gpu)})" if machine.gpu else ""),
+                esc(fit.name),
                 str(machine.cores),
                 format_size(machine.memory),
                 format_size(machine.disk),
-                verdict,
-                duration(fit.seconds) if not fit.lacks else "–",
-                cost if not fit.lacks else "–",
+                f'<span title="{esc(fit.lacks)}">✗ too small</span>' if fit.lacks else "✓ fits",
+                gone or duration(fit.seconds),
+                gone or ("–" if fit.cost is None else _dollars(fit.cost)),
             )
         )
     head = ("Hardware", "Cores", "Memory", "Disk", "Enough?", "Time", "Cost")
-    shown = table(head, rows, "This plan here and on hardware that a duplicate could have")
+    shown = table(
+        head, rows, "This plan here, and on hardware that a duplicate or a Job could have"
+    )
     return (
         "<details><summary>Here and on other hardware</summary>"
         f'{shown}<p class="rm-soft">{esc(MODEL)} Estimates, not promises.</p></details>'

@@ -17,7 +17,7 @@ from typing import Any
 
 from resmerge_stream.device import private_memory
 from resmerge_stream.errors import ResMergeError, StoppedError
-from resmerge_stream.events import Event
+from resmerge_stream.events import Event, Finished
 from resmerge_stream.plan import plan_merge
 
 from .asked import asked_from_dict
@@ -34,6 +34,8 @@ def main() -> int:
     threading.Thread(target=_stop_when_told, daemon=True).start()
     try:
         for event in _events(request):
+            if isinstance(event, Finished) and request.get("prompts"):
+                _evaluate(event.where, request["prompts"])
             _say({**event.to_dict(), "memory_bytes": private_memory()})
     except ResMergeError as exc:
         _say({"event": "refused" if exc.exit_code == 2 else "stopped", "message": str(exc)})
@@ -70,6 +72,19 @@ def _events(request: dict[str, Any]) -> Iterator[Event]:
             events.close()  # type: ignore[attr-defined]  # a generator; closing it cancels
     finally:
         plan.close()
+
+
+def _evaluate(merged: str, prompts: int) -> None:
+    """Ask the built-in models and their merge questions that training never asked."""
+    from resmerge_stream.demo import demo_accuracies
+
+    found = demo_accuracies(
+        merged, prompts, say=lambda name: _say({"event": "asking", "model": name})
+    )
+    table = {
+        model: {task: list(share) for task, share in row.items()} for model, row in found.items()
+    }
+    _say({"event": "accuracies", "accuracies": table})
 
 
 def _say(line: dict[str, Any]) -> None:

@@ -50,7 +50,7 @@ def until(condition):
 @pytest.fixture
 def jobs(tmp_path):
     """Jobs in an empty folder, stopped at the end."""
-    made = Jobs(Settings(folder=tmp_path / "space", jobs_per_user=2, anonymous_jobs=2))
+    made = Jobs(Settings(folder=tmp_path / "space", prompts=0, jobs_per_user=2, anonymous_jobs=2))
     yield made
     made.close()
 
@@ -94,6 +94,17 @@ def test_a_merge_runs_by_itself_and_leaves_files(jobs):
     said = "\n".join([*job.log, json.dumps(report)])
     assert str(jobs.settings.folder) not in said
     assert "resmerge-tests" not in said
+
+
+def test_the_built_in_merge_is_asked_questions(tmp_path):
+    """After the built-in merge its models answer held-out prompts, the merge among them."""
+    jobs = Jobs(Settings(folder=tmp_path / "space", prompts=1))
+    job = jobs.submit(asked(jobs, BUILT_IN), owner="", key="", token=None)
+
+    assert ended(job) == "done", job.log
+    jobs.close()
+    assert {"base", "merged"} <= set(job.accuracies)
+    assert all(share[3] == 1 for row in job.accuracies.values() for share in row.values())
 
 
 def test_a_published_merge_is_the_same_as_from_the_command_line(jobs, on_hub):
@@ -235,7 +246,7 @@ def test_jobs_survive_a_restart_as_records(tmp_path):
 
 def test_closing_leaves_running_jobs_resumable(tmp_path):
     """A Space that is stopped ends its merges, and finds them again."""
-    settings = Settings(folder=tmp_path / "space")
+    settings = Settings(folder=tmp_path / "space", prompts=0)
     jobs = Jobs(settings)
     job = jobs.submit(asked(jobs, BUILT_IN), owner="me", key="", token="hf_secretsecret")
     until(lambda: job.state != "queued")

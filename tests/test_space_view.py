@@ -8,7 +8,7 @@ import pytest
 from resmerge_stream.events import Progressed
 from space import figures, view, view_plan, view_report, words
 from space.explore import Opened
-from space.hardware import MACHINES, Machine, fits
+from space.hardware import MODEL, Fit, Machine
 from space.progress import Live, apply
 from space.records import Job
 from space.rows import row_of
@@ -94,33 +94,33 @@ def test_a_plan_says_what_it_takes():
     assert "org/&lt;b&gt;" in html
 
 
-def test_hardware_lacks_what_a_plan_needs():
-    """A machine with less memory or disk than the plan needs is said to lack it."""
-    here = Machine("this machine", 2, int(16e9), int(50e9), None, "")
+def test_the_table_of_hardware_says_what_is_too_small():
+    """A machine without enough says so and has no time; a fitting one has time and price."""
+    machine = Machine(2, int(16e9), int(50e9))
+    found = [
+        Fit("this machine", machine, 8.0, None, ""),
+        Fit("small", machine, 1220.0, 0.002, "the merge needs <20 GB>"),
+        Fit("large", machine, 1220.0, 0.85, ""),
+    ]
 
-    found = fits(
-        here, compute_seconds=100, received=int(61e9), sent=int(15e9), memory=int(20e9),
-        disk=int(60e9),
-    )  # fmt: skip
+    html = view_plan.hardware_html(found)
 
-    lacks = {fit.machine.name: fit.lacks for fit in found}
-    assert lacks["this machine"] == ("memory", "disk")
-    assert lacks["cpu-upgrade"] == ("disk",)
-    assert lacks["a100-large"] == ()
-    assert len(found) == 1 + len(MACHINES)
+    assert "the merge needs &lt;20 GB&gt;" in html
+    assert html.count("20 min") == 1
+    assert "$0.85" in html
+    assert MODEL[:20] in html
 
 
-def test_a_line_bounds_every_machine():
-    """With enough to transfer, faster hardware takes no less time; and costs by its price."""
-    here = Machine("this machine", 2, int(16e9), int(50e9), None, "")
+def test_the_built_in_merge_shows_what_it_can_do():
+    """Shares of right answers stand model by model, with intervals and a mean."""
+    row = {"add": [0.5, 0.3, 0.7, 32], "sort": [1.0, 0.9, 1.0, 32]}
+    done = job(state="done", accuracies={"base": row, "merged": row})
 
-    found = fits(
-        here, compute_seconds=100, received=int(61e9), sent=int(15e9), memory=int(2e9),
-        disk=int(1e10),
-    )  # fmt: skip
+    html = view.result_html(done)
 
-    assert {fit.seconds for fit in found} == {61e9 / 50e6}
-    assert "$0.85" in view_plan.hardware_html(found)  # 1,220 s of an hour at $2.50
+    assert "32 held-out questions" in html
+    assert "50% " in html
+    assert "75%" in html
 
 
 def job(**values):
