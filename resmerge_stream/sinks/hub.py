@@ -63,9 +63,7 @@ class HubSink:
         self._streams = target.publication.max_disk == 0
         if self._streams and not has_xet(repo):
             raise PlanRefusedError(no_xet(repo))
-        self._staging = Staging(
-            repo, plan_hash, identity, member, made_repo=made, asked=asked
-        )
+        self._staging = Staging(repo, plan_hash, identity, member, made_repo=made, asked=asked)
         self._streamed: dict[str, StreamedShard] = {}
         largest = max((shard.nbytes for shard in shards), default=0)
         allowed = target.publication.max_disk
