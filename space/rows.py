@@ -100,6 +100,11 @@ def cells(rows: Iterable[Row], key: str) -> dict[tuple[str, int | None], float]:
     return {cell: median(values) for cell, values in found.items()}
 
 
+def roles(rows: Iterable[Row]) -> list[str]:
+    """Return the families that there are, in the order of a model's parts."""
+    return sorted({row.role for row in rows}, key=lambda role: _ORDER[role])
+
+
 def families(rows: Iterable[Row], key: str) -> dict[str, list[float]]:
     """Return the values of a key by family, in the order of a model's parts."""
     found: dict[str, list[float]] = {}

@@ -26,7 +26,7 @@ def status_html(job: Job, *, place: int) -> str:
     ]
     text = in_page_words(job.message)
     if job.state == QUEUED and place:
-        text = f"{place} merge{'s' * (place != 1)} before yours. You may close this page."
+        text = f"{place} merge{'s' * (place != 1)} before yours."
     parts.append(f'<p role="status">{esc(text)}</p>')
     if job.state in ACTIVE or job.state in CONTINUABLE:
         parts.append(
@@ -36,6 +36,8 @@ def status_html(job: Job, *, place: int) -> str:
         )
     if job.plan:
         parts.append(facts(_numbers(job)))
+    if job.state in ACTIVE:
+        parts.append('<p class="rm-soft">You may close this page: the merge goes on.</p>')
     if job.state in CONTINUABLE:
         parts.append(notice(what_remains(job), "warn"))
     return '<div class="rm">' + "".join(parts) + "</div>"
@@ -66,7 +68,7 @@ def what_remains(job: Job) -> str:
     """Return what a stopped job left, and how it goes on."""
     done, total = job.shards_done, job.plan.get("shards", 0)
     target = job.asked.get("push_to")
-    where = f"in a private staging branch beside {target}" if target else "on this machine's disk"
+    where = f"here or on a private staging branch of {target}" if target else "here"
     if not done:
         kept = "No file was finished yet, so little is lost."
     else:
@@ -159,6 +161,6 @@ def method_html(method: type[MergeMethod]) -> str:
 def link_html(job_id: str) -> str:
     """Return the link that opens a job elsewhere."""
     return (
-        f'<p class="rm-soft">You may close this page: the merge goes on. '
-        f'<a href="?job={esc(job_id)}">Link to this job</a>, for another tab or device.</p>'
+        f'<p class="rm-soft"><a href="?job={esc(job_id)}">Link to this job</a>, for another tab or '
+        "device.</p>"
     )

@@ -8,7 +8,7 @@ from resmerge_stream.specs import format_size
 
 from .explore import Opened
 from .figures import GATES, heatmap
-from .rows import Row, families
+from .rows import Row, families, roles
 from .words import duration, esc, facts, table
 
 _SHOWN = (
@@ -53,9 +53,8 @@ def summary_html(opened: Opened) -> str:
 def _medians(rows: Sequence[Row]) -> str:
     columns = [(key, label) for key, label in _SHOWN if any(key in row.numbers for row in rows)]
     found = {key: families(rows, key) for key, _ in columns}
-    names = list(dict.fromkeys(row.role for row in rows))
     lines = []
-    for name in names:
+    for name in roles(rows):
         count = sum(row.role == name for row in rows)
         cells = [_spread(found[key].get(name, [])) for key, _ in columns]
         lines.append((esc(name), f"{count:,}", *cells))
@@ -117,10 +116,13 @@ def _named(opened: Opened, figure: str) -> str:
 def _spread(values: Sequence[float]) -> str:
     if not values:
         return "–"
-    low, high, middle = min(values), max(values), statistics.median(values)
-    if high - low < 5e-4:
-        return f"{middle:.3f}"
-    return f'{middle:.3f} <span class="rm-range">({low:.3f} … {high:.3f})</span>'
+    ends = min(values), max(values)
+    # Residuals are aligned by a few thousandths beyond chance: three digits would show zeros.
+    digits = 3 if max(map(abs, ends)) >= 0.05 else 4
+    # Adding 0.0 makes the zero of a rounded negative number positive.
+    low, high = (f"{round(value, digits) + 0.0:.{digits}f}" for value in ends)
+    middle = f"{round(statistics.median(values), digits) + 0.0:.{digits}f}"
+    return middle if low == high else f'{middle} <span class="rm-range">({low} … {high})</span>'
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
