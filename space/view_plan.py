@@ -132,7 +132,7 @@ def here_html(machine: Machine, *, running: int) -> str:
         '<p class="rm-soft">This runs on <b>'
         f"{machine.cores} CPU cores with {format_size(machine.memory)} of free memory and "
         f"{format_size(machine.disk)} of free disk</b>, {at_a_time} at a time. Memory grows with a "
-        "model's largest matrix, not with the model: 7B models need about 2 GB, and the network is "
-        "what takes the time. The plan says what yours needs, here and on other hardware. A "
-        "duplicate of this Space on paid hardware has no queue but your own.</p>"
+        "model's largest matrix, not with the model: the plan of a 7B model asks for about 2 GB, "
+        "and the network is what takes the time. The plan says what yours needs, here and on other "
+        "hardware. A duplicate of this Space on paid hardware has no queue but your own.</p>"
     )
