@@ -1,9 +1,9 @@
-# make setup · demo · test · lint · style · bench · quality. Everything runs in .venv, made on first use.
+# make setup · demo · space · test · lint · style · bench · quality. Everything runs in .venv, made on first use.
 PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONWARNINGS ?= default::DeprecationWarning:resmerge_stream
 
-.PHONY: setup demo test lint style bench quality size clean
+.PHONY: setup demo space test lint style bench quality size clean
 
 setup: .venv/.ready
 
@@ -16,6 +16,9 @@ setup: .venv/.ready
 
 demo: setup
 	$(BIN)/resmerge-stream demo --out demo-merge
+
+space: setup
+	$(BIN)/python app.py
 
 test: setup
 	$(BIN)/python -m pytest -q

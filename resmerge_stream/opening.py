@@ -78,6 +78,7 @@ def open_sink(plan: Plan, out: Path | None, work: Path, membership: Membership) 
             keep_files=out is not None,
             identity=plan.identity,
             membership=membership,
+            asked=_asked(plan),
         )
     except BaseException:
         shelf.close()
@@ -98,6 +99,25 @@ def discard_unfinished(out: str | None, publication: Publication | None) -> list
     if out is not None:
         removed += discard(Path(os.path.expanduser(out)))
     return removed
+
+
+def _asked(plan: Plan) -> dict[str, Any] | None:
+    """Return what somebody without the recipe needs to continue; None with folders in it."""
+    publication, options = plan.publication, plan.options
+    if publication is None or any(source.folder is not None for source in plan.checkpoints):
+        return None
+    return {
+        "recipe": plan.recipe.to_dict(),
+        "options": {
+            "rounding": options.rounding,
+            "seed": options.seed,
+            "max_shard_bytes": options.max_shard_bytes,
+            "tokenizer_from": options.tokenizer_from,
+        },
+        "push_to": publication.repo_id,
+        "public": publication.public,
+        "update": publication.update,
+    }
 
 
 def read_report(out: Path) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def plan_merge(
     *,
     out: str | Path | None = None,
     publication: Publication | None = None,
-    token: str | None = None,
+    token: str | bool | None = None,
     work_dir: str | Path | None = None,
     machine: Machine | None = None,
     like: Plan | None = None,
@@ -58,7 +58,8 @@ def plan_merge(
         options: how; defaults when None.
         out: the output folder, when there is one: it is checked, and its disk.
         publication: the repository to publish to, when there is one: it is asked for.
-        token: the caller's, for the Hub; None stands for HF_TOKEN or the login.
+        token: the caller's, for the Hub; None stands for HF_TOKEN or the login,
+            False for nobody's.
         work_dir: where journals are kept; what an earlier start pinned is found there.
         machine: where it will run; None stands for this machine.
         like: a plan of the same models, whose open checkpoints are used again.
@@ -118,7 +119,7 @@ def _build_method(plan: Plan, found: Findings) -> None:
 
 
 def _open_all(plan: Plan, found: Findings, commits: list[str | None], like: Plan | None) -> None:
-    recipe = plan.recipe
+    recipe, limit = plan.recipe, plan.options.max_header_bytes
     refs = [recipe.base, *recipe.experts]
     if plan.options.tokenizer_from is not None:
         refs.append(ModelRef.parse(plan.options.tokenizer_from))
@@ -132,7 +133,7 @@ def _open_all(plan: Plan, found: Findings, commits: list[str | None], like: Plan
         if there is not None and commit in (None, there.revision):
             return there
         try:
-            return open_checkpoint(ref, token=plan.token, commit=commit)
+            return open_checkpoint(ref, token=plan.token, commit=commit, max_header_bytes=limit)
         except StoppedError:
             raise  # the network, not the input
         except ResMergeError as exc:

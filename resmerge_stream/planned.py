@@ -38,6 +38,8 @@ class Options:
         device: as ``--device``; not part of what makes a run the same run.
         memory_budget: bytes of private memory on this machine, likewise; processes of one run
             share it. None keeps to what the largest matrix calls for, and to 80 % of what is free.
+        max_header_bytes: of indexes and headers that are read of one repository, where those who
+            name it are not trusted; None leaves it at the format's limit for each file.
     """
 
     rounding: str = "nearest"
@@ -46,6 +48,7 @@ class Options:
     tokenizer_from: str | None = None
     device: str = "auto"
     memory_budget: int | None = None
+    max_header_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.rounding not in ("nearest", "stochastic"):
@@ -100,7 +103,7 @@ class Plan:
     config: bytes = b"{}"
     publication: Publication | None = None
     target: "HubTarget | None" = None
-    token: str | None = field(default=None, repr=False)
+    token: str | bool | None = field(default=None, repr=False)
     # What the method's counting passes found; the run fills it in before it merges.
     counted: dict[str, Any] = field(default_factory=dict)
 

@@ -12,6 +12,14 @@ from tests.checkpoints import ROOT, run_python
 
 PACKAGE = ROOT / "resmerge_stream"
 FILES = sorted(PACKAGE.rglob("*.py"))
+SPACE = sorted((ROOT / "space").glob("*.py"))
+HOUSE = [*FILES, *SPACE, ROOT / "app.py"]
+# Rooms of the Space that hold words, numbers and jobs; the page is not their business.
+WITHOUT_GRADIO = {
+    "asked", "downloads", "examples", "explore", "figures", "forms", "hardware", "identity", "jobs",
+    "planning", "process", "progress", "records", "rows", "search", "service", "settings", "texts",
+    "view", "view_plan", "view_report", "words", "worker",
+}  # fmt: skip
 LIGHT = ("errors", "specs", "roles", "recipe", "events", "memory", "layout", "compat", "plan",
          "sidefiles", "report", "sources/format", "sources/checkpoint", "sources/local",
          "sources/__init__", "methods/base", "methods/__init__", "__init__")  # fmt: skip
@@ -19,9 +27,15 @@ HUB = re.compile(r"sources/(hub\w*|ranges)|sinks/hub\w*|card")
 HEAVY = {"torch", "numpy", "safetensors", "transformers", "gradio", "huggingface_hub", "accelerate"}
 
 
+def root_of(path):
+    """Return the package that a file belongs to."""
+    return PACKAGE if path.is_relative_to(PACKAGE) else ROOT / "space"
+
+
 def name_of(path):
-    """Return a file's name inside the package, without its suffix."""
-    return path.relative_to(PACKAGE).with_suffix("").as_posix()
+    """Return a file's name inside its package, without its suffix."""
+    root = root_of(path) if path.is_relative_to(root_of(path)) else ROOT
+    return path.relative_to(root).with_suffix("").as_posix()
 
 
 def imports_of(path, *, top_level_only):
@@ -49,7 +63,7 @@ def imports_of(path, *, top_level_only):
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             found.add((node.module or "").split(".")[0])
         elif isinstance(node, ast.ImportFrom):
-            package = path.relative_to(PACKAGE).parts[:-1]
+            package = path.relative_to(root_of(path)).parts[:-1]
             parent = package[: len(package) - node.level + 1]
             if node.module:
                 found.add("." + "/".join((*parent, *node.module.split("."))))
@@ -58,13 +72,13 @@ def imports_of(path, *, top_level_only):
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
+@pytest.mark.parametrize("path", HOUSE, ids=name_of)
 def test_no_file_is_longer_than_300_lines(path):
     """A file that does not fit into one reading is two files."""
     assert len(path.read_text().splitlines()) <= 300
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
+@pytest.mark.parametrize("path", HOUSE, ids=name_of)
 def test_every_file_says_what_it_is(path):
     """A module begins with a docstring; only __main__ may do without."""
     assert ast.get_docstring(ast.parse(path.read_text())) or path.name == "__main__.py"
@@ -91,10 +105,28 @@ def test_importing_a_planning_room_does_not_import_torch(module):
 
 
 def test_gradio_is_nowhere_in_the_library():
-    """The Space's framework belongs to the Space."""
+    """The Space and its framework are no business of the library."""
     assert not [
-        name_of(path) for path in FILES if "gradio" in imports_of(path, top_level_only=False)
+        name_of(path)
+        for path in FILES
+        if imports_of(path, top_level_only=False) & {"gradio", "space", "app"}
     ]
+
+
+def test_the_spaces_words_and_jobs_know_no_gradio():
+    """Only the page, its handlers, its endpoints and the launch import gradio."""
+    users = {name_of(p) for p in SPACE if "gradio" in imports_of(p, top_level_only=False)}
+
+    assert {name_of(path) for path in SPACE} >= WITHOUT_GRADIO
+    assert not users & WITHOUT_GRADIO
+
+
+def test_the_app_only_launches():
+    """app.py imports the launch and calls it; everything else is in space/."""
+    tree = ast.parse((ROOT / "app.py").read_text())
+    kinds = [type(node) for node in tree.body]
+
+    assert kinds == [ast.Expr, ast.ImportFrom, ast.If]
 
 
 def test_the_hub_has_its_own_rooms():
@@ -104,10 +136,10 @@ def test_the_hub_has_its_own_rooms():
     assert not [name for name in users if not HUB.fullmatch(name)]
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
+@pytest.mark.parametrize("path", [*FILES, *SPACE], ids=name_of)
 def test_imports_do_not_go_round(path):
     """No file is imported, at the top level, by what it imports itself."""
-    by_name = {name_of(file): file for file in FILES}
+    by_name = {name_of(file): file for file in (FILES if path in FILES else SPACE)}
 
     def resolve(name):
         return name if name in by_name else f"{name}/__init__" if name else "__init__"
@@ -156,8 +188,8 @@ def test_nothing_happens_at_import():
     """Importing every module prints nothing and makes no file in the working directory."""
     before = sorted(Path.cwd().iterdir())
     modules = [
-        "resmerge_stream." + name_of(path).replace("/", ".").removesuffix(".__init__")
-        for path in FILES
+        f"{root_of(path).name}." + name_of(path).replace("/", ".").removesuffix(".__init__")
+        for path in [*FILES, *SPACE]
         if path.name not in ("__main__.py", "__init__.py")
     ]
     code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
@@ -170,19 +202,19 @@ def test_nothing_happens_at_import():
 
 def test_there_is_no_utils():
     """A helper lives beside its use."""
-    assert not [path for path in FILES if path.stem in ("utils", "helpers", "common", "misc")]
+    assert not [path for path in HOUSE if path.stem in ("utils", "helpers", "common", "misc")]
 
 
 def test_every_file_is_on_the_map():
-    """docs/architecture.md names every file of the library."""
+    """docs/architecture.md names every file of the library and of the Space."""
     text = (ROOT / "docs" / "architecture.md").read_text()
 
-    missing = [name_of(p) for p in FILES if p.name != "__init__.py" and p.name not in text]
+    missing = [name_of(p) for p in HOUSE if p.name != "__init__.py" and p.name not in text]
 
     assert not missing
 
 
-@pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "tests").glob("*.py"))], ids=str)
+@pytest.mark.parametrize("path", [*HOUSE, *sorted((ROOT / "tests").glob("*.py"))], ids=str)
 def test_no_file_knows_a_machine(path):
     """Paths of the machine that something was written on stay out of the repository."""
     found = re.findall(r"/(?:home|root|work|mnt)/\w+", path.read_text())

@@ -29,6 +29,7 @@ class HubSink:
         keep_files: whether they stay there afterwards, since a folder was asked for too.
         identity: of the sources; a later run must see the same.
         membership: as what this process of the run comes.
+        asked: what was asked for, kept beside the staged shards.
 
     Raises:
         OutputExistsError: somebody made the repository since the plan.
@@ -46,6 +47,7 @@ class HubSink:
         keep_files: bool,
         identity: Mapping[str, Any],
         membership: Membership | None = None,
+        asked: Mapping[str, Any] | None = None,
     ) -> None:
         member = membership or Membership()
         self._target, self._shards = target, {shard.name: shard for shard in shards}
@@ -61,7 +63,7 @@ class HubSink:
         self._streams = target.publication.max_disk == 0
         if self._streams and not has_xet(repo):
             raise PlanRefusedError(no_xet(repo))
-        self._staging = Staging(repo, plan_hash, identity, member, made_repo=made)
+        self._staging = Staging(repo, plan_hash, identity, member, made_repo=made, asked=asked)
         self._streamed: dict[str, StreamedShard] = {}
         largest = max((shard.nbytes for shard in shards), default=0)
         allowed = target.publication.max_disk

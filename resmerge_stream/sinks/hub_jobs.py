@@ -49,7 +49,7 @@ class HubJobs:
         PublishError: there is no token, or the Hub does not accept it.
     """
 
-    def __init__(self, token: str | None = None, namespace: str | None = None) -> None:
+    def __init__(self, token: str | bool | None = None, namespace: str | None = None) -> None:
         self.api: HfApi = client(token)
         self.namespace = namespace or str(whoami(self.api)["name"])
 

@@ -50,6 +50,7 @@ class Staged:
         owner: the run that committed last.
         identity: of the sources, as the first start saw them.
         made_repo: whether the repository was created by a run, for the staging alone.
+        asked: what was asked for, where the run wrote it down.
         entries: of shards whose file on the branch is the one that the journal names.
     """
 
@@ -59,6 +60,7 @@ class Staged:
     owner: str = ""
     identity: dict[str, Any] = field(default_factory=dict)
     made_repo: bool = False
+    asked: dict[str, Any] = field(default_factory=dict)
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -82,6 +84,8 @@ def read_staged(repo: HubRepo, plan_hash: str) -> Staged | None:
     staged.owner = str(head.get("owner", ""))
     staged.identity = identity if isinstance(identity, dict) else {}
     staged.made_repo = head.get("made_repo") is True
+    asked = head.get("asked")
+    staged.asked = asked if isinstance(asked, dict) else {}
     staged.entries = _entries(repo, info)
     return staged
 
@@ -109,6 +113,7 @@ class Staging:
         identity: of the sources of this run.
         membership: as what this process of the run comes; its mark is the branch's owner.
         made_repo: whether this run created the repository for the staging alone.
+        asked: what was asked for, so that the run can be continued from here alone.
 
     Raises:
         PlanRefusedError: the sources are not those of the first start.
@@ -123,6 +128,7 @@ class Staging:
         membership: Membership,
         *,
         made_repo: bool,
+        asked: Mapping[str, Any] | None = None,
     ) -> None:
         self.repo, self.branch = repo, branch_name(plan_hash)
         self._owner = membership.mark or uuid.uuid4().hex
@@ -146,6 +152,7 @@ class Staging:
             "plan_hash": plan_hash,
             "identity": dict(identity),
             "made_repo": made_repo or staged.made_repo,
+            **({"asked": dict(asked)} if asked else {}),
         }
         data = json.dumps(head, indent=1).encode()
         self._advance("Start staging", lambda: [_add(HEAD, data)], {HEAD: data})

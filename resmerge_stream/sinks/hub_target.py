@@ -90,7 +90,7 @@ def sibling_id(repo_id: str, plan_hash: str) -> str:
     return f"{namespace}/{name[:60]}-{branch_name(plan_hash)}"
 
 
-def look_at_target(publication: Publication, plan_hash: str, token: str | None) -> HubTarget:
+def look_at_target(publication: Publication, plan_hash: str, token: str | bool | None) -> HubTarget:
     """Ask the Hub about a target; what speaks against it is collected, not raised.
 
     Raises:

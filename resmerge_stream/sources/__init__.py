@@ -15,14 +15,20 @@ REPO_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9_][\w.\-]{0,95}", re.A
 
 
 def open_checkpoint(
-    ref: ModelRef, *, token: str | None = None, commit: str | None = None
+    ref: ModelRef,
+    *,
+    token: str | bool | None = None,
+    commit: str | None = None,
+    max_header_bytes: int | None = None,
 ) -> Checkpoint:
     """Open the checkpoint that a reference names; reads headers and configs only.
 
     Args:
         ref: a folder on this machine, or a repository. A name that exists as a folder is a folder.
-        token: the caller's, for the Hub; None stands for HF_TOKEN or the login.
+        token: the caller's, for the Hub; None stands for HF_TOKEN or the login,
+            False for nobody's.
         commit: what to read instead of the repository's revision.
+        max_header_bytes: of indexes and headers of a repository; None: the format's limits only.
 
     Raises:
         CheckpointNotFoundError: there is no such folder or repository, or no access to it.
@@ -41,7 +47,9 @@ def open_checkpoint(
     from .hub import HubCheckpoint
 
     try:
-        return HubCheckpoint.open(ref, token=token, commit=commit)
+        return HubCheckpoint.open(
+            ref, token=token, commit=commit, max_header_bytes=max_header_bytes
+        )
     except (CheckpointNotFoundError, StoppedError) as exc:
         # A mistyped folder looks like a repository id.
         raise type(exc)(f"{exc} Nor is there a folder {shown(ref.id)} here.") from exc

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
@@ -51,17 +52,25 @@ class HubCheckpoint:
         self._api = api
         self._listed = {s.rfilename: s for s in info.siblings or () if "/" not in s.rfilename}
         self._opened: dict[str, RemoteFile | CachedFile] = {}
+        self._header_bytes_left: int | None = None
+        self._counting = Lock()
 
     @classmethod
     def open(
-        cls, ref: ModelRef, *, token: str | None = None, commit: str | None = None
+        cls,
+        ref: ModelRef,
+        *,
+        token: str | bool | None = None,
+        commit: str | None = None,
+        max_header_bytes: int | None = None,
     ) -> "HubCheckpoint":
         """Read the headers, the index and the config of a repository.
 
         Args:
             ref: names the repository and perhaps a revision.
-            token: the caller's; None stands for HF_TOKEN or the login.
+            token: the caller's; None stands for HF_TOKEN or the login, False for nobody's.
             commit: what an earlier start of the same run pinned the revision to.
+            max_header_bytes: of index and headers together, at most.
 
         Raises:
             CheckpointNotFoundError: no such repository or revision, no access, or no model there.
@@ -79,6 +88,7 @@ class HubCheckpoint:
             unreachable_tries=3,
         )
         checkpoint = cls(ref, info, api)
+        checkpoint._header_bytes_left = max_header_bytes
         checkpoint._read_model()
         return checkpoint
 
@@ -185,6 +195,14 @@ class HubCheckpoint:
         return parse_header(first[8 : 8 + length], size, file=name, where=where)
 
     def _read_range(self, name: str, begin: int, end: int) -> memoryview:
+        with self._counting:
+            if self._header_bytes_left is not None:
+                self._header_bytes_left -= end - begin
+                if self._header_bytes_left < 0:
+                    raise CheckpointFormatError(
+                        f"{self.id} has more bytes of headers than may be read here. "
+                        "Merge it with the command line."
+                    )
         file = self._file(name)
         if isinstance(file, CachedFile):
             return file.view(begin, end)

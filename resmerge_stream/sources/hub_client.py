@@ -46,8 +46,11 @@ _URL_QUERY = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]*")
 _TOKEN = re.compile(r"\b(hf|api_org|hf_oauth)_[A-Za-z0-9_\-.]{6,}")
 
 
-def client(token: str | None) -> HfApi:
-    """Return the library's client for a token; None stands for HF_TOKEN or the Hub's login."""
+def client(token: str | bool | None) -> HfApi:
+    """Return the library's client for a token.
+
+    None stands for HF_TOKEN or the Hub's login, False for nobody's.
+    """
     _give_time_limits()
     _quieten_logs()
     if not are_progress_bars_disabled() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:

@@ -1,0 +1,1 @@
+"""The browser face of ResMerge Stream: pages, endpoints and jobs on top of the library."""

@@ -1,0 +1,101 @@
+"""The ready examples: the built-in expert group, and the paper's two Qwen2.5-7B groups."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from resmerge_stream.demo import built_in_recipe
+from resmerge_stream.recipe import ModelRef, Recipe
+
+# What the web calls the folders of the built-in group; no path of this machine is ever shown.
+PREFIX = "built-in/"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A group of models to start from.
+
+    Attributes:
+        label: on the button.
+        note: one line about it.
+        base: its id.
+        experts: their ids.
+        name: a name for the result.
+    """
+
+    label: str
+    note: str
+    base: str
+    experts: tuple[str, ...]
+    name: str
+
+
+def built_in_folders() -> dict[str, str]:
+    """Return the folders of the built-in group by the names that the web knows."""
+    recipe = built_in_recipe()
+    return {PREFIX + Path(ref.id).name: ref.id for ref in (recipe.base, *recipe.experts)}
+
+
+def examples() -> tuple[Example, ...]:
+    """Return the three examples, the one that needs nothing first."""
+    base, *experts = built_in_folders()
+    return (
+        Example(
+            "Built-in experts",
+            "Small models, each trained by RL on one task. No account, no network.",
+            base,
+            tuple(experts),
+            "built-in-merge",
+        ),
+        Example(
+            "Qwen2.5-7B base, 3 experts",
+            "The paper's main group: two math experts and a general one. 61 GB to read.",
+            "Qwen/Qwen2.5-7B",
+            (
+                "hkust-nlp/Qwen-2.5-7B-SimpleRL-Zoo",
+                "Open-Reasoner-Zero/Open-Reasoner-Zero-7B",
+                "TIGER-Lab/General-Reasoner-Qwen2.5-7B",
+            ),
+            "qwen2.5-7b-resmerge",
+        ),
+        Example(
+            "Qwen2.5-7B-Instruct, 3 experts",
+            "The paper's second group: reasoning, memory and tool use. 61 GB to read.",
+            "Qwen/Qwen2.5-7B-Instruct",
+            (
+                "SII-Enigma/Qwen2.5-7B-Ins-AMPO",
+                "BytedTsinghua-SIA/RL-MemoryAgent-7B",
+                "emrecanacikgoz/Qwen2.5-7B-Instruct-ToolRL-grpo-cold",
+            ),
+            "qwen2.5-7b-instruct-resmerge",
+        ),
+    )
+
+
+def is_built_in(recipe: Recipe) -> bool:
+    """Whether every model of a recipe comes with the app, so that no account is needed."""
+    return all(ref.id.startswith(PREFIX) for ref in (recipe.base, *recipe.experts))
+
+
+def web_names(text: str) -> str:
+    """Return text with the folders of the built-in group replaced by the names for the web."""
+    for name, folder in built_in_folders().items():
+        text = text.replace(folder, name)
+    return text
+
+
+def on_this_machine(recipe: Recipe) -> Recipe:
+    """Return a recipe with the built-in names replaced by their folders; others as they are."""
+    if not any(ref.id.startswith(PREFIX) for ref in (recipe.base, *recipe.experts)):
+        return recipe
+    folders = built_in_folders()
+
+    def located(ref: ModelRef) -> ModelRef:
+        return ModelRef(folders.get(ref.id, ref.id), ref.revision, ref.weight)
+
+    return Recipe(
+        located(recipe.base),
+        tuple(located(ref) for ref in recipe.experts),
+        recipe.method,
+        recipe.parameters,
+        recipe.dtype,
+    )

@@ -1,0 +1,77 @@
+"""Reports of merges: of a job, or of any repository, whose text is a stranger's."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from resmerge_stream.errors import VerificationError
+from resmerge_stream.recipe import ModelRef
+from resmerge_stream.report_schema import parse_report
+from resmerge_stream.sinks.folder import REPORT
+
+from .asked import check_id
+from .identity import Visitor
+from .rows import Row, row_of
+
+# A 7B model's report has half a megabyte, one of 20,000 tensors 30.
+MAX_BYTES = 64_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A report to look at.
+
+    Attributes:
+        name: what to call it.
+        report: as it was read, its schema checked.
+        rows: its tensors, safe to draw.
+    """
+
+    name: str
+    report: dict[str, Any]
+    rows: list[Row]
+
+
+def open_report(data: bytes, *, name: str) -> Opened:
+    """Return the report in some bytes.
+
+    Raises:
+        VerificationError: it is too large, or no report.
+    """
+    if len(data) > MAX_BYTES:
+        raise VerificationError(f"{name} has a report of more than {MAX_BYTES} bytes.")
+    report = parse_report(data, where=name)
+    return Opened(name, report, [row_of(entry) for entry in report["tensors"]])
+
+
+def read_report(repo: str, visitor: Visitor) -> bytes:
+    """Return the report in a repository, as bytes.
+
+    Args:
+        repo: ``namespace/name``, perhaps with ``@revision``; checked before anything is asked.
+        visitor: whose token reads.
+
+    Raises:
+        RecipeError: it is no repository id.
+        VerificationError: the repository has no report, or too large a one.
+        StoppedError: the network or the Hub kept failing.
+    """
+    from resmerge_stream.sinks.hub_repo import HubRepo, listed
+    from resmerge_stream.sources.hub_client import client
+
+    ref = ModelRef.parse(repo)
+    check_id(ref)
+    target = HubRepo(client(visitor.token_or_nobody), ref.id)
+    info = target.info(ref.revision or "main")
+    if info is None:
+        raise VerificationError(
+            f"there is no repository {ref} that you may see. Check the name; sign in if it is "
+            "private."
+        )
+    file = listed(info).get(REPORT)
+    if file is None:
+        raise VerificationError(
+            f"{ref} has no {REPORT}: it was not made by this tool, or is not finished."
+        )
+    if not file.size or file.size > MAX_BYTES:
+        raise VerificationError(f"{ref} has a report of {file.size} bytes; at most {MAX_BYTES}.")
+    return target.read(REPORT, info)

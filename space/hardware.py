@@ -1,0 +1,58 @@
+"""What a plan takes here and on the Hub's machines, from the library's table and model."""
+
+from dataclasses import dataclass
+
+from resmerge_stream.flavors import FLAVORS, estimates, shortage
+from resmerge_stream.plan import Plan
+
+# Those that a Space is often given; the Jobs have larger ones.
+SHOWN = (
+    "cpu-basic", "cpu-upgrade", "t4-small", "l4x1", "a10g-small", "a10g-large", "l40sx1",
+    "a100-large",
+)  # fmt: skip
+MODEL = (
+    "Time: the start of the machine, and the longer of arithmetic and transfer. Arithmetic as "
+    "measured on two cores, in proportion to the cores; how much faster a GPU is was not measured "
+    "and is not counted. Transfer at 50 MB/s each way, at the same time."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a machine has: cores, and bytes of memory and disk."""
+
+    cores: int
+    memory: int
+    disk: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What a plan means on a machine.
+
+    Attributes:
+        name: as the Hub calls it.
+        machine: what it has.
+        seconds: estimated, with the start.
+        cost: dollars for that time; None for a machine that is not for rent.
+        lacks: why the plan does not fit, or empty.
+    """
+
+    name: str
+    machine: Machine
+    seconds: float
+    cost: float | None
+    lacks: str
+
+
+def fits(plan: Plan, here: Machine) -> list[Fit]:
+    """Return what a plan that was not refused takes here, and on the machines of `SHOWN`."""
+    found = [Fit("this machine", here, plan.seconds_estimate, None, "")]
+    chosen = {flavor.name: flavor for flavor in FLAVORS if flavor.name in SHOWN}
+    known = {item.flavor.name: item for item in estimates(plan, chosen.values())}
+    for name in SHOWN:
+        flavor, estimate = chosen[name], known[name]
+        has = Machine(flavor.vcpu, int(flavor.memory_gb * 1e9), int(flavor.disk_gb * 1e9))
+        lacks = "" if estimate.fits else shortage(plan, flavor)
+        found.append(Fit(name, has, estimate.seconds, estimate.price, lacks))
+    return found

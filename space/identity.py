@@ -1,0 +1,138 @@
+"""Who a visitor is and which token stands for them; the Space's own token is no visitor's."""
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from resmerge_stream.errors import PublishError, ResMergeError
+
+_REMEMBERED_S = 300.0
+_LOOPBACK = ("", "127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True, slots=True)
+class Visitor:
+    """Somebody who asks.
+
+    Attributes:
+        name: the account's, or empty.
+        token: of the account.
+        orgs: organisations that the account may publish to.
+        reading: the token to read with where there is no account, for a private Space.
+        expires_at: when the token ends, seconds since 1970, where that is known.
+    """
+
+    name: str = ""
+    token: str | None = field(default=None, repr=False)
+    orgs: tuple[str, ...] = ()
+    reading: str | None = field(default=None, repr=False)
+    expires_at: float | None = None
+
+    @property
+    def token_or_nobody(self) -> str | bool:
+        """What to read the Hub with: False is nobody's token, never the machine's own."""
+        return self.token or self.reading or False
+
+
+class Visitors:
+    """Looks up accounts, and remembers them for some minutes.
+
+    Args:
+        whoami: asks the Hub whose token this is; for tests without one.
+    """
+
+    def __init__(self, whoami: Callable[[str], Visitor] | None = None) -> None:
+        self._ask = whoami or _ask_hub
+        self._known: dict[str, tuple[float, Visitor]] = {}
+        self._lock = threading.Lock()
+
+    def who(self, token: str | None) -> Visitor:
+        """Return whose token it is; without one, nobody, or the owner on their own machine.
+
+        Raises:
+            PublishError: the Hub does not accept the token.
+            StoppedError: the Hub cannot be asked.
+        """
+        if token:
+            return self._look_up(token)
+        own = _own_token()
+        if own is None:
+            return Visitor()
+        if not on_space():
+            return self._look_up(own)
+        return Visitor(reading=own) if self._is_private_space(own) else Visitor()
+
+    def who_or_nobody(self, token: str | None) -> Visitor:
+        """Return whose token it is, and nobody where that cannot be found out."""
+        try:
+            return self.who(token)
+        except ResMergeError:
+            return Visitor()
+
+    def _look_up(self, token: str) -> Visitor:
+        return self._remembered(token, lambda: self._ask(token))
+
+    def _is_private_space(self, token: str) -> bool:
+        def ask() -> Visitor:
+            from resmerge_stream.sources.hub_client import FAILURES, client
+
+            try:
+                info = client(token).space_info(os.environ["SPACE_ID"], timeout=20)
+            except FAILURES:
+                return Visitor()  # not known to be private: the secret stays unused
+            return Visitor(name="private" if info.private is True else "")
+
+        return bool(self._remembered(f"space {token}", ask).name)
+
+    def _remembered(self, key: str, ask: Callable[[], Visitor]) -> Visitor:
+        # Never a token as a key: who dumps this table learns nothing.
+        digest, now = hashlib.sha256(key.encode()).hexdigest(), time.monotonic()
+        with self._lock:
+            known = self._known.get(digest)
+            if known is not None and now - known[0] < _REMEMBERED_S:
+                return known[1]
+        found = ask()
+        with self._lock:
+            old = [k for k, (asked, _) in self._known.items() if now - asked > _REMEMBERED_S]
+            for stale in old:
+                del self._known[stale]
+            self._known[digest] = (now, found)
+        return found
+
+
+def on_space() -> bool:
+    """Whether this runs as a Space, where strangers visit."""
+    return bool(os.environ.get("SPACE_ID"))
+
+
+def secret_key(secret: str) -> str:
+    """Return what a record keeps of the secret that an anonymous visitor's browser holds."""
+    return hashlib.sha256(secret.encode()).hexdigest() if secret else ""
+
+
+def _own_token() -> str | None:
+    """Return the token of whoever runs this: a Space's secret, or the login of this machine."""
+    if on_space():
+        return os.environ.get("HF_TOKEN") or None
+    shared = os.environ.get("GRADIO_SHARE", "").lower() in ("1", "true")
+    if shared or os.environ.get("GRADIO_SERVER_NAME", "") not in _LOOPBACK:
+        return None  # others can reach this machine: its login is not theirs
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
+def _ask_hub(token: str) -> Visitor:
+    from resmerge_stream.sinks.hub_account import whoami
+    from resmerge_stream.sources.hub_client import client
+
+    account = whoami(client(token))
+    name = account.get("name")
+    if account.get("type", "user") != "user" or not isinstance(name, str) or not name:
+        raise PublishError("this token is not a person's. Sign in with your account.")
+    orgs = account.get("orgs") or ()
+    names = (str(org["name"]) for org in orgs if org.get("roleInOrg") != "read" and "name" in org)
+    return Visitor(name, token, tuple(names))

@@ -1,0 +1,27 @@
+"""Starts the process of one merge, without any of the Space's secrets."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from .settings import Settings
+
+_ROOT = Path(__file__).resolve().parent.parent
+_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OAUTH_CLIENT_SECRET", "RESMERGE_SPACE_SECRET")
+
+
+def start_worker(settings: Settings) -> "subprocess.Popen[str]":
+    """Start a worker; it knows neither the Space's secrets nor, yet, any visitor's token."""
+    env = {key: value for key, value in os.environ.items() if key not in _SECRETS}
+    env |= {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "RESMERGE_SPACE_DIR": str(settings.folder)}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-m", "space.worker"],
+        cwd=_ROOT,
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C on the server is told through the pipe
+    )

@@ -1,0 +1,66 @@
+"""Model ids of the Hub that match what somebody types."""
+
+import re
+import threading
+import time
+from itertools import islice
+
+from resmerge_stream.sources import REPO_ID
+
+from .identity import Visitor
+
+_TEXT = re.compile(r"[\w.\-/ ]{2,96}", re.ASCII)
+_LIMIT, _KEPT, _KEPT_S = 8, 256, 120.0
+# How long the keys rest before the Hub is asked.
+_REST_S = 0.25
+
+
+class Search:
+    """Looks for ids, and remembers what was found for two minutes; public ones only."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[float, list[str]]] = {}
+        self._typed: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def is_last(self, session: str) -> bool:
+        """Return, after a moment, whether the same page typed nothing more in it."""
+        with self._lock:
+            number = self._typed.get(session, 0) + 1
+            self._typed[session] = number
+        time.sleep(_REST_S)
+        with self._lock:
+            is_last = self._typed.get(session) == number
+            if is_last:
+                del self._typed[session]
+        return is_last
+
+    def ids(self, text: str, visitor: Visitor) -> list[str]:
+        """Return up to eight ids; none where the text is too short or the Hub cannot be asked."""
+        text = text.strip()
+        if not _TEXT.fullmatch(text):
+            return []
+        # A private Space's token finds more; that must not be kept for others.
+        key = "" if visitor.token or visitor.reading else text.lower()
+        now = time.monotonic()
+        with self._lock:
+            known = self._found.get(key) if key else None
+        if known is not None and now - known[0] < _KEPT_S:
+            return known[1]
+        found = _ask(text, visitor)
+        if key:
+            with self._lock:
+                while len(self._found) >= _KEPT:
+                    del self._found[next(iter(self._found))]
+                self._found[key] = (now, found)
+        return found
+
+
+def _ask(text: str, visitor: Visitor) -> list[str]:
+    from resmerge_stream.sources.hub_client import FAILURES, client
+
+    try:
+        models = client(visitor.token_or_nobody).list_models(search=text, limit=_LIMIT)
+        return [model.id for model in islice(models, _LIMIT) if REPO_ID.fullmatch(model.id)]
+    except FAILURES:
+        return []  # suggestions are a help, not a need

@@ -1,0 +1,135 @@
+"""What pages and endpoints have in common: plans, jobs and reports, and whose they are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from resmerge_stream.errors import PublishError, RecipeError, ResMergeError
+from resmerge_stream.planned import refused_plan
+
+from .asked import Asked, asked_from_dict
+from .explore import Opened, open_report, read_report
+from .identity import Visitor, Visitors
+from .jobs import Jobs
+from .planning import Allowance, plan_for
+from .records import JOB_ID, Job
+from .search import Search
+from .settings import Settings
+from .words import in_page_words
+
+NO_JOB = "there is no such job of yours. Sign in with the account that started it."
+
+
+@dataclass(slots=True)
+class Service:
+    """The Space behind its pages and endpoints.
+
+    Attributes:
+        settings: limits and the folder.
+        jobs: all merges.
+        visitors: looks up accounts.
+        search: suggests ids.
+        allowance: of plans without an account.
+    """
+
+    settings: Settings
+    jobs: Jobs
+    visitors: Visitors
+    search: Search
+    allowance: Allowance
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Service":
+        """Return the service of some settings; it reads the records of earlier jobs."""
+        allowance = Allowance(settings.anonymous_plans)
+        return cls(settings, Jobs(settings), Visitors(), Search(), allowance)
+
+    def plan(self, document: Mapping[str, Any], visitor: Visitor) -> dict[str, Any]:
+        """Return the plan of what a mapping asks for; a wrong recipe is a refused plan."""
+        try:
+            asked = asked_from_dict(document, self.settings)
+            return plan_for(asked, visitor, self.settings, self.allowance)
+        except ResMergeError as exc:
+            return {**refused_plan(str(exc)), "hardware": [], "target_checked": False}
+
+    def submit(self, asked: Asked, visitor: Visitor, *, key: str = "") -> Job:
+        """Queue a merge.
+
+        Args:
+            asked: what to merge.
+            visitor: who asks; only the built-in example goes without an account.
+            key: what tells the browser of somebody without an account, see `secret_key`.
+
+        Raises:
+            PublishError: an account is needed.
+            RecipeError: nowhere to publish, or too many jobs.
+        """
+        if asked.needs_account and not visitor.name:
+            raise PublishError(
+                "only the built-in example is merged without an account. Sign in first."
+            )
+        if asked.needs_account and not asked.push_to:
+            raise RecipeError(
+                "say where to publish: namespace/name. Only the built-in example can be downloaded "
+                "as files."
+            )
+        owner = visitor.name
+        return self.jobs.submit(
+            asked, owner=owner, key="" if owner else key, token=visitor.token if owner else None
+        )
+
+    def resume(self, job: Job, visitor: Visitor) -> None:
+        """Queue a stopped job again, with the token of whoever owns it.
+
+        Raises:
+            RecipeError: it is not one that can go on.
+        """
+        self.jobs.resume(job, visitor.token if job.owner else None)
+
+    def job(self, job_id: str, visitor: Visitor, *, key: str = "", change: bool = False) -> Job:
+        """Return a job that a visitor may see, or change.
+
+        An account's job is for that account alone. One without an account is seen by whoever has
+        its link, and changed by the browser that started it.
+
+        Raises:
+            RecipeError: there is none, or it is somebody else's; which of the two is not said.
+        """
+        found = self.jobs.get(job_id) if JOB_ID.fullmatch(job_id) else None
+        if found is not None and found.owner:
+            allowed = found.owner == visitor.name
+        else:
+            allowed = found is not None and (not change or found.key in ("", key))
+        if found is None or not allowed:
+            raise RecipeError(NO_JOB)
+        return found
+
+    def status(self, job: Job) -> dict[str, Any]:
+        """Return a job's state as the endpoint tells it."""
+        left = job.seconds_left
+        return {
+            "state": job.state,
+            "progress": round(job.progress, 4),
+            "bytes_read": job.bytes_read,
+            "bytes_written": job.bytes_kept + job.bytes_written,
+            "shards_done": job.shards_done,
+            "shards": int(job.plan.get("shards") or 0),
+            "seconds_left": None if left is None else round(left, 1),
+            "message": in_page_words(job.message),
+            "url": job.url.partition("/commit/")[0],
+        }
+
+    def report(self, name: str, visitor: Visitor) -> Opened:
+        """Return the report of a job that the visitor may see, or of a repository.
+
+        Raises:
+            ResMergeError: there is none, or it cannot be read.
+        """
+        name = name.strip()
+        if "/" in name:
+            return open_report(read_report(name, visitor), name=name)
+        job = self.job(name, visitor)
+        data = self.jobs.report(job)
+        if data is None:
+            raise RecipeError(f"this job is {job.state}; there is a report when it is done.")
+        return open_report(data, name="this merge")
