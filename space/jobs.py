@@ -212,10 +212,10 @@ class Jobs:
                     self._apply(job, last)
         finally:
             with self._changed:
-                self._conclude(job, last, process.returncode)
-                # With the state, so that a job that is continued at once keeps its new token.
+                # Before the state, so that a job that is continued at once keeps its new token.
                 self._tokens.pop(job.id, None)
                 self._processes.pop(job.id, None)
+                self._conclude(job, last, process.returncode)
                 self._cancelling.discard(job.id)
 
     def _apply(self, job: Job, event: dict[str, Any]) -> None:
