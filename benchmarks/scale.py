@@ -51,7 +51,7 @@ _REST = 1.2e-9
 # Seconds in which one process commits a shard, while no other one may.
 _COMMIT_S = 1.0
 # What is busy for this share of the time is what limits a merge.
-_BUSY = 0.85
+_BUSY = 0.8
 
 
 @dataclass(slots=True)
