@@ -41,3 +41,40 @@ def without_picture(monkeypatch):
     The merges that run as whole processes draw it, and it has tests of its own.
     """
     monkeypatch.setattr("resmerge_stream.card.gates_png", lambda report: b"")
+
+
+@pytest.fixture(scope="session")
+def town(tmp_path_factory):
+    """A Hub with a group and two users, and a Space for them; see `tests.space_runs.Town`."""
+    from tests.space_runs import running_town
+
+    with running_town(tmp_path_factory.mktemp("town")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """One Chromium for a file's visitors; a test that needs it is skipped where there is none."""
+    from tests.browser import running_browser
+
+    with running_browser() as running:
+        yield running
+
+
+@pytest.fixture
+def visit(town, browser):
+    """Lets somebody into the Space, with cookies and storage of their own."""
+    from tests.browser import visitor
+    from tests.space_pages import Visit
+
+    contexts = []
+
+    def enter(user: str | None = None, query: str = "", **options: object) -> Visit:
+        context = visitor(browser, **options)
+        contexts.append(context)
+        guest = Visit(context.new_page(), town).open(query)
+        return guest.sign_in(user) if user else guest
+
+    yield enter
+    for context in contexts:
+        context.close()

@@ -1,6 +1,7 @@
 """Run a Hub from the command line, with a demo user, until Ctrl-C."""
 
 import argparse
+import shlex
 import signal
 import threading
 from pathlib import Path
@@ -107,7 +108,10 @@ def main() -> None:
         signal.signal(number, lambda *_: stopped.set())
     with hub:
         print(f"# user {DEMO_USER!r}; storage at {hub.cdn}")
-        print(f"export HF_ENDPOINT={hub.endpoint} HF_TOKEN={DEMO_TOKEN}", flush=True)
+        print(f"export HF_ENDPOINT={hub.endpoint} HF_TOKEN={DEMO_TOKEN}")
+        space = {"HF_ENDPOINT": hub.endpoint, **hub.space_env(f"{DEMO_USER}/space")}
+        print("# for a Space whose visitors sign in here:")
+        print("export " + " ".join(f"{k}={shlex.quote(v)}" for k, v in space.items()), flush=True)
         stopped.wait()
 
 

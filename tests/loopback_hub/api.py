@@ -33,7 +33,7 @@ async def create(call: Call) -> Response:
     if existing is not None:
         raise HubError(409, f"You already created this repo: {repo_id}", url=url)
     private = wanted.get("visibility", "public") != "public"
-    call.hub.store.create(kind, repo_id, private=private, created_by=caller.digest)
+    call.hub.store.create(kind, repo_id, private=private, created_by=caller.maker)
     return JSONResponse({"url": url, "name": repo_id, "id": repo_id})
 
 

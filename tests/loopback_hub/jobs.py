@@ -136,7 +136,7 @@ async def duplicate_space(call: Call) -> Response:
     if call.hub.store.repo(source.kind, target) is not None:
         raise HubError(409, "The repository exists", url=url)
     private = wanted.get("visibility", "public") != "public"
-    copy = call.hub.store.create(source.kind, target, private=private, created_by=caller.digest)
+    copy = call.hub.store.create(source.kind, target, private=private, created_by=caller.maker)
     copy.commit("refs/heads/main", source.at("main").files, title=f"Duplicate from {source.id}")
     return JSONResponse({"url": url})
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from . import api, cdn, commits, jobs, lfs, tree
+from . import api, cdn, commits, jobs, lfs, oidc, tree
 from .accounts import Accounts, Role
 from .faults import Faults
 from .gate import Gate
@@ -15,6 +15,7 @@ from .objects import Objects
 from .repo import Entry, Repo
 from .services import Recorded, Services, Settings
 from .serving import Serving
+from .sign_in import SignIns
 from .signing import Signer
 from .store import Content, Store, folder_files
 from .web import Route, Router
@@ -26,6 +27,7 @@ ROUTES: Mapping[str, tuple[Route, ...]] = {
         *cdn.API_ROUTES,
         *api.ROUTES,
         *jobs.ROUTES,
+        *oidc.ROUTES,
         *commits.ROUTES,
         *tree.ROUTES,
     ),
@@ -66,6 +68,7 @@ class LoopbackHub:
             signer=Signer(folder / "signing.key"),
             settings=self.settings,
             recorded=self.recorded,
+            sign_ins=SignIns(folder / "sign-in.pem"),
         )
         gates = {name: self._gate(name, routes) for name, routes in ROUTES.items()}
         self._serving = Serving(gates, {"api": port, "cdn": cdn_port})
@@ -128,6 +131,13 @@ class LoopbackHub:
     def add_token(self, user: str, role: Role, token: str | None = None) -> str:
         """Give a user one more token, and return it."""
         return self._services.accounts.add_token(user, role, token)
+
+    def add_app_token(
+        self, user: str, scopes: str = oidc.SCOPES, *, lifetime: float = 8 * 3600.0
+    ) -> str:
+        """Return a token as a sign-in gives it to an app, good for `lifetime` seconds."""
+        accounts = self._services.accounts
+        return accounts.add_app_token(user, oidc.CLIENT_ID, scopes.split(), lifetime=lifetime)
 
     def revoke_token(self, token: str) -> None:
         """Make a token invalid from now on."""
@@ -236,3 +246,10 @@ class LoopbackHub:
         if home is not None:
             env["HF_HOME"] = str(home)
         return env
+
+    def space_env(self, space_id: str, *, scopes: str = oidc.SCOPES) -> dict[str, str]:
+        """Environment variables that make a gradio app a Space whose visitors sign in here.
+
+        Together with `env()`; there must be no `SPACE_HOST`.
+        """
+        return oidc.space_env(self.endpoint, space_id, scopes)

@@ -7,6 +7,7 @@ from typing import Any
 from .accounts import Accounts
 from .job_runner import JobRecord
 from .objects import Objects
+from .sign_in import SignIns
 from .signing import Signer
 from .store import Store
 from .xet import XetStores
@@ -54,6 +55,7 @@ class Settings:
         allow_delete: whether repositories may be deleted.
         hardware: the flavours of Jobs, as the Hub lists them.
         run_jobs: run the commands of Jobs, with these variables added; None records them only.
+        sign_in_lifetime: seconds for which a token from the sign-in is good.
     """
 
     multipart_over: int = 50_000_000
@@ -63,6 +65,7 @@ class Settings:
     allow_delete: bool = True
     hardware: list[dict[str, Any]] = field(default_factory=_hardware)
     run_jobs: Mapping[str, str] | None = None
+    sign_in_lifetime: float = 8 * 3600.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -89,5 +92,6 @@ class Services:
     signer: Signer
     settings: Settings
     recorded: Recorded
+    sign_ins: SignIns
     endpoint: str = ""
     cdn: str = ""

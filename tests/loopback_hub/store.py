@@ -59,8 +59,8 @@ class Store:
     ) -> Repo:
         """Create a repository with the Hub's first commit, a `.gitattributes`.
 
-        `created_by` is the digest of the creating token; one of role `contribute` may write to
-        what it created.
+        `created_by` is the creator's `Identity.maker`; a token of role `contribute` may write to
+        what it, or its app, created.
         """
         repo = Repo(kind=kind, id=repo_id, root=self.root / kind / repo_id, lock=self.lock)
         settings: dict[str, Any] = {
