@@ -5,8 +5,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
+from resmerge_stream.sources.hub_client import explain
 from tests.hub_runs import MODELS, Bench, running_bench
 from tests.loopback_hub import Cut, Hook, Reset
 from tests.loopback_hub.faults import rate_limited
@@ -271,3 +274,13 @@ def test_counting_and_analysing_read_ahead(bench: Bench, tmp_path: Path) -> None
         asked = bench.hub.log.find(path="/file/", method="GET")
         files = len(list(bench.group.rglob("*.safetensors")))
         assert len(asked) <= files * (passes + 1)
+
+
+def test_digits_in_a_message_are_no_status() -> None:
+    """A refusal whose message happens to hold 401, in a hash, is told by its own status."""
+    request = httpx2.Request("POST", "https://hub.example/api/models/alice/x401y/commit/main")
+    response = httpx2.Response(403, request=request)
+    refused = HfHubHTTPError("403 Forbidden: a401b", response=response, server_message="full")
+
+    assert "the Hub refuses it (full)" in str(explain(refused, "commit"))
+    assert "Log in again" in str(explain(RuntimeError("status client error (401)"), "send"))

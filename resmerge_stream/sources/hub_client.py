@@ -174,7 +174,8 @@ def _reason(exc: BaseException) -> str:
         "",
     )
     text = plain(" ".join(said.split()))[:300]
-    if status == 401 or "401" in str(exc):
+    # hf_xet tells of a refusal in words only; a hash in a message may hold any three digits.
+    if status == 401 or (status is None and re.search(r"\b401\b", str(exc))):
         return "the Hub does not accept the token (expired or revoked). Log in again."
     if status == 403:
         return f"the Hub refuses it ({text or 'no permission'})."
