@@ -192,7 +192,7 @@ def run(study: Study, *, full: bool) -> list[dict[str, Any]]:
     everything = all_methods()
     models(study, ("base", *RL, *SFT))
     rows = spectrum(study)
-    methods(study, {"bf16": everything, "float32": everything if full else MAIN})
+    methods(study, {"bf16": everything, "float32": everything if full else MAIN[:3]})
     components(study, ("float32", "bf16") if full else ("float32",))
     knobs(study)
     scales(study)
