@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from .groups import RL, SFT
 from .results import Group
-from .studies import BUDGETS, RANKS, SCALES
+from .studies import BUDGETS, RANKS, SCALES, UNGATED
 from .tables import recovered
 
 _BLUE, _ORANGE, _GREY = "#3b6fb6", "#d9822b", "#888888"
@@ -43,7 +43,7 @@ def _components(figure: Figure, groups: Mapping[str, Group]) -> None:
         ax.axhline(100, color=_GREY, linewidth=1)
         ax.set_xticks(range(len(RL) + len(SFT)), [*RL, *SFT], rotation=40, ha="right")
         ax.set_title(f"{name}: share of the own gain that is left, %")
-        ax.legend()
+    axes[0].legend(loc="lower left")
 
 
 def _knobs(figure: Figure, groups: Mapping[str, Group]) -> None:
@@ -52,19 +52,30 @@ def _knobs(figure: Figure, groups: Mapping[str, Group]) -> None:
         ranks = [int(method.rpartition("=")[2]) for method in RANKS]
         _curve(left, group, ranks, RANKS, colour, name)
         pairs = sorted([(0.2, "resmerge"), *((float(m.rpartition("=")[2]), m) for m in BUDGETS)])
-        _curve(right, group, [x for x, _ in pairs], [m for _, m in pairs], colour, name)
+        _curve(right, group, *_split(pairs), colour, name)
+        ungated = [(float(method.rpartition("=")[2]), method) for method in UNGATED]
+        _curve(right, group, *_split(ungated), colour, f"{name}, ungated", style="--")
     left.set_xscale("log", base=2)
     right.set_xscale("symlog", linthresh=0.1)
+    right.set_xlim(-0.02, 15)
     left.set_title("mean accuracy by rank k, %")
     right.set_title("by budget ρ, %")
     left.legend()
+    right.legend(fontsize=7)
 
 
-def _curve(ax: Any, group: Group, x: Any, methods: Any, colour: str, name: str) -> None:
+def _split(pairs: Any) -> tuple[list[float], list[str]]:
+    return [x for x, _ in pairs], [method for _, method in pairs]
+
+
+def _curve(
+    ax: Any, group: Group, x: Any, methods: Any, colour: str, name: str, style: str = "-"
+) -> None:
     results = [group.mean(f"{method}|float32") for method in methods]
     means = [100 * result.accuracy for result in results]
     halves = [50 * (result.high - result.low) for result in results]
-    ax.errorbar(x, means, yerr=halves, color=colour, marker="o", capsize=2, label=name)
+    look = {"color": colour, "linestyle": style, "marker": "o", "capsize": 2}
+    ax.errorbar(x, means, yerr=halves, label=name, **look)
 
 
 def _lengths(figure: Figure, groups: Mapping[str, Group]) -> None:
@@ -72,7 +83,7 @@ def _lengths(figure: Figure, groups: Mapping[str, Group]) -> None:
     for ax, (name, group) in zip(axes, groups.items(), strict=True):
         line = [_point(group, f"{method}|float32") for method in SCALES]
         ax.plot(*zip(*line, strict=True), color=_GREY, marker=".", label="the sum × λ")
-        for label in group.labels("float32"):
+        for label in group.labels("bf16"):
             method = label.partition("|")[0]
             if ":" in method or method == "task_arithmetic":
                 continue
