@@ -74,7 +74,7 @@ class Following:
             return {}
         if job.state != seen.get("state"):
             return {"state": job.state, "seen": {**seen, "state": job.state}}
-        changes: Changes = {"status": self._status(job)}
+        changes: Changes = {"status": self._status(job), "state": job.state}
         if len(job.log) != seen.get("log") or job.log[-1:] != [seen.get("last")]:
             seen |= {"log": len(job.log), "last": job.log[-1] if job.log else ""}
             changes["log"] = "\n".join(job.log)
@@ -82,7 +82,7 @@ class Following:
         if stamp != seen.get("picture"):
             seen["picture"] = stamp
             changes["gates"] = picture
-        return {**changes, "seen": seen} if len(changes) > 1 else changes
+        return {**changes, "seen": seen} if len(changes) > 2 else changes
 
     def refresh(self, form: Form, token: Token) -> Changes:
         """Show everything of a job again, when its state changed."""

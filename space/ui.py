@@ -20,7 +20,8 @@ from .texts import FROM_CODE, TITLE, step
 from .view_plan import here_html
 
 CSS = Path(__file__).with_name("style.css")
-TICK_S = 2.0
+# Two hundred pages that ask this often cost a tenth of a core (docs/performance.md).
+TICK_S = 5.0
 
 Parts = dict[str, Any]
 
