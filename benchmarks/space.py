@@ -179,8 +179,10 @@ def main() -> None:
             os.sched_setaffinity(0, cores[:1])  # inherited by the server and its merges
             space.start()
             os.sched_setaffinity(0, cores[-1:])
-            measure(space, args)
-            space.stop()
+            try:
+                measure(space, args)
+            finally:
+                space.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -212,7 +214,11 @@ def measure(space: Space, args: argparse.Namespace) -> None:
                 "the visitors came too late: use more --layers"
             )
             ask(space, "/cancel", job=first)
-            wait_for(lambda r=record: read(r)["state"] != "queued", "the merge to start")
+            wait_for(
+                lambda r=record: read(r)["state"] != "queued",
+                "the merge to start",
+                patience_s=300.0,
+            )
             before = server.cpu_times()
             seconds = seconds_of(record)
             after = server.cpu_times()
