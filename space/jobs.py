@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import shutil
 import subprocess
 import threading
@@ -13,7 +12,7 @@ from typing import Any
 from resmerge_stream.errors import RecipeError
 
 from .asked import Asked
-from .process import start_worker
+from .process import events, send, start_worker
 from .progress import Live, apply, begin
 from .records import (
     ACTIVE,
@@ -203,12 +202,9 @@ class Jobs:
         }
         last: dict[str, Any] = {}
         try:
-            with process, contextlib.suppress(BrokenPipeError):
-                if process.stdin is not None:
-                    process.stdin.write(json.dumps(request) + "\n")
-                    process.stdin.flush()
-                for line in process.stdout or ():
-                    last = json.loads(line)
+            with process:
+                send(process, request)
+                for last in events(process):
                     self._apply(job, last)
         finally:
             with self._changed:

@@ -1,9 +1,13 @@
-"""Starts the process of one merge, without any of the Space's secrets."""
+"""The process of one merge: started without any of the Space's secrets, asked, listened to."""
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from .settings import Settings
 
@@ -25,3 +29,23 @@ def start_worker(settings: Settings) -> "subprocess.Popen[str]":
         text=True,
         start_new_session=True,  # Ctrl-C on the server is told through the pipe
     )
+
+
+def send(process: "subprocess.Popen[str]", request: Mapping[str, Any]) -> None:
+    """Hand a worker its request, unless it ended or was cancelled before."""
+    # Closed by a cancel: ValueError; ended: BrokenPipeError.
+    with contextlib.suppress(BrokenPipeError, ValueError):
+        if process.stdin is not None:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+
+
+def events(process: "subprocess.Popen[str]") -> Iterator[dict[str, Any]]:
+    """Yield a worker's events until it ends; a line that was cut when it was killed is none."""
+    for line in process.stdout or ():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            yield event

@@ -30,7 +30,10 @@ _GRACE_S = 3.0
 
 def main() -> int:
     """Run the merge that standard input asks for; return its exit code, as the command line's."""
-    request = json.loads(sys.stdin.readline())
+    asked = sys.stdin.readline()
+    if not asked:
+        return 130  # cancelled before it was asked for anything
+    request = json.loads(asked)
     threading.Thread(target=_stop_when_told, daemon=True).start()
     try:
         for event in _events(request):

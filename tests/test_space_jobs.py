@@ -1,11 +1,15 @@
 """Jobs of the Space, as plain functions, with real merges in real processes."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+import space.jobs
 from resmerge_stream.errors import PublishError, RecipeError
 from resmerge_stream.sinks.hub_unfinished import Unfinished
 from space.asked import asked_from_dict
@@ -94,6 +98,54 @@ def test_a_merge_runs_by_itself_and_leaves_files(jobs):
     said = "\n".join([*job.log, json.dumps(report)])
     assert str(jobs.settings.folder) not in said
     assert "resmerge-tests" not in said
+
+
+@pytest.mark.parametrize(
+    "code",
+    ['print(\'{"event": "tens\', end="")', "print('no event at all')", "import os; os.close(0)"],
+    ids=["cut line", "strange line", "deaf"],
+)
+def test_a_broken_process_does_not_stop_the_queue(jobs, monkeypatch, code):
+    """What a merge's process leaves when it is ended by force ends its job, not the jobs behind."""
+    begin = space.jobs.start_worker
+    breaks = [True]
+
+    def start(settings):
+        if not breaks.pop():
+            return begin(settings)
+        breaks.append(False)
+        return subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    monkeypatch.setattr("space.jobs.start_worker", start)
+    broken, whole = (
+        jobs.submit(asked(jobs, BUILT_IN), owner="", key="k", token=None) for _ in range(2)
+    )
+
+    assert ended(broken) == "failed", broken.log
+    assert ended(whole) == "done", whole.log
+
+
+def test_a_job_cancelled_as_it_starts_does_not_stop_the_queue(jobs, monkeypatch):
+    """Cancelled between the start of its process and its request, a job makes way for the next."""
+    begin = space.jobs.start_worker
+
+    def start(settings):
+        process = begin(settings)
+        if not first.done:
+            first.done.append(True)
+            process.stdin.close()  # as `cancel` does
+        return process
+
+    first = SimpleNamespace(done=[])
+    monkeypatch.setattr("space.jobs.start_worker", start)
+    stopped, whole = (
+        jobs.submit(asked(jobs, BUILT_IN), owner="", key="k", token=None) for _ in range(2)
+    )
+
+    assert ended(stopped) in ("failed", "resumable"), stopped.log
+    assert ended(whole) == "done", whole.log
 
 
 def test_the_built_in_merge_is_asked_questions(tmp_path):
