@@ -149,7 +149,8 @@ def _decide(run: Run, shared: Shared[str]) -> _Decided:
     """Let every method decide about a piece, on the same task vectors."""
     lead = run.methods[shared.lead].merger
     if shared.lead_piece.tensor.rule is None:
-        return _Decided(shared, {key: Prepared(piece) for key, piece in shared.pieces.items()})
+        carried = {key: run.methods[key].merger.prepare(p) for key, p in shared.pieces.items()}
+        return _Decided(shared, carried)
     prepared, seconds = {}, {}
     try:
         base, vectors = lead.open(shared.lead_piece)
@@ -208,7 +209,10 @@ def _write_rows(
         for label, one in decided.prepared.items():
             started = time.monotonic()
             merger = run.methods[label].merger
-            updates[label] = merger.write_rows(one, rows, stack, base, write[label])
+            merged = merger.merge_rows(one, rows, stack, base)
+            one.kept.absorb(merged.kept)
+            write[label](merged.data)
+            updates[label] = merged.delta
             run.methods[label].seconds += time.monotonic() - started
         if not vectors.is_zero(rows):
             similarity.add(updates, stack)

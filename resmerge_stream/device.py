@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import RecipeError
+from .memory import KEPT_BUFFER_BYTES
 
 if TYPE_CHECKING:
     import torch
 
 _CGROUP = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60
-_M_MMAP_THRESHOLD = -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 # What --device may say; whether there is such a device is for `choose_device` to find out.
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
 
@@ -95,13 +96,22 @@ def private_memory() -> int:
 
 
 def keep_memory_steady() -> None:
-    """Have the C library give large buffers back at once, where it is glibc.
+    """Have the C library keep a row block's buffers and give larger ones back, where it is glibc.
 
-    By default it keeps freed buffers of up to 32 MB in the heap of the thread that freed them:
-    100 to 150 MB more than is in use, measured (docs/log.md).
+    By default it keeps freed buffers of up to 32 MB in the heap of the thread that freed them, 100
+    to 150 MB more than is in use; and gives back a heap's end beyond 128 kB, whose pages are then
+    zeroed anew for every block (measured, docs/log.md).
     """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        glibc = ctypes.CDLL(None)
+        glibc.mallopt(_M_MMAP_THRESHOLD, KEPT_BUFFER_BYTES)
+        glibc.mallopt(_M_TRIM_THRESHOLD, KEPT_BUFFER_BYTES)
+
+
+def give_memory_back() -> None:
+    """Have the C library return what it keeps for later buffers, where it is glibc."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def usable_cores() -> int:

@@ -11,7 +11,7 @@ import torch
 from .card import render_card
 from .counting import counted
 from .crew import Crew
-from .device import choose_device, keep_memory_steady, usable_cores
+from .device import choose_device, give_memory_back, keep_memory_steady, usable_cores
 from .errors import NonFiniteError
 from .events import Event, Finished, Planned, Progressed, Published, ShardFinished, TensorMerged
 from .layout import Shard
@@ -147,6 +147,7 @@ def _finish(
     plan: Plan, sink: Sink, merger: Merger, progress: Progress, crew: Crew
 ) -> Iterator[Event]:
     """Write the report and the card, and publish."""
+    give_memory_back()  # the card's picture needs some
     bytes_read, bytes_written, _ = progress.totals()
     report = build_report(
         plan,

@@ -16,11 +16,14 @@ DOUBLE_UP_TO = 2048
 FIXED_BYTES = 200_000_000
 # Room beside the largest matrix for others that are decided at the same time.
 SPARE_BYTES = 90_000_000
-# Elements of one row block; also the step of `task_vectors`. Its temporaries stay in a core's cache
-# and below the size that `device.keep_memory_steady` has the C library give back each time.
-BLOCK_ELEMENTS = 1 << 16
+# Elements of one row block; also the step of `task_vectors`. Smaller ones hand Python's lock over
+# oftener than they compute, larger ones leave the cache (docs/log.md).
+BLOCK_ELEMENTS = 1 << 18
+# The largest temporary of a row block, in float64, and a little more: what is freed up to this size
+# is kept for the next block, what is larger is given back at once.
+KEPT_BUFFER_BYTES = 4 << 20
 # A tensor merged by rows is read in ranges of about this many output bytes a source.
-PIECE_BYTES = 16_000_000
+PIECE_BYTES = 8_000_000
 # Bytes that are read ahead from the Hub, beside what is being merged. From a folder pages are
 # mapped, which is no private memory.
 HUB_WINDOW_BYTES = 192_000_000

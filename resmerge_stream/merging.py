@@ -6,23 +6,26 @@ number of threads changes no bit of the result.
 """
 
 import contextlib
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .device import usable_cores
 from .errors import NonFiniteError
 from .lanes import Lane, lanes_of
 from .methods import Rule, Site, Update
 from .pieces import Piece
+from .pipes import Ahead
 from .plan import Plan
-from .report import combine_slices, tensor_entry
+from .report import tensor_entry
+from .report_rows import ReportRow
 from .rounding import Kept, block_seed, cast
 from .specs import DTYPES, TensorSpec
-from .task_vectors import NonFiniteValues, TaskVectors, as_tensor
+from .stored_bytes import Gathered, as_tensor, bytes_of
+from .task_vectors import NonFiniteValues, TaskVectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class Prepared:
         piece: as read.
         base, vectors, update: W0 as stored, task vectors, decision; None if carried through.
         kept: what the cast kept of the update so far.
-        output: the merged bytes, in order.
+        output: the merged bytes; None if they are merged as they are written.
         remarks: for the report, on how it was made.
     """
 
@@ -42,23 +45,22 @@ class Prepared:
     vectors: TaskVectors | None = None
     update: Update | None = None
     kept: Kept = field(default_factory=Kept)
-    output: list[memoryview] = field(default_factory=list)
+    output: memoryview | None = None
     remarks: list[str] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the output."""
-        return sum(len(part) for part in self.output)
+        return len(self.output) if self.output is not None else 0
 
 
-@dataclass(slots=True)
-class _Row:
-    """What is known of a tensor while its pieces come."""
+@dataclass(frozen=True, slots=True)
+class MergedRows:
+    """A merged row block: its ΔW, float32; its bytes in the output dtype; what the cast kept."""
 
-    kept: Kept = field(default_factory=Kept)
-    gates: list[dict[str, Any]] = field(default_factory=list)
-    rules: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    delta: Tensor
+    data: memoryview
+    kept: Kept
 
 
 class Merger:
@@ -81,7 +83,7 @@ class Merger:
         self._layers = plan.layers
         self._stochastic = plan.options.rounding == "stochastic"
         self._sample = sample
-        self._row: _Row | None = None
+        self._row: ReportRow | None = None
 
     def prepare(self, piece: Piece) -> Prepared:
         """Merge a piece: task vectors, decision, cast. Safe in any thread, in any order.
@@ -92,7 +94,7 @@ class Merger:
             NonFiniteError: a weight is NaN or infinite, or overflows the output dtype.
         """
         if piece.tensor.rule is None:
-            return Prepared(piece, output=[piece.buffers[0]])
+            return Prepared(piece, output=piece.buffers[0])
         *all_but_last, last = self.lanes
         for lane in all_but_last:
             with contextlib.suppress(torch.OutOfMemoryError), lane.taken():
@@ -109,8 +111,10 @@ class Merger:
                 prepared = self.decide(piece, base, vectors)
             except NonFiniteValues as exc:
                 raise self.non_finite(piece.tensor.spec, exc.source) from exc
-            if rule.needs_matrix or rule.in_pieces:
-                self._write_all(prepared, prepared.output.append)
+            if self._plan.is_held(piece.tensor):
+                gathered = Gathered(self._output_bytes(piece))
+                self._write_all(prepared, gathered.append)
+                prepared = replace(prepared, output=gathered.data)
             undo.pop_all()
         prepared.remarks.extend([lane.remark] if lane.remark else [])
         return prepared
@@ -172,44 +176,68 @@ class Merger:
             prepared: in file order.
             write: takes the next bytes of the file.
         """
-        for part in prepared.output:
-            write(part)
+        if prepared.output is None:
+            self._write_all(prepared, write)
+        else:
+            write(prepared.output)
         piece = prepared.piece
         if piece.tensor.rule is None:
             return self.carried(piece.tensor.spec) if piece.is_last else None
-        if not prepared.output:  # too large to be held: written as it is merged
-            self._write_all(prepared, write)
         return self.end(prepared)
 
     def _write_all(self, prepared: Prepared, write: Callable[[memoryview], object]) -> None:
         piece, vectors = prepared.piece, prepared.vectors
         if vectors is None:
             raise RuntimeError("this piece was not prepared")
-        torch.set_num_threads(1)
+        held = self._plan.is_held(piece.tensor) or self.device.type != "cpu"
+        blocks = self._blocks(prepared, vectors) if held else self._blocks_ahead(prepared, vectors)
         try:
-            for rows in vectors.blocks():
-                self.write_rows(prepared, rows, vectors.stack(rows), vectors.base(rows), write)
+            for rows, merged in blocks:
+                prepared.kept.absorb(merged.kept)
+                write(merged.data)
                 piece.release(rows)
         except NonFiniteValues as exc:
             raise self.non_finite(piece.tensor.spec, exc.source) from exc
         self._sample()
         vectors.close()
 
-    def write_rows(
-        self,
-        prepared: Prepared,
-        rows: slice,
-        stack: Tensor,
-        base: Tensor,
-        write: Callable[[memoryview], object],
-    ) -> Tensor:
-        """Merge, cast and write a row block; return its ΔW.
+    def _blocks(
+        self, prepared: Prepared, vectors: TaskVectors
+    ) -> Iterator[tuple[slice, MergedRows]]:
+        """Merge row block after row block in this thread."""
+        torch.set_num_threads(1)
+        for rows in vectors.blocks():
+            yield rows, self.merge_rows(prepared, rows, vectors.stack(rows), vectors.base(rows))
+
+    def _blocks_ahead(
+        self, prepared: Prepared, vectors: TaskVectors
+    ) -> Iterator[tuple[slice, MergedRows]]:
+        """Merge row blocks in threads: while a large tensor is written, the others have to wait."""
+
+        def job(rows: slice) -> Callable[[], tuple[slice, MergedRows]]:
+            def merge() -> tuple[slice, MergedRows]:
+                torch.set_num_threads(1)
+                stack = vectors.stack(rows)
+                return rows, self.merge_rows(prepared, rows, stack, vectors.base(rows))
+
+            return merge
+
+        cores = usable_cores()
+        jobs = ((1, job(rows)) for rows in vectors.blocks())
+        with contextlib.closing(Ahead(jobs, cores, workers=cores)) as ahead:
+            for held in ahead:
+                yield held.value
+                held.release()
+
+    def merge_rows(
+        self, prepared: Prepared, rows: slice, stack: Tensor, base: Tensor
+    ) -> MergedRows:
+        """Merge and cast a row block. Safe in any thread, in any order.
 
         Args:
             prepared: what was decided.
             rows: of the piece.
             stack, base: the task vectors and W0 there.
-            write: takes the next bytes of the file.
 
         Raises:
             NonFiniteError: a weight overflows the output dtype.
@@ -222,30 +250,28 @@ class Merger:
             merged = prepared.base[rows].to(self._dtype(piece))  # signed zeros included
         else:
             merged = cast(base + delta, self._dtype(piece), seed=self._cast_seed(piece, rows))
-        prepared.kept.add(delta, merged.to(base.device, torch.float32) - base)
-        if prepared.kept.overflowed:
+        kept = Kept()
+        kept.add(delta, merged.to(base.device, torch.float32) - base)
+        if kept.overflowed:
             raise NonFiniteError(
                 f"{piece.tensor.spec.name} overflows {DTYPES[piece.tensor.spec.dtype].torch_name} "
                 "after the merge. Give --dtype bfloat16 or float32, or smaller parameters."
             )
-        write(_bytes_of(merged))
-        return delta
+        return MergedRows(delta, bytes_of(merged), kept)
 
     def end(self, prepared: Prepared) -> dict[str, Any] | None:
         """Note that a piece is written; return the tensor's row of the report after its last."""
         piece, vectors, update = prepared.piece, prepared.vectors, prepared.update
         if vectors is None or update is None or piece.tensor.rule is None:
             raise RuntimeError("this piece was not prepared")
-        row = self._row or _Row()
-        row.kept.absorb(prepared.kept)
-        row.rules.append("copy" if vectors.is_zero() else update.rule)
-        for text in (*update.warnings, *prepared.remarks):
-            if text not in row.warnings:
-                row.warnings.append(text)
-        if update.gates:
-            row.gates.append(dict(update.gates))
+        row = self._row or ReportRow()
+        row.add(update, prepared.kept, prepared.remarks, is_zero=vectors.is_zero())
         self._row = None if piece.is_last else row
-        return _entry(piece.tensor.spec, piece.tensor.rule, row) if piece.is_last else None
+        return row.entry(piece.tensor.spec, piece.tensor.rule) if piece.is_last else None
+
+    def _output_bytes(self, piece: Piece) -> int:
+        rows, columns = piece.matrix_shape
+        return rows * columns * DTYPES[piece.tensor.spec.dtype].nbytes
 
     def _dtype(self, piece: Piece) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, DTYPES[piece.tensor.spec.dtype].torch_name)
@@ -270,30 +296,3 @@ class Merger:
             f"{spec.name} of {checkpoint.id} holds NaN or infinite values (or differences too "
             "large for float32). A merge would spread them; repair or replace that checkpoint."
         )
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.cpu().contiguous().flatten().view(torch.uint8)
-    return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's stubs lack Buffer on 3.11
-
-
-def _entry(spec: TensorSpec, rule: Rule, row: _Row) -> dict[str, Any]:
-    gates: dict[str, Any] = {}
-    if len(row.gates) == 1 and len(row.rules) == 1:
-        gates = row.gates[0]
-    elif row.gates:
-        gates = combine_slices(row.gates)
-    applied = [name for name in row.rules if name != "copy"]
-    return tensor_entry(
-        **gates,
-        name=spec.name,
-        role=rule.role.value,
-        shape=list(spec.shape),
-        dtype=spec.dtype,
-        rule=Counter(applied).most_common(1)[0][0] if applied else "copy",
-        update_norm=row.kept.update_norm,
-        kept_norm=row.kept.kept_norm,
-        kept_cosine=row.kept.kept_cosine,
-        changed_fraction=row.kept.changed_fraction,
-        warnings=row.warnings,
-    )

@@ -197,9 +197,19 @@ class Plan:
         block = block_bytes(count, m, n)
         output = m * n * DTYPES[tensor.spec.dtype].nbytes
         if not tensor.rule.needs_matrix:
-            return block + (min(output, PIECE_BYTES) if tensor.rule.in_pieces else 0)
+            return block + (min(output, PIECE_BYTES) if self.is_held(tensor) else 0)
         scratch = self.opened[1].scratch_bytes(m, n, count)
         return block + output + matrix_bytes(m, n, count, scratch, resident=tensor.resident)
+
+    def is_held(self, tensor: PlannedTensor) -> bool:
+        """Return whether a piece of a tensor is merged in one go, its output held until it is due.
+
+        Otherwise it is decided first, and merged as it is written.
+        """
+        rule = tensor.rule
+        if rule is None or rule.needs_matrix or rule.in_pieces:
+            return True
+        return tensor.spec.nbytes <= PIECE_BYTES
 
     def side_files(self) -> dict[str, bytes]:
         """Return the small output files that do not depend on the merge, by name."""

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .memory import BLOCK_ELEMENTS
-from .specs import DTYPES
 
 T = TypeVar("T")
 _DOT_CHUNK = 4096
@@ -82,13 +81,6 @@ def block_rows(m: int, n: int) -> int:
     return min(rows, max(m, 1))
 
 
-def as_tensor(buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """Return stored bytes as a CPU tensor of their dtype, sharing the memory."""
-    if len(buffer) == 0:
-        return torch.empty(shape, dtype=getattr(torch, DTYPES[dtype].torch_name))
-    return torch.frombuffer(buffer, dtype=getattr(torch, DTYPES[dtype].torch_name)).view(shape)
-
-
 class TaskVectors:
     """The task vectors of N experts for one matrix of shape (m, n).
 
@@ -115,9 +107,11 @@ class TaskVectors:
         self._release = release
         self._lent: dict[str, Tensor] = {}
         self._whole: Tensor | None = None
-        self._gram = torch.zeros(self.count, self.count, dtype=torch.float64)
         self._made: dict[Hashable, Any] = {}
-        self._summed: dict[int, bool] = {}  # start row of a block → whether it is all zero
+        # Of each block that was read; taken at once, so that no heap is broken into pieces.
+        blocks = -(-self.shape[0] // block_rows(*self.shape))
+        self._grams = torch.zeros(blocks, self.count, self.count, dtype=torch.float64)
+        self._summed = [False] * blocks
         if resident:
             try:
                 self._whole = self._resident()
@@ -163,7 +157,7 @@ class TaskVectors:
     def stack(self, rows: slice) -> Tensor:
         """Return all Δ_i of some rows, float32, shape (N, b, n).
 
-        The memory may be reused by the next call. Not to be modified.
+        The memory may be reused by the thread's next call. Not to be modified.
 
         Raises:
             NonFiniteValues: some of these values are NaN or infinite, or overflow float32.
@@ -171,7 +165,8 @@ class TaskVectors:
         if self._whole is not None:
             return self._whole[:, rows]
         b, n = rows.stop - rows.start, self.shape[1]
-        stack = self._buffer("block", self.count * b * n).view(self.count, b, n)
+        use = f"block of {threading.get_ident()}"
+        stack = self._buffer(use, self.count * b * n).view(self.count, b, n)
         self._subtract(rows, stack)
         self._sum(rows, stack)
         return stack
@@ -195,16 +190,18 @@ class TaskVectors:
             NonFiniteValues: as `stack`.
         """
         for rows in self.blocks():
-            if rows.start not in self._summed:
+            if not self._summed[self._number(rows)]:
                 self.stack(rows)
-        return self._gram
+        # In the order of the rows, whatever the order in which they were first read.
+        total = torch.zeros(self.count, self.count, dtype=torch.float64)
+        for gram in self._grams:
+            total += gram
+        return total
 
     def is_zero(self, rows: slice | None = None) -> bool:
         """Return whether every Δ_i is zero in a block that was read, or in the whole matrix."""
-        if rows is not None:
-            return self._summed[rows.start]
-        self.gram()
-        return all(self._summed.values())
+        gram = self.gram() if rows is None else self._grams[self._number(rows)]
+        return not gram.diagonal().any()
 
     def project(self, V: Tensor) -> Tensor:
         """Return Δ_j·V for all j: V of shape (n, c), result of shape (N, m, c) and V's dtype."""
@@ -245,13 +242,17 @@ class TaskVectors:
         return lent[:numel]
 
     def _sum(self, rows: slice, stack: Tensor) -> None:
-        if rows.start in self._summed:
+        number = self._number(rows)
+        if self._summed[number]:
             return
         gram = block_gram(stack)
         if not torch.isfinite(gram).all():
             raise NonFiniteValues(self._culprit(rows))
-        self._gram += gram
-        self._summed[rows.start] = not bool(gram.diagonal().any())
+        self._grams[number] = gram
+        self._summed[number] = True
+
+    def _number(self, rows: slice) -> int:
+        return rows.start // block_rows(*self.shape)
 
     def _culprit(self, rows: slice) -> int:
         if not torch.isfinite(self._base[rows].float()).all():

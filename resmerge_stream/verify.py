@@ -20,7 +20,8 @@ from .report_schema import MAX_REPORT_BYTES, parse_report
 from .sinks.folder import REPORT
 from .sources import Checkpoint, open_checkpoint
 from .specs import DTYPES
-from .task_vectors import as_tensor, block_rows
+from .stored_bytes import as_tensor
+from .task_vectors import block_rows
 
 RECIPE = "resmerge/recipe.yml"
 _READ_BYTES = 1 << 24

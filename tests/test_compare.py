@@ -2,8 +2,11 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from resmerge_stream import Recipe, plan_merge, run_merge
 from resmerge_stream.compare import run_comparison
@@ -13,6 +16,7 @@ from resmerge_stream.plan import Options
 from resmerge_stream.recipe import ModelRef
 from resmerge_stream.sources.local import LocalCheckpoint
 from resmerge_stream.synthetic import Shape, Updates, write_group
+from tests.checkpoints import read_tensors
 
 SMALL = Shape(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=64)
 METHODS = ("resmerge", "ties", "tsv_m", "star", "svc:inner=ties", "ram_plus", "dare_ties", "mean")
@@ -46,6 +50,22 @@ def test_every_method_gives_the_bytes_of_its_own_merge(recipe, tmp_path):
         label = text.replace(":", "-")
         for file in sorted(folder.glob("*.safetensors*")):
             assert file.read_bytes() == (tmp_path / "out" / label / file.name).read_bytes(), text
+
+
+def test_what_no_method_merges_is_carried_into_every_folder(recipe, tmp_path):
+    """A tensor that the base alone has is the same in every method's model."""
+    own = torch.arange(12.0).reshape(3, 4)
+    base = Path(recipe.base.id)
+    for file in base.glob("model*"):
+        file.unlink()
+    others = read_tensors(Path(recipe.experts[0].id))
+    save_file(others | {"vision.proj.weight": own}, base / "model.safetensors")
+
+    compared(recipe, ("mean", "ram"), tmp_path / "out", tmp_path / "work")
+
+    for label in ("mean", "ram"):
+        merged = read_tensors(tmp_path / "out" / label)
+        assert torch.equal(merged["vision.proj.weight"], own), label
 
 
 def test_each_tensor_is_read_once(recipe, tmp_path, monkeypatch):

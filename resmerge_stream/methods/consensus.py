@@ -46,7 +46,7 @@ class Consensus(MergeMethod):
             total = torch.zeros_like(stack[0], dtype=torch.float64)
             for delta in stack:
                 total.add_(delta)
-            users = torch.zeros_like(total)
+            users = torch.zeros_like(stack[0])
             for delta in stack:
                 # The sign of |Δᵢ| − λ|τ − Δᵢ| stands for a comparison, ten times slower in torch.
                 margin = (total - delta).abs_().mul_(-self.mask_lambda).add_(delta.abs())

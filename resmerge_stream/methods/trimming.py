@@ -2,16 +2,19 @@
 
 Float32 patterns of non-negative numbers are ordered like the numbers. A first pass counts their
 upper 16 bits, a second the lower 16 inside the bin where the threshold lies; both together give the
-K-th largest magnitude exactly, whatever the number of elements. Not a method itself.
+K-th largest magnitude exactly, whatever the number of elements. For one tensor, which is at hand,
+one pass with a bracket is tried first (`running_rank`). Not a method itself.
 """
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .base import Site
+from .running_rank import RunningRank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,17 +110,51 @@ def tensor_thresholds(
         change: what to count of a row block instead of its Δ.
     """
 
-    def counted(tally: Tally) -> Tally:
-        for rows in vectors.blocks():
+    def changed() -> Iterator[Sequence[Tensor] | Tensor]:
+        for rows in _scattered(vectors.blocks()):
             stack = vectors.stack(rows)
-            tally.add(stack if change is None else change(rows, stack))
-        return tally
+            yield stack if change is None else change(rows, stack)
 
     m, n = vectors.shape
     if m * n == 0:
         return [0.0] * vectors.count
-    bins, ranks = counted(Tally(vectors.count)).find([keep_count(m * n, density)] * vectors.count)
-    return _thresholds(bins, counted(Tally(vectors.count, bins)), ranks)
+    rank = keep_count(m * n, density)
+    if vectors.device.type == "cpu":
+        found = _running_thresholds(changed(), vectors.count, rank, m * n)
+        if found is not None:
+            return found
+    upper = Tally(vectors.count)
+    for stack in changed():
+        upper.add(stack)
+    bins, ranks = upper.find([rank] * vectors.count)
+    lower = Tally(vectors.count, bins)
+    for stack in changed():
+        lower.add(stack)
+    return _thresholds(bins, lower, ranks)
+
+
+def _scattered(blocks: Sequence[slice]) -> list[slice]:
+    """Return the blocks in an order in which the first ones are like all of them.
+
+    Rows of an embedding, say, are ordered by how frequent their tokens are.
+    """
+    golden = (math.sqrt(5) - 1) / 2
+    return [blocks[i] for i in sorted(range(len(blocks)), key=lambda i: i * golden % 1)]
+
+
+def _running_thresholds(
+    stacks: Iterable[Sequence[Tensor] | Tensor], experts: int, rank: int, total: int
+) -> list[float] | None:
+    """Return the thresholds from one pass, or None where it does not suffice."""
+    import numpy as np
+    import torch
+
+    finders = [RunningRank(rank, total) for _ in range(experts)]
+    for stack in stacks:
+        for finder, delta in zip(finders, stack, strict=True):
+            finder.add(delta.abs().view(torch.int32).flatten().numpy().view(np.uint32))
+    patterns = [finder.result() for finder in finders]
+    return None if None in patterns else [_magnitude(p) for p in patterns if p is not None]
 
 
 class ModelThresholds:
@@ -158,5 +195,8 @@ def _thresholds(bins: Sequence[int], lower: Tally, ranks: Sequence[int]) -> list
     if not len(ranks):
         return [0.0] * len(bins)
     slots, _ = lower.find(ranks)
-    patterns = [(upper << 16) + slot for upper, slot in zip(bins, slots, strict=True)]
-    return [float(struct.unpack("<f", struct.pack("<I", pattern))[0]) for pattern in patterns]
+    return [_magnitude((upper << 16) + slot) for upper, slot in zip(bins, slots, strict=True)]
+
+
+def _magnitude(pattern: int) -> float:
+    return float(struct.unpack("<f", struct.pack("<I", pattern))[0])
