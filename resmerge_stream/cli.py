@@ -19,6 +19,7 @@ from .cli_options import (
 )
 from .cli_studies import add_analyse, add_compare, analyse, compare
 from .cli_submit import add_submit, submit
+from .collecting import lasting_imports
 from .crew import Crew, ToldError, crew_of_launcher
 from .errors import RecipeError, ResMergeError, StoppedError
 from .group import launched
@@ -188,7 +189,8 @@ def _run(
     crew: Crew | None = None,
 ) -> int:
     plan.raise_if_refused()
-    from .engine import run_merge
+    with lasting_imports():
+        from .engine import run_merge
 
     events = run_merge(plan, out=out, work_dir=work_dir, crew=crew)
     is_silent = crew is not None and not crew.is_main

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from . import console
 from .cli_options import add_recipe, options_of, recipe_of
+from .collecting import lasting_imports
 from .errors import RecipeError
 from .events import Event
 from .plan import Plan, plan_merge
@@ -66,7 +67,8 @@ def compare(args: argparse.Namespace) -> int:
         recipe_of(args), names, options_of(args), out=args.out, report_only=args.report_only
     )
     comparison.raise_if_refused()
-    from .compare import run_comparison
+    with lasting_imports():
+        from .compare import run_comparison
 
     console.say(f"memory: at most {format_size(comparison.peak_memory_bytes)} private")
     _show(run_comparison(comparison, work_dir=args.work_dir), args, table="comparison.md")
@@ -84,7 +86,8 @@ def analyse(args: argparse.Namespace, run_plan: RunPlan) -> int:
     Raises:
         ResMergeError: it was refused, or stopped.
     """
-    from .analyse import component_recipe, plan_analysis, run_analysis
+    with lasting_imports():
+        from .analyse import component_recipe, plan_analysis, run_analysis
     from .recipe import ModelRef
 
     recipe = recipe_of(args)

@@ -105,7 +105,7 @@ def keep_memory_steady() -> None:
     with contextlib.suppress(OSError, AttributeError):
         glibc = ctypes.CDLL(None)
         glibc.mallopt(_M_MMAP_THRESHOLD, KEPT_BUFFER_BYTES)
-        glibc.mallopt(_M_TRIM_THRESHOLD, KEPT_BUFFER_BYTES)
+        glibc.mallopt(_M_TRIM_THRESHOLD, 4 * KEPT_BUFFER_BYTES)
 
 
 def give_memory_back() -> None:

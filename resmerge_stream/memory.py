@@ -24,6 +24,8 @@ BLOCK_ELEMENTS = 1 << 18
 KEPT_BUFFER_BYTES = 4 << 20
 # A tensor merged by rows is read in ranges of about this many output bytes a source.
 PIECE_BYTES = 8_000_000
+# A tensor that is merged by rows but decided whole is held when its output is not larger than this.
+HELD_BYTES = 24_000_000
 # Bytes that are read ahead from the Hub, beside what is being merged. From a folder pages are
 # mapped, which is no private memory.
 HUB_WINDOW_BYTES = 192_000_000

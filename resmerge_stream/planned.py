@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .device import DEVICE, Machine, machine_share
 from .errors import PlanRefusedError, RecipeError, shown
 from .layout import Shard, index_json
-from .memory import PIECE_BYTES, block_bytes, matrix_bytes
+from .memory import HELD_BYTES, PIECE_BYTES, block_bytes, matrix_bytes
 from .methods import MergeMethod, Rule
 from .publication import Publication
 from .recipe import ModelRef, Recipe
@@ -197,7 +197,8 @@ class Plan:
         block = block_bytes(count, m, n)
         output = m * n * DTYPES[tensor.spec.dtype].nbytes
         if not tensor.rule.needs_matrix:
-            return block + (min(output, PIECE_BYTES) if self.is_held(tensor) else 0)
+            held = PIECE_BYTES if tensor.rule.in_pieces else HELD_BYTES
+            return block + (min(output, held) if self.is_held(tensor) else 0)
         scratch = self.opened[1].scratch_bytes(m, n, count)
         return block + output + matrix_bytes(m, n, count, scratch, resident=tensor.resident)
 
@@ -209,7 +210,7 @@ class Plan:
         rule = tensor.rule
         if rule is None or rule.needs_matrix or rule.in_pieces:
             return True
-        return tensor.spec.nbytes <= PIECE_BYTES
+        return tensor.spec.nbytes <= HELD_BYTES
 
     def side_files(self) -> dict[str, bytes]:
         """Return the small output files that do not depend on the merge, by name."""

@@ -252,7 +252,8 @@ class TaskVectors:
         self._summed[number] = True
 
     def _number(self, rows: slice) -> int:
-        return rows.start // block_rows(*self.shape)
+        start: int = rows.start
+        return start // block_rows(*self.shape)
 
     def _culprit(self, rows: slice) -> int:
         if not torch.isfinite(self._base[rows].float()).all():
