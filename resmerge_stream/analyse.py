@@ -182,8 +182,8 @@ def _analysed(
             held.release()
             result.release()
     finally:
+        reader.close()  # before the analyser, which may be waiting for it
         analyser.close()
-        reader.close()
 
 
 def _measure(merger: Merger, piece: Piece, groups: Mapping[str, list[int]]) -> dict[str, Any]:

@@ -122,7 +122,6 @@ def _decided(
     plans = {label: run.comparison.plans[label] for label in labels}
     limit = run.comparison.first.read_ahead_bytes or READ_AHEAD_BYTES
     reader = Ahead(shared_reads(plans, names, reads), limit)
-    threads.callback(reader.close)
 
     def decisions() -> Iterator[tuple[int, Callable[[], tuple[Any, _Decided]]]]:
         for held in reader:
@@ -136,6 +135,7 @@ def _decided(
 
     decider = Ahead(decisions(), run.comparison.working_bytes, workers=workers(run.device))
     threads.callback(decider.close)
+    threads.callback(reader.close)  # before the decider, which may be waiting for it
     for result in decider:
         held, decided = result.value
         yield decided

@@ -219,7 +219,6 @@ def _prepared(
     """
     tensors = [plan.tensors[spec.name] for spec in shard.tensors]
     reader = Ahead(reads(plan, tensors), plan.read_ahead_bytes or READ_AHEAD_BYTES)
-    threads.callback(reader.close)
 
     def decisions() -> Iterator[tuple[int, Callable[[], tuple[Held[Piece], Prepared]]]]:
         for held in reader:
@@ -237,6 +236,7 @@ def _prepared(
         keeps=lambda done: done[1].nbytes,
     )
     threads.callback(decider.close)
+    threads.callback(reader.close)  # before the decider, which may be waiting for it
     for decided in decider.within(_TICK_S):
         if decided is None:
             yield None

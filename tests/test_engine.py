@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import threading
 
 import pytest
 import torch
@@ -187,6 +188,19 @@ def test_closing_in_the_middle_of_a_shard_leaves_no_part_of_it(group, tmp_path):
 
     assert not list(out.glob("*.part"))
     assert not list(out.glob("*.safetensors"))
+
+
+def test_closing_ends_while_the_reader_waits_for_room(group, tmp_path, monkeypatch):
+    """A merge that is cancelled ends, also where no more may be read before something is merged."""
+    monkeypatch.setattr("resmerge_stream.engine.READ_AHEAD_BYTES", 1)
+    events = start(group, tmp_path / "out", options=None)
+    assert next(event for event in events if event.name == "tensor")
+    closing = threading.Thread(target=events.close, daemon=True)
+
+    closing.start()
+    closing.join(timeout=60)
+
+    assert not closing.is_alive()
 
 
 def test_a_finished_merge_is_not_done_again(group, tmp_path):
