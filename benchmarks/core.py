@@ -18,6 +18,11 @@ from resmerge_stream.synthetic import QWEN25_05B, Shape, Updates, write_group
 from .measure import alternate, machine, median_seconds, merge_command, run, scratch_folder
 
 MB = 1_000_000
+_BY_ROWS = {
+    "mean": ("mean",), "task_arithmetic": ("task_arithmetic",),
+    "ties, trim: tensor": ("ties", "--set", "trim=tensor"),
+    "ram": ("ram",), "karcher": ("karcher",), "consensus": ("consensus",),
+}  # fmt: skip
 
 
 def group(folder: Path, name: str, shape: Shape, updates: Updates) -> Path:
@@ -50,18 +55,20 @@ def speed(folder: Path, times: int) -> None:
         "import torch": [sys.executable, "-c", "import torch"],
         "resmerge, gap": merge_command(gap, out),
         "resmerge, no gap": merge_command(noise, out),
-        "mean": merge_command(gap, out, "--method", "mean"),
-        "task_arithmetic": merge_command(gap, out, "--method", "task_arithmetic"),
     }
+    for name, options in _BY_ROWS.items():
+        commands[name] = merge_command(gap, out, "--method", *options)
     runs = alternate(commands, times=times, before=lambda _: _remove(out))
     seconds = {name: median_seconds(results) for name, results in runs.items()}
     reference = seconds["floor: read four files, write one"] + seconds["import torch"]
-    print(f"{'whole process':40} {'median s':>9} {'min':>6} {'max':>6} {'÷ (floor + torch)':>18}")
+    head = f"{'whole process':40} {'median s':>9} {'min':>6} {'max':>6} {'÷ (floor + torch)':>18}"
+    print(f"{head}  peak")
     for name, results in runs.items():
         low, high = min(r.seconds for r in results), max(r.seconds for r in results)
         ratio = f"{seconds[name] / reference:.2f}"
-        print(f"{name:40} {seconds[name]:9.2f} {low:6.2f} {high:6.2f} {ratio:>18}")
-    print("targets: resmerge gap ≤ 4, no gap ≤ 8 (S1); mean, task_arithmetic ≤ 3 (S3)")
+        peak = max(r.peak_private for r in results) / MB
+        print(f"{name:40} {seconds[name]:9.2f} {low:6.2f} {high:6.2f} {ratio:>18} {peak:.0f} MB")
+    print("targets: resmerge gap ≤ 4, no gap ≤ 8 (S1); by rows ≤ 3, ties by tensor ≤ 5 (S3)")
 
 
 def solvers(folder: Path, times: int) -> None:

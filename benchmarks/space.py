@@ -5,7 +5,8 @@ asking for news of that merge every few seconds, as the page does. The server an
 one core, the visitors on another, so that the visitors' own work is not counted; on two cores of
 its own a Space has more to spare. The time is the merge's own, from its plan to its last file.
 Beside it stands the CPU time of server and merge together: on a core that they have to themselves
-it is the same, and what else runs on the machine hardly changes it.
+it is the same, and what else runs on the machine hardly changes it. ``--together`` lets all of them
+have all cores, as on a Space of two: then the visitors' own work counts as well, an upper bound.
 """
 
 import argparse
@@ -159,6 +160,10 @@ def main() -> None:
     options.add_argument("--times", type=int, default=3)
     options.add_argument("--layers", type=int, default=16)
     options.add_argument("--hidden", type=int, default=896)
+    options.add_argument(
+        "--together", action="store_true",
+        help="server, merge and visitors on all cores: what the visitors do counts, too",
+    )  # fmt: skip
     options.add_argument("--watch", metavar="URL?job=JOB", help=argparse.SUPPRESS)
     args = options.parse_args()
     if args.watch:
@@ -176,9 +181,9 @@ def main() -> None:
             copy_with_larger_models(folder / "app", shape)
             quiet = {"RESMERGE_SPACE_PROMPTS": "0"}  # the merge alone, no questions after it
             space = Space(hub, folder / "space", quiet, in_space=False, root=folder / "app")
-            os.sched_setaffinity(0, cores[:1])  # inherited by the server and its merges
+            os.sched_setaffinity(0, cores if args.together else cores[:1])  # inherited by both
             space.start()
-            os.sched_setaffinity(0, cores[-1:])
+            os.sched_setaffinity(0, cores if args.together else cores[-1:])
             try:
                 measure(space, args)
             finally:
@@ -194,7 +199,8 @@ def measure(space: Space, args: argparse.Namespace) -> None:
     alone: list[tuple[float, float]] = []
     watched: list[tuple[float, float]] = []
     command = [sys.executable, "-m", "benchmarks.space", "--visitors", str(args.visitors)]
-    print(f"{machine()}; server and merge on one of them\n")
+    where = "visitors with them" if args.together else "server and merge on one core"
+    print(f"{machine()}; {where}\n")
     print("| merge | seconds | CPU s | of it the server | polls | failed | 95 % answered within |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for number in range(args.times + 1):
