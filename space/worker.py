@@ -30,6 +30,8 @@ _GRACE_S = 3.0
 
 def main() -> int:
     """Run the merge that standard input asks for; return its exit code, as the command line's."""
+    # A server that a shell started in the background ignores interrupts, and so would this process.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     asked = sys.stdin.readline()
     if not asked:
         return 130  # cancelled before it was asked for anything
