@@ -1,6 +1,5 @@
 """Following a job on the page: attach, watch, cancel, continue, result; and finding old ones."""
 
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,8 +13,9 @@ from . import view, view_report
 from .asked import asked_from_dict
 from .downloads import downloads
 from .explore import Opened, open_report
-from .figures import live_html, report_html
+from .figures import report_html
 from .identity import Visitor, secret_key
+from .news import News
 from .records import ACTIVE, CONTINUABLE, DONE, FAILED, Job
 from .service import Service
 from .words import notice
@@ -23,8 +23,8 @@ from .words import notice
 Form = Mapping[str, Any]
 Changes = dict[str, Any]
 Token = gr.OAuthToken | None
-# For how long what was found on the Hub is believed, and how often the running picture changes.
-_FOUND_S, _PICTURE_S = 300.0, 4.0
+# For how long what was found on the Hub is believed.
+_FOUND_S = 300.0
 
 
 class Following:
@@ -32,13 +32,12 @@ class Following:
 
     Args:
         service: behind the page.
+        news: what a running job shows.
     """
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, service: Service, news: News) -> None:
+        self._service, self._news = service, news
         self._found: dict[str, tuple[float, list[Unfinished]]] = {}
-        self._pictures: dict[str, tuple[float, int, str]] = {}
-        self._lock = threading.Lock()
 
     def attach(self, job_id: str, visitor: Visitor, secret: str, *, asked: bool) -> Changes:
         """Show a job from now on; where there is none, only say so if it was asked for."""
@@ -54,35 +53,13 @@ class Following:
             }  # fmt: skip
         return {
             "job": job.id,
-            "seen": {"job": job.id, "state": job.state, "shown": job.state},
+            "seen": {"job": job.id, "shown": job.state},
             "state": job.state,
             "follow": gr.update(visible=True),
             "link": view.link_html(job.id),
             "watching": gr.update(active=job.state in ACTIVE),
             **self._shown(job, visitor, secret),
         }
-
-    def tick(self, form: Form, token: Token) -> Changes:
-        """Bring what is shown of a running job up to date; what did not change is left alone.
-
-        Hundreds of pages ask this every few seconds, so it takes one value and few outputs; a new
-        state only changes `state`, which makes the page call `refresh`.
-        """
-        seen = dict(form.get("seen") or {})
-        job = self._service.jobs.get(str(seen.get("job") or ""))
-        if job is None or (job.owner and job.owner != self._visitor(token).name):
-            return {}
-        if job.state != seen.get("state"):
-            return {"state": job.state, "seen": {**seen, "state": job.state}}
-        changes: Changes = {"status": self._status(job), "state": job.state}
-        if len(job.log) != seen.get("log") or job.log[-1:] != [seen.get("last")]:
-            seen |= {"log": len(job.log), "last": job.log[-1] if job.log else ""}
-            changes["log"] = "\n".join(job.log)
-        stamp, picture = self._picture(job)
-        if stamp != seen.get("picture"):
-            seen["picture"] = stamp
-            changes["gates"] = picture
-        return {**changes, "seen": seen} if len(changes) > 2 else changes
 
     def refresh(self, form: Form, token: Token) -> Changes:
         """Show everything of a job again, when its state changed."""
@@ -95,7 +72,7 @@ class Following:
             return {}  # whoever changed the state has shown it
         return {
             **self._shown(job, self._visitor(token), _secret(form)),
-            "seen": {**seen, "state": job.state, "shown": job.state},
+            "seen": {**seen, "shown": job.state},
             "state": job.state,
             "watching": gr.update(active=job.state in ACTIVE),
         }
@@ -185,9 +162,9 @@ class Following:
     def _shown(self, job: Job, visitor: Visitor, secret: str) -> Changes:
         own = job.owner == visitor.name if job.owner else job.key in ("", secret_key(secret))
         changes: Changes = {
-            "status": self._status(job),
+            "status": self._news.status(job),
             "log": "\n".join(job.log),
-            "gates": self._picture(job)[1] if job.state != DONE else "",
+            "gates": self._news.picture(job)[1] if job.state != DONE else "",
             "done": gr.update(visible=job.state == DONE),
             **_buttons(job, may_change=own),
         }
@@ -205,23 +182,6 @@ class Following:
             files = downloads(job, self._service.jobs.result(job), opened.report)
             changes["files"] = gr.update(value=[str(path) for path in files], visible=True)
         return changes
-
-    def _status(self, job: Job) -> str:
-        return view.status_html(job, place=self._service.jobs.place(job))
-
-    def _picture(self, job: Job) -> tuple[int, str]:
-        """Return the running picture, drawn at most every few seconds for all who watch."""
-        rows = self._service.jobs.live(job).rows
-        now, count = time.monotonic(), len(rows)
-        with self._lock:
-            drawn = self._pictures.get(job.id)
-            if drawn is not None and (drawn[1] == count or now - drawn[0] < _PICTURE_S):
-                return drawn[1], drawn[2]
-            picture = live_html(rows[:count])
-            self._pictures[job.id] = (now, count, picture)
-            for old in list(self._pictures)[:-50]:
-                del self._pictures[old]
-            return count, picture
 
     def _on_hub(self, visitor: Visitor) -> list[Unfinished]:
         if not visitor.token:

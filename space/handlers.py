@@ -15,6 +15,7 @@ from .examples import examples, is_built_in
 from .following import Following
 from .forms import ROWS, document_of, form_of, without_row
 from .identity import Visitor, on_space, secret_key
+from .news import News
 from .service import Service
 from .view_plan import plan_html
 from .words import notice
@@ -32,11 +33,12 @@ class Handlers:
 
     Args:
         service: behind the page.
+        news: what a running job shows.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, news: News) -> None:
         self._service = service
-        self.following = Following(service)
+        self.following = Following(service, news)
 
     def load(self, form: Form, request: gr.Request, token: Token) -> Changes:
         """Show who somebody is, and attach to the job in the address or the one remembered."""

@@ -122,11 +122,9 @@ class Jobs:
         return self._live.get(job.id) or Live()
 
     def place(self, job: Job) -> int:
-        """Return how many jobs are before a queued one, those that run included."""
-        with self._changed:
-            if job.id not in self._queue:
-                return 0
-            return self._queue.index(job.id) + len(self._processes)
+        """Return how many jobs are before a queued one, those that run included; never waits."""
+        queue = list(self._queue)
+        return queue.index(job.id) + len(self._processes) if job.id in queue else 0
 
     def report(self, job: Job) -> bytes | None:
         """Return the report of a finished job as JSON, or None."""

@@ -2,6 +2,7 @@
 
 import gradio as gr
 
+from .news import News
 from .service import Service
 from .settings import Settings, read_settings
 from .ui import CSS, build_page
@@ -44,12 +45,14 @@ def launch(settings: Settings | None = None, *, block: bool = True, port: int | 
         port: any free one from 7860 when None.
     """
     service = Service.of(settings or read_settings())
-    app = build_page(service)
+    news = News(service)
+    app = build_page(service, news)
     try:
         _, address, _ = app.launch(
             theme=theme(),
             css_paths=[CSS],
             server_port=port,
+            app_kwargs={"routes": [news.route()]},
             mcp_server=True,
             run_history=False,  # it would keep what is typed here in the browser
             allowed_paths=[],

@@ -14,25 +14,26 @@ from .examples import examples
 from .forms import ROWS
 from .handlers import Handlers
 from .identity import on_space
+from .news import News
 from .planning import this_machine
 from .service import Service
 from .texts import FROM_CODE, TITLE, step
 from .view_plan import here_html
 
-CSS = Path(__file__).with_name("style.css")
-# Two hundred pages that ask this often cost a tenth of a core (docs/performance.md).
+CSS, _WATCH = (Path(__file__).with_name(name) for name in ("style.css", "watch.js"))
 TICK_S = 5.0
 
 Parts = dict[str, Any]
 
 
-def build_page(service: Service) -> gr.Blocks:
+def build_page(service: Service, news: News) -> gr.Blocks:
     """Return the app: three tabs for people, six endpoints for programs.
 
     Args:
         service: behind it.
+        news: what a running job shows; its route is for the server that runs this.
     """
-    handlers = Handlers(service)
+    handlers = Handlers(service, news)
     with gr.Blocks(
         title="ResMerge Stream", analytics_enabled=False, delete_cache=(3600, 86400)
     ) as app:
@@ -40,9 +41,9 @@ def build_page(service: Service) -> gr.Blocks:
             "remembered": gr.BrowserState(
                 {}, storage_key="resmerge-stream", secret=service.settings.secret or None
             ),
-            "job": gr.State(""),
             "seen": gr.State({}),
-            # No gr.State: its change is not told for events that skip the queue, as ticks do.
+            # No gr.State: the browser needs both.
+            "job": gr.Textbox("", label="Job", visible="hidden"),
             "state": gr.Textbox("", label="State of the job", visible="hidden"),
             "planned": gr.State(None),
             "count": gr.State(2),
@@ -148,7 +149,6 @@ _JOB = [
     "job", "seen", "state", "watching", "follow", "status", "cancel", "resume", "discard",
     "act_note", "link", "gates", "log", "done", "result", "files", "figures",
 ]  # fmt: skip
-_TICK = ["seen", "state", "status", "log", "gates"]
 _UNFINISHED = ["unfinished", "chosen", "mine"]
 
 
@@ -184,7 +184,10 @@ def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
     merge = [*form, "planned", "remembered"]
     started = [*_JOB, "remembered", "merge", "merge_note"]
     on(parts["merge"].click, handlers.merge, merge, started, busy="merge_note")
-    on(parts["watching"].tick, following.tick, ["seen"], _TICK, quick=True)
+    asked, told = ["job", "state", "log", "gates"], ["state", "status", "log", "gates"]
+    parts["watching"].tick(
+        None, [parts[name] for name in asked], [parts[name] for name in told], js=_WATCH.read_text()
+    )
     on(parts["state"].change, following.refresh, ["seen", "remembered"], _JOB, quick=True)
     for name in ("cancel", "resume", "discard"):
         on(parts[name].click, getattr(following, name), mine, _JOB)

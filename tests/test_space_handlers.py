@@ -15,6 +15,7 @@ from space.forms import document_of
 from space.handlers import Handlers
 from space.identity import Visitor, Visitors
 from space.jobs import Jobs
+from space.news import News
 from space.planning import Allowance
 from space.records import ACTIVE, new_job
 from space.search import Search
@@ -42,7 +43,7 @@ def service(tmp_path, monkeypatch):
 @pytest.fixture
 def handlers(service, monkeypatch):
     """The page's handlers; unfinished merges are not looked for on a Hub, which is not here."""
-    made = Handlers(service)
+    made = Handlers(service, News(service))
     monkeypatch.setattr(made.following, "_on_hub", lambda visitor: [])
     return made
 
@@ -62,7 +63,7 @@ def form_after(changes, **more):
 
 
 def test_the_built_in_way_from_choosing_to_files(service, handlers):
-    """Example, plan, merge, tick until it is done, files: every step by its handler."""
+    """Example, plan, merge, news until it is done, files: every step by its handler."""
     opened = handlers.load({"remembered": {}}, NOBODY, None)
     form = form_after(handlers.example({}, number=0))
     planned = handlers.plan(form, NOBODY, None)
@@ -75,13 +76,11 @@ def test_the_built_in_way_from_choosing_to_files(service, handlers):
 
     assert started["follow"]["visible"]
     assert started["watching"]["active"]
-    shown, deadline = {"seen": started["seen"]}, time.monotonic() + PATIENCE_S
-    while shown["seen"]["state"] != "done":
+    job, deadline = service.jobs.get(started["job"]), time.monotonic() + PATIENCE_S
+    while News(service).since(job)["state"] != "done":
         assert time.monotonic() < deadline
-        shown |= handlers.following.tick(shown, None)
         time.sleep(0.05)
-    assert shown["state"] == "done"
-    seen = handlers.following.refresh({**shown, "remembered": started["remembered"]}, None)
+    seen = handlers.following.refresh(started, None)
     assert seen["watching"]["active"] is False
     assert "Download the files" in seen["result"]
     assert "By layer and module" in seen["figures"]
@@ -233,11 +232,13 @@ PAGE = """
 import json, sys
 from pathlib import Path
 import gradio as gr
+from space.news import News
 from space.service import Service
 from space.settings import Settings
 from space.ui import build_page
 
-page = build_page(Service.of(Settings(folder=Path(sys.argv[1]))))
+service = Service.of(Settings(folder=Path(sys.argv[1])))
+page = build_page(service, News(service))
 kinds = (gr.Textbox, gr.Dropdown, gr.Number, gr.Checkbox, gr.Radio, gr.Slider, gr.File)
 blocks = page.blocks.values()
 info = page.get_api_info()
@@ -297,7 +298,7 @@ def test_nothing_is_open_that_a_space_does_not_need(service, monkeypatch):
 
     monkeypatch.setattr(launch, "Service", SimpleNamespace(of=lambda settings: service))
     page = SimpleNamespace(launch=lambda **options: note(page, **options))
-    monkeypatch.setattr(launch, "build_page", lambda service: page)
+    monkeypatch.setattr(launch, "build_page", lambda service, news: page)
 
     launch.launch(service.settings, block=False)
 
