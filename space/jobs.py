@@ -12,7 +12,7 @@ from typing import Any
 from resmerge_stream.errors import RecipeError
 
 from .asked import Asked
-from .process import events, send, start_worker
+from .process import events, let_end, send, start_worker
 from .progress import Live, apply, begin
 from .records import (
     ACTIVE,
@@ -204,6 +204,7 @@ class Jobs:
                 send(process, request)
                 for last in events(process):
                     self._apply(job, last)
+                let_end(process)
         finally:
             with self._changed:
                 # Before the state, so that a job that is continued at once keeps its new token.

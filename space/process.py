@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from .settings import Settings
 
 _ROOT = Path(__file__).resolve().parent.parent
+_REAPED_AFTER_S = 0.1
 _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OAUTH_CLIENT_SECRET", "RESMERGE_SPACE_SECRET")
 
 
@@ -49,3 +51,14 @@ def events(process: "subprocess.Popen[str]") -> Iterator[dict[str, Any]]:
             continue
         if isinstance(event, dict):
             yield event
+
+
+def let_end(process: "subprocess.Popen[str]") -> None:
+    """Wait until a worker has ended, and a moment more before the caller reaps it.
+
+    Linux 6.18 spins while it reaps a process whose last thread is not gone from ``/proc`` yet; on a
+    core that both share that thread then does not run, and reaping took minutes (docs/log.md).
+    """
+    if sys.platform == "linux":
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        time.sleep(_REAPED_AFTER_S)
