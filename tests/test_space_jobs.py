@@ -148,6 +148,18 @@ def test_a_job_cancelled_as_it_starts_does_not_stop_the_queue(jobs, monkeypatch)
     assert ended(whole) == "done", whole.log
 
 
+def test_a_merge_can_be_interrupted_whoever_started_the_server():
+    """A worker takes interrupts also where those who started the server ignored them."""
+    code = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for what runs in the background
+from space.worker import main
+main()  # nothing is asked
+signal.raise_signal(signal.SIGINT)
+"""
+    assert "KeyboardInterrupt" in run_python(code, stdin=subprocess.DEVNULL).stderr
+
+
 def test_the_built_in_merge_is_asked_questions(tmp_path):
     """After the built-in merge its models answer held-out prompts, the merge among them."""
     jobs = Jobs(Settings(folder=tmp_path / "space", prompts=1))
