@@ -45,6 +45,21 @@ def test_a_reload_finds_the_job_again(visit: Visitors, town: Town) -> None:
     other.expect_state("Done")
 
 
+def test_a_lost_connection_is_found_again(visit: Visitors, town: Town) -> None:
+    """A page that was without a network meanwhile asks for no help, and shows the end."""
+    alice = visit("alice")
+    with town.held("alice/offline"):
+        alice.start("offline")
+        alice.expect_state("Merging")
+        alice.page.context.set_offline(True)
+        with alice.page.expect_event("requestfailed", lambda request: "/news/" in request.url):
+            pass
+        expect(alice.page.get_by_text("Connection errored out")).to_have_count(0)
+        alice.page.context.set_offline(False)
+
+    alice.expect_state("Done")
+
+
 def test_cancel_and_continue(visit: Visitors, town: Town) -> None:
     """Cancel stops a merge in the middle and says how to go on; Continue finishes it."""
     alice = visit("alice")
@@ -72,6 +87,9 @@ def test_another_visitor_sees_nothing_of_a_job(visit: Visitors, town: Town) -> N
             expect(other.page.get_by_text("no such job of yours")).to_be_visible()
             expect(other.button("Cancel")).not_to_be_visible()
             assert "alice/hers" not in other.page.content()
+            news = f"{town.space.url}/news/{alice.link.rpartition('=')[2]}"
+            assert other.page.request.get(news).status == 404
+        assert alice.page.request.get(news).json()["state"] == "running"
         bob = visit("bob")
         bob.tab("My jobs")
         expect(bob.page.get_by_text("No jobs yet.")).to_be_visible()
