@@ -213,9 +213,10 @@ def measure(space: Space, args: argparse.Namespace) -> None:
                 )  # fmt: skip
                 assert crowd.stdout is not None
                 crowd.stdout.readline()
-            assert read(record)["state"] == "queued", (
-                "the visitors came too late: use more --layers"
-            )
+            if read(record)["state"] != "queued":
+                if crowd is not None:
+                    crowd.terminate()
+                raise SystemExit("the visitors came too late: use more --layers")
             ask(space, "/cancel", job=first)
             wait_for(
                 lambda r=record: read(r)["state"] != "queued",
