@@ -60,5 +60,6 @@ def let_end(process: "subprocess.Popen[str]") -> None:
     core that both share that thread then does not run, and reaping took minutes (docs/log.md).
     """
     if sys.platform == "linux":
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        with contextlib.suppress(ChildProcessError):  # reaped by the system
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         time.sleep(_REAPED_AFTER_S)

@@ -18,6 +18,7 @@ from space.examples import examples
 from space.identity import Visitor, Visitors
 from space.jobs import Jobs
 from space.planning import Allowance
+from space.process import let_end
 from space.records import ACTIVE, Records, new_job
 from space.search import Search
 from space.service import NO_JOB, Service
@@ -158,6 +159,14 @@ main()  # nothing is asked
 signal.raise_signal(signal.SIGINT)
 """
     assert "KeyboardInterrupt" in run_python(code, stdin=subprocess.DEVNULL).stderr
+
+
+def test_the_end_of_a_process_that_is_gone_is_no_error():
+    """Where the system has reaped a worker already, nothing is waited for and nothing raised."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+
+    let_end(process)
 
 
 def test_the_built_in_merge_is_asked_questions(tmp_path):
