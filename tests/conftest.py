@@ -43,6 +43,24 @@ def without_picture(monkeypatch):
     monkeypatch.setattr("resmerge_stream.card.gates_png", lambda report: b"")
 
 
+@pytest.fixture
+def service(tmp_path, monkeypatch):
+    """What is behind a page, in an empty folder: it knows alice and bob, and asks nobody."""
+    from space.identity import Visitor, Visitors
+    from space.jobs import Jobs
+    from space.planning import Allowance
+    from space.search import Search
+    from space.service import Service
+    from space.settings import Settings
+
+    monkeypatch.setenv("SPACE_ID", "me/space")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    known = {f"t-{name}": Visitor(name, f"t-{name}", ("team",)) for name in ("alice", "bob")}
+    jobs = Jobs(Settings(folder=tmp_path / "space", prompts=0))
+    yield Service(jobs.settings, jobs, Visitors(known.__getitem__), Search(), Allowance(5))
+    jobs.close()
+
+
 @pytest.fixture(scope="session")
 def town(tmp_path_factory):
     """A Hub with a group and two users, and a Space for them; see `tests.space_runs.Town`."""

@@ -13,31 +13,15 @@ from space import fields, launch
 from space.examples import examples
 from space.forms import document_of
 from space.handlers import Handlers
-from space.identity import Visitor, Visitors
-from space.jobs import Jobs
+from space.identity import Visitor
 from space.news import News
-from space.planning import Allowance
 from space.records import ACTIVE, new_job
-from space.search import Search
-from space.service import Service
-from space.settings import Settings
 from tests.checkpoints import ROOT, run_python
 
 PATIENCE_S = 180.0  # a busy machine is slow
 NOBODY = SimpleNamespace(query_params={}, session_hash="page")
-KNOWN = {"t-alice": Visitor("alice", "t-alice", ("team",)), "t-bob": Visitor("bob", "t-bob")}
 ALICE = gr.OAuthToken("t-alice", "openid", 0)
 BOB = gr.OAuthToken("t-bob", "openid", 0)
-
-
-@pytest.fixture
-def service(tmp_path, monkeypatch):
-    """A service in an empty folder that knows two accounts, asked of nobody."""
-    monkeypatch.setenv("SPACE_ID", "me/space")
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    jobs = Jobs(Settings(folder=tmp_path / "space", prompts=0))
-    yield Service(jobs.settings, jobs, Visitors(KNOWN.__getitem__), Search(), Allowance(5))
-    jobs.close()
 
 
 @pytest.fixture
@@ -108,7 +92,7 @@ def test_without_an_account_the_hubs_models_are_not_merged(handlers):
 
     assert not handlers._may_merge(document, Visitor())
     assert "Sign in" in handlers._merge_note(document, Visitor())
-    assert handlers._may_merge(document, KNOWN["t-alice"])
+    assert handlers._may_merge(document, Visitor("alice", "t-alice"))
 
 
 def test_a_refused_plan_cannot_be_merged(handlers):
@@ -145,7 +129,7 @@ def test_another_browser_sees_an_anonymous_job_but_cannot_cancel_it(service, han
     form = form_after(handlers.example({}, number=0))
     planned = handlers.plan(form, NOBODY, None)["planned"]
     mine = handlers.merge({**form, "planned": planned, "remembered": {}}, None)
-    theirs = {"job": mine["job"], "remembered": {"secret": "another"}, "seen": {}}
+    theirs = {"job": mine["job"], "remembered": {"secret": "another"}}
 
     request = SimpleNamespace(query_params={"job": mine["job"]}, session_hash="page")
     shown = handlers.load({"remembered": theirs["remembered"]}, request, None)

@@ -6,26 +6,8 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from space.identity import Visitor, Visitors
-from space.jobs import Jobs
 from space.news import News
-from space.planning import Allowance
 from space.records import new_job
-from space.search import Search
-from space.service import Service
-from space.settings import Settings
-
-KNOWN = {"t-alice": Visitor("alice", "t-alice"), "t-bob": Visitor("bob", "t-bob")}
-
-
-@pytest.fixture
-def service(tmp_path, monkeypatch):
-    """A service in an empty folder that knows two accounts, asked of nobody."""
-    monkeypatch.setenv("SPACE_ID", "me/space")
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    jobs = Jobs(Settings(folder=tmp_path / "space", prompts=0))
-    yield Service(jobs.settings, jobs, Visitors(KNOWN.__getitem__), Search(), Allowance(5))
-    jobs.close()
 
 
 @pytest.fixture
