@@ -34,7 +34,7 @@ class News:
     def route(self) -> Route:
         """Return ``GET /news/{job}?log=…&picture=…``, as `since`; 404 where the job is another's.
 
-        Beside gradio's events, not one of them: those take ten times the instructions
+        Beside gradio's events, not one of them: those take five times the instructions
         (docs/performance.md, a watched Space).
         """
         return Route("/news/{job}", self._answer)

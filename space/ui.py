@@ -41,6 +41,7 @@ def build_page(service: Service, news: News) -> gr.Blocks:
             "remembered": gr.BrowserState(
                 {}, storage_key="resmerge-stream", secret=service.settings.secret or None
             ),
+            # Which job was shown in which state: kept by the server, so that they belong together.
             "seen": gr.State({}),
             # No gr.State: the browser needs both.
             "job": gr.Textbox("", label="Job", visible="hidden"),
@@ -154,7 +155,7 @@ _UNFINISHED = ["unfinished", "chosen", "mine"]
 
 def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
     form, filled = [*fields.names(), "count"], fields.filled()
-    mine = ["remembered", "job", "seen"]
+    mine = ["remembered", "job"]
     following = handlers.following
     on = functools.partial(_on, parts)
     on(app.load, handlers.load, ["remembered"], [*_JOB, "remembered", "who", "namespace"])

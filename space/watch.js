@@ -15,7 +15,7 @@ async (job, state, log, gates) => {
         // A new state makes the page show everything anew.
         if (news.state !== state) return [news.state, keep, keep, keep];
         window.resmergeSeen = { job, log: news.log_stamp, gates: news.gates_stamp };
-        return ["state", "status", "log", "gates"].map((name) => news[name] ?? keep);
+        return [keep, ...["status", "log", "gates"].map((name) => news[name] ?? keep)];
     } catch {
         return nothing; // the network is away: the next tick asks again
     }
