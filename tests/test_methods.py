@@ -202,7 +202,8 @@ def test_public_code_comes_to_the_same(tmp_path, file, name, parameters, limit, 
     """The outputs of mergekit and fusion_bench, tensor by tensor (targets.md, E3)."""
     folder = REFERENCE / group
     if not folder.is_dir():
-        # Handed out beside the project, not with it; CI has them, a bare clone says so here.
+        # Other projects' outputs, handed out beside this one and not ours to publish. Without them
+        # test_method_numbers.py still holds the methods to their equations in float64.
         pytest.skip(f"no reference checkpoints in {REFERENCE}; set RESMERGE_REFERENCE")
     base = {}
     for part in sorted((folder / "base").glob("*.safetensors")):
