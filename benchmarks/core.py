@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from resmerge_stream.synthetic import QWEN25_05B, Shape, Updates, write_group
+from benchmarks.synthetic import QWEN25_05B, Shape, Updates, write_group
 
 from .measure import alternate, machine, median_seconds, merge_command, run, scratch_folder
 

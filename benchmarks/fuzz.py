@@ -32,7 +32,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from resmerge_stream.cli import main as run_command
+from resmerge_stream.cli.main import main as run_command
 
 KINDS = ("header", "index", "config", "recipe")
 SECONDS = 1.0
@@ -148,7 +148,7 @@ class Specimen:
 
 def write_specimen(folder: Path) -> None:
     """Write the group that is mutated; a few levels down, so that `..` stays inside the folder."""
-    from resmerge_stream.synthetic import Shape, write_group
+    from benchmarks.synthetic import Shape, write_group
 
     home = _home(folder)
     shape = Shape(

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from resmerge_stream.synthetic import Shape, Updates
+from benchmarks.synthetic import Shape, Updates
 
 from .core import group
 from .measure import machine, merge_command, run, scratch_folder

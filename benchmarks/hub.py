@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from resmerge_stream.layout import index_json, plan_shards
+from benchmarks.synthetic import Shape, tensor_shapes
+from resmerge_stream.sinks.layout import index_json, plan_shards
 from resmerge_stream.specs import TensorSpec
-from resmerge_stream.synthetic import Shape, tensor_shapes
-from tests.hub_runs import MODELS, Bench, Run, make_bench
 from tests.loopback_hub import FAULTS, LoopbackHub, Sparse
+from tests.support.hub_runs import MODELS, Bench, Run, make_bench
 
 from .measure import run, scratch_folder
 

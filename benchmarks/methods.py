@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from resmerge_stream.synthetic import QWEN25_05B, Shape, Updates, write_group
+from benchmarks.synthetic import QWEN25_05B, Shape, Updates, write_group
 
 from .measure import alternate, machine, median_seconds, merge_command, scratch_folder
 

@@ -18,8 +18,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.hub_runs import Bench
-from tests.test_processes import ACCELERATE, TORCHRUN, process_of_rank
+from tests.run.test_processes import ACCELERATE, TORCHRUN, process_of_rank
+from tests.support.hub_runs import Bench
 
 from .hub import bench, table
 from .measure import scratch_folder

@@ -18,13 +18,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from resmerge_stream import plan_target
-from resmerge_stream.layout import Shard
-from resmerge_stream.pieces import row_ranges
-from resmerge_stream.plan import Options, Plan, plan_merge
-from resmerge_stream.publication import Publication
+from resmerge_stream.planning import target as plan_target
+from resmerge_stream.planning.plan import Options, Plan, plan_merge
 from resmerge_stream.recipe import ModelRef, Recipe
-from resmerge_stream.worklist import WorkList
+from resmerge_stream.run.pieces import row_ranges
+from resmerge_stream.run.worklist import WorkList
+from resmerge_stream.sinks.layout import Shard
+from resmerge_stream.sinks.publication import Publication
 
 from .hub import giants, header_hub, table
 from .measure import scratch_folder

@@ -13,10 +13,10 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Browser, expect
 
-from resmerge_stream.synthetic import Shape
-from tests.browser import running_browser, visitor
-from tests.space_pages import Visit
-from tests.space_runs import Town, running_town, wait_for
+from benchmarks.synthetic import Shape
+from tests.support.browser import running_browser, visitor
+from tests.support.space_pages import Visit
+from tests.support.space_runs import Town, running_town, wait_for
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 SHAPE = Shape(hidden_size=96, intermediate_size=256, num_hidden_layers=24, vocab_size=1024)

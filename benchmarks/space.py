@@ -27,10 +27,10 @@ import httpx
 import psutil
 from gradio_client import Client
 
-from resmerge_stream.demo import builtin_group
-from resmerge_stream.synthetic import Shape, Updates, write_group
+from benchmarks.synthetic import Shape, Updates, write_group
+from resmerge_stream.experts.group import builtin_group
 from tests.loopback_hub import LoopbackHub
-from tests.space_runs import Space, wait_for
+from tests.support.space_runs import Space, wait_for
 
 from .measure import machine
 
@@ -191,7 +191,7 @@ def main() -> None:
 
 def measure(space: Space, args: argparse.Namespace) -> None:
     """Merge in turn alone and watched, and print both."""
-    assert space.process is not None
+    assert space.jobs.process is not None
     server = psutil.Process(space.process.pid)
     alone: list[tuple[float, float]] = []
     watched: list[tuple[float, float]] = []

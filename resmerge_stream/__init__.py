@@ -16,14 +16,14 @@ Importing this package does not import torch; running a merge does.
 from typing import TYPE_CHECKING, Any
 
 from .errors import ResMergeError, StoppedError
-from .plan import Options, Plan, plan_merge
+from .planning.plan import Options, Plan, plan_merge
 from .recipe import Recipe
 from .recipe_file import load_recipe
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .engine import run_merge
-    from .verify import verify_folder
+    from .run.engine import run_merge
+    from .run.verify import verify_folder
 
 __all__ = [
     "Options",
@@ -42,11 +42,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Torch takes a second to import; planning must not wait for it.
     if name == "run_merge":
-        from .engine import run_merge
+        from .run.engine import run_merge
 
         return run_merge
     if name == "verify_folder":
-        from .verify import verify_folder
+        from .run.verify import verify_folder
 
         return verify_folder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,8 +3,6 @@
 import math
 from dataclasses import dataclass
 
-from .errors import RecipeError
-
 
 @dataclass(frozen=True, slots=True)
 class DType:
@@ -86,43 +84,3 @@ class TensorSpec:
         if not self.shape:
             return (1, 1)
         return (self.shape[0], math.prod(self.shape[1:]))
-
-
-_UNITS = {"": 1, "B": 1}
-for _power, _letter in enumerate("KMGT", start=1):
-    _UNITS[_letter] = _UNITS[f"{_letter}B"] = 1000**_power
-    _UNITS[f"{_letter}IB"] = 1024**_power
-
-
-def parse_size(text: str | int, *, option: str = "size") -> int:
-    """Return a size in bytes from text such as ``5GB``, ``800MB``, ``12GiB`` or ``0``.
-
-    Args:
-        text: a number with an optional unit; KB, MB, GB, TB are powers of 1000 as on the Hub,
-            KiB and so on powers of 1024. An integer is taken as bytes.
-        option: what to call the value in an error.
-
-    Raises:
-        RecipeError: the text is not a size.
-    """
-    compact = str(text).strip().upper().replace(" ", "").replace("_", "")
-    digits = compact.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    unit = compact[len(digits) :]
-    try:
-        number = float(digits)
-    except ValueError:
-        number = -1.0
-    if unit not in _UNITS or not 0 <= number < 1e18:
-        raise RecipeError(
-            f"{option} {text!r} is not a size. Write a number and a unit, such as 5GB or 800MB."
-        )
-    return int(number * _UNITS[unit])
-
-
-def format_size(nbytes: float) -> str:
-    """Return a size for people, in powers of 1000: ``942 MB``, ``15.2 GB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 1000:
-            return f"{nbytes:.3g} {unit}" if unit != "B" else f"{int(nbytes)} B"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"

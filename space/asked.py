@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from resmerge_stream.errors import RecipeError, shown
-from resmerge_stream.plan import Options
-from resmerge_stream.publication import Publication
+from resmerge_stream.planning.plan import Options
 from resmerge_stream.recipe import ModelRef, Recipe
 from resmerge_stream.recipe_file import MAX_RECIPE_BYTES, parse_recipe, recipe_from_dict
+from resmerge_stream.sinks.publication import Publication
 from resmerge_stream.sources import REPO_ID
-from resmerge_stream.specs import parse_size
+from resmerge_stream.units import parse_size
 
 from .examples import PREFIX, built_in_folders, is_built_in
 from .settings import Settings

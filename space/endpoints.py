@@ -11,9 +11,9 @@ from resmerge_stream.methods import describe_methods
 
 from .asked import asked_from_dict
 from .identity import Visitor
-from .records import Job
+from .jobs.records import Job
 from .service import Service
-from .words import in_page_words
+from .view.library_words import in_page_words
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from resmerge_stream.demo import built_in_recipe
+from resmerge_stream.experts.group import built_in_recipe
 from resmerge_stream.recipe import ModelRef, Recipe
 
 # What the web calls the folders of the built-in group; no path of this machine is ever shown.

@@ -5,7 +5,7 @@ from typing import Any
 
 from resmerge_stream.errors import VerificationError
 from resmerge_stream.recipe import ModelRef
-from resmerge_stream.report_schema import parse_report
+from resmerge_stream.report.schema import parse_report
 from resmerge_stream.sinks.folder import REPORT
 
 from .asked import check_id
@@ -55,8 +55,8 @@ def read_report(repo: str, visitor: Visitor) -> bytes:
         VerificationError: the repository has no report, or too large a one.
         StoppedError: the network or the Hub kept failing.
     """
-    from resmerge_stream.sinks.hub_repo import HubRepo, listed
-    from resmerge_stream.sources.hub_client import client
+    from resmerge_stream.hub.client import client
+    from resmerge_stream.hub.repo import HubRepo, listed
 
     ref = ModelRef.parse(repo)
     check_id(ref)

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from resmerge_stream.flavors import FLAVORS, estimates, shortage
-from resmerge_stream.plan import Plan
+from resmerge_stream.hub.flavors import FLAVORS
+from resmerge_stream.planning.machines import estimates, shortage
+from resmerge_stream.planning.plan import Plan
 
 # Those that a Space is often given; the Jobs have larger ones.
 SHOWN = (

@@ -77,7 +77,7 @@ class Visitors:
 
     def _is_private_space(self, token: str) -> bool:
         def ask() -> Visitor:
-            from resmerge_stream.sources.hub_client import FAILURES, client
+            from resmerge_stream.hub.client import FAILURES, client
 
             try:
                 info = client(token).space_info(os.environ["SPACE_ID"], timeout=20)
@@ -126,8 +126,8 @@ def _own_token() -> str | None:
 
 
 def _ask_hub(token: str) -> Visitor:
-    from resmerge_stream.sinks.hub_account import whoami
-    from resmerge_stream.sources.hub_client import client
+    from resmerge_stream.hub.account import whoami
+    from resmerge_stream.hub.client import client
 
     account = whoami(client(token))
     name = account.get("name")

@@ -2,10 +2,10 @@
 
 import gradio as gr
 
-from .news import News
+from .page.news import News
+from .page.ui import CSS, build_page
 from .service import Service
 from .settings import Settings, read_settings
-from .ui import CSS, build_page
 
 # The Hub's typeface where it is installed; nothing is fetched for it.
 _FONTS = ("Source Sans Pro", "Source Sans 3", "ui-sans-serif", "system-ui", "sans-serif")

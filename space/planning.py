@@ -7,7 +7,7 @@ from typing import Any
 
 from resmerge_stream.device import available_memory, free_disk, usable_cores
 from resmerge_stream.errors import RecipeError
-from resmerge_stream.plan import Plan, plan_merge
+from resmerge_stream.planning.plan import Plan, plan_merge
 
 from .asked import Asked
 from .examples import on_this_machine, web_names

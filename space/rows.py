@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from resmerge_stream.report import median, module_label, module_rank, value_of
+from resmerge_stream.report.values import median, module_label, module_rank, value_of
 from resmerge_stream.roles import Role, layer_of
 
 NUMBERS = (

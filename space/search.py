@@ -57,7 +57,7 @@ class Search:
 
 
 def _ask(text: str, visitor: Visitor) -> list[str]:
-    from resmerge_stream.sources.hub_client import FAILURES, client
+    from resmerge_stream.hub.client import FAILURES, client
 
     try:
         models = client(visitor.token_or_nobody).list_models(search=text, limit=_LIMIT)

@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from resmerge_stream.errors import PublishError, RecipeError, ResMergeError
-from resmerge_stream.planned import refused_plan
+from resmerge_stream.planning.planned import refused_plan
 
 from .asked import Asked, asked_from_dict
 from .explore import Opened, open_report, read_report
 from .identity import Visitor, Visitors
-from .jobs import Jobs
+from .jobs.jobs import Jobs
+from .jobs.records import JOB_ID, Job
 from .planning import Allowance, plan_for
-from .records import JOB_ID, Job
 from .search import Search
 from .settings import Settings
-from .words import in_page_words
+from .view.library_words import in_page_words
 
 NO_JOB = "there is no such job of yours. Sign in with the account that started it."
 

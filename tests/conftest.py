@@ -21,7 +21,7 @@ os.environ.pop("HF_TOKEN", None)
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-from tests.checkpoints import Group, make_group  # noqa: E402
+from tests.support.checkpoints import Group, make_group  # noqa: E402
 
 # The same examples in every run, and no deadline: a shared machine is sometimes slow.
 settings.register_profile("tests", derandomize=True, deadline=None, max_examples=25)
@@ -40,14 +40,14 @@ def without_picture(monkeypatch):
 
     The merges that run as whole processes draw it, and it has tests of its own.
     """
-    monkeypatch.setattr("resmerge_stream.card.gates_png", lambda report: b"")
+    monkeypatch.setattr("resmerge_stream.report.card.gates_png", lambda report: b"")
 
 
 @pytest.fixture
 def service(tmp_path, monkeypatch):
     """What is behind a page, in an empty folder: it knows alice and bob, and asks nobody."""
     from space.identity import Visitor, Visitors
-    from space.jobs import Jobs
+    from space.jobs.jobs import Jobs
     from space.planning import Allowance
     from space.search import Search
     from space.service import Service
@@ -63,8 +63,8 @@ def service(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def town(tmp_path_factory):
-    """A Hub with a group and two users, and a Space for them; see `tests.space_runs.Town`."""
-    from tests.space_runs import running_town
+    """A Hub with a group and two users, and a Space for them (`tests.support.space_runs.Town`)."""
+    from tests.support.space_runs import running_town
 
     with running_town(tmp_path_factory.mktemp("town")) as running:
         yield running
@@ -73,7 +73,7 @@ def town(tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser():
     """One Chromium for a file's visitors; a test that needs it is skipped where there is none."""
-    from tests.browser import running_browser
+    from tests.support.browser import running_browser
 
     with running_browser() as running:
         yield running
@@ -82,8 +82,8 @@ def browser():
 @pytest.fixture
 def visit(town, browser):
     """Lets somebody into the Space, with cookies and storage of their own."""
-    from tests.browser import visitor
-    from tests.space_pages import Visit
+    from tests.support.browser import visitor
+    from tests.support.space_pages import Visit
 
     contexts = []
 

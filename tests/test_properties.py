@@ -9,8 +9,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from resmerge_stream.methods import build_method, find_methods
-from tests.checkpoints import Group, edit_tensors, make_group, merge, plan_group, read_tensors
-from tests.matrices import orthonormal, relative, update_of, with_spectrum
+from tests.support.checkpoints import (
+    Group,
+    edit_tensors,
+    make_group,
+    merge,
+    plan_group,
+    read_tensors,
+)
+from tests.support.matrices import orthonormal, relative, update_of, with_spectrum
 
 pytestmark = pytest.mark.usefixtures("without_picture")
 

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from resmerge_stream.tasks import LENGTHS, answer, split_prompt
+from resmerge_stream.experts.tasks import LENGTHS, answer, split_prompt
 
 # Answers a prompt, rightly or not.
 Writer = Callable[[str], str]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
-from resmerge_stream.tasks import answer, is_correct, stream_prompts
+from resmerge_stream.experts.tasks import answer, is_correct, stream_prompts
 
 from .generate import Rollouts, generate
 from .optimizers import MAX_GRADIENT_NORM, OptimizerName, build_optimizer

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
-from resmerge_stream.evaluate import IGNORED, encode_answers
-from resmerge_stream.tasks import stream_prompts
+from resmerge_stream.experts.evaluate import IGNORED, encode_answers
+from resmerge_stream.experts.tasks import stream_prompts
 
 from .corpus import Writer
 from .optimizers import MAX_GRADIENT_NORM, OptimizerName, build_optimizer

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import Qwen2Tokenizer
 
-from resmerge_stream.tasks import ALPHABET
+from resmerge_stream.experts.tasks import ALPHABET
 
 PAD = "<pad>"
 EOS = "<eos>"

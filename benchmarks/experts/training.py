@@ -21,8 +21,8 @@ import torch
 import transformers
 from transformers import Qwen2ForCausalLM
 
-from resmerge_stream.evaluate import evaluate, load_model, load_tokenizer
-from resmerge_stream.tasks import LENGTHS, TASKS, answer
+from resmerge_stream.experts.evaluate import evaluate, load_model, load_tokenizer
+from resmerge_stream.experts.tasks import LENGTHS, TASKS, answer
 
 from .corpus import slipping_writer
 from .groups import CORPUS_MIX, CORPUS_SLIPS, SFT_BATCH, Group

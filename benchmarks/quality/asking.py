@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from resmerge_stream.evaluate import load_model, load_tokenizer, right_answers
-from resmerge_stream.tasks import TASKS, draw_prompts
+from resmerge_stream.experts.evaluate import load_model, load_tokenizer, right_answers
+from resmerge_stream.experts.tasks import TASKS, draw_prompts
 
 # By task, "1" for each prompt that was answered rightly and "0" for each other one.
 Answers = dict[str, str]

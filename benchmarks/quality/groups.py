@@ -12,8 +12,8 @@ from typing import Any
 
 from benchmarks.experts.groups import GROUPS
 from benchmarks.experts.training import LOG, model_names
-from resmerge_stream.demo import builtin_group
-from resmerge_stream.tasks import TASKS
+from resmerge_stream.experts.group import builtin_group
+from resmerge_stream.experts.tasks import TASKS
 
 MODELS = tuple(model_names(("base", "rl", "sft")))
 RL = tuple(f"rl-{task}" for task in TASKS)

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from resmerge_stream.analyse import component_recipe, plan_analysis, run_analysis
-from resmerge_stream.compare import run_comparison
-from resmerge_stream.compare_plan import plan_comparison
-from resmerge_stream.engine import run_merge
-from resmerge_stream.events import Event, Finished
-from resmerge_stream.plan import Options, plan_merge
+from resmerge_stream.planning.plan import Options, plan_merge
 from resmerge_stream.recipe import ModelRef, Recipe
+from resmerge_stream.run.engine import run_merge
+from resmerge_stream.run.events import Event, Finished
+from resmerge_stream.studies.analyse import component_recipe, plan_analysis, run_analysis
+from resmerge_stream.studies.compare import run_comparison
+from resmerge_stream.studies.compare_plan import plan_comparison
 
 # How a result is stored: its dtype, and how it is rounded to it.
 OUTPUTS = {
@@ -75,7 +75,7 @@ def component(base: Path, expert: Path, part: str, out: Path, *, output: str) ->
 
 
 def spectra(base: Path, rl: Sequence[Path], sft: Sequence[Path], out: Path) -> dict[str, Any]:
-    """Return the spectral analysis of RL and SFT experts; see `resmerge_stream.analyse`."""
+    """Return the spectral analysis of RL and SFT experts; see `resmerge_stream.studies.analyse`."""
     plan = plan_analysis(recipe_of(base, rl), [ModelRef(str(path)) for path in sft])
     report = _report(run_analysis(plan, out=out, sft=len(sft)))
     plan.close()

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from resmerge_stream.experts.tasks import TASKS
 from resmerge_stream.methods import find_methods
-from resmerge_stream.tasks import TASKS
 
 from .asking import Answers, Asker
 from .groups import RL, SFT

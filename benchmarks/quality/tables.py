@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from resmerge_stream.accuracy import Accuracy
-from resmerge_stream.tasks import TASKS
+from resmerge_stream.experts.accuracy import Accuracy
+from resmerge_stream.experts.tasks import TASKS
 
 from .groups import RL, SFT
 from .results import Group, task_of

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..specs import TensorSpec
 from .base import MergeMethod, Rule, Site, Update, default_role, param
-from .dare import RESCALES, dropper
-from .elementwise import cancelling
+from .parts.dare import RESCALES, dropper
+from .parts.elementwise import cancelling
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..task_vectors import TaskVectors
+    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..specs import TensorSpec
 from .base import MergeMethod, Rule, Site, Update, default_role, param
-from .dare import RESCALES, dropper
-from .election import disjoint_merge
-from .elementwise import cancelling
-from .trimming import keep, tensor_thresholds
+from .parts.dare import RESCALES, dropper
+from .parts.election import disjoint_merge
+from .parts.elementwise import cancelling
+from .parts.trimming import keep, tensor_thresholds
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..task_vectors import TaskVectors
+    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .base import Site, Update, param
-from .spectral_method import SpectralMethod, product
+from .parts.spectral_method import SpectralMethod, product
 from .tsv_m import stacked_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..task_vectors import TaskVectors
+    from ..maths.task_vectors import TaskVectors
 
 _STEEPEST = 5.0
 
@@ -43,8 +43,8 @@ class DcMerge(SpectralMethod):
         """Return λ · Ũ · M · Ṽᵀ."""
         import torch
 
-        from ..factors import polar, roots, svd_of
-        from .election import disjoint_merge
+        from ..maths.factors import polar, roots, svd_of
+        from .parts.election import disjoint_merge
 
         k = min(vectors.shape) // vectors.count
         found = [svd_of(vectors, i) for i in range(vectors.count)]

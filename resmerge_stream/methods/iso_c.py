@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .base import Site, Update, param
-from .spectral_method import SpectralMethod, product
+from .parts.spectral_method import SpectralMethod, product
 
 if TYPE_CHECKING:
-    from ..task_vectors import TaskVectors
+    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class IsoC(SpectralMethod):
 
     def merge_spectrum(self, vectors: TaskVectors, site: Site) -> Update:
         """Return λ · mean(S) · UVᵀ."""
-        from ..factors import svd_of_sum
+        from ..maths.factors import svd_of_sum
 
         common = svd_of_sum(vectors)
         level = float(common.sigma.sum()) / min(vectors.shape)

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .base import Site, Update, param
-from .spectral_method import SpectralMethod, product
+from .parts.spectral_method import SpectralMethod, product
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..factors import Factors
-    from ..task_vectors import TaskVectors
+    from ..maths.factors import Factors
+    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class IsoCts(SpectralMethod):
         """Return λ · mean(σ) · polar(Û) · polar(V̂)ᵀ."""
         import torch
 
-        from ..factors import polar, svd_of_sum
+        from ..maths.factors import polar, svd_of_sum
 
         common, own = self._split(min(vectors.shape), vectors.count)
         shared = svd_of_sum(vectors)
@@ -69,7 +69,7 @@ class IsoCts(SpectralMethod):
 
 def _own_directions(vectors: TaskVectors, i: int, U_c: Tensor, keep: int) -> Factors:
     """Return the leading triplets of Δᵢ − U_cU_cᵀΔᵢ, in float64."""
-    from ..factors import thin_svd
+    from ..maths.factors import thin_svd
 
     rest = vectors.matrix(i).double()
     basis = U_c.double()

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..specs import TensorSpec
 from .base import MergeMethod, Rule, Site, Update, default_role, param
-from .elementwise import cancelling, linear
+from .parts.elementwise import cancelling, linear
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..task_vectors import TaskVectors
+    from ..maths.task_vectors import TaskVectors
 
 _STEPS = 200
 _TOLERANCE = 1e-13

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..roles import layer_of
 from .base import Counter, Site, Update, param
+from .parts.wrapped import Wrapped
 from .task_arithmetic import TaskArithmetic
-from .wrapped import Wrapped
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..task_vectors import TaskVectors
+    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .base import OTHER_CHOICES, Counter, Site, Update, param
-from .elementwise import linear
-from .spectral_method import SpectralMethod
+from .parts.elementwise import linear
+from .parts.spectral_method import SpectralMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..task_vectors import TaskVectors
+    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class Opcm(SpectralMethod):
         """Return M before the scaling, float32, shape (m, n)."""
         import torch
 
-        from ..factors import thin_svd
+        from ..maths.factors import thin_svd
 
         M = vectors.matrix(0).clone()
         for i in range(1, vectors.count):

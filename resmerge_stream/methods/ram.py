@@ -16,7 +16,7 @@ from .base import MergeMethod, Rule, Site, Update, default_role, param
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..task_vectors import TaskVectors
+    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from .ram import shared_mean
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..task_vectors import TaskVectors
+    from ..maths.task_vectors import TaskVectors
 
 VARIANTS = ("arm-r-v2", "arm-r", "ramplus_tl")
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..specs import TensorSpec
 from .base import MergeMethod, Rule, Site, Update, default_role, param
-from .elementwise import linear
+from .parts.elementwise import linear
 
 if TYPE_CHECKING:
-    from ..task_vectors import TaskVectors
+    from ..maths.task_vectors import TaskVectors
 
 _NEARLY_PARALLEL = 0.9995
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .base import Site, Update, param
-from .spectral_method import SpectralMethod, product
+from .parts.spectral_method import SpectralMethod, product
 
 if TYPE_CHECKING:
-    from ..task_vectors import TaskVectors
+    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Star(SpectralMethod):
         """Return (1/N) Σ Uᵢ diag(kept σ · Σσ/Σkept) Vᵢᵀ."""
         import torch
 
-        from ..factors import svd_of
+        from ..maths.factors import svd_of
 
         lefts, rights, kept = [], [], []
         for i in range(vectors.count):

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..specs import TensorSpec
 from .base import Rule, Site, Update, default_role, is_matrix, param
-from .wrapped import Wrapped
+from .parts.wrapped import Wrapped
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..factors import Factors
-    from ..task_vectors import TaskVectors
+    from ..maths.factors import Factors
+    from ..maths.task_vectors import TaskVectors
 
 # An expert with less than this share of a direction's energy does not take part in it.
 _ABSENT = 1e-12
@@ -52,7 +52,7 @@ class Svc(Wrapped):
             return inner
         import torch
 
-        from ..factors import thin_svd
+        from ..maths.factors import thin_svd
 
         M = torch.empty(vectors.shape, device=vectors.device)
         for block in vectors.blocks():

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..specs import TensorSpec
 from .base import MergeMethod, Rule, Site, Update, default_role, param
-from .elementwise import cancelling, linear
+from .parts.elementwise import cancelling, linear
 
 if TYPE_CHECKING:
-    from ..task_vectors import TaskVectors
+    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)

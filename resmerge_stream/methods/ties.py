@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..specs import TensorSpec
 from .base import Counter, MergeMethod, Rule, Site, Update, default_role, param
-from .elementwise import cancelling
+from .parts.elementwise import cancelling
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..task_vectors import TaskVectors
+    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +54,14 @@ class Ties(MergeMethod):
 
     def counter(self, number: int, counted: Mapping[str, Any], experts: int) -> Counter:
         """Return the counter of |Δ| over all tensors."""
-        from .trimming import ModelThresholds
+        from .parts.trimming import ModelThresholds
 
         return ModelThresholds(number, counted, experts, self.density)
 
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Trim, elect, merge."""
-        from .election import disjoint_merge
-        from .trimming import keep, tensor_thresholds
+        from .parts.election import disjoint_merge
+        from .parts.trimming import keep, tensor_thresholds
 
         gates: dict[str, Any] = {}
         if self.trim == "model":

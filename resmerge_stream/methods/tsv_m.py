@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .base import Site, Update, param
-from .spectral_method import SpectralMethod, product
+from .parts.spectral_method import SpectralMethod, product
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..task_vectors import TaskVectors
+    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class TsvMerge(SpectralMethod):
 
     def merge_spectrum(self, vectors: TaskVectors, site: Site) -> Update:
         """Return λ · polar(Û) · diag(Ŝ) · polar(V̂)ᵀ."""
-        from ..factors import polar
+        from ..maths.factors import polar
 
         U, sigma, V = leading_factors(vectors, min(vectors.shape) // vectors.count)
         weights = (sigma * self.scale).float().to(U.device)
@@ -54,7 +54,7 @@ def leading_factors(vectors: TaskVectors, k: int) -> tuple[Tensor, Tensor, Tenso
     """
     import torch
 
-    from ..factors import svd_of
+    from ..maths.factors import svd_of
 
     found = [svd_of(vectors, i) for i in range(vectors.count)]
     U = torch.cat([factors.U[:, :k] for factors in found], dim=1)

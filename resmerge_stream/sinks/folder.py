@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import OutputExistsError, PlanRefusedError, StoppedError
-from ..layout import Shard
 from .journal import Journal
+from .layout import Shard
 from .safetensors_file import SafetensorsFile
 from .sink import Membership
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StoppedError
-from ..layout import Shard
+from .layout import Shard
 
 
 class _Dropped:

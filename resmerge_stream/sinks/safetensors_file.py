@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from ..errors import StoppedError
-from ..layout import Shard
+from .layout import Shard
 
 
 class SafetensorsFile:

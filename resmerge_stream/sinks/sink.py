@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..layout import Shard
+from .layout import Shard
 
 
 @dataclass(slots=True)

@@ -10,10 +10,13 @@ from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.hf_api import HfApi, ModelInfo, RepoSibling
 
 from ..errors import CheckpointFormatError, CheckpointNotFoundError
+from ..hub.client import client, patiently
+from ..hub.ranges import CachedFile, RemoteFile
 from ..recipe import ModelRef
 from .ahead import Ahead
 from .checkpoint import SourceFile, StoredTensor
 from .fetch import PART_BYTES, Fetcher, Span
+from .files import INDEX, MAX_SMALL_BYTES, SMALL_SUFFIXES, WEIGHTS, choose_weights
 from .format import (
     MAX_CONFIG_BYTES,
     MAX_JSON_BYTES,
@@ -23,9 +26,6 @@ from .format import (
     parse_header,
     parse_index,
 )
-from .hub_client import client, patiently
-from .local import INDEX, MAX_SMALL_BYTES, SMALL_SUFFIXES, WEIGHTS, choose_weights
-from .ranges import CachedFile, RemoteFile
 
 # One request gets the whole header of nearly every file.
 _FIRST_BYTES = 100_000

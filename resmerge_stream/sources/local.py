@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointFormatError, CheckpointNotFoundError, UnsupportedCheckpointError
+from ..errors import CheckpointFormatError, CheckpointNotFoundError
 from ..recipe import ModelRef
 from .checkpoint import SourceFile, StoredTensor
+from .files import INDEX, MAX_SMALL_BYTES, SMALL_SUFFIXES, choose_weights
 from .format import (
     MAX_CONFIG_BYTES,
     MAX_JSON_BYTES,
@@ -19,12 +20,6 @@ from .format import (
     parse_header,
     parse_index,
 )
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-SMALL_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md")
-MAX_SMALL_BYTES = 200_000_000
 
 
 class LocalCheckpoint:
@@ -196,62 +191,6 @@ def _read_bounded(path: Path, limit: int) -> bytes:
     if len(data) > limit:
         raise CheckpointFormatError(f"{str(path)!r} is larger than {limit} bytes.")
     return data
-
-
-def choose_weights(shown: str, names: list[str]) -> list[str] | None:
-    """Return the weight files among a model's file names, or None where its index names them.
-
-    Args:
-        shown: what to call the model in errors.
-        names: its files.
-
-    Raises:
-        CheckpointNotFoundError: there are no weights.
-        CheckpointFormatError: it is not known which files make the model.
-        UnsupportedCheckpointError: the weights are pickled, GGUF, or a LoRA adapter.
-    """
-    _refuse_other_formats(shown, names)
-    if WEIGHTS in names:
-        return [WEIGHTS]
-    return None if INDEX in names else _single_weight_file(shown, names)
-
-
-def _refuse_other_formats(shown: str, names: list[str]) -> None:
-    if "adapter_config.json" in names:
-        raise UnsupportedCheckpointError(
-            f"{shown!r} is a LoRA adapter, not a whole model. Merge it into its base first "
-            "(peft: model.merge_and_unload(), then save_pretrained) and give that folder."
-        )
-    if any(name.endswith(".safetensors") for name in names):
-        return
-    pickled = [name for name in names if name.endswith(_PICKLED)]
-    if pickled:
-        raise UnsupportedCheckpointError(
-            f"{shown!r} has its weights in {pickled[0]!r}, a pickle, which can run code when "
-            "it is read. Convert it: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) "
-            "writes safetensors."
-        )
-    gguf = [name for name in names if name.endswith(".gguf")]
-    if gguf:
-        raise UnsupportedCheckpointError(
-            f"{shown!r} holds {gguf[0]!r}: GGUF files are quantised for inference. "
-            "Give the original safetensors model."
-        )
-
-
-def _single_weight_file(shown: str, names: list[str]) -> list[str]:
-    found = [name for name in names if name.endswith(".safetensors")]
-    if len(found) == 1:
-        return found
-    if not found:
-        raise CheckpointNotFoundError(
-            f"{shown!r} has no *.safetensors file. Give a folder with model.safetensors, "
-            f"or with shards and {INDEX}."
-        )
-    raise CheckpointFormatError(
-        f"{shown!r} has {len(found)} safetensors files but neither {WEIGHTS} nor {INDEX}, "
-        "so it is not known which of them make the model."
-    )
 
 
 def _small_files(folder: Path, weights: set[str]) -> tuple[str, ...]:

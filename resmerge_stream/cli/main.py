@@ -1,0 +1,237 @@
+"""The command line: options in, the library's three steps, events out. No arithmetic, no I/O."""
+
+import argparse
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from ..errors import RecipeError, ResMergeError, StoppedError
+from ..planning.plan import Plan, plan_merge
+from ..planning.planned import refused_plan
+from ..recipe_file import load_recipe
+from ..run.crew import Crew, ToldError, crew_of_launcher
+from ..run.group import launched
+from ..run.opening import discard_unfinished
+from ..version import __version__
+from . import console
+from .lasting_imports import lasting_imports
+from .options import add_json, add_publication, add_recipe, options_of, publication_of, recipe_of
+from .studies import add_analyse, add_compare, analyse, compare
+from .submit import add_submit, submit
+
+_EXIT = """\
+exit codes: 0 done; 2 refused (bad input, or verify found a difference); 3 stopped, the same
+command continues; 130 interrupted, the same command continues; 1 a bug.
+"""
+_EXAMPLES = {
+    "plan": "resmerge-stream plan --base models/base --expert models/math --expert models/code",
+    "merge": "resmerge-stream merge recipe.yml --push-to me/merged\n"
+    "in 8 processes: accelerate launch --multi_gpu --num_processes 8 -m resmerge_stream merge …",
+    "verify": "resmerge-stream verify merged",
+    "compare": "resmerge-stream compare recipe.yml --methods resmerge,ties,tsv_m --out compared",
+    "analyse": "resmerge-stream analyse recipe.yml --out analysis",
+    "submit": "resmerge-stream submit recipe.yml --push-to me/merged",
+    "methods": "resmerge-stream methods",
+    "demo": "resmerge-stream demo --out demo-merge",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one message, and where to read on."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\nSee '{self.prog} --help'.\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: the arguments, without the program's name; `sys.argv` when None.
+    """
+    args = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = args.run
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no ‖ must not end a merge
+    try:
+        if launched()[1] > 1 and run is not _merge:
+            raise RecipeError("only 'merge' runs in several processes. Start this one alone.")
+        return run(args)
+    except ToldError as exc:
+        return exc.code
+    except ResMergeError as exc:
+        as_json = getattr(args, "json", False) and launched()[0] == 0
+        if run is _plan and as_json and exc.exit_code == 2:
+            print(json.dumps(refused_plan(str(exc))))
+        else:
+            console.failed(exc, as_json=as_json)
+        return exc.exit_code
+    except KeyboardInterrupt:
+        if launched()[0] == 0:
+            print("interrupted; the same command continues.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (such as `| head`): nothing is left to say to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if run in (_merge, _demo):
+            print("nobody reads the output; the same command continues.", file=sys.stderr)
+            return StoppedError.exit_code
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="resmerge-stream",
+        description="Merge RL experts of one base model, one tensor at a time, in little memory.",
+        epilog=_EXIT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"resmerge-stream {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    plan = _command(commands, "plan", _plan, "show what a merge would do; reads headers only")
+    add_recipe(plan)
+    plan.add_argument("--out", metavar="DIR", help="also check this output folder and its disk")
+    add_publication(plan)
+    merge = _command(commands, "merge", _merge, "merge, write, and report")
+    add_recipe(merge)
+    merge.add_argument("--out", metavar="DIR", help="output folder; must not exist yet")
+    add_publication(merge)
+    merge.add_argument(
+        "--discard-staging",
+        action="store_true",
+        help="list and remove what an unfinished merge left at the target, then start afresh",
+    )
+    verify = _command(commands, "verify", _verify, "check a merged model against its report")
+    verify.add_argument("merged", metavar="ID", help="output folder of a merge, or namespace/name")
+    verify.add_argument("--recipe", metavar="FILE", help="where the sources are named")
+    verify.add_argument(
+        "--sample", type=int, default=3, metavar="N", help="tensors to merge again (3)"
+    )
+    add_json(verify)
+    add_compare(_command(commands, "compare", compare, "merge by several methods in one pass"))
+    add_analyse(_command(commands, "analyse", _analyse, "measure the experts' spectra; no merging"))
+    add_submit(
+        _command(commands, "submit", submit, "merge as a Job on the Hub; asks before it spends")
+    )
+    methods = _command(commands, "methods", _methods, "list the methods and their parameters")
+    add_json(methods)
+    demo = _command(commands, "demo", _demo, "merge the built-in experts and ask them; no network")
+    demo.add_argument("--out", metavar="DIR", default="demo-merge", help="default: demo-merge")
+    demo.add_argument(
+        "--prompts", type=int, default=500, metavar="N", help="prompts a task to ask (500; 0: none)"
+    )
+    add_json(demo)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"example: {_EXAMPLES[name]}\n\n{_EXIT}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _plan_of(args: argparse.Namespace) -> Plan:
+    return plan_merge(
+        recipe_of(args),
+        options_of(args),
+        out=args.out,
+        publication=publication_of(args),
+        work_dir=args.work_dir,
+    )
+
+
+def _plan(args: argparse.Namespace) -> int:
+    plan = _plan_of(args)
+    if args.json:
+        print(json.dumps(plan.to_dict()))
+    else:
+        console.show_plan(plan)
+    return 2 if plan.refused else 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    if not args.out and not args.push_to:
+        raise RecipeError("nowhere to write: give --out DIR or --push-to NAMESPACE/NAME.")
+    with crew_of_launcher() as crew:
+        if args.discard_staging:
+            with crew.main_first("discard"):
+                if crew.is_main:
+                    console.discarded(discard_unfinished(args.out, publication_of(args)))
+        return _run(_plan_of(args), args.out, args.work_dir, as_json=args.json, crew=crew)
+
+
+def _run(
+    plan: Plan,
+    out: str | None,
+    work_dir: str | None,
+    *,
+    as_json: bool,
+    crew: Crew | None = None,
+) -> int:
+    plan.raise_if_refused()
+    with lasting_imports():
+        from ..run.engine import run_merge
+
+    events = run_merge(plan, out=out, work_dir=work_dir, crew=crew)
+    is_silent = crew is not None and not crew.is_main
+    show = console.nothing if is_silent else console.print_json if as_json else console.follow
+    try:
+        show(events)
+    finally:
+        events.close()  # type: ignore[attr-defined]  # a generator; closing it cancels
+        plan.close()
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from ..run.verify_hub import verify_merge
+
+    recipe = load_recipe(args.recipe) if args.recipe else None
+    if args.sample < 0:
+        raise RecipeError(f"--sample must be 0 or more tensors, not {args.sample}.")
+    checks = verify_merge(args.merged, recipe=recipe, sample=args.sample)
+    return 0 if console.show_checks(checks, as_json=args.json) else 2
+
+
+def _analyse(args: argparse.Namespace) -> int:
+    return analyse(args, _run)
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from ..methods import describe_methods
+
+    if args.json:
+        print(json.dumps(describe_methods()))
+    else:
+        console.show_methods(describe_methods())
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from ..experts.group import built_in_recipe, demo_accuracies
+    from ..run.verify import verify_folder
+
+    if args.prompts < 0:
+        raise RecipeError(f"--prompts must be 0 or more prompts a task, not {args.prompts}.")
+    recipe = built_in_recipe()
+    plan = plan_merge(recipe, out=args.out)
+    _run(plan, args.out, None, as_json=args.json)
+    passed = console.show_checks(verify_folder(args.out, recipe=recipe), as_json=args.json)
+    if args.prompts:
+        console.say(f"asking every model {args.prompts} held-out prompts a task")
+        accuracies = demo_accuracies(args.out, args.prompts, say=console.say)
+        console.show_accuracies(accuracies, as_json=args.json)
+    return 0 if passed else 2

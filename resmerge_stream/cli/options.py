@@ -1,0 +1,115 @@
+"""The options of the command line, and what they mean: a recipe, options, a publication."""
+
+import argparse
+
+from ..errors import RecipeError
+from ..planning.plan import Options
+from ..recipe import Recipe, override
+from ..recipe_file import load_recipe
+from ..sinks.publication import Publication
+from ..specs import OUTPUT_DTYPES
+from ..units import parse_size
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``."""
+    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+
+
+def add_publication(parser: argparse.ArgumentParser) -> None:
+    """Add what says where on the Hub to publish, and how."""
+    hub = parser.add_argument_group("publish on the Hub, with HF_TOKEN or its login")
+    hub.add_argument("--push-to", metavar="NS/NAME", help="repository, made private when new")
+    seen = hub.add_mutually_exclusive_group()
+    seen.add_argument("--private", action="store_true", help="keep it private (new: the default)")
+    seen.add_argument("--public", action="store_true", help="make it public when all is there")
+    hub.add_argument(
+        "--update", action="store_true", help="replace the model in it; the plan lists the files"
+    )
+    hub.add_argument(
+        "--max-disk", metavar="SIZE", help="of unsent shards (default: two a process); 0: no file"
+    )
+    parser.add_argument(
+        "--work-dir", metavar="DIR", help="where journals are kept (default: the user's cache)"
+    )
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Add what says what to merge, and how."""
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE.yml", help="in mergekit's vocabulary")
+    what = parser.add_argument_group("instead of a recipe, or over it")
+    what.add_argument("--base", metavar="ID", help="folder or namespace/name[@revision]")
+    what.add_argument(
+        "--expert", metavar="ID", action="append", default=[], help="an expert; repeat"
+    )
+    what.add_argument("--method", metavar="NAME", help="default: resmerge; see 'methods'")
+    what.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="a parameter; repeat"
+    )
+    how = parser.add_argument_group("output")
+    how.add_argument("--dtype", metavar="TYPE", help=f"{', '.join(OUTPUT_DTYPES)} (the base's)")
+    how.add_argument("--rounding", metavar="HOW", default="nearest", help="nearest or stochastic")
+    how.add_argument("--seed", metavar="N", type=int, default=0, help="of random numbers (0)")
+    how.add_argument(
+        "--max-shard-size", metavar="SIZE", help="such as 5GB (default: the base's shards, cut)"
+    )
+    how.add_argument("--tokenizer-from", metavar="ID", help="take the tokenizer from there")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    machine.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="of all processes here, such as 4GB (default: 80%% of what is free)",
+    )
+    add_json(parser)
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """Return the recipe that the arguments name, with the options put over it."""
+    parameters = {}
+    for text in args.set:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"--set {text!r} must be KEY=VALUE, such as --set rank=2.")
+        parameters[key] = value
+    return override(
+        load_recipe(args.recipe) if args.recipe else None,
+        base=args.base,
+        experts=args.expert,
+        method=args.method,
+        parameters=parameters,
+        dtype=args.dtype,
+    )
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """Return how to run it."""
+    shard, budget = args.max_shard_size, args.memory_budget
+    return Options(
+        rounding=args.rounding,
+        seed=args.seed,
+        max_shard_bytes=parse_size(shard, option="--max-shard-size") if shard else None,
+        tokenizer_from=args.tokenizer_from,
+        device=args.device,
+        memory_budget=parse_size(budget, option="--memory-budget") if budget else None,
+    )
+
+
+def publication_of(args: argparse.Namespace) -> Publication | None:
+    """Return where to publish, or None.
+
+    Raises:
+        RecipeError: it is said how but not where.
+    """
+    if not args.push_to:
+        for option in ("private", "public", "update", "max_disk"):
+            if getattr(args, option):
+                name = option.replace("_", "-")
+                raise RecipeError(f"--{name} says how to publish: give --push-to as well.")
+        return None
+    return Publication(
+        repo_id=args.push_to,
+        public=True if args.public else False if args.private else None,
+        update=args.update,
+        max_disk=parse_size(args.max_disk, option="--max-disk") if args.max_disk else None,
+    )

@@ -1,0 +1,116 @@
+"""The commands ``compare`` and ``analyse``: several methods, or spectra, in one pass."""
+
+import argparse
+import os
+from collections.abc import Iterator
+from typing import Protocol
+
+from ..errors import RecipeError
+from ..planning.plan import Plan, plan_merge
+from ..run.events import Event
+from ..units import format_size
+from . import console
+from .lasting_imports import lasting_imports
+from .options import add_recipe, options_of, recipe_of
+
+
+class RunPlan(Protocol):
+    """Merges, as the command ``merge`` does."""
+
+    def __call__(self, plan: Plan, out: str | None, work_dir: str | None, *, as_json: bool) -> int:
+        """Return the exit code."""
+        ...
+
+
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``compare``."""
+    add_recipe(parser)
+    parser.add_argument(
+        "--methods",
+        metavar="A,B,C",
+        required=True,
+        help="methods, with parameters behind colons: resmerge,ties:trim=tensor",
+    )
+    parser.add_argument("--out", metavar="DIR", required=True, help="one folder a method below")
+    parser.add_argument(
+        "--report-only", action="store_true", help="write reports, table and picture, no weights"
+    )
+    parser.add_argument("--work-dir", metavar="DIR", help="as for merge")
+
+
+def add_analyse(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``analyse``."""
+    add_recipe(parser)
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the results")
+    parser.add_argument(
+        "--sft", metavar="ID", action="append", default=[], help="an SFT expert beside; repeat"
+    )
+    parser.add_argument("--rank", type=int, default=1, help="directions in the head (1)")
+    parser.add_argument(
+        "--component",
+        choices=("head", "residual"),
+        help="write the model W0 + head (or residual) of one expert instead",
+    )
+    parser.add_argument("--of", metavar="EXPERT", help="which expert: its ID, or its number")
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Run ``compare`` and return its exit code.
+
+    Raises:
+        ResMergeError: it was refused, or stopped.
+    """
+    from ..studies.compare_plan import plan_comparison
+
+    names = [name for name in args.methods.split(",") if name.strip()]
+    comparison = plan_comparison(
+        recipe_of(args), names, options_of(args), out=args.out, report_only=args.report_only
+    )
+    comparison.raise_if_refused()
+    with lasting_imports():
+        from ..studies.compare import run_comparison
+
+    console.say(f"memory: at most {format_size(comparison.peak_memory_bytes)} private")
+    _show(run_comparison(comparison, work_dir=args.work_dir), args, table="comparison.md")
+    comparison.close()
+    return 0
+
+
+def analyse(args: argparse.Namespace, run_plan: RunPlan) -> int:
+    """Run ``analyse`` and return its exit code.
+
+    Args:
+        args: the options.
+        run_plan: merges, for ``--component``.
+
+    Raises:
+        ResMergeError: it was refused, or stopped.
+    """
+    with lasting_imports():
+        from ..studies.analyse import component_recipe, plan_analysis, run_analysis
+    from ..recipe import ModelRef
+
+    recipe = recipe_of(args)
+    if bool(args.component) != bool(args.of):
+        raise RecipeError("--component and --of go together: which part, of which expert.")
+    if args.component:
+        chosen = component_recipe(recipe, args.component, args.of, rank=args.rank)
+        return run_plan(
+            plan_merge(chosen, options_of(args), out=args.out), args.out, None, as_json=args.json
+        )
+    sft = [ModelRef.parse(text) for text in args.sft]
+    plan = plan_analysis(recipe, sft, options_of(args), rank=args.rank)
+    _show(run_analysis(plan, out=args.out, sft=len(sft)), args, table="analysis.md")
+    plan.close()
+    return 0
+
+
+def _show(events: Iterator[Event], args: argparse.Namespace, *, table: str) -> None:
+    """Print events as JSON, or a count of them and then the table that they end in."""
+    from pathlib import Path
+
+    if args.json:
+        console.print_json(events)
+        return
+    console.count(events)
+    print((Path(os.path.expanduser(args.out)) / table).read_text(encoding="utf-8"), end="")

@@ -1,0 +1,1 @@
+"""The built-in expert group: its data, and what asks it."""

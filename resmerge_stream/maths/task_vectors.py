@@ -1,0 +1,280 @@
+"""Task vectors of one matrix: Δ_i = W_i − W0 in float32, by row blocks, from the stored bytes.
+
+Blocks depend on the shape only, so the memory at hand never changes a bit of a result. Whole
+float32 copies (`matrix`) are kept for all experts when the budget allows (`resident`), or made
+again for one expert at a time; either way the values are the same.
+"""
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..memory import BLOCK_ELEMENTS
+
+T = TypeVar("T")
+_DOT_CHUNK = 4096
+
+
+class NonFiniteValues(Exception):
+    """Some task vector is not finite; `source` is −1 for the base, else the expert's index."""
+
+    def __init__(self, source: int) -> None:
+        super().__init__(source)
+        self.source = source
+
+
+class Workspace:
+    """Float32 buffers that are lent, taken back and lent again: allocating them anew for every
+    tensor costs more in page faults than the arithmetic saves.
+
+    Args:
+        device: where the arithmetic happens.
+        limit: bytes of buffers, lent or kept for later; what is kept is dropped beyond it.
+    """
+
+    def __init__(self, device: torch.device, limit: int = 1 << 62) -> None:
+        self.device = device
+        self._limit = limit
+        self._total = 0
+        self._free: dict[int, list[Tensor]] = {}
+        self._lock = threading.Lock()
+        # Held by whoever needs much memory for a moment.
+        self.alone = threading.Lock()
+
+    def take(self, numel: int) -> Tensor:
+        """Lend a one-dimensional float32 buffer of `numel` elements; contents undefined."""
+        with self._lock:
+            if self._free.get(numel):
+                return self._free[numel].pop()
+            for size in sorted(self._free, reverse=True):
+                while self._free[size] and self._total + 4 * numel > self._limit:
+                    del self._free[size][-1]
+                    self._total -= 4 * size
+            self._total += 4 * numel
+        return torch.empty(numel, dtype=torch.float32, device=self.device)
+
+    def give(self, buffer: Tensor) -> None:
+        """Take a lent buffer back."""
+        with self._lock:
+            self._free.setdefault(buffer.numel(), []).append(buffer)
+
+    @property
+    def lent_bytes(self) -> int:
+        """Bytes of buffers that were not given back."""
+        with self._lock:
+            kept = sum(size * len(found) for size, found in self._free.items())
+            return self._total - 4 * kept
+
+    def drop(self) -> None:
+        """Forget the buffers that are not lent."""
+        with self._lock:
+            self._total -= 4 * sum(size * len(found) for size, found in self._free.items())
+            self._free.clear()
+
+
+def block_rows(m: int, n: int) -> int:
+    """Return how many rows of an m × n matrix one block has: a multiple of 4, or all of them."""
+    rows = max(BLOCK_ELEMENTS // max(n, 1) // 4 * 4, 4)
+    return min(rows, max(m, 1))
+
+
+class TaskVectors:
+    """The task vectors of N experts for one matrix of shape (m, n).
+
+    Args:
+        base: W0 as stored, shape (m, n), on the CPU or on the workspace's device.
+        experts: W_i as stored, same shape, any float dtype, likewise.
+        workspace: scratch memory and the device.
+        resident: keep float32 copies of all Δ_i (4·N·m·n bytes) rather than of one at a time.
+        release: told which rows of the stored bytes are not needed for a while.
+    """
+
+    def __init__(
+        self,
+        base: Tensor,
+        experts: Sequence[Tensor],
+        workspace: Workspace,
+        *,
+        resident: bool,
+        release: Callable[[slice], None] = lambda rows: None,
+    ) -> None:
+        self.shape: tuple[int, int] = (base.shape[0], base.shape[1])
+        self.count = len(experts)
+        self._base, self._experts, self._workspace = base, experts, workspace
+        self._release = release
+        self._lent: dict[str, Tensor] = {}
+        self._whole: Tensor | None = None
+        self._made: dict[Hashable, Any] = {}
+        # Of each block that was read; taken at once, so that no heap is broken into pieces.
+        blocks = -(-self.shape[0] // block_rows(*self.shape))
+        self._grams = torch.zeros(blocks, self.count, self.count, dtype=torch.float64)
+        self._summed = [False] * blocks
+        if resident:
+            try:
+                self._whole = self._resident()
+            except BaseException:
+                self.close()
+                raise
+
+    @property
+    def alone(self) -> threading.Lock:
+        """A lock for work that needs much memory for a moment: one thread at a time."""
+        return self._workspace.alone
+
+    def close(self) -> None:
+        """Give the float32 copies back; the task vectors are not to be used any more."""
+        for buffer in self._lent.values():
+            self._workspace.give(buffer)
+        self._lent.clear()
+        self._made.clear()
+        self._whole = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the arithmetic happens."""
+        return self._workspace.device
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what `make` returns, made once: several methods share a decomposition."""
+        if key not in self._made:
+            self._made[key] = make()
+        found: T = self._made[key]
+        return found
+
+    def blocks(self) -> list[slice]:
+        """Return the row blocks, in order."""
+        m, n = self.shape
+        step = block_rows(m, n)
+        return [slice(start, min(start + step, m)) for start in range(0, m, step)]
+
+    def base(self, rows: slice) -> Tensor:
+        """Return W0 of some rows, float32, shape (b, n), on the device."""
+        return self._stored(self._base, rows).to(torch.float32)
+
+    def stack(self, rows: slice) -> Tensor:
+        """Return all Δ_i of some rows, float32, shape (N, b, n).
+
+        The memory may be reused by the thread's next call. Not to be modified.
+
+        Raises:
+            NonFiniteValues: some of these values are NaN or infinite, or overflow float32.
+        """
+        if self._whole is not None:
+            return self._whole[:, rows]
+        b, n = rows.stop - rows.start, self.shape[1]
+        use = f"block of {threading.get_ident()}"
+        stack = self._buffer(use, self.count * b * n).view(self.count, b, n)
+        self._subtract(rows, stack)
+        self._sum(rows, stack)
+        return stack
+
+    def matrix(self, i: int) -> Tensor:
+        """Return Δ_i whole, float32, shape (m, n); the memory may be reused by the next call."""
+        if self._whole is not None:
+            return self._whole[i]
+        m, n = self.shape
+        matrix = self._buffer("matrix", m * n).view(m, n)
+        for rows in self.blocks():
+            matrix[rows].copy_(self._stored(self._experts[i], rows))
+            matrix[rows].sub_(self.base(rows))
+            self._release(rows)
+        return matrix
+
+    def gram(self) -> Tensor:
+        """Return D, D_ij = ⟨Δ_i, Δ_j⟩, float64, shape (N, N), on the CPU.
+
+        Raises:
+            NonFiniteValues: as `stack`.
+        """
+        for rows in self.blocks():
+            if not self._summed[self._number(rows)]:
+                self.stack(rows)
+        # In the order of the rows, whatever the order in which they were first read.
+        total = torch.zeros(self.count, self.count, dtype=torch.float64)
+        for gram in self._grams:
+            total += gram
+        return total
+
+    def is_zero(self, rows: slice | None = None) -> bool:
+        """Return whether every Δ_i is zero in a block that was read, or in the whole matrix."""
+        gram = self.gram() if rows is None else self._grams[self._number(rows)]
+        return not gram.diagonal().any()
+
+    def project(self, V: Tensor) -> Tensor:
+        """Return Δ_j·V for all j: V of shape (n, c), result of shape (N, m, c) and V's dtype."""
+        result = V.new_empty(self.count, self.shape[0], V.shape[1])
+        left = V.T.contiguous()
+        for rows in self.blocks():
+            # Vᵀ·Δᵀ rather than Δ·V: five times faster for few columns.
+            projected = torch.matmul(left, self.stack(rows).to(V.dtype).transpose(1, 2))
+            result[:, rows] = projected.transpose(1, 2)
+        return result
+
+    def _subtract(self, rows: slice, out: Tensor) -> None:
+        base = self.base(rows)
+        for i, expert in enumerate(self._experts):
+            out[i].copy_(self._stored(expert, rows))
+            out[i].sub_(base)
+        self._release(rows)
+
+    def _resident(self) -> Tensor:
+        m, n = self.shape
+        whole = self._buffer("whole", self.count * m * n).view(self.count, m, n)
+        for rows in self.blocks():
+            self._subtract(rows, whole[:, rows])
+            self._sum(rows, whole[:, rows])
+        return whole
+
+    def _stored(self, matrix: Tensor, rows: slice) -> Tensor:
+        """Return some rows on the device; they cross in their stored dtype, half of float32."""
+        return matrix[rows].to(self._workspace.device)
+
+    def _buffer(self, use: str, numel: int) -> Tensor:
+        """Return the buffer of a use, lent until `close`; one as large as asked for at the most."""
+        lent = self._lent.get(use)
+        if lent is None or lent.numel() < numel:
+            if lent is not None:
+                self._workspace.give(lent)
+            lent = self._lent[use] = self._workspace.take(numel)
+        return lent[:numel]
+
+    def _sum(self, rows: slice, stack: Tensor) -> None:
+        number = self._number(rows)
+        if self._summed[number]:
+            return
+        gram = block_gram(stack)
+        if not torch.isfinite(gram).all():
+            raise NonFiniteValues(self._culprit(rows))
+        self._grams[number] = gram
+        self._summed[number] = True
+
+    def _number(self, rows: slice) -> int:
+        start: int = rows.start
+        return start // block_rows(*self.shape)
+
+    def _culprit(self, rows: slice) -> int:
+        if not torch.isfinite(self._base[rows].float()).all():
+            return -1
+        for i, expert in enumerate(self._experts):
+            if not torch.isfinite(expert[rows].float()).all():
+                return i
+        return 0  # finite, but the difference overflows
+
+
+def block_gram(stack: Tensor) -> Tensor:
+    """Return ⟨X_i, X_j⟩ of a stack of shape (N, b, n): float64, shape (N, N), on the CPU.
+
+    Products are float32 over chunks of 4,096 elements, summed in float64: `torch.dot` over a
+    whole FFN matrix is off by up to 1 % on a CPU (docs/log.md).
+    """
+    flat = stack.flatten(1)
+    whole = flat.shape[1] // _DOT_CHUNK * _DOT_CHUNK
+    chunks = flat[:, :whole].view(len(flat), -1, _DOT_CHUNK).transpose(0, 1)
+    total = torch.bmm(chunks, chunks.transpose(1, 2)).sum(0, dtype=torch.float64)
+    rest = flat[:, whole:]
+    if rest.shape[1]:
+        total = total + (rest @ rest.T).double()
+    return total.cpu()

@@ -1,0 +1,45 @@
+"""Linear rules shared by all methods: mean, sum and base of task vectors. Not a method itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..base import Site, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def linear(coefficients: Sequence[float], rule: str, warnings: tuple[str, ...] = ()) -> Update:
+    """Return the update ΔW = Σ aᵢ Δᵢ (paper Eq. 4 with all aᵢ = λ).
+
+    Args:
+        coefficients: a, one an expert.
+        rule: what the report calls it.
+    """
+
+    def rows(block: slice, stack: Tensor) -> Tensor:
+        total = stack[0] * coefficients[0]
+        for delta, coefficient in zip(stack[1:], coefficients[1:], strict=True):
+            total.add_(delta, alpha=coefficient)
+        return total
+
+    return Update(rows, rule, warnings=warnings)
+
+
+def cancelling(weights: Sequence[float]) -> str | None:
+    """Return a problem when weights to divide by add up to (nearly) nothing."""
+    if abs(sum(weights)) > 1e-6 * sum(map(abs, weights)):
+        return None
+    return (
+        f"the weights {', '.join(f'{weight:g}' for weight in weights)} add up to zero, so there is "
+        "no weighted mean. Use task_arithmetic with reduce: sum, or other weights."
+    )
+
+
+def other_rule(site: Site) -> Update:
+    """Return the update of a tensor that is not decomposed: rule ``mean``, ``sum`` or ``base``."""
+    count = len(site.weights)
+    coefficient = {"mean": 1.0 / count, "sum": 1.0, "base": 0.0}[site.rule.name]
+    return linear([coefficient] * count, site.rule.name)

@@ -1,0 +1,100 @@
+"""Heads of task vectors, and what is left without them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...maths.spectral import Head
+    from ...maths.task_vectors import TaskVectors
+
+
+# With more of ‖Δ‖² than this in a head, differences Δ − H lose digits in float32: use float64.
+_PRECISE_ABOVE = 0.5
+
+
+# Rows that are converted to float64 at once.
+_PRECISE_ROWS = 32
+
+
+def head_of(vectors: TaskVectors, i: int, rank: int, solver: str, energy: float) -> Head:
+    """Return the head of Δ_i with ‖Δ_i‖² = `energy`, found once for all methods that ask."""
+    from ...maths.spectral import top_singular
+
+    def find() -> Head:
+        delta = vectors.matrix(i)
+        return top_singular(delta, rank, solver=solver, energy=energy, alone=vectors.alone)
+
+    return vectors.once(("head", i, rank, solver), find)
+
+
+def project_heads(
+    vectors: TaskVectors, heads: list[Head | None], D: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return V of shape (n, N·k) and Y_j = Δ_j V of shape (N, m, N·k).
+
+    Both are float64 where a head holds most of an update, else float32.
+    """
+    import torch
+
+    found = [(i, head) for i, head in enumerate(heads) if head is not None]
+    width = max(head.V.shape[1] for _, head in found)
+    V = found[0][1].V.new_zeros(vectors.shape[1], len(heads) * width)
+    for i, head in found:
+        V[:, i * width : i * width + head.V.shape[1]] = head.V
+    share = max(sum(s * s for s in head.sigma) / float(D[i, i]) for i, head in found)
+    if share <= _PRECISE_ABOVE:
+        V = V.to(torch.float32)
+    return V, vectors.project(V)
+
+
+def residual_gram(
+    vectors: TaskVectors, D: Tensor, V: Tensor, Y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return P, Q and G of the heads H_i = Y_ii V_iᵀ; float64, shape (N, N), CPU.
+
+    Args:
+        vectors: the task vectors.
+        D: their Gram matrix.
+        V: right singular vectors of all experts, shape (n, N·k).
+        Y: Δ_j·V for all j, shape (N, m, N·k); float64 asks for G without cancellation.
+    """
+    import torch
+
+    count = vectors.count
+    k = V.shape[1] // count
+    columns = [slice(i * k, (i + 1) * k) for i in range(count)]
+    H_left = [Y[i, :, columns[i]].double() for i in range(count)]
+    VtV = (V.double().T @ V.double()).cpu()
+    P = torch.zeros(count, count, dtype=torch.float64)
+    Q = torch.zeros(count, count, dtype=torch.float64)
+    for i in range(count):
+        for j in range(count):
+            P[i, j] = (H_left[i] * Y[j, :, columns[i]]).sum()
+            inner = (H_left[i].T @ H_left[j]).cpu()
+            Q[i, j] = (inner * VtV[columns[i], columns[j]]).sum()
+    if V.dtype == torch.float64:
+        return P, Q, _residual_gram_by_blocks(vectors, V, Y, columns)
+    return P, Q, D - P - P.T + Q
+
+
+def _residual_gram_by_blocks(
+    vectors: TaskVectors, V: Tensor, Y: Tensor, columns: list[slice]
+) -> Tensor:
+    """Return G from the residuals themselves, block by block in float64: no cancellation."""
+    import torch
+
+    G = torch.zeros(vectors.count, vectors.count, dtype=torch.float64)
+    for rows in vectors.blocks():
+        stack, left = vectors.stack(rows), Y[:, rows]
+        for start in range(0, stack.shape[1], _PRECISE_ROWS):
+            part = slice(start, start + _PRECISE_ROWS)
+            residuals = [
+                stack[i, part].double() - left[i, part, own] @ V[:, own].T
+                for i, own in enumerate(columns)
+            ]
+            flat = torch.stack(residuals).flatten(1)
+            G += (flat @ flat.T).cpu()
+    return G

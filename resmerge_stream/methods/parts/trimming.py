@@ -1,0 +1,202 @@
+"""Exact magnitude thresholds without sorting: |Δ| counted by the bits of its float32 pattern.
+
+Float32 patterns of non-negative numbers are ordered like the numbers. A first pass counts their
+upper 16 bits, a second the lower 16 inside the bin where the threshold lies; both together give the
+K-th largest magnitude exactly, whatever the number of elements. For one tensor, which is at hand,
+one pass with a bracket is tried first (`running_rank`). Not a method itself.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..base import Site
+from .running_rank import RunningRank
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...maths.task_vectors import TaskVectors
+
+_UPPER = 1 << 15  # the sign bit is clear
+_LOWER = 1 << 16
+
+
+class Tally:
+    """Counts magnitudes, for each expert.
+
+    Args:
+        experts: N.
+        bins: None counts the upper 16 bits; else the lower 16 inside one upper bin an expert.
+    """
+
+    def __init__(self, experts: int, bins: Sequence[int] | None = None) -> None:
+        import torch
+
+        self._bins = bins
+        size = _UPPER if bins is None else _LOWER
+        self.counts = torch.zeros(experts, size, dtype=torch.int64)
+        self._inside: list[list[Tensor]] = [[] for _ in range(experts)]
+
+    def add(self, stack: Tensor | Sequence[Tensor]) -> None:
+        """Count a row block of all experts, N times (b, n)."""
+        import torch
+
+        for i, delta in enumerate(stack):
+            bits = delta.abs().view(torch.int32).flatten()
+            keys = bits >> 16
+            if self._bins is None:
+                self._count(i, keys)
+                continue
+            # The few inside the bin are gathered, since a count costs as much as all the bins.
+            self._inside[i].append(bits[keys == self._bins[i]] & (_LOWER - 1))
+            if sum(map(len, self._inside[i])) > _LOWER:
+                self._count_inside(i)
+
+    def _count(self, expert: int, keys: Tensor) -> None:
+        import torch
+
+        counts = self.counts[expert]
+        counts += torch.bincount(keys, minlength=len(counts)).cpu()
+
+    def _count_inside(self, expert: int) -> None:
+        import torch
+
+        self._count(expert, torch.cat(self._inside[expert]))
+        self._inside[expert].clear()
+
+    def find(self, ranks: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Return the slot that holds each expert's `rank`-th largest, and its rank inside."""
+        slots, inside = [], []
+        for expert, gathered in enumerate(self._inside):
+            if gathered:
+                self._count_inside(expert)
+        for counts, rank in zip(self.counts, ranks, strict=True):
+            from_top = counts.flip(0).cumsum(0)
+            position = int((from_top >= rank).nonzero()[0])
+            slots.append(len(counts) - 1 - position)
+            inside.append(rank - (int(from_top[position - 1]) if position else 0))
+        return slots, inside
+
+
+def keep_count(numel: int, density: float) -> int:
+    """Return ⌊density · numel⌋, at least 1."""
+    return max(int(density * numel), 1)
+
+
+def keep(delta: Tensor, threshold: float) -> Tensor:
+    """Return Δ where |Δ| ≥ threshold, zero elsewhere; the threshold is a float32 number."""
+    from torch.nn.functional import hardshrink
+
+    # It keeps what is larger than its bound: the next float32 below, or anything negative.
+    pattern = int(struct.unpack("<I", struct.pack("<f", threshold))[0])
+    below = struct.unpack("<f", struct.pack("<I", pattern - 1))[0] if threshold > 0 else -1.0
+    return hardshrink(delta, below)
+
+
+def tensor_thresholds(
+    vectors: TaskVectors,
+    density: float,
+    change: Callable[[slice, Tensor], Sequence[Tensor]] | None = None,
+) -> list[float]:
+    """Return for each expert the ⌊density · numel⌋-th largest |Δ| of one tensor.
+
+    Args:
+        vectors: the task vectors of the whole tensor.
+        density: share to keep.
+        change: what to count of a row block instead of its Δ.
+    """
+
+    def changed() -> Iterator[Sequence[Tensor] | Tensor]:
+        for rows in _scattered(vectors.blocks()):
+            stack = vectors.stack(rows)
+            yield stack if change is None else change(rows, stack)
+
+    m, n = vectors.shape
+    if m * n == 0:
+        return [0.0] * vectors.count
+    rank = keep_count(m * n, density)
+    if vectors.device.type == "cpu":
+        found = _running_thresholds(changed(), vectors.count, rank, m * n)
+        if found is not None:
+            return found
+    upper = Tally(vectors.count)
+    for stack in changed():
+        upper.add(stack)
+    bins, ranks = upper.find([rank] * vectors.count)
+    lower = Tally(vectors.count, bins)
+    for stack in changed():
+        lower.add(stack)
+    return _thresholds(bins, lower, ranks)
+
+
+def _scattered(blocks: Sequence[slice]) -> list[slice]:
+    """Return the blocks in an order in which the first ones are like all of them.
+
+    Rows of an embedding, say, are ordered by how frequent their tokens are.
+    """
+    golden = (math.sqrt(5) - 1) / 2
+    return [blocks[i] for i in sorted(range(len(blocks)), key=lambda i: i * golden % 1)]
+
+
+def _running_thresholds(
+    stacks: Iterable[Sequence[Tensor] | Tensor], experts: int, rank: int, total: int
+) -> list[float] | None:
+    """Return the thresholds from one pass, or None where it does not suffice."""
+    import numpy as np
+    import torch
+
+    finders = [RunningRank(rank, total) for _ in range(experts)]
+    for stack in stacks:
+        for finder, delta in zip(finders, stack, strict=True):
+            finder.add(delta.abs().view(torch.int32).flatten().numpy().view(np.uint32))
+    patterns = [finder.result() for finder in finders]
+    return None if None in patterns else [_magnitude(p) for p in patterns if p is not None]
+
+
+class ModelThresholds:
+    """The same over all tensors: two counting passes, whose results are named ``trim_…``.
+
+    Args:
+        number: of the pass, 0 or 1.
+        counted: the first pass's results, for the second.
+        experts: N.
+        density: share to keep.
+    """
+
+    def __init__(
+        self, number: int, counted: Mapping[str, Any], experts: int, density: float
+    ) -> None:
+        self._density = density
+        self._bins: list[int] | None = counted["trim_bins"] if number else None
+        self._ranks: list[int] = counted["trim_ranks"] if number else []
+        self._tally = Tally(experts, self._bins)
+
+    def add(self, vectors: TaskVectors, site: Site) -> None:
+        """Count a matrix, or some rows of one."""
+        for rows in vectors.blocks():
+            self._tally.add(vectors.stack(rows))
+
+    def result(self) -> dict[str, Any]:
+        """Return bins and ranks after the first pass, ``trim_thresholds`` after the second."""
+        if self._bins is not None:
+            return {"trim_thresholds": _thresholds(self._bins, self._tally, self._ranks)}
+        numel = int(self._tally.counts[0].sum())
+        if numel == 0:
+            return {"trim_bins": [0] * len(self._tally.counts), "trim_ranks": []}
+        bins, ranks = self._tally.find([keep_count(numel, self._density)] * len(self._tally.counts))
+        return {"trim_bins": bins, "trim_ranks": ranks}
+
+
+def _thresholds(bins: Sequence[int], lower: Tally, ranks: Sequence[int]) -> list[float]:
+    if not len(ranks):
+        return [0.0] * len(bins)
+    slots, _ = lower.find(ranks)
+    return [_magnitude((upper << 16) + slot) for upper, slot in zip(bins, slots, strict=True)]
+
+
+def _magnitude(pattern: int) -> float:
+    return float(struct.unpack("<f", struct.pack("<I", pattern))[0])

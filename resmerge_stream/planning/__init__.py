@@ -1,0 +1,1 @@
+"""PLAN: everything is decided from headers, before anything big moves."""

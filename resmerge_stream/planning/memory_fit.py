@@ -1,0 +1,138 @@
+"""Fitting a plan into memory: what lives at once, what is read ahead, what cannot fit. No torch."""
+
+from dataclasses import dataclass
+
+from ..device import available_memory, machine_share
+from ..errors import NotEnoughMemoryError
+from ..memory import (
+    FIXED_BYTES,
+    HUB_WINDOW_BYTES,
+    LEAST_HUB_WINDOW_BYTES,
+    PIECE_BYTES,
+    SPARE_BYTES,
+    WRITE_QUEUE_BYTES,
+)
+from ..specs import DTYPES
+from ..units import format_size
+from .compat import Findings
+from .planned import Plan, PlannedTensor, matrix_of
+
+# Of the free memory, without --memory-budget.
+SHARE = 0.8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """A plan in so much memory.
+
+    Attributes:
+        room: bytes of the budget for what is in work; less than `worst` does not fit.
+        read_ahead_bytes: on their way from the Hub.
+        resident: the tensors of which float32 copies of all experts may live at once.
+        worst: bytes of the tensor that takes most.
+        worst_name: its name.
+        needed_bytes: of memory, at least.
+    """
+
+    room: int
+    read_ahead_bytes: int
+    resident: frozenset[str]
+    worst: int
+    worst_name: str
+    needed_bytes: int
+
+
+def fit(plan: Plan, budget: int, *, elsewhere: bool = False) -> Fit:
+    """Return how a plan does with a budget: how many float32 copies of which matrix live at once.
+
+    Args:
+        plan: with its tensors decided; nothing in it is changed.
+        budget: bytes of private memory.
+        elsewhere: on another machine, where no repository is in the local cache.
+    """
+    shared = max((plan.opened[1].shared_scratch_bytes(m, n) for m, n in _matrices(plan)), default=0)
+    room = budget - FIXED_BYTES - WRITE_QUEUE_BYTES - shared
+    ahead = _read_ahead_bytes(plan, room, elsewhere=elsewhere)
+    room -= ahead
+    worst, resident = (0, ""), set()
+    for name, tensor in plan.tensors.items():
+        size = plan.working_bytes_of(PlannedTensor(tensor.spec, tensor.rule, True))
+        if size <= room:
+            resident.add(name)
+        else:
+            size = plan.working_bytes_of(PlannedTensor(tensor.spec, tensor.rule, False))
+        worst = max(worst, (size, name))
+    return Fit(
+        room=room,
+        read_ahead_bytes=ahead,
+        resident=frozenset(resident),
+        worst=worst[0],
+        worst_name=worst[1],
+        needed_bytes=budget - room + worst[0],
+    )
+
+
+def fit_memory(plan: Plan, found: Findings) -> None:
+    """Choose for every matrix how many float32 copies live at once; refuse what cannot fit.
+
+    What may be in work at once (`working_bytes`) is bounded by the largest matrix, not by what the
+    machine has, unless the user gave a budget. Processes on one machine share its budget.
+    """
+    asked = plan.options.memory_budget
+    free = plan.machine.memory_bytes if plan.machine is not None else available_memory()
+    sharing = machine_share()[1] if plan.machine is None else 1
+    plan.memory_budget = (asked if asked is not None else int(free * SHARE)) // sharing
+    fitted = fit(plan, plan.memory_budget, elsewhere=plan.machine is not None)
+    plan.read_ahead_bytes = fitted.read_ahead_bytes
+    plan.tensors = {
+        name: PlannedTensor(tensor.spec, tensor.rule, name in fitted.resident)
+        for name, tensor in plan.tensors.items()
+    }
+    largest = max((m * n for m, n in _matrices(plan)), default=0)
+    ample = SPARE_BYTES + 4 * (len(plan.experts) + 2) * largest
+    room = fitted.room
+    plan.working_bytes = max(fitted.worst, min(room, ample) if asked is None else room)
+    plan.peak_memory_bytes = plan.memory_budget - room + plan.working_bytes
+    if fitted.worst > room:
+        needed = fitted.needed_bytes
+        which = "--memory-budget allows" if asked is not None else "80 % of the free memory is"
+        each = "" if sharing == 1 else f" for each of the {sharing} processes here"
+        error = NotEnoughMemoryError(
+            f"merging {fitted.worst_name} needs {format_size(needed)} of memory, but {which} "
+            f"{format_size(plan.memory_budget)}{each}. Give --memory-budget "
+            f"{-(-needed * sharing // 1_000_000)}MB or more, on a machine that has it"
+            f"{', or start fewer processes' if each else ''}."
+        )
+        found.problems.append(str(error))
+
+
+def _matrices(plan: Plan) -> list[tuple[int, int]]:
+    return [
+        matrix_of(tensor.spec)
+        for tensor in plan.tensors.values()
+        if tensor.rule and tensor.rule.needs_matrix
+    ]
+
+
+def _read_ahead_bytes(plan: Plan, room: int, *, elsewhere: bool) -> int:
+    """Return bytes for what is on its way from the Hub: the largest piece, and a window ahead."""
+    remote = [
+        source
+        for source in plan.checkpoints
+        if source.is_remote or (elsewhere and source.folder is None)
+    ]
+    if not remote:
+        return 0
+    largest = 0
+    for name, tensor in plan.tensors.items():
+        m, n = matrix_of(tensor.spec)
+        for_matrix = tensor.rule is not None and tensor.rule.needs_matrix
+        rows = 1.0 if for_matrix else min(1.0, PIECE_BYTES / max(tensor.spec.nbytes, 1))
+        stored = sum(
+            m * n * DTYPES[source.tensors[name].spec.dtype].nbytes
+            for source in remote
+            if name in source.tensors
+        )
+        largest = max(largest, int(stored * rows))
+    window = min(HUB_WINDOW_BYTES, max(LEAST_HUB_WINDOW_BYTES, (room - largest) // 3))
+    return largest + window

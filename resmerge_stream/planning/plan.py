@@ -1,0 +1,212 @@
+"""PLAN: decide everything before anything big moves, from headers and configs alone. No torch."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ..device import Machine
+from ..errors import ResMergeError, StoppedError, shown
+from ..methods import build_method
+from ..recipe import ModelRef, Recipe
+from ..roles import Role
+from ..sinks.layout import DEFAULT_SHARD_BYTES, Shard, plan_shards
+from ..sinks.publication import Publication
+from ..sources import Checkpoint, open_checkpoint
+from ..specs import OUTPUT_DTYPES, TensorSpec
+from .compat import (
+    Findings,
+    TensorSets,
+    check_configs,
+    check_quantised,
+    check_small_files,
+    check_tokenizers,
+    match_tensors,
+)
+from .memory_fit import fit_memory
+from .options import Options
+from .planned import Plan, PlannedTensor, matrix_of
+from .sidefiles import output_config
+from .target import check_folder, check_publication, look_at_targets
+
+# Seconds an element and expert on two cores, measured (docs/performance.md).
+_SECONDS_START = 3.0
+_SECONDS_ROWS = 0.6e-9
+_SECONDS_MATRIX = 4.0e-9
+# Bytes a second from and to the Hub: a modest line; the two go on at the same time.
+HUB_RATE = 50e6
+_OPEN_THREADS = 4
+
+
+def plan_merge(
+    recipe: Recipe,
+    options: Options | None = None,
+    *,
+    out: str | Path | None = None,
+    publication: Publication | None = None,
+    token: str | bool | None = None,
+    work_dir: str | Path | None = None,
+    machine: Machine | None = None,
+    like: Plan | None = None,
+) -> Plan:
+    """Plan a merge. Problems are collected in the plan, not raised.
+
+    Args:
+        recipe: what to merge.
+        options: how; defaults when None.
+        out: the output folder, when there is one: it is checked, and its disk.
+        publication: the repository to publish to, when there is one: it is asked for.
+        token: the caller's, for the Hub; None stands for HF_TOKEN or the login,
+            False for nobody's.
+        work_dir: where journals are kept; what an earlier start pinned is found there.
+        machine: where it will run; None stands for this machine.
+        like: a plan of the same models, whose open checkpoints are used again.
+
+    Raises:
+        StoppedError: the network or the Hub kept failing, so that nothing is known.
+
+    Memory: the headers and configs of the checkpoints; no tensor is read, save an LM head that
+    a tied config says is redundant.
+    """
+    plan = Plan(recipe, options or Options(), publication=publication, token=token, machine=machine)
+    found = Findings(plan.problems, plan.warnings)
+    folder = Path(os.path.expanduser(out)) if out is not None else None
+    if folder is not None and ("\x00" in str(folder) or len(os.fsencode(folder.name)) > 255):
+        found.problems.append(f"--out {shown(str(out))} is no name that a folder can have.")
+        return plan
+    _build_method(plan, found)
+    commits = look_at_targets(plan, folder, work_dir, found) if plan.method is not None else []
+    _open_all(plan, found, commits, like)
+    if plan.refused or plan.base is None or plan.method is None:
+        return plan
+    for source in plan.checkpoints:
+        check_quantised(source, found)
+    for expert in plan.experts:
+        check_configs(plan.base, expert, found)
+        check_tokenizers(plan.base, expert, found)
+    sets = match_tensors(plan.base, plan.experts, found)
+    plan.left_out = sets.left_out
+    plan.tensors = _tensors(plan, sets)
+    plan.shards = _shards(plan)
+    plan.config = output_config(plan.base, recipe.dtype)
+    check_small_files(plan.base, plan.tokenizer or plan.base, found)
+    _check_code(plan, found)
+    _estimate(plan)
+    fit_memory(plan, found)
+    if folder is not None:
+        check_folder(plan, folder, found)
+    if plan.target is not None:
+        check_publication(plan, plan.target, folder, work_dir, found)
+    return plan
+
+
+def _build_method(plan: Plan, found: Findings) -> None:
+    recipe = plan.recipe
+    try:
+        plan.method = build_method(recipe.method, recipe.parameters)
+    except ResMergeError as exc:
+        found.problems.append(str(exc))
+        return
+    if not plan.method.weighted and any(ref.weight is not None for ref in recipe.experts):
+        found.problems.append(
+            f"{plan.method.name} takes no weight for each model: it measures how far the experts "
+            "agree. Leave 'weight' out, or use task_arithmetic or mean."
+        )
+    elif problem := plan.method.check_weights(plan.weights):
+        found.problems.append(problem)
+
+
+def _open_all(plan: Plan, found: Findings, commits: list[str | None], like: Plan | None) -> None:
+    recipe, limit = plan.recipe, plan.options.max_header_bytes
+    refs = [recipe.base, *recipe.experts]
+    if plan.options.tokenizer_from is not None:
+        refs.append(ModelRef.parse(plan.options.tokenizer_from))
+    if len(commits) != len(refs):
+        commits = [None] * len(refs)
+
+    known = {} if like is None else _opened_by(like)
+
+    def attempt(ref: ModelRef, commit: str | None) -> Checkpoint | str:
+        there = known.get((ref.id, ref.revision))
+        if there is not None and commit in (None, there.revision):
+            return there
+        try:
+            return open_checkpoint(ref, token=plan.token, commit=commit, max_header_bytes=limit)
+        except StoppedError:
+            raise  # the network, not the input
+        except ResMergeError as exc:
+            return str(exc)
+
+    with ThreadPoolExecutor(_OPEN_THREADS) as pool:
+        opened = list(pool.map(attempt, refs, commits))
+    found.problems += [text for text in opened if isinstance(text, str)]
+    sources = [None if isinstance(source, str) else source for source in opened]
+    plan.base = sources[0]
+    experts = sources[1 : 1 + len(recipe.experts)]
+    plan.experts = tuple(expert for expert in experts if expert is not None)
+    if plan.options.tokenizer_from is not None:
+        plan.tokenizer = sources[-1]
+    names = [str(ref) for ref in recipe.experts]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        found.warnings.append(f"listed more than once, and counted so: {', '.join(twice)}")
+
+
+def _opened_by(plan: Plan) -> dict[tuple[str, str | None], Checkpoint]:
+    """Return the checkpoints of a plan by id and revision as written."""
+    refs, sources = [plan.recipe.base, *plan.recipe.experts], list(plan.checkpoints)
+    if len(refs) != len(sources):
+        return {}  # some could not be opened
+    return {(ref.id, ref.revision): source for ref, source in zip(refs, sources, strict=True)}
+
+
+def _tensors(plan: Plan, sets: TensorSets) -> dict[str, PlannedTensor]:
+    base, method = plan.opened
+    dtype = OUTPUT_DTYPES[plan.recipe.dtype] if plan.recipe.dtype else None
+    merged = set(sets.merged)
+    planned = {}
+    for name, stored in base.tensors.items():
+        if name in merged:
+            rule = method.rule_for(stored.spec, len(plan.experts))
+            spec = TensorSpec(name, dtype or stored.spec.dtype, stored.spec.shape)
+            planned[name] = PlannedTensor(spec, rule)
+        elif name in sets.carried:
+            planned[name] = PlannedTensor(stored.spec, None)
+    return planned
+
+
+def _shards(plan: Plan) -> tuple[Shard, ...]:
+    stored = plan.opened[0].tensors
+    if plan.options.max_shard_bytes is not None:
+        return plan_shards([[t.spec for t in plan.tensors.values()]], plan.options.max_shard_bytes)
+    groups: dict[str, list[TensorSpec]] = {}
+    for name, tensor in plan.tensors.items():
+        groups.setdefault(stored[name].file, []).append(tensor.spec)
+    return plan_shards(list(groups.values()), DEFAULT_SHARD_BYTES)
+
+
+def _check_code(plan: Plan, found: Findings) -> None:
+    if plan.base is not None and plan.base.config.get("auto_map"):
+        code = [name for name in plan.base.small_files if name.endswith(".py")]
+        found.warnings.append(
+            f"the base needs its own code to load (auto_map); copied: {', '.join(code) or 'none'}"
+        )
+
+
+def _estimate(plan: Plan) -> None:
+    count = len(plan.experts)
+    seconds = _SECONDS_START
+    passes = 1 + plan.opened[1].counting_passes()
+    for name, tensor in plan.tensors.items():
+        sources = plan.checkpoints if tensor.rule else [plan.base]
+        stored = sum(s.tensors[name].spec.nbytes for s in sources if s is not None)
+        plan.read_bytes += stored * (passes if tensor.rule else 1)
+        seconds += tensor.spec.numel * (count + 1) * _SECONDS_ROWS * passes
+        if tensor.rule and tensor.rule.needs_matrix:
+            seconds += tensor.spec.numel * count * _SECONDS_MATRIX
+    share = sum(s.is_remote for s in plan.checkpoints) / (count + 1)
+    sent = plan.write_bytes if plan.publication is not None else 0
+    plan.compute_seconds = seconds
+    plan.seconds_estimate = max(seconds, plan.read_bytes * share / HUB_RATE, sent / HUB_RATE)
+
+
+__all__ = ["Options", "Plan", "PlannedTensor", "Role", "matrix_of", "plan_merge"]

@@ -1,0 +1,256 @@
+"""What a plan is: its options, its tensors, and everything that a merge will do. No torch."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..device import Machine, machine_share
+from ..errors import PlanRefusedError
+from ..memory import HELD_BYTES, PIECE_BYTES, block_bytes, matrix_bytes
+from ..methods import MergeMethod, Rule
+from ..recipe import ModelRef, Recipe
+from ..roles import layer_of
+from ..sinks.layout import Shard, index_json
+from ..sinks.publication import Publication
+from ..sources import Checkpoint
+from ..specs import DTYPES, TensorSpec
+from ..version import __version__
+from .options import Options
+from .sidefiles import side_files
+
+if TYPE_CHECKING:
+    from ..sinks.hub.target import HubTarget
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One output tensor.
+
+    Attributes:
+        spec: as it is written.
+        rule: what is done with it; None carries the base's bytes through.
+        resident: whether float32 task vectors of all experts are kept at once.
+    """
+
+    spec: TensorSpec
+    rule: Rule | None
+    resident: bool = True
+
+
+@dataclass(slots=True)
+class Plan:
+    """Everything that a merge will do. Made by `plan_merge`, run by `run_merge`."""
+
+    recipe: Recipe
+    options: Options
+    method: MergeMethod | None = None
+    base: Checkpoint | None = None
+    experts: tuple[Checkpoint, ...] = ()
+    tokenizer: Checkpoint | None = None
+    tensors: Mapping[str, PlannedTensor] = field(default_factory=dict)
+    shards: tuple[Shard, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    machine: Machine | None = None  # where it will run; None: here
+    memory_budget: int = 0
+    working_bytes: int = 0
+    read_ahead_bytes: int = 0
+    peak_memory_bytes: int = 0
+    peak_disk_bytes: int = 0
+    read_bytes: int = 0
+    compute_seconds: float = 0.0  # on two cores, whatever the network does
+    seconds_estimate: float = 0.0
+    config: bytes = b"{}"
+    publication: Publication | None = None
+    target: "HubTarget | None" = None
+    token: str | bool | None = field(default=None, repr=False)
+    # What the method's counting passes found; the run fills it in before it merges.
+    counted: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def refused(self) -> bool:
+        """Whether there are problems, so that the merge will not start."""
+        return bool(self.problems)
+
+    @property
+    def checkpoints(self) -> Iterator[Checkpoint]:
+        """The base, then the experts."""
+        if self.base is not None:
+            yield self.base
+        yield from self.experts
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells the sources from others under the same names, by number."""
+        sources = [*self.checkpoints, *([self.tokenizer] if self.tokenizer else [])]
+        return {str(number): source.identity for number, source in enumerate(sources)}
+
+    @property
+    def name_private(self) -> bool:
+        """Whether the card may name private models: nobody else sees it, or `--public` said so."""
+        if self.publication is None or self.target is None:
+            return False
+        return self.publication.public is True or not self.target.ends_public
+
+    @property
+    def opened(self) -> tuple[Checkpoint, MergeMethod]:
+        """The base and the method, which a plan without problems has.
+
+        Raises:
+            RuntimeError: the plan was not made by `plan_merge`, or was refused.
+        """
+        if self.base is None or self.method is None:
+            raise RuntimeError("this plan has no base or no method; plan_merge makes plans")
+        return self.base, self.method
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes of the output weight files."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes of shards that wait on the disk at most, before they are sent to the Hub."""
+        largest = max((shard.nbytes for shard in self.shards), default=0)
+        allowed = self.publication.max_disk if self.publication is not None else None
+        sharing = machine_share()[1] if self.machine is None else 1
+        return min(2 * largest * sharing if allowed is None else allowed, self.write_bytes)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The experts' factors, 1.0 where none was given."""
+        return tuple(1.0 if ref.weight is None else ref.weight for ref in self.recipe.experts)
+
+    @property
+    def layers(self) -> int:
+        """How many blocks the model has, by its tensors' names."""
+        numbers = [layer_of(name) for name in self.tensors]
+        return 1 + max((number for number in numbers if number is not None), default=-1)
+
+    @property
+    def plan_hash(self) -> str:
+        """16 hex digits of what makes a run the same run: recipe, output options, version."""
+        recipe = self.recipe.to_dict()
+        for model, ref in zip(recipe["models"], self.recipe.experts, strict=True):
+            model["model"] = _lasting_name(ref)
+        recipe["base_model"] = _lasting_name(self.recipe.base)
+        if self.method is not None:
+            recipe["parameters"] = self.method.parameters()
+        options = self.options
+        key = [
+            recipe,
+            options.rounding,
+            options.seed,
+            options.max_shard_bytes,
+            options.tokenizer_from,
+            __version__,
+        ]
+        text = json.dumps(key, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def working_bytes_of(self, tensor: PlannedTensor) -> int:
+        """Return bytes of float32 memory that are held while a tensor's piece is in work."""
+        m, n = matrix_of(tensor.spec)
+        count = len(self.experts)
+        if tensor.rule is None:
+            return 0
+        block = block_bytes(count, m, n)
+        output = m * n * DTYPES[tensor.spec.dtype].nbytes
+        if not tensor.rule.needs_matrix:
+            held = PIECE_BYTES if tensor.rule.in_pieces else HELD_BYTES
+            return block + (min(output, held) if self.is_held(tensor) else 0)
+        scratch = self.opened[1].scratch_bytes(m, n, count)
+        return block + output + matrix_bytes(m, n, count, scratch, resident=tensor.resident)
+
+    def is_held(self, tensor: PlannedTensor) -> bool:
+        """Return whether a piece of a tensor is merged in one go, its output held until it is due.
+
+        Otherwise it is decided first, and merged as it is written.
+        """
+        rule = tensor.rule
+        if rule is None or rule.needs_matrix or rule.in_pieces:
+            return True
+        return tensor.spec.nbytes <= HELD_BYTES
+
+    def side_files(self) -> dict[str, bytes]:
+        """Return the small output files that do not depend on the merge, by name."""
+        if self.base is None:
+            return {}
+        files = side_files(self.base, self.tokenizer or self.base)
+        files["config.json"] = self.config
+        if len(self.shards) > 1:
+            files["model.safetensors.index.json"] = index_json(self.shards)
+        return files
+
+    def by_rule(self) -> dict[str, int]:
+        """Return how many tensors each rule takes."""
+        names = (t.rule.name if t.rule else "carried" for t in self.tensors.values())
+        return dict(sorted(Counter(names).items()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data, as ``plan --json`` prints it."""
+        return {
+            "refused": self.refused,
+            "problems": list(self.problems),
+            "warnings": list(self.warnings),
+            "tensors": len(self.tensors),
+            "by_rule": self.by_rule(),
+            "shards": [
+                {"name": shard.name, "bytes": shard.nbytes, "tensors": len(shard.tensors)}
+                for shard in self.shards
+            ],
+            "read_bytes": self.read_bytes,
+            "write_bytes": self.write_bytes,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "peak_disk_bytes": self.peak_disk_bytes,
+            "seconds_estimate": round(self.seconds_estimate, 1),
+            "sources": [
+                {
+                    "id": source.id,
+                    "revision": source.revision,
+                    "bytes": sum(file.size for file in source.files),
+                    "license": source.license,
+                    "gated": source.gated,
+                }
+                for source in self.checkpoints
+            ],
+            "plan_hash": self.plan_hash,
+        }
+
+    def raise_if_refused(self) -> None:
+        """Raise the plan's problems as one error.
+
+        Raises:
+            PlanRefusedError: there are problems.
+        """
+        if self.problems:
+            raise PlanRefusedError("\n".join(self.problems))
+
+    def close(self) -> None:
+        """Close every source."""
+        for source in (*self.checkpoints, *((self.tokenizer,) if self.tokenizer else ())):
+            source.close()
+
+
+def matrix_of(spec: TensorSpec) -> tuple[int, int]:
+    """Return rows and columns of what is merged at once: of one slice for a stack [E, m, n]."""
+    return (spec.shape[1], spec.shape[2]) if len(spec.shape) == 3 else spec.matrix_shape
+
+
+def _lasting_name(ref: ModelRef) -> str:
+    """Return a folder's absolute path, so that the working directory does not matter."""
+    folder = Path(os.path.expanduser(ref.id))
+    return str(folder.resolve()) if os.path.isdir(folder) else str(ref)
+
+
+def refused_plan(problem: str) -> dict[str, Any]:
+    """Return what `Plan.to_dict` would, for a recipe that is none: refused, for one reason."""
+    plan = Plan(Recipe(ModelRef(""), ()), Options())
+    plan.problems.append(problem)
+    return {**plan.to_dict(), "plan_hash": None}

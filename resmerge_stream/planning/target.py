@@ -1,0 +1,110 @@
+"""A plan's target: what stands there, whether it fits, what earlier starts pinned. No torch."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..device import free_disk, machine_share
+from ..errors import listed, shown
+from ..sinks import target_state
+from ..sinks.journal import known_commits, work_folder
+from ..units import format_size
+from .compat import Findings
+from .planned import Plan
+
+if TYPE_CHECKING:
+    from ..sinks.hub.target import HubTarget
+
+
+def look_at_targets(
+    plan: Plan, out: Path | None, work_dir: str | Path | None, found: Findings
+) -> list[str | None]:
+    """Return the commits that an earlier start pinned the sources to; those win over any branch."""
+    commits: list[str | None] = []
+    if plan.publication is not None:
+        from ..sinks.hub.target import look_at_target
+
+        plan.target = look_at_target(plan.publication, plan.plan_hash, plan.token)
+        found.problems += plan.target.problems
+        if plan.target.staged is not None:
+            commits = plan.target.staged.commits
+    here = work_folder(plan.plan_hash, out, plan.publication, work_dir)
+    return commits or known_commits(here, plan.plan_hash)
+
+
+def check_folder(plan: Plan, out: Path, found: Findings) -> None:
+    """Refuse an output folder that holds something else, or whose disk is too small."""
+    if "\x00" in str(out) or len(out.name.encode()) > 255:
+        found.problems.append(f"--out {shown(str(out))} is no name that a folder can have.")
+        return
+    state = target_state(out, plan.plan_hash)
+    if state.problem:
+        found.problems.append(state.problem)
+        return
+    plan.peak_disk_bytes = plan.write_bytes
+    needed = plan.write_bytes - state.bytes_there
+    free = free_disk(out)
+    if needed > free:
+        found.problems.append(
+            f"the output takes {format_size(needed)} more, but the disk of {str(out)!r} has "
+            f"{format_size(free)} free. Free some, or choose another --out."
+        )
+
+
+def check_publication(
+    plan: Plan,
+    target: "HubTarget",
+    out: Path | None,
+    work_dir: str | Path | None,
+    found: Findings,
+) -> None:
+    """Check what only a plan can tell of a repository: time, storage, disk, names, card."""
+    from ..sinks.hub import target as hub_target
+
+    if target.finished or target.problems:
+        return
+    largest = max((shard.nbytes for shard in plan.shards), default=0)
+    hub_target.check_fit(
+        target, plan.write_bytes, largest, plan.seconds_estimate, machine_share()[1]
+    )
+    private = sorted(
+        {s.id for s in plan.checkpoints if s.folder is None and (s.is_private or s.gated)}
+    )
+    if private and target.ends_public:
+        does = "will name" if plan.name_private else "will not name (give --public to name them)"
+        found.warnings.append(f"the public card {does} private or gated models: {listed(private)}")
+    if target.publication.update:
+        written = [
+            *(shard.name for shard in plan.shards),
+            *hub_target.CARD_FILES,
+            *plan.side_files(),
+        ]
+        replaced, stale = hub_target.replaced_files(target, written)
+        if replaced:
+            found.warnings.append(f"--update replaces in {target.repo.id}: {', '.join(replaced)}")
+        if stale:
+            found.warnings.append(f"--update removes from {target.repo.id}: {', '.join(stale)}")
+    card = hub_target.card_problem(target, [(s.id, s.license) for s in plan.checkpoints])
+    found.problems += [*target.problems, *([card] if card else [])]
+    found.warnings += target.warnings
+    if out is None:
+        _check_work_disk(plan, largest, work_dir, found)
+
+
+def _check_work_disk(
+    plan: Plan,
+    largest: int,
+    work_dir: str | Path | None,
+    found: Findings,
+) -> None:
+    """Say how much disk the shards take that wait: two a process at most, none when streamed."""
+    plan.peak_disk_bytes = plan.unsent_bytes
+    folder = work_folder(plan.plan_hash, None, plan.publication, work_dir)
+    free = plan.machine.disk_bytes if plan.machine is not None else free_disk(folder)
+    sharing = machine_share()[1] if plan.machine is None else 1
+    needed = min(largest * sharing, plan.peak_disk_bytes)
+    if needed > free:
+        found.problems.append(
+            f"shards of {format_size(largest)} wait on the disk of {str(folder)!r} before they are "
+            f"sent, but it has {format_size(free)} free. Give a smaller --max-shard-size, another "
+            "--work-dir, or --max-disk 0."
+        )

@@ -1,0 +1,1 @@
+"""What is told about a merge: its report, its card, its picture."""

@@ -1,0 +1,89 @@
+"""The report of a merge: every gate of every tensor, and their summary. Plain data, no torch."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..planning.plan import Plan
+
+REPORT_VERSION = 1
+
+
+def build_report(
+    plan: Plan,
+    entries: Sequence[Mapping[str, Any]],
+    files: Sequence[Mapping[str, Any]],
+    *,
+    environment: Mapping[str, Any],
+    seconds: float,
+    bytes_read: int,
+    bytes_written: int,
+    peak_private_bytes: int,
+) -> dict[str, Any]:
+    """Return ``report.json``.
+
+    Args:
+        plan: what was run.
+        entries: the tensors' rows.
+        files: name, size and sha256 of every weight file.
+        environment: versions, device and threads.
+        seconds, bytes_read, bytes_written, peak_private_bytes: of this run.
+    """
+    # The plan counts what it intended; here guards and unchanged tensors have spoken.
+    warnings = list(plan.warnings)
+    flagged = Counter(text for entry in entries for text in entry["warnings"])
+    warnings += [f"{count} tensor(s): {text}" for text, count in flagged.most_common()]
+    return {
+        "version": REPORT_VERSION,
+        "plan_hash": plan.plan_hash,
+        "recipe": plan.recipe.to_dict(),
+        "method": {
+            "name": plan.recipe.method,
+            "parameters": plan.method.parameters() if plan.method else {},
+        },
+        "counted": dict(plan.counted),
+        "options": {"rounding": plan.options.rounding, "seed": plan.options.seed},
+        "sources": [
+            {
+                "id": source.id,
+                "revision": source.revision,
+                "license": source.license,
+                "private": source.is_private,
+                "files": [
+                    {"name": file.name, "size": file.size, "sha256": file.sha256}
+                    for file in source.files
+                ],
+            }
+            for source in plan.checkpoints
+        ],
+        "environment": dict(environment),
+        "summary": {
+            "tensors": len(entries),
+            "by_rule": dict(sorted(Counter(entry["rule"] for entry in entries).items())),
+            "seconds": round(seconds, 3),
+            "bytes_read": bytes_read,
+            "bytes_written": bytes_written,
+            "peak_private_bytes": peak_private_bytes,
+            **_whole_model_kept(entries),
+            "warnings": warnings,
+            "left_out": dict(plan.left_out),
+        },
+        "files": list(files),
+        "tensors": list(entries),
+    }
+
+
+def _whole_model_kept(entries: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Return kept norm and cosine of the whole update, from those of the tensors."""
+    update_sq = kept_sq = inner = 0.0
+    for entry in entries:
+        norm, kept, cosine = entry["update_norm"], entry["kept_norm"], entry["kept_cosine"]
+        if norm and kept is not None and cosine is not None:
+            update_sq += norm**2
+            kept_sq += (norm * kept) ** 2
+            inner += norm * (norm * kept) * cosine
+    if update_sq == 0:
+        return {"kept_norm": None, "kept_cosine": None}
+    cosine = inner / math.sqrt(update_sq * kept_sq) if kept_sq > 0 else 0.0
+    return {"kept_norm": math.sqrt(kept_sq / update_sq), "kept_cosine": cosine}

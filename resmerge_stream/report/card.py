@@ -1,0 +1,300 @@
+"""The model card and the files under ``resmerge/``, from a plan and its report. No I/O."""
+
+import inspect
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..planning.plan import Plan
+from ..planning.sidefiles import main_dtype
+from ..units import format_size
+from .card_tables import LISTED, code_list, escape, gate_tables, unusual
+from .gates_plot import gates_png
+from .public_names import PublicName, PublicNames
+
+# Below this cosine a reader should know that the file is not quite what was computed.
+KEPT_WARNING = 0.9
+
+
+_REPO_ID = re.compile(r"^[\w.-]{1,96}(/[\w.-]{1,96})?$", re.ASCII)
+
+
+_LICENCE = re.compile(r"^[a-z0-9][a-z0-9.+-]{0,60}$")
+
+
+_RULES = {
+    "mean": "base + mean of the experts' updates",
+    "sum": "base + sum of the experts' updates",
+    "base": "the base's values",
+    "copy": "no expert differs from the base: the base's values",
+    "carried": "not merged: the base's bytes",
+}
+
+
+def render_card(
+    plan: Plan, report: Mapping[str, Any], *, name_private: bool = False
+) -> dict[str, bytes]:
+    """Return the card, report, recipe and picture by file name.
+
+    Args:
+        plan: what was run.
+        report: from `build_report`; it is not modified.
+        name_private: whether private and gated models of the Hub may be named. Without their
+            names the recipe cannot be run again by others.
+    """
+    names = PublicNames(plan, name_private)
+    recipe = _recipe_yaml(plan, names)
+    return {
+        "README.md": _readme(plan, report, names, recipe).encode(),
+        "resmerge/report.json": (json.dumps(names.clean_report(report), indent=1) + "\n").encode(),
+        "resmerge/recipe.yml": recipe.encode(),
+        "resmerge/gates.png": gates_png(report),
+    }
+
+
+def _recipe_yaml(plan: Plan, names: PublicNames) -> str:
+    """Return the recipe pinned to commits, with every parameter, and how to run it on top."""
+    import yaml
+
+    recipe = plan.recipe.to_dict()
+    recipe["base_model"] = names.sources[0].pinned
+    for model, source in zip(recipe["models"], names.sources[1:], strict=True):
+        model["model"] = source.pinned
+    parameters = plan.method.parameters() if plan.method else dict(plan.recipe.parameters)
+    recipe.pop("parameters", None)
+    dtype = recipe.pop("dtype", None)
+    recipe |= {"parameters": parameters} if parameters else {}
+    recipe |= {"dtype": dtype} if dtype else {}
+    lines = [f"# {_command(plan, names, 'recipe.yml')}"]
+    for kind, what in (("local", "Local folders"), ("private", "Models not named here")):
+        hidden = dict.fromkeys(s.name for s in names.sources if s.kind == kind)
+        if hidden:
+            lines.append(f"# {what}; put your own paths or ids: {', '.join(hidden)}")
+    # Unfolded lines: none can start with what ends a Markdown fence.
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1_000_000)
+    return "\n".join(lines) + "\n" + text
+
+
+def _command(plan: Plan, names: PublicNames, recipe: str) -> str:
+    """Return the command that makes the same bytes."""
+    options = plan.options
+    words = ["resmerge-stream merge", recipe, "--out merged"]
+    if options.rounding != "nearest":
+        words.append(f"--rounding {options.rounding}")
+    if options.seed:
+        words.append(f"--seed {options.seed}")
+    if options.max_shard_bytes is not None:
+        words.append(f"--max-shard-size {options.max_shard_bytes}")
+    if names.tokenizer is not None:
+        words.append(f'--tokenizer-from "{names.tokenizer.pinned}"')
+    return " ".join(words)
+
+
+def _readme(plan: Plan, report: Mapping[str, Any], names: PublicNames, recipe: str) -> str:
+    licence, same = _licence([source.license for source in plan.checkpoints])
+    sections = [
+        _metadata(names, licence),
+        _introduction(plan, report, names),
+        f"## Recipe\n\n```yaml\n{recipe}```",
+        gate_tables(report),
+        _kept(plan, report),
+        unusual(plan, report, names),
+        _tensors(plan, report, names),
+        _sources(plan, report, names, same),
+        _usage(plan, names),
+        _risks(plan),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _metadata(names: PublicNames, licence: str) -> str:
+    from huggingface_hub import ModelCardData
+
+    models = [s.name for s in names.sources if s.kind == "hub" and _REPO_ID.match(s.name)]
+    data = ModelCardData(
+        base_model=list(dict.fromkeys(models)) or None,
+        library_name="transformers",
+        license=licence,
+        tags=["merge", "resmerge"],
+        base_model_relation="merge",
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _introduction(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> str:
+    base, *experts = names.sources
+    title, words = _method_name(report), ""
+    if plan.method is not None:
+        title, words = plan.method.title, inspect.cleandoc(plan.method.in_words())
+    variant = (report["method"].get("parameters") or {}).get("variant")
+    exactly = f" (variant `{variant}`)" if variant else ""
+    short = escape(base.name.rsplit("/", 1)[-1])
+    count = f"{len(experts)} expert{'s' * (len(experts) != 1)}"
+    lines = [
+        f"# {short}: {count} merged with {title}",
+        f"Fine-tuned models of one base, merged with **{title}**{exactly} by ResMerge Stream "
+        f"{escape(str((report.get('environment') or {}).get('resmerge_stream')))}; no training, "
+        "no data.",
+        "\n".join(
+            [f"- Base: {_link(base)}"]
+            + [f"- Expert {i}: {_link(source)}" for i, source in enumerate(experts, 1)]
+        ),
+        f"**How it decides.** {words}" if words else "",
+    ]
+    return "\n\n".join(line for line in lines if line)
+
+
+def _kept(plan: Plan, report: Mapping[str, Any]) -> str:
+    summary = report["summary"]
+    norm, cosine = summary.get("kept_norm"), summary.get("kept_cosine")
+    dtype = plan.recipe.dtype or (main_dtype(plan.base) if plan.base is not None else "float32")
+    rounding = "stochastically" if plan.options.rounding == "stochastic" else "to nearest"
+    text = f"## What the cast kept\n\nMerged in float32 and rounded once, {rounding}, to {dtype}. "
+    if norm is None or cosine is None:
+        return text + "There was no update to keep: no tensor differs from the base."
+    text += (
+        f"Over the whole model the update that is left has **{norm:.3f}** of the computed length "
+        f"and a cosine of **{cosine:.3f}** with it; {_changed(report):.1%} of the weights differ "
+        "from the base's. RL experts move a weight by a step or so of the format, and a merged "
+        "step smaller than half of one is rounded away."
+    )
+    if cosine < KEPT_WARNING:
+        text += (
+            f"\n\n> [!WARNING]\n> Rounding to {dtype} changed this update's direction (cosine "
+            f"{cosine:.2f}). {_advice(plan, dtype)}"
+        )
+    return text
+
+
+def _advice(plan: Plan, dtype: str) -> str:
+    if dtype == "float32":
+        return "The update is close to the resolution of float32 itself."
+    if plan.options.rounding == "stochastic":
+        return "It was stochastic, so the loss is noise without bias; `--dtype float32` keeps all."
+    return (
+        "Merge again with `--dtype float32`, which keeps all of it in twice the bytes, or with "
+        "`--rounding stochastic`, which keeps it on average, before judging the method by "
+        "these weights."
+    )
+
+
+def _changed(report: Mapping[str, Any]) -> float:
+    """Return the share of all weights that differ from the base's."""
+    total = changed = 0.0
+    for row in report["tensors"]:
+        size = math.prod(row.get("shape") or ())
+        total += size
+        changed += size * (row.get("changed_fraction") or 0.0)
+    return changed / total if total else 0.0
+
+
+def _tensors(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> str:
+    """Return what became of the tensors: counts by rule, carried, left out, copied code."""
+    counts = report["summary"]["by_rule"]
+    lines = ["## Tensors and files", "| rule | tensors | meaning |\n|---|---:|---|"]
+    for rule, count in counts.items():
+        lines[-1] += f"\n| {escape(rule)} | {count} | {_RULES.get(rule, 'as described above')} |"
+    carried = [row["name"] for row in report["tensors"] if row["rule"] == "carried"]
+    if carried:
+        lines.append(f"Carried over from the base: {code_list(carried)}.")
+    left_out: dict[str, list[str]] = {}
+    for name, reason in (report["summary"].get("left_out") or {}).items():
+        left_out.setdefault(reason, []).append(name)
+    for reason, found in left_out.items():
+        lines.append(f"Left out, since {escape(names.clean(reason))}: {code_list(found)}.")
+    if plan.base is not None and plan.base.config.get("auto_map"):
+        code = [name for name in plan.base.small_files if name.endswith(".py")]
+        lines.append(f"The base loads with its own code, copied unread: {code_list(code)}.")
+    origin = names.tokenizer or names.sources[0]
+    lines.append(f"Config from the base; tokenizer and chat template from {escape(str(origin))}.")
+    spoken = re.compile(r"^\d+ tensor\(s\) (left out|kept as in the base)")
+    notes = [text for text in plan.warnings if not spoken.match(text)]
+    if notes:
+        lines.append("The plan warned:")
+        lines.append("\n".join(f"- {escape(names.clean(text))}" for text in notes[:LISTED]))
+    return "\n\n".join(lines)
+
+
+def _sources(plan: Plan, report: Mapping[str, Any], names: PublicNames, same: bool) -> str:
+    lines = ["| | model | commit | size | licence |", "|---|---|---|---:|---|"]
+    for number, (source, public) in enumerate(zip(plan.checkpoints, names.sources, strict=True)):
+        part = f"expert {number}" if number else "base"
+        commit = f"`{public.revision}`" if public.revision else "–"
+        size = format_size(sum(file.size for file in source.files))
+        licence = escape(source.license or "unknown")
+        lines.append(f"| {part} | {_link(public)} | {commit} | {size} | {licence} |")
+    text = "## Sources and licences\n\n" + "\n".join(lines)
+    if not same:
+        text += (
+            "\n\n> [!WARNING]\n> The sources' licences differ, or some are unknown. A merge is "
+            "made of all of them: check that their terms allow it, and your use, before sharing."
+        )
+    return text
+
+
+def _licence(licences: Sequence[str | None]) -> tuple[str, bool]:
+    """Return the licence for the metadata, and whether all sources share it."""
+    found = {(text or "").strip().lower() for text in licences}
+    common = found.pop() if len(found) == 1 else ""
+    known = bool(_LICENCE.match(common)) and common not in ("other", "unknown")
+    return (common, True) if known else ("other", False)
+
+
+def _usage(plan: Plan, names: PublicNames) -> str:
+    architectures = (plan.base.config.get("architectures") if plan.base else None) or [""]
+    causal = str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel"))
+    auto = "AutoModelForCausalLM" if causal else "AutoModel"
+    code = ", trust_remote_code=True" if plan.base and plan.base.config.get("auto_map") else ""
+    again = _command(plan, names, "resmerge/recipe.yml")
+    hidden = any(source.kind != "hub" for source in names.sources)
+    note = " after putting your own paths in the recipe" if hidden else ""
+    return "\n\n".join(
+        [
+            "## Load it",
+            f"```python\nfrom transformers import {auto}, AutoTokenizer\n\n"
+            'name = "…"  # this repository, or the folder\n'
+            f'model = {auto}.from_pretrained(name, dtype="auto"{code})\n'
+            f"tokenizer = AutoTokenizer.from_pretrained(name{code})\n```",
+            "## Make it again",
+            f"The same bytes{note}, on the same kind of device:",
+            f"```sh\n{again}\n```",
+            "Every gate of every tensor is in [resmerge/report.json](resmerge/report.json).",
+        ]
+    )
+
+
+def _risks(plan: Plan) -> str:
+    text = (
+        "## Before you use it\n\nNobody has evaluated this model yet. A merged model may inherit "
+        "undesirable behaviours, biases or safety risks from any of its experts, and can behave "
+        "in ways that none of them does. Evaluate it for your task, safety included, before "
+        "deploying it."
+    )
+    if plan.method is None:
+        return text
+    if plan.method.name != "resmerge":
+        return text + f"\n\n## Citation\n\n{escape(plan.method.paper)}, {plan.method.url}"
+    return text + f"\n\n## Citation\n\n```bibtex\n{_CITATION}```"
+
+
+def _method_name(report: Mapping[str, Any]) -> str:
+    return escape(str((report.get("method") or {}).get("name") or "merge"))
+
+
+def _link(source: PublicName) -> str:
+    if source.kind != "hub" or not _REPO_ID.match(source.name):
+        return escape(str(source))
+    return f"[{source.name}](https://huggingface.co/{source.name})"
+
+
+_CITATION = """@misc{sun2026resmerge,
+  title = {ResMerge: Residual-based Spectral Merging of Large Language Models},
+  author = {Sun, Yandu and Hou, Zhiyan and Ma, Haokai and Jia, Yuheng and Fang, Junfeng and
+            Guo, Haiyun and An, Hongyan and Wang, Weizhen and Wang, Jinqiao},
+  year = {2026},
+  eprint = {2606.02252},
+  archivePrefix = {arXiv},
+}
+"""

@@ -1,0 +1,173 @@
+"""The card's tables: gates by family and module, unusual tensors; text safe for Markdown."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..planning.plan import Plan
+from ..roles import Role
+from .public_names import PublicNames, printable
+from .values import median, module_label, module_rank, value_of
+
+# A tensor of which less than this is left is listed by name.
+_MOSTLY_LOST = 0.5
+
+
+LISTED = 20
+
+
+# Branches that are the normal way through, or that the recipe asked for.
+_USUAL = frozenset({None, "consensus", "head only", "residual only"})
+
+
+_COLUMNS = (
+    ("S_H", "S_H"),
+    ("c_R", "c_R"),
+    ("c_R_floor", "floor 1/√N"),
+    ("alpha_R", "α_R"),
+    ("head_share", "‖C‖/‖A‖"),
+    ("head_energy", "head energy"),
+    ("changed_fraction", "changed"),
+    ("kept_norm", "kept norm"),
+    ("kept_cosine", "kept cosine"),
+)
+
+
+def gate_tables(report: Mapping[str, Any]) -> str:
+    """Return the section on what the gates decided: tables, picture, how to read them."""
+    order = {role.value: number for number, role in enumerate(Role)}
+    by_family: dict[str, list[Mapping[str, Any]]] = {}
+    by_module: dict[str, list[Mapping[str, Any]]] = {}
+
+    def place(row: Mapping[str, Any]) -> tuple[int, int]:
+        return order.get(row.get("role") or "", 99), module_rank(module_label(row["name"]))
+
+    rows = sorted(report["tensors"], key=place)
+    for row in rows:
+        by_family.setdefault(row.get("role") or "unknown", []).append(row)
+        by_module.setdefault(module_label(row["name"]), []).append(row)
+    has_gates = any(value_of(row, "S_H") is not None for row in rows)
+    return "\n\n".join(
+        [
+            "## What the gates decided" if has_gates else "## What changed",
+            "Median (least – greatest) over the tensors of a family.",
+            _table("family", by_family),
+            "![The gates by layer and module](resmerge/gates.png)",
+            _READING_GATES if has_gates else _READING_KEPT,
+            "<details><summary>The same for every module</summary>",
+            _table("module", by_module),
+            "</details>",
+        ]
+    )
+
+
+def _table(heading: str, groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return a table with a row a group; columns without any value are left out."""
+    numbers = {
+        (group, key): [v for row in rows if (v := value_of(row, key)) is not None]
+        for group, rows in groups.items()
+        for key, _ in _COLUMNS
+    }
+    columns = [(key, title) for key, title in _COLUMNS if any(numbers[g, key] for g in groups)]
+    lines = [
+        "| " + " | ".join([heading, "tensors", *(title for _, title in columns)]) + " |",
+        "|---|" + "---:|" * (len(columns) + 1),
+    ]
+    for group, rows in groups.items():
+        cells = [
+            escape(group),
+            str(len(rows)),
+            *(_spread(numbers[group, key]) for key, _ in columns),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    low, high = f"{min(values):.3f}", f"{max(values):.3f}"
+    return low if low == high else f"{median(values):.3f} ({low} – {high})"
+
+
+def unusual(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> str:
+    """Return the tensors with warnings, fallbacks, other rules than planned, lost updates."""
+    groups: dict[str, list[str]] = {}
+    for row in report["tensors"]:
+        for reason in _reasons(plan, row):
+            groups.setdefault(reason, []).append(row["name"])
+    if not groups:
+        return "## Unusual tensors\n\nNone: every tensor went the planned way."
+    ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
+    each = max(1, LISTED // len(ranked))
+    lines = ["| what | tensors | such as |", "|---|---:|---|"]
+    for reason, found in ranked[:LISTED]:
+        shown = ", ".join(_code(name) for name in found[:each])
+        more = f" and {len(found) - each} more" if len(found) > each else ""
+        lines.append(f"| {escape(names.clean(reason))} | {len(found)} | {shown}{more} |")
+    more = f"\n\n{len(ranked) - LISTED} more kinds." if len(ranked) > LISTED else ""
+    return "## Unusual tensors\n\n" + "\n".join(lines) + more + "\n\nAll are in the report."
+
+
+def _reasons(plan: Plan, row: Mapping[str, Any]) -> list[str]:
+    reasons = list(row.get("warnings") or ())
+    parts = row.get("slices") or [row]
+    branches = Counter(gates.get("branch") for gates in parts)
+    # A warning about a fallback already says what the branch repeats.
+    reasons += [
+        f"fallback: {branch}" + (" in some slices" if count < len(parts) else "")
+        for branch, count in branches.items()
+        if branch not in _USUAL and not reasons
+    ]
+    planned = plan.tensors.get(row["name"])
+    wanted = planned.rule.name if planned is not None and planned.rule else "carried"
+    if row["rule"] == "copy":
+        reasons.append("no expert changed it")
+    elif row["rule"] != wanted and not reasons:
+        reasons.append(f"{row['rule']} instead of {wanted}")
+    kept = row.get("kept_cosine")
+    if kept is not None and kept < _MOSTLY_LOST:
+        reasons.append(f"mostly lost in the cast (kept cosine below {_MOSTLY_LOST})")
+    return reasons
+
+
+def escape(text: str) -> str:
+    """Return text that Markdown shows as it is, also in a table's cell."""
+    special = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "\\": "&#92;", "|": "&#124;", "`": "&#96;"}
+    special |= {"[": "&#91;", "]": "&#93;", "*": "&#42;"}
+    return "".join(special.get(c, c) for c in printable(text))
+
+
+def _code(name: str) -> str:
+    """Return a name as code; a backtick would end it and a bar would end the cell."""
+    plain = printable(name).replace("`", "'").replace("|", "¦")
+    return f"`{plain[:160]}`"
+
+
+def code_list(found: Sequence[str]) -> str:
+    """Return up to five names as code, and how many more there are."""
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return (", ".join(_code(name) for name in found[:5]) or "none") + more
+
+
+_READING_GATES = (
+    "**How to read it.** Each expert's update of a matrix is cut into its *head*, the strongest "
+    "direction(s), and the *residual*, all the rest; head energy is the head's share of the "
+    "squared length. *S_H* is the mean cosine between the experts' heads, negative ones counted "
+    "as 0: at 1 they pull the same way, near 0 they have nothing in common, and the heads come "
+    "back only in that measure (‖C‖/‖A‖ is how much of them was added beside the merged "
+    "residual). *s_R* (in the report) is the mean cosine between two experts' residuals, *c_R* "
+    "their mean cosine with their common direction. N unrelated residuals already have "
+    "c_R = 1/√N, the *floor*: at the floor the residuals are no more aligned than chance, below "
+    "it they oppose each other. In matrices this large chance hardly moves s_R from 0, so a "
+    "small step above the floor is real agreement. *α_R* is the length of the merged "
+    "residual, as a share of the mean residual's. *Kept norm* and *kept cosine* compare "
+    "the update in the file with the one that was computed; 1 means nothing was lost."
+)
+
+
+_READING_KEPT = (
+    "**How to read it.** *Changed* is the share of weights that differ from the base's. *Kept "
+    "norm* and *kept cosine* compare the update in the file, after rounding, with the one that "
+    "was computed in float32; 1 means nothing was lost."
+)

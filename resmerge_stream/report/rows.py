@@ -1,0 +1,99 @@
+"""A tensor's row of the report, put together while its pieces are written."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..maths.rounding import Kept
+from ..methods import Rule, Update
+from ..specs import TensorSpec
+from .values import median
+
+
+@dataclass(slots=True)
+class ReportRow:
+    """What is known of a tensor while its pieces come."""
+
+    kept: Kept = field(default_factory=Kept)
+    gates: list[dict[str, Any]] = field(default_factory=list)
+    rules: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def add(self, update: Update, kept: Kept, remarks: Iterable[str], *, is_zero: bool) -> None:
+        """Note a piece: what was decided, what the cast kept, and whether no expert changed it."""
+        self.kept.absorb(kept)
+        self.rules.append("copy" if is_zero else update.rule)
+        for text in (*update.warnings, *remarks):
+            if text not in self.warnings:
+                self.warnings.append(text)
+        if update.gates:
+            self.gates.append(dict(update.gates))
+
+    def entry(self, spec: TensorSpec, rule: Rule) -> dict[str, Any]:
+        """Return the finished row, as plain data."""
+        gates: dict[str, Any] = {}
+        if len(self.gates) == 1 and len(self.rules) == 1:
+            gates = self.gates[0]
+        elif self.gates:
+            gates = combine_slices(self.gates)
+        applied = [name for name in self.rules if name != "copy"]
+        return tensor_entry(
+            **gates,
+            name=spec.name,
+            role=rule.role.value,
+            shape=list(spec.shape),
+            dtype=spec.dtype,
+            rule=Counter(applied).most_common(1)[0][0] if applied else "copy",
+            update_norm=self.kept.update_norm,
+            kept_norm=self.kept.kept_norm,
+            kept_cosine=self.kept.kept_cosine,
+            changed_fraction=self.kept.changed_fraction,
+            warnings=self.warnings,
+        )
+
+
+# The keys of a tensor's row that design.md fixes; those without a meaning for a rule are null.
+TENSOR_KEYS = (
+    "name", "role", "shape", "rule", "rank", "sigma", "head_energy", "s_R", "c_R", "c_R_floor",
+    "score", "beta", "alpha_R", "n_R", "norm_A", "S_H", "norm_C", "ret_H", "ret_R", "branch",
+    "update_norm", "kept_norm", "kept_cosine", "changed_fraction", "solver", "warnings",
+)  # fmt: skip
+
+
+def tensor_entry(**values: Any) -> dict[str, Any]:
+    """Return a tensor's row: every fixed key, null where not given, NaN-free."""
+    entry: dict[str, Any] = dict.fromkeys(TENSOR_KEYS)
+    entry["warnings"] = []
+    entry.update(values)
+    return {key: _plain(value) for key, value in entry.items()}
+
+
+def combine_slices(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return one set of gates for a stack of matrices: medians, and the slices' own.
+
+    Args:
+        entries: the gates of each slice, in order.
+    """
+    combined: dict[str, Any] = {}
+    keys = {key for entry in entries for key in entry}
+    for key in sorted(keys):
+        values = [entry.get(key) for entry in entries]
+        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        if numbers and len(numbers) == len(values):
+            combined[key] = median(numbers)
+        elif key == "branch":
+            combined[key] = Counter(str(v) for v in values).most_common(1)[0][0]
+    combined["slices"] = [dict(entry) for entry in entries]
+    return combined
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

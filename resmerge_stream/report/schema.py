@@ -1,0 +1,84 @@
+"""A report read back: a stranger's text, checked before anything relies on it."""
+
+import json
+from typing import Any, NoReturn
+
+from ..errors import VerificationError, shown
+
+MAX_REPORT_BYTES = 256_000_000
+_MAX_SEED = 1 << 63
+
+
+def parse_report(data: bytes, *, where: str) -> dict[str, Any]:
+    """Return the report in some bytes, its files, tensors and options of the right kinds.
+
+    Args:
+        data: the content of ``resmerge/report.json``.
+        where: what to call it in errors.
+
+    Raises:
+        VerificationError: it is not JSON, or not a report.
+    """
+    if len(data) > MAX_REPORT_BYTES:
+        _refuse(where, f"has more than {MAX_REPORT_BYTES} bytes")
+    try:
+        report = json.loads(data)
+    except (ValueError, RecursionError) as exc:
+        reason = " ".join(str(exc).split())[:200]
+        raise VerificationError(f"{where} is not a report: {reason}. {_ADVICE}") from exc
+    if not isinstance(report, dict):
+        _refuse(where, "is not a JSON object")
+    for key, check in (("files", _is_file), ("tensors", _is_tensor)):
+        rows = report.get(key)
+        if not isinstance(rows, list):
+            _refuse(where, f"has no list of {key!r}")
+        wrong = [row for row in rows if not check(row)]
+        if wrong:
+            _refuse(where, f"has a row in {key!r} that is none: {shown(wrong[0])}")
+        if len({row["name"] for row in rows}) != len(rows):
+            _refuse(where, f"has the same name twice in {key!r}")
+    if not isinstance(report.get("summary"), dict):
+        _refuse(where, "has no 'summary'")
+    _check_options(report, where)
+    return report
+
+
+def _check_options(report: dict[str, Any], where: str) -> None:
+    options = report.get("options", {})
+    if not isinstance(options, dict) or not isinstance(report.get("counted", {}), dict):
+        _refuse(where, "has 'options' or 'counted' that are no mapping")
+    if options.get("rounding", "nearest") not in ("nearest", "stochastic"):
+        _refuse(where, f"has the unknown rounding {shown(options['rounding'])}")
+    if not _is_count(options.get("seed", 0), least=-_MAX_SEED):
+        _refuse(where, f"has a seed that is no whole number: {shown(options['seed'])}")
+
+
+def _is_file(row: object) -> bool:
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("name"), str)
+        and _is_count(row.get("size"))
+        and isinstance(row.get("sha256"), str | None)
+    )
+
+
+def _is_tensor(row: object) -> bool:
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("name"), str)
+        and isinstance(row.get("rule"), str)
+        and isinstance(row.get("dtype"), str | None)
+        and isinstance(row.get("shape"), list)
+        and all(_is_count(size) for size in row["shape"])
+    )
+
+
+def _is_count(value: object, *, least: int = 0) -> bool:
+    return type(value) is int and least <= value < _MAX_SEED
+
+
+def _refuse(where: str, problem: str) -> NoReturn:
+    raise VerificationError(f"{where} {problem}, so it is not the report of a merge. {_ADVICE}")
+
+
+_ADVICE = "Give the output of a merge, as the merge left it."

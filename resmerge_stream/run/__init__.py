@@ -1,0 +1,1 @@
+"""The loop: read, merge, cast, write, publish, verify."""

@@ -1,0 +1,264 @@
+"""The loop: read ahead, merge, cast, write behind, shard by shard; a generator of events."""
+
+import contextlib
+import os
+from collections.abc import Callable, Generator, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..device import choose_device, give_memory_back, keep_memory_steady, usable_cores
+from ..errors import NonFiniteError
+from ..memory import WRITE_QUEUE_BYTES
+from ..pipes import Ahead, Held, WriteBehind, meanwhile
+from ..planning.plan import Plan
+from ..report.build import build_report
+from ..report.card import render_card
+from ..sinks import Sink
+from ..sinks.journal import work_folder
+from ..sinks.layout import Shard
+from ..version import __version__
+from .counting import counted
+from .crew import Crew
+from .events import Event, Finished, Planned, Progressed, Published, ShardFinished, TensorMerged
+from .merging import Merger, Prepared
+from .opening import finished_already, open_sink
+from .pieces import Piece
+from .progress import Progress
+from .reading import READ_AHEAD_BYTES, reading_ahead_of, reads
+from .worklist import WorkList
+
+# How long nothing may be heard of a run.
+_TICK_S = 1.0
+
+
+def run_merge(
+    plan: Plan,
+    *,
+    out: str | Path | None = None,
+    work_dir: str | Path | None = None,
+    crew: Crew | None = None,
+) -> Iterator[Event]:
+    """Run a plan, and yield what happens.
+
+    Closing the generator cancels: finished shards stay for a later run of the same plan, nothing
+    half-made has a final name.
+
+    Args:
+        plan: from `plan_merge`; it names the repository to publish to, if any.
+        out: the output folder, if any.
+        work_dir: where journals are kept; the user's cache folder when None.
+        crew: the processes that run the plan together; this one alone when None. The main one
+            yields what happens in all of them, the others what they do themselves.
+
+    Raises:
+        PlanRefusedError: the plan has problems, or the sources changed since a first run.
+        NonFiniteError: a weight is NaN or infinite, or overflows the output dtype.
+        OutputExistsError: somebody else put something there since the plan was made.
+        StoppedError: disk, network or permission; the same command continues.
+
+    Memory: `plan.peak_memory_bytes`, whatever the model's size.
+    """
+    crew = crew or Crew()
+    plan.raise_if_refused()
+    crew.agree(plan)
+    folder = Path(os.path.expanduser(out)) if out is not None else None
+    done = finished_already(plan, folder) if crew.is_main else None
+    if crew.shared("finished", lambda: done is not None):
+        yield from () if done is None else (done,)
+        return
+    keep_memory_steady()
+    device = choose_device(plan.options.device)
+    work_dir = work_folder(plan.plan_hash, folder, plan.publication, work_dir)
+    membership = crew.membership()
+    with crew.main_first("open"):
+        sink = open_sink(plan, folder, work_dir, membership)
+    try:
+        progress = Progress(lambda: sink.bytes_sent)
+        merger = Merger(plan, device, progress.sample_memory)
+        yield from _merge(plan, sink, work_dir, merger, progress, crew)
+        if crew.is_main:
+            yield from _finish(plan, sink, merger, progress, crew)
+    except NonFiniteError as exc:
+        # This run can never be finished, so it leaves nothing behind.
+        if crew.is_main:
+            crew.stop_others(exc)
+            sink.abandon()
+        raise
+    finally:
+        sink.close()
+
+
+def _merge(
+    plan: Plan, sink: Sink, work_dir: Path, merger: Merger, progress: Progress, crew: Crew
+) -> Iterator[Event]:
+    """Merge what is left, this process its part of it."""
+    yield Planned(plan=plan.to_dict())
+    if plan.opened[1].counting_passes():
+        if crew.is_main:
+            yield from counted([plan], [merger], work_dir / "counted.json")
+        plan.counted = crew.shared("counted", lambda: plan.counted)
+    kept = crew.gathered("kept", sink.finished_shards())
+    work = crew.work(plan, kept)
+    progress.merge_bytes = sum(shard.nbytes for shard in plan.shards if shard.name not in kept)
+    progress.send_bytes = sink.bytes_to_send
+    progress.start_merging()
+    if crew.is_main:
+        for shard in plan.shards:
+            if shard.name in kept:
+                yield _finished(plan, shard, kept[shard.name], progress, resumed=True)
+    own = _merge_own(plan, work, sink, merger, progress)
+    yield from crew.everyones(own, plan.shards, progress)
+
+
+def _merge_own(
+    plan: Plan, work: WorkList, sink: Sink, merger: Merger, progress: Progress
+) -> Iterator[Event]:
+    """Merge this process's shards, and wait until they are where they have to be."""
+    tensors = (
+        plan.tensors[spec.name] if spec is not None else None
+        for shard in work.ahead()
+        for spec in (shard.tensors if shard is not None else (None,))
+    )
+    with reading_ahead_of(plan, tensors):
+        for shard in work:
+            entry = yield from _merge_shard(plan, shard, sink, merger, progress)
+            yield _finished(plan, shard, entry, progress, resumed=False)
+    yield from _waiting(sink.settle, progress)
+
+
+def _finished(
+    plan: Plan, shard: Shard, entry: Mapping[str, Any], progress: Progress, *, resumed: bool
+) -> ShardFinished:
+    progress.finish(entry)
+    return ShardFinished(
+        shard=shard.name,
+        bytes=shard.nbytes,
+        sha256=entry["sha256"],
+        resumed=resumed,
+        shards_done=len(progress.files),
+        shards=len(plan.shards),
+        **progress.now(),
+    )
+
+
+def _finish(
+    plan: Plan, sink: Sink, merger: Merger, progress: Progress, crew: Crew
+) -> Iterator[Event]:
+    """Write the report and the card, and publish."""
+    give_memory_back()  # the card's picture needs some
+    bytes_read, bytes_written, _ = progress.totals()
+    report = build_report(
+        plan,
+        [progress.rows[spec.name] for shard in plan.shards for spec in shard.tensors],
+        [progress.files[shard.name] for shard in plan.shards],
+        environment=environment(merger.device) | {"processes": crew.size},
+        seconds=progress.seconds,
+        bytes_read=bytes_read,
+        bytes_written=bytes_written,
+        peak_private_bytes=progress.peak_private,
+    )
+    files = plan.side_files() | render_card(plan, report, name_private=plan.name_private)
+    where = sink.publish(files)
+    yield Published(where=where)
+    yield Finished(where=where, report=report)
+
+
+def _merge_shard(
+    plan: Plan, shard: Shard, sink: Sink, merger: Merger, progress: Progress
+) -> Generator[Event, None, dict[str, Any]]:
+    """Merge one shard; the generator's value is its journal entry."""
+    yield from _waiting(lambda: sink.make_room(shard), progress)
+    writer = sink.open_shard(shard)
+    entries: list[dict[str, Any]] = []
+    finished = False
+    with contextlib.ExitStack() as threads:
+        threads.callback(lambda: None if finished else writer.abort())
+        queue = WriteBehind(WRITE_QUEUE_BYTES)
+        threads.callback(queue.close)
+
+        def write(data: memoryview) -> None:
+            queue.put(len(data), lambda: writer.write(data))
+
+        for prepared in _prepared(plan, shard, merger, progress, threads):
+            if prepared is None:
+                yield Progressed(**progress.now())
+                continue
+            entry = merger.finish(prepared, write)
+            if entry is None:
+                continue
+            entries.append(entry)
+            spec = prepared.piece.tensor.spec
+            progress.bytes_written += spec.nbytes
+            yield TensorMerged(
+                tensor=spec.name,
+                rule=entry["rule"],
+                entry=entry,
+                **progress.now(),
+            )
+        yield from _waiting(queue.drain, progress)
+        sha256 = writer.finish()
+        finished = True
+    result = {"name": shard.name, "size": shard.nbytes, "sha256": sha256, "tensors": entries}
+    sink.keep(shard, result)
+    return result
+
+
+def _waiting(call: Callable[[], None], progress: Progress) -> Iterator[Event]:
+    """Do what may take long; yield how far the run is until it is done."""
+    return meanwhile(call, _TICK_S, lambda: Progressed(**progress.now()))
+
+
+def _prepared(
+    plan: Plan, shard: Shard, merger: Merger, progress: Progress, threads: contextlib.ExitStack
+) -> Iterator[Prepared | None]:
+    """Yield the shard's pieces in file order, read and decided ahead by threads.
+
+    None comes once a second while the next one is not ready.
+    """
+    tensors = [plan.tensors[spec.name] for spec in shard.tensors]
+    reader = Ahead(reads(plan, tensors), plan.read_ahead_bytes or READ_AHEAD_BYTES)
+
+    def decisions() -> Iterator[tuple[int, Callable[[], tuple[Held[Piece], Prepared]]]]:
+        for held in reader:
+            progress.bytes_read += sum(len(buffer) for buffer in held.value.buffers)
+
+            def decide(held: Held[Piece] = held) -> tuple[Held[Piece], Prepared]:
+                return held, merger.prepare(held.value)
+
+            yield plan.working_bytes_of(held.value.tensor), decide
+
+    decider = Ahead(
+        decisions(),
+        plan.working_bytes,
+        workers=workers(merger.device),
+        keeps=lambda done: done[1].nbytes,
+    )
+    threads.callback(decider.close)
+    threads.callback(reader.close)  # before the decider, which may be waiting for it
+    for decided in decider.within(_TICK_S):
+        if decided is None:
+            yield None
+            continue
+        piece, prepared = decided.value
+        yield prepared
+        del prepared
+        piece.value.close()
+        piece.release()
+        decided.release()
+
+
+def workers(device: torch.device) -> int:
+    """Return how many tensors are in work at once: one a core; on a GPU one while one crosses."""
+    return usable_cores() if device.type == "cpu" else 2
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what the numbers may depend on beside the sources: versions, device, threads."""
+    return {
+        "resmerge_stream": __version__,
+        "torch": str(torch.__version__),
+        "device": str(device),
+        "threads": workers(device),
+    }

@@ -1,0 +1,126 @@
+"""Opening a merge's target: a folder, a repository, or both; and what is found there first."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import PlanRefusedError, RecipeError
+from ..planning.plan import Plan
+from ..sinks import FolderSink, Sink, target_state
+from ..sinks.folder import REPORT, discard
+from ..sinks.publication import Publication
+from ..sinks.sink import Membership
+from .events import Finished
+
+
+def finished_already(plan: Plan, out: Path | None) -> Finished | None:
+    """Return the last event of a merge that an earlier run finished, or None.
+
+    What such a run had no time for on the Hub (visibility, tidying) is done now.
+    """
+    on_hub = plan.target is not None and plan.target.finished
+    in_folder = out is not None and target_state(out, plan.plan_hash).finished
+    if plan.target is not None and on_hub:
+        from ..sinks.hub.sink import finish_target
+
+        finish_target(plan.target, plan.plan_hash)
+        if out is None or in_folder:
+            info = plan.target.info
+            where = f"{plan.target.repo.page}/commit/{info.sha if info else 'main'}"
+            return Finished(where=where, report=plan.target.report, already_there=True)
+    if plan.publication is None and out is not None and in_folder:
+        return Finished(where=str(out), report=read_report(out), already_there=True)
+    return None
+
+
+def open_sink(plan: Plan, out: Path | None, work: Path, membership: Membership) -> Sink:
+    """Return where a plan is written to.
+
+    Args:
+        plan: without problems.
+        out: the output folder, if any.
+        work: the folder of this plan and target, for journal, lock and unsent shards.
+        membership: as what this process of the run comes.
+
+    Raises:
+        RecipeError: there is no target at all.
+        OutputExistsError: something else stands at the target.
+        PlanRefusedError: the sources changed since a first run.
+        StoppedError: another process runs this merge, or the disk or the Hub fails.
+    """
+    target = plan.target
+    if target is None or target.finished:
+        if out is None:
+            raise RecipeError("nowhere to write: give --out DIR or --push-to NAMESPACE/NAME.")
+        return FolderSink(out, plan.plan_hash, work, plan.identity, membership)
+    if out is not None and target_state(out, plan.plan_hash).finished:
+        raise PlanRefusedError(
+            f"{str(out)!r} already holds this merge, but {target.repo.id} does not. Leave --out "
+            "away to publish it."
+        )
+    from ..sinks.hub.sink import HubSink
+
+    shelf = FolderSink(
+        out or work / "shards",
+        plan.plan_hash,
+        work,
+        plan.identity,
+        membership,
+        one_machine=out is None,
+    )
+    try:
+        return HubSink(
+            target,
+            plan.plan_hash,
+            plan.shards,
+            shelf,
+            keep_files=out is not None,
+            identity=plan.identity,
+            membership=membership,
+            asked=_asked(plan),
+        )
+    except BaseException:
+        shelf.close()
+        raise
+
+
+def discard_unfinished(out: str | None, publication: Publication | None) -> list[str]:
+    """Remove what unfinished merges left at a target; return what was removed.
+
+    Raises:
+        ResMergeError: there is nothing that a merge left, or the Hub refuses.
+    """
+    removed: list[str] = []
+    if publication is not None:
+        from ..sinks.hub.discard import discard_staging
+
+        removed += discard_staging(publication.repo_id, None)
+    if out is not None:
+        removed += discard(Path(os.path.expanduser(out)))
+    return removed
+
+
+def _asked(plan: Plan) -> dict[str, Any] | None:
+    """Return what somebody without the recipe needs to continue; None with folders in it."""
+    publication, options = plan.publication, plan.options
+    if publication is None or any(source.folder is not None for source in plan.checkpoints):
+        return None
+    return {
+        "recipe": plan.recipe.to_dict(),
+        "options": {
+            "rounding": options.rounding,
+            "seed": options.seed,
+            "max_shard_bytes": options.max_shard_bytes,
+            "tokenizer_from": options.tokenizer_from,
+        },
+        "push_to": publication.repo_id,
+        "public": publication.public,
+        "update": publication.update,
+    }
+
+
+def read_report(out: Path) -> dict[str, Any]:
+    """Return the report of a finished output folder."""
+    report: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))
+    return report

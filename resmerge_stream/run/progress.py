@@ -1,0 +1,93 @@
+"""How far a run is, how fast, and how long it will take."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..device import private_memory
+
+# Speeds are taken over about this time: long enough to be steady, short enough to be of now.
+_SPEED_S = 10.0
+
+
+@dataclass(slots=True)
+class Progress:
+    """Counts of one run.
+
+    Attributes:
+        bytes_sent: returns the bytes that this run has sent to the Hub.
+        merge_bytes, send_bytes: all that this run has to merge, and to send.
+        bytes_read, bytes_written: of this process so far.
+        peak_private: largest private memory of a process, in bytes.
+        rows: the report's row of each tensor that is merged.
+        files: name, size and sha256 of each finished shard.
+        others: bytes read, written and sent by each other process.
+    """
+
+    bytes_sent: Callable[[], int]
+    merge_bytes: int = 0
+    send_bytes: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    peak_private: int = 0
+    rows: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    others: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    _started: float = field(default_factory=time.monotonic)
+    _merging_since: float | None = None
+    _samples: deque[tuple[float, int, int, int]] = field(default_factory=deque)
+
+    @property
+    def seconds(self) -> float:
+        """Since the run started."""
+        return time.monotonic() - self._started
+
+    def start_merging(self) -> None:
+        """Say that what came before, such as counting passes, tells nothing about the rest."""
+        self._merging_since = time.monotonic()
+
+    def sample_memory(self) -> None:
+        """Look at the private memory of this process."""
+        self.peak_private = max(self.peak_private, private_memory())
+
+    def finish(self, entry: Mapping[str, Any]) -> None:
+        """Take a finished shard's row of the journal."""
+        self.rows |= {row["name"]: row for row in entry["tensors"]}
+        self.files[entry["name"]] = {key: entry[key] for key in ("name", "size", "sha256")}
+
+    def totals(self) -> tuple[int, int, int]:
+        """Return the bytes read, written and sent by all processes."""
+        own = (self.bytes_read, self.bytes_written, self.bytes_sent())
+        read, written, sent = (
+            sum(column) for column in zip(own, *self.others.values(), strict=True)
+        )
+        return read, written, sent
+
+    def now(self) -> Mapping[str, Any]:
+        """Return the fields of `Progressed`."""
+        moment, counts = time.monotonic(), self.totals()
+        samples = self._samples
+        samples.append((moment, *counts))
+        while len(samples) > 2 and samples[1][0] <= moment - _SPEED_S:
+            samples.popleft()
+        then, *before = samples[0]
+        passed = max(moment - then, 1e-9)
+        speeds = [(c - b) / passed for c, b in zip(counts, before, strict=True)]
+        return {
+            **dict(zip(("bytes_read", "bytes_written", "bytes_sent"), counts, strict=True)),
+            **dict(zip(("read_speed", "write_speed", "sent_speed"), speeds, strict=True)),
+            "seconds": moment - self._started,
+            "seconds_left": self._seconds_left(moment, *counts[1:]),
+        }
+
+    def _seconds_left(self, moment: float, written: int, sent: int) -> float | None:
+        """Merging and sending go on at the same time: the slower one decides."""
+        since = self._merging_since if self._merging_since is not None else self._started
+        left = [
+            (moment - since) * max(total - done, 0) / done
+            for total, done in ((self.merge_bytes, written), (self.send_bytes, sent))
+            if done
+        ]
+        return max(left, default=None)

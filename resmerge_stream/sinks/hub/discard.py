@@ -1,0 +1,78 @@
+"""Removing what an abandoned run left on the Hub, and nothing else."""
+
+from huggingface_hub.hf_api import HfApi
+
+from ...errors import ResMergeError
+from ...hub.client import FAILURES, client, patiently, status_of
+from ...hub.repo import HubRepo, listed
+from .staging import HEAD, branch_name, is_branch_name
+from .target import sibling_id
+
+
+def discard_staging(repo_id: str, token: str | None) -> list[str]:
+    """Remove the staging of every unfinished merge into a repository; return what was removed.
+
+    A staging branch is told by its name and by the mark in it; a sibling repository is removed
+    only where its mark says that a run made it, and its main branch is empty.
+
+    Raises:
+        ResMergeError: the Hub refuses or fails.
+    """
+    api = client(token)
+    repo = HubRepo(api, repo_id)
+    removed = []
+    if repo.info() is not None:
+        for name in repo.branches():
+            if is_branch_name(name) and _is_marked(repo, name):
+                repo.delete_branch(name)
+                removed.append(f"branch {name} of {repo_id}")
+    for found in _siblings(api, repo_id):
+        plan_hash = found.id.rpartition("-resmerge-")[2]
+        if discard_sibling(repo, plan_hash):
+            removed.append(f"repository {found.id}")
+    return removed
+
+
+def discard_sibling(target: HubRepo, plan_hash: str) -> bool:
+    """Remove the private repository that a run made beside a public target, if it did."""
+    repo = HubRepo(target.api, sibling_id(target.id, plan_hash))
+    info = repo.info(branch_name(plan_hash))
+    main = repo.info()
+    if info is None or main is None or listed(main):
+        return False
+    head = repo.read_json(HEAD, info)
+    if head is None or head.get("made_repo") is not True or head.get("plan_hash") != plan_hash:
+        return False
+
+    def ask() -> None:
+        try:
+            repo.api.delete_repo(repo.id)
+        except FAILURES as exc:
+            if status_of(exc) != 404:
+                raise
+
+    patiently(ask, what=f"remove the staging repository {repo.id}")
+    return True
+
+
+def _is_marked(repo: HubRepo, branch: str) -> bool:
+    info = repo.info(branch)
+    if info is None:
+        return False
+    if info.sha == repo.head("main"):
+        return True  # made a moment before its run was killed; nothing is on it
+    head = repo.read_json(HEAD, info)
+    return head is not None and branch_name(str(head.get("plan_hash"))) == branch
+
+
+def _siblings(api: HfApi, repo_id: str) -> list[HubRepo]:
+    namespace, name = repo_id.split("/")
+    prefix = f"{namespace}/{name[:60]}-resmerge-"
+    try:
+        found = patiently(
+            lambda: list(api.list_models(author=namespace, search=f"{name[:60]}-resmerge-")),
+            what=f"look for staging repositories beside {repo_id}",
+        )
+    except ResMergeError:
+        return []
+    return [HubRepo(api, model.id) for model in found if model.id.startswith(prefix)]

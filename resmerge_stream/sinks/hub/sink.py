@@ -1,0 +1,241 @@
+"""A repository as target: shards staged one by one, then one commit on main that shows them all."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+
+from ...device import machine_share
+from ...errors import OutputExistsError, PlanRefusedError
+from ...hub.repo import HubRepo, MovedError, Operation, listed
+from ...pipes import WriteBehind
+from ..folder import FolderSink
+from ..layout import Shard
+from ..sink import Membership, ShardWriter
+from .discard import discard_sibling
+from .staging import Staging, branch_name
+from .target import HubTarget, has_xet, no_xet, replaced_files, staging_repo
+from .upload import StreamedShard, upload_file
+
+
+class HubSink:
+    """Publishes a merge. See `Sink`.
+
+    Args:
+        target: as the plan found it, without problems and not finished.
+        plan_hash: what marks this run's staging.
+        shards: all planned shards.
+        shelf: where shards lie as files until they are staged, with the local journal.
+        keep_files: whether they stay there afterwards, since a folder was asked for too.
+        identity: of the sources; a later run must see the same.
+        membership: as what this process of the run comes.
+        asked: what was asked for, kept beside the staged shards.
+
+    Raises:
+        OutputExistsError: somebody made the repository since the plan.
+        PlanRefusedError: the sources changed, or the Hub has no Xet storage for `--max-disk 0`.
+        StoppedError: the network or the Hub failed.
+    """
+
+    def __init__(
+        self,
+        target: HubTarget,
+        plan_hash: str,
+        shards: tuple[Shard, ...],
+        shelf: FolderSink,
+        *,
+        keep_files: bool,
+        identity: Mapping[str, Any],
+        membership: Membership | None = None,
+        asked: Mapping[str, Any] | None = None,
+    ) -> None:
+        member = membership or Membership()
+        self._target, self._shards = target, {shard.name: shard for shard in shards}
+        self._shelf, self._keep_files = shelf, keep_files
+        self._plan_hash = plan_hash
+        self._main = self._ensure_repo() if member.is_main else ""
+        repo = staging_repo(target, plan_hash)
+        made = (
+            member.is_main
+            and repo is not target.repo
+            and (repo.create() or _is_unmarked(repo, plan_hash))
+        )
+        self._streams = target.publication.max_disk == 0
+        if self._streams and not has_xet(repo):
+            raise PlanRefusedError(no_xet(repo))
+        self._staging = Staging(repo, plan_hash, identity, member, made_repo=made, asked=asked)
+        self._streamed: dict[str, StreamedShard] = {}
+        largest = max((shard.nbytes for shard in shards), default=0)
+        allowed = target.publication.max_disk
+        self._disk = 2 * largest if allowed is None else allowed // machine_share()[1]
+        self._sent = self._sending = 0
+        self._uploads = WriteBehind(None)
+        self._resume(sends=member.is_first)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that this run has sent: shards, and what is read of one that goes as a file.
+
+        hf_xet does not tell how far it is: with Xet storage, whole shards are counted.
+        """
+        return self._sent + self._sending
+
+    @property
+    def bytes_to_send(self) -> int:
+        """Bytes of the shards that were not staged when this run began."""
+        return sum(s.nbytes for name, s in self._shards.items() if name not in self._staged_before)
+
+    def finished_shards(self) -> Mapping[str, dict[str, Any]]:
+        """Return the entries of shards that need not be merged again."""
+        return self._finished
+
+    def make_room(self, shard: Shard) -> None:
+        """Wait until the disk has room beside the shards that are being sent."""
+        if not self._keep_files and not self._streams:
+            self._uploads.drain(down_to=self._disk - shard.nbytes)
+
+    def settle(self) -> None:
+        """Wait until every shard is staged on the Hub."""
+        self._uploads.drain()
+
+    def open_shard(self, shard: Shard) -> ShardWriter:
+        """Start a shard: a file, or a stream."""
+        if self._streams:
+            writer = StreamedShard(self._staging.repo, self._staging.branch, shard)
+            self._streamed[shard.name] = writer
+            return writer
+        return self._shelf.open_shard(shard)
+
+    def keep(self, shard: Shard, entry: Mapping[str, Any]) -> None:
+        """Record a finished shard here, and have it sent and recorded on the Hub."""
+        if not self._streams:
+            self._shelf.keep(shard, entry)
+        self._uploads.put(shard.nbytes, lambda: self._send(shard, entry))
+
+    def publish(self, files: Mapping[str, bytes]) -> str:
+        """Make the one commit on main, set the visibility, clean up."""
+        repo = self._target.repo
+        _, stale = replaced_files(self._target, [*self._shards, *files])
+        try:
+            commit = repo.commit(
+                "main",
+                lambda: self._final_operations(files, stale),
+                parent=self._main,
+                message="Merge with ResMerge Stream",
+                proof={"resmerge/report.json": files["resmerge/report.json"]},
+            )
+        except MovedError as exc:
+            raise OutputExistsError(
+                f"main of {repo.id} was changed while this merge ran, so it is not touched; "
+                f"nothing was removed. The shards stay on the branch {self._staging.branch}. "
+                "Look what came there; then run again with --update, or with another --push-to."
+            ) from exc
+        finish_target(self._target, self._plan_hash)
+        if self._keep_files:
+            self._shelf.publish(files)
+        else:
+            self._shelf.abandon()
+        return f"{repo.page}/commit/{commit}"
+
+    def abandon(self) -> None:
+        """Remove what this run staged, since it can never be finished."""
+        # An interrupted command must not wait for gigabytes to be sent.
+        self._uploads.close(wait=False)
+        self._staging.repo.delete_branch(self._staging.branch)
+        self._shelf.abandon()
+
+    def close(self) -> None:
+        """Stop sending, and release the lock."""
+        # An interrupted command must not wait for gigabytes to be sent.
+        self._uploads.close(wait=False)
+        self._shelf.close()
+
+    def _ensure_repo(self) -> str:
+        repo, info = self._target.repo, self._target.info
+        if info is None:
+            repo.create()
+            info = repo.info()
+            if info is None or not info.private or len(info.siblings or ()) > 1:
+                raise OutputExistsError(
+                    f"somebody else made {repo.id} a moment ago; nothing there is touched. Choose "
+                    "another --push-to."
+                )
+        return str(info.sha)
+
+    def _resume(self, *, sends: bool) -> None:
+        """Find what earlier runs finished, and send what they had not sent."""
+        on_shelf = dict(self._shelf.finished_shards())
+        staged = {
+            name: entry
+            for name, entry in self._staging.entries.items()
+            if name in self._shards and entry["size"] == self._shards[name].nbytes
+        }
+        self._staged_before = set(staged)
+        self._finished = on_shelf if self._keep_files else {**staged, **on_shelf}
+        for name, entry in on_shelf.items() if sends else ():
+            shard = self._shards[name]
+            self._uploads.put(shard.nbytes, lambda s=shard, e=entry: self._send(s, e))  # type: ignore[misc]
+
+    def _send(self, shard: Shard, entry: Mapping[str, Any]) -> None:
+        known = self._staging.entries.get(shard.name)
+        if known is None or known["sha256"] != entry["sha256"]:
+            self._staging.stage(self._upload(shard, entry), entry)
+            self._sending = 0
+            self._sent += shard.nbytes
+        if not self._keep_files and not self._streams:
+            self._shelf.free(shard.name)
+
+    def _upload(self, shard: Shard, entry: Mapping[str, Any]) -> CommitOperationAdd:
+        streamed = self._streamed.pop(shard.name, None)
+        if streamed is not None:
+            return streamed.operation()
+        return upload_file(
+            self._staging.repo,
+            self._staging.branch,
+            self._shelf.path_of(shard.name),
+            shard.name,
+            str(entry["sha256"]),
+            self._now_at,
+        )
+
+    def _now_at(self, position: int) -> None:
+        self._sending = position
+
+    def _final_operations(self, files: Mapping[str, bytes], stale: list[str]) -> list[Operation]:
+        staging = self._staging
+        source = staging.repo.id if staging.repo is not self._target.repo else None
+        copies = [
+            CommitOperationCopy(
+                name,
+                name,
+                src_revision=staging.branch,
+                src_repo_id=source,
+                src_repo_type="model" if source is not None else None,
+            )
+            for name in self._shards
+        ]
+        additions = [CommitOperationAdd(name, data) for name, data in files.items()]
+        return [*copies, *additions, *(CommitOperationDelete(name) for name in stale)]
+
+
+def _is_unmarked(sibling: HubRepo, plan_hash: str) -> bool:
+    """Whether a run of this plan was killed after it made the sibling, before it could mark it.
+
+    Its name holds the plan's hash, so an empty private repository of that name is ours.
+    """
+    info = sibling.info()
+    if info is None or not info.private or listed(info):
+        return False
+    return sibling.head(branch_name(plan_hash)) in (None, info.sha)
+
+
+def finish_target(target: HubTarget, plan_hash: str) -> None:
+    """Do what follows the commit on main: the staging goes, the visibility is set last.
+
+    Safe to repeat, so that a run killed in the middle of it can be finished by the next.
+    """
+    target.repo.delete_branch(branch_name(plan_hash))
+    discard_sibling(target.repo, plan_hash)
+    public = target.publication.public
+    if public is not None and public is target.is_private:
+        target.repo.set_public(public)

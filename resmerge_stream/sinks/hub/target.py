@@ -1,0 +1,284 @@
+"""What stands where a merge is to be published, and whether this account may publish it there.
+
+Everything is asked before a tensor moves; nothing is changed here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    get_session,
+    hf_raise_for_status,
+)
+from huggingface_hub.utils._runtime import is_xet_available
+
+from ...errors import ResMergeError, StoppedError
+from ...hub.account import rights_missing, seconds_left, whoami
+from ...hub.client import client, patiently, status_of
+from ...hub.repo import HubRepo, listed, sha256_of
+from ...sources import REPO_ID
+from ...units import format_size
+from ..folder import REPORT
+from ..publication import Publication
+from .staging import Staged, branch_name, is_branch_name, read_staged
+
+# What every merge writes beside weights and side files.
+CARD_FILES = ("README.md", REPORT, "resmerge/recipe.yml", "resmerge/gates.png")
+# What the Hub gives an account for private repositories (docs, 2026-08).
+_PRIVATE_BYTES = {False: 100_000_000_000, True: 1_000_000_000_000}
+
+
+@dataclass(slots=True)
+class HubTarget:
+    """A target as it was found.
+
+    Attributes:
+        repo: the repository, which may not exist.
+        publication: what was asked for.
+        info: its main branch, or None where the repository does not exist.
+        account: the Hub's answer to who the caller is.
+        finished: whether main holds the finished result of this very plan.
+        report: that result's report.
+        staged: what an earlier run of this plan left.
+        problems: why it cannot be used.
+        warnings: what to know before using it.
+    """
+
+    repo: HubRepo
+    publication: Publication
+    info: ModelInfo | None = None
+    account: dict[str, Any] = field(default_factory=dict)
+    finished: bool = False
+    report: dict[str, Any] = field(default_factory=dict)
+    staged: Staged | None = None
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def is_private(self) -> bool:
+        """Whether nobody but the owners sees the repository now, or it does not exist."""
+        return self.info is None or bool(self.info.private)
+
+    @property
+    def ends_public(self) -> bool:
+        """Whether everybody will see it when the merge is published."""
+        public = self.publication.public
+        return not self.is_private if public is None else public
+
+    @property
+    def bytes_staged(self) -> int:
+        """Bytes of shards that need not be made again."""
+        entries = self.staged.entries if self.staged is not None else {}
+        return sum(int(entry["size"]) for entry in entries.values())
+
+
+def staging_repo(target: HubTarget, plan_hash: str) -> HubRepo:
+    """Return where shards are staged: in the target, or beside it when the target is public.
+
+    A branch of a public repository would show everybody a half-made model.
+    """
+    if target.is_private:
+        return target.repo
+    return HubRepo(target.repo.api, sibling_id(target.repo.id, plan_hash))
+
+
+def sibling_id(repo_id: str, plan_hash: str) -> str:
+    """Return the name of the private repository beside a public target."""
+    namespace, name = repo_id.split("/")
+    return f"{namespace}/{name[:60]}-{branch_name(plan_hash)}"
+
+
+def look_at_target(publication: Publication, plan_hash: str, token: str | bool | None) -> HubTarget:
+    """Ask the Hub about a target; what speaks against it is collected, not raised.
+
+    Raises:
+        StoppedError: the network or the Hub kept failing.
+    """
+    api = client(token)
+    target = HubTarget(HubRepo(api, publication.repo_id), publication)
+    try:
+        target.account = whoami(api)
+        target.problems += rights_missing(target.account, target.repo.id)
+        if target.problems:
+            return target
+        target.info = target.repo.info()
+        if target.info is not None:
+            _check_content(target, plan_hash)
+        if not target.finished:
+            target.staged = read_staged(staging_repo(target, plan_hash), plan_hash)
+    except StoppedError:
+        raise  # the network, not the target
+    except ResMergeError as exc:
+        target.problems.append(str(exc))
+    return target
+
+
+def _check_content(target: HubTarget, plan_hash: str) -> None:
+    info, repo, publication = target.info, target.repo, target.publication
+    if info is None:
+        return
+    try:
+        patiently(
+            lambda: repo.api.auth_check(repo.id, write=True),
+            what=f"get the right to write {repo.id}",
+        )
+    except ResMergeError as exc:
+        if exc.__cause__ is None or status_of(exc.__cause__) != 403:
+            raise
+        target.problems.append(
+            f"you may not write to {repo.id}. Choose another --push-to, or a token that may."
+        )
+        return
+    files = listed(info)
+    report = repo.read_json(REPORT, info) if REPORT in files else None
+    if report is not None and report.get("plan_hash") == plan_hash and _matches(info, report):
+        target.finished, target.report = True, report
+        return
+    others = [
+        name for name in repo.branches() if is_branch_name(name) and name != branch_name(plan_hash)
+    ]
+    if others:
+        target.problems.append(
+            f"{repo.id} holds the unfinished shards of another merge (branch {others[0]}). Run "
+            "that command again to finish it, remove them with --discard-staging, or choose "
+            "another --push-to."
+        )
+    elif files and not publication.update:
+        target.problems.append(
+            f"{repo.id} exists and holds {len(files)} file(s) that this merge did not make; "
+            "nothing is overwritten. Choose another --push-to, or give --update to replace the "
+            "model there."
+        )
+
+
+def _matches(info: ModelInfo, report: Mapping[str, Any]) -> bool:
+    files = listed(info)
+    return all(
+        str(file.get("name")) in files and sha256_of(files[str(file["name"])]) == file.get("sha256")
+        for file in report.get("files") or [{}]
+    )
+
+
+def replaced_files(target: HubTarget, written: list[str]) -> tuple[list[str], list[str]]:
+    """Return which files an update replaces, and which weight files it removes as stale.
+
+    Args:
+        target: as found.
+        written: names of everything that the merge writes.
+    """
+    if target.info is None:
+        return [], []
+    there = listed(target.info)
+    replaced = sorted(set(there) & set(written))
+    stale = sorted(
+        name
+        for name in there
+        if name not in written
+        and "/" not in name
+        and name.endswith((".safetensors", ".safetensors.index.json"))
+    )
+    return replaced, stale
+
+
+def check_fit(
+    target: HubTarget, write_bytes: int, largest: int, seconds: float, sharing: int = 1
+) -> None:
+    """Add what only a plan can tell: token's lifetime, storage, disk.
+
+    Args:
+        target: gets the problems and warnings.
+        write_bytes: of all shards.
+        largest: bytes of the largest shard.
+        seconds: how long the merge may take.
+        sharing: processes that share this machine's disk.
+    """
+    left = seconds_left(target.account)
+    if left is not None and left < seconds:
+        target.warnings.append(
+            f"the token expires in {left / 60:.0f} min and the merge may take "
+            f"{seconds / 60:.0f} min. A new login and the same command continue it."
+        )
+    quota = _PRIVATE_BYTES[bool(target.account.get("isPro"))]
+    if write_bytes > quota:
+        target.warnings.append(
+            f"the output has {format_size(write_bytes)}; private storage of such an account is "
+            f"about {format_size(quota)}."
+        )
+    max_disk = target.publication.max_disk
+    if max_disk == 0:
+        _check_xet(target)
+    elif max_disk is not None and max_disk < largest * sharing:
+        each = "" if sharing == 1 else f" and each of {sharing} processes here writes one"
+        target.problems.append(
+            f"--max-disk allows {format_size(max_disk)}, but the largest shard has "
+            f"{format_size(largest)}{each}. Give a smaller --max-shard-size, or --max-disk 0 to "
+            "send shards without any file."
+        )
+
+
+def _check_xet(target: HubTarget) -> None:
+    if not is_xet_available():
+        target.problems.append(
+            "--max-disk 0 sends shards through Xet, but hf_xet is not installed or is switched "
+            "off (HF_HUB_DISABLE_XET). Install it, or allow at least one shard on the disk."
+        )
+    elif target.info is not None and not has_xet(target.repo):
+        target.problems.append(no_xet(target.repo))
+
+
+def has_xet(repo: HubRepo) -> bool:
+    """Whether a repository's Hub takes uploads through Xet."""
+
+    def ask() -> bool:
+        url = f"{repo.api.endpoint}/api/models/{repo.id}/xet-write-token/main"
+        response = get_session().get(url, headers=repo.api._build_hf_headers(), timeout=60)
+        if response.status_code == 404:
+            return False
+        hf_raise_for_status(response)
+        return True
+
+    return patiently(ask, what=f"ask for Xet storage in {repo.id}")
+
+
+def no_xet(repo: HubRepo) -> str:
+    """Return why nothing can be streamed into a repository."""
+    return (
+        f"--max-disk 0 needs Xet storage, which the Hub of {repo.id} does not offer. Allow at "
+        "least one shard on the disk (--max-disk 5GB)."
+    )
+
+
+def card_problem(target: HubTarget, sources: Sequence[tuple[str, str | None]]) -> str:
+    """Return what the Hub has against the metadata of the card to come, or an empty string.
+
+    Args:
+        target: whose Hub is asked.
+        sources: id and licence of each.
+    """
+    from huggingface_hub import ModelCardData
+
+    licences = {licence for _, licence in sources if licence}
+    data = ModelCardData(
+        base_model=[name for name, _ in sources if REPO_ID.fullmatch(name)],
+        base_model_relation="merge",
+        tags=["merge"],
+        license=licences.pop() if len(licences) == 1 else "other",
+    )
+    api = target.repo.api
+
+    def ask() -> str:
+        response = get_session().post(
+            f"{api.endpoint}/api/validate-yaml",
+            json={"content": f"---\n{data.to_yaml()}\n---\n", "repoType": "model"},
+            headers=api._build_hf_headers(),
+            timeout=60,
+        )
+        if response.status_code != 400:
+            hf_raise_for_status(response)
+            return ""
+        said = "; ".join(str(e.get("message"))[:200] for e in response.json().get("errors") or [])
+        return f"the Hub refuses the model card's metadata: {said or 'no reason given'}."
+
+    return patiently(ask, what="have the card's metadata checked")

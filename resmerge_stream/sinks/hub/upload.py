@@ -1,0 +1,175 @@
+"""Sending shards to the Hub behind the merge: from a file, or as they are merged."""
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from huggingface_hub import CommitOperationAdd
+from huggingface_hub.lfs import UploadInfo
+from huggingface_hub.utils._xet import (
+    XetTokenType,
+    get_xet_session,
+    xet_connection_info_refresh_url,
+    xet_headers_without_auth,
+)
+
+from ...errors import StoppedError
+from ...hub.client import FAILURES, explain, patiently
+from ...hub.repo import HubRepo
+from ..layout import Shard
+
+_SAMPLE_BYTES = 512
+_TRIES = 3
+
+
+class _Watched(CommitOperationAdd):
+    """A file to be sent, which tells how far it was read."""
+
+    now_at: Callable[[int], None]
+
+    @contextmanager
+    def as_file(self, with_tqdm: bool = False) -> Iterator[BinaryIO]:
+        now_at = self.now_at
+
+        class File(io.FileIO):
+            def read(self, size: int | None = -1, /) -> bytes:
+                data = super().read(-1 if size is None else size)
+                now_at(self.tell())
+                return data
+
+        with File(str(self.path_or_fileobj)) as file:
+            yield file
+
+
+def upload_file(
+    repo: HubRepo,
+    branch: str,
+    path: Path,
+    name: str,
+    sha256: str,
+    now_at: Callable[[int], None],
+) -> CommitOperationAdd:
+    """Send a shard that lies in a file; return what commits it.
+
+    Args:
+        repo: where to.
+        branch: of the commit to come.
+        path: the file.
+        name: of the shard.
+        sha256: in hex, taken when the file was written.
+        now_at: is called with how many of its bytes were read to be sent, where that is known.
+
+    Raises:
+        StoppedError: the network or the Hub kept failing, or the storage is full.
+    """
+    operation = _Watched(name, str(path))
+    operation.now_at = now_at
+    operation.upload_info.sha256 = bytes.fromhex(sha256)
+    patiently(
+        lambda: repo.api.preupload_lfs_files(
+            repo.id, [operation], revision=branch, free_memory=False
+        ),
+        what=f"send {name} to {repo.id}",
+        tries=_TRIES,
+    )
+    return operation
+
+
+class StreamedShard:
+    """A shard that goes to Xet storage while it is merged: no file, no copy in memory.
+
+    huggingface_hub has no call for this; `operation` is what its own upload leaves behind.
+
+    Args:
+        repo: where to.
+        branch: of the commit to come.
+        shard: the planned shard.
+
+    Raises:
+        StoppedError: the network or the Hub fails.
+    """
+
+    def __init__(self, repo: HubRepo, branch: str, shard: Shard) -> None:
+        self._repo, self._shard = repo, shard
+        self._written, self._sample = 0, b""
+        import hf_xet  # type: ignore[import-untyped]  # only where something is streamed
+
+        headers = repo.api._build_hf_headers()
+        url = xet_connection_info_refresh_url(
+            token_type=XetTokenType.WRITE,
+            repo_id=repo.id,
+            repo_type="model",
+            revision=branch,
+            endpoint=repo.api.endpoint,
+        )
+        try:
+            session = get_xet_session()  # type: ignore[no-untyped-call]
+            self._commit = session.new_upload_commit(
+                token_refresh_url=url,
+                token_refresh_headers=headers,
+                custom_headers=xet_headers_without_auth(headers),
+            )
+            self._stream = self._commit.__enter__().start_upload_stream(
+                name=shard.name, sha256=hf_xet.COMPUTE_SHA256
+            )
+        except FAILURES as exc:
+            raise self._explained(exc) from exc
+        self.sha256 = ""
+        self.write(memoryview(shard.header))
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes.
+
+        Raises:
+            StoppedError: the network or the Hub fails.
+        """
+        piece = bytes(data)
+        if len(self._sample) < _SAMPLE_BYTES:
+            self._sample = (self._sample + piece[:_SAMPLE_BYTES])[:_SAMPLE_BYTES]
+        try:
+            self._stream.write(piece)
+        except FAILURES as exc:
+            raise self._explained(exc) from exc
+        self._written += len(piece)
+
+    def finish(self) -> str:
+        """Wait until the storage has everything, and return the sha256 in hex.
+
+        Raises:
+            StoppedError: the network or the Hub fails.
+        """
+        if self._written != self._shard.nbytes:
+            raise RuntimeError(
+                f"{self._shard.name}: wrote {self._written} of {self._shard.nbytes} bytes"
+            )
+        try:
+            meta = self._stream.finish()
+            self._commit.__exit__(None, None, None)
+        except FAILURES as exc:
+            raise self._explained(exc) from exc
+        self.sha256 = str(meta.xet_info.sha256)
+        return self.sha256
+
+    def abort(self) -> None:
+        """Give up; the storage forgets what no commit names."""
+        error = StoppedError("given up")
+        try:
+            self._commit.__exit__(StoppedError, error, None)
+        except FAILURES:
+            return
+
+    def operation(self) -> CommitOperationAdd:
+        """Return what commits the shard."""
+        operation = CommitOperationAdd(self._shard.name, b"")
+        operation.upload_info = UploadInfo(
+            size=self._written, sample=self._sample, sha256=bytes.fromhex(self.sha256)
+        )
+        operation._upload_mode = "lfs"
+        operation._should_ignore = False
+        operation._is_uploaded = True
+        return operation
+
+    def _explained(self, exc: BaseException) -> Exception:
+        return explain(exc, f"send {self._shard.name} to {self._repo.id}")

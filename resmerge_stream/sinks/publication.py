@@ -1,0 +1,31 @@
+"""Publishing, as the user asked for it: where to, for whom, over what. No network."""
+
+from dataclasses import dataclass
+
+from ..errors import RecipeError
+from ..sources import REPO_ID
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Publication:
+    """A repository as target of a merge.
+
+    Attributes:
+        repo_id: ``namespace/name``.
+        public: what to make it at the very end; None leaves an existing repository as it is and
+            a new one private.
+        update: whether a model that stands there may be replaced.
+        max_disk: bytes of weights that may be on this machine at a time; 0 sends them without
+            any file, None allows two shards.
+    """
+
+    repo_id: str
+    public: bool | None = None
+    update: bool = False
+    max_disk: int | None = None
+
+    def __post_init__(self) -> None:
+        if not REPO_ID.fullmatch(self.repo_id):
+            raise RecipeError(
+                f"--push-to {self.repo_id!r} is not a repository id. Write namespace/name."
+            )

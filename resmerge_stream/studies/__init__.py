@@ -1,0 +1,1 @@
+"""Several methods in one pass, or none: compare and analyse."""

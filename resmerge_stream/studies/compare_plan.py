@@ -1,0 +1,170 @@
+"""The plan of a comparison: one plan a method, over the same sources, in one memory. No torch."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import PlanRefusedError, RecipeError
+from ..memory import matrix_bytes
+from ..methods import parse_method
+from ..planning.plan import Options, Plan, matrix_of, plan_merge
+from ..recipe import Recipe
+from ..units import format_size
+
+
+@dataclass(slots=True)
+class Comparison:
+    """What a comparison will do. Made by `plan_comparison`, run by `run_comparison`.
+
+    Attributes:
+        out: the folder that gets one folder a method, the table and the picture.
+        report_only: whether no weights are written.
+        plans: the methods' plans by label, which is also the folder's name.
+        working_bytes: of matrices that may be in work at once.
+        peak_memory_bytes: what the whole run may take.
+    """
+
+    out: Path
+    report_only: bool
+    plans: Mapping[str, Plan]
+    problems: list[str] = field(default_factory=list)
+    working_bytes: int = 0
+    peak_memory_bytes: int = 0
+    resident: bool = True
+
+    @property
+    def first(self) -> Plan:
+        """The first method's plan; the sources and shards are the same in all."""
+        return next(iter(self.plans.values()))
+
+    def working_bytes_of(self, name: str) -> int:
+        """Return bytes held while a tensor is in work: its task vectors, every method's scratch."""
+        return _working_bytes(self.plans.values(), name, resident=self.resident)
+
+    def raise_if_refused(self) -> None:
+        """Raise the problems as one error.
+
+        Raises:
+            PlanRefusedError: there are problems.
+        """
+        if self.problems:
+            raise PlanRefusedError("\n".join(self.problems))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the comparison as plain data; sizes are those of the whole run."""
+        plans = {label: plan.to_dict() for label, plan in self.plans.items()}
+        shards = [
+            {**shard, "name": f"{label}/{shard['name']}"}
+            for label, plan in plans.items()
+            for shard in plan["shards"]
+        ]
+        passes = max(plan.opened[1].counting_passes() for plan in self.plans.values())
+        stored = sum(
+            source.tensors[name].spec.nbytes
+            for source in self.first.checkpoints
+            for name, tensor in self.first.tensors.items()
+            if tensor.rule or source is self.first.base
+        )
+        return {
+            "refused": bool(self.problems),
+            "problems": list(self.problems),
+            "warnings": list(self.first.warnings),
+            "methods": {label: plan["by_rule"] for label, plan in plans.items()},
+            "shards": shards,
+            "read_bytes": stored * (1 + passes),
+            "write_bytes": 0 if self.report_only else sum(p["write_bytes"] for p in plans.values()),
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+    def close(self) -> None:
+        """Close every source."""
+        for plan in self.plans.values():
+            plan.close()
+
+
+def plan_comparison(
+    recipe: Recipe,
+    methods: Sequence[str],
+    options: Options | None = None,
+    *,
+    out: str | Path,
+    report_only: bool = False,
+) -> Comparison:
+    """Plan several merges of the same models as one run.
+
+    Args:
+        recipe: the models; its parameters are those of its own method.
+        methods: ``NAME`` or ``NAME:KEY=VALUE:…`` each.
+        options: as for `plan_merge`.
+        out: the output folder.
+        report_only: write no weights.
+
+    Raises:
+        RecipeError: no method, one named twice, or not of this form.
+    """
+    folder = Path(os.path.expanduser(out))
+    plans: dict[str, Plan] = {}
+    for text in methods:
+        label = re.sub(r"[^\w.=+-]+", "-", text.strip())
+        if label in plans:
+            raise RecipeError(f"--methods names {text!r} twice.")
+        name, given = parse_method(text)
+        own = dict(recipe.parameters) if name == recipe.method else {}
+        plan = plan_merge(
+            replace(recipe, method=name, parameters={**own, **given}),
+            options,
+            out=None if report_only else folder / label,
+            like=next(iter(plans.values()), None),
+        )
+        plans[label] = plan
+    if not plans:
+        raise RecipeError("--methods names no method; write --methods resmerge,ties,tsv_m.")
+    comparison = Comparison(folder, report_only, plans)
+    for label, plan in plans.items():
+        comparison.problems += [f"{label}: {problem}" for problem in plan.problems]
+    if not comparison.problems:
+        _fit_memory(comparison)
+    return comparison
+
+
+def _fit_memory(comparison: Comparison) -> None:
+    """Choose whether float32 copies of all experts are kept; refuse what cannot fit."""
+    first = comparison.first
+    fixed = first.peak_memory_bytes - first.working_bytes
+    room = first.memory_budget - fixed
+    worst = (0, "")
+    for resident in (True, False):
+        comparison.resident = resident
+        worst = max((comparison.working_bytes_of(name), name) for name in first.tensors)
+        if worst[0] <= room:
+            break
+    for plan in comparison.plans.values():
+        plan.tensors = {
+            name: replace(tensor, resident=comparison.resident)
+            for name, tensor in plan.tensors.items()
+        }
+        plan.working_bytes = worst[0]
+    comparison.working_bytes = worst[0]
+    comparison.peak_memory_bytes = fixed + worst[0]
+    if worst[0] > room:
+        comparison.problems.append(
+            f"comparing {len(comparison.plans)} methods on {worst[1]} needs "
+            f"{format_size(fixed + worst[0])} of memory, but there are "
+            f"{format_size(first.memory_budget)}. Compare fewer SVD methods at once, or give "
+            "--memory-budget on a machine that has more."
+        )
+
+
+def _working_bytes(plans: Iterable[Plan], name: str, *, resident: bool) -> int:
+    by_rows, scratch, matrix = 0, 0, (0, 0, 0)
+    for plan in plans:
+        tensor = plan.tensors[name]
+        if tensor.rule is None or not tensor.rule.needs_matrix:
+            by_rows = max(by_rows, plan.working_bytes_of(tensor))
+            continue
+        matrix = (*matrix_of(tensor.spec), len(plan.experts))
+        scratch += plan.opened[1].scratch_bytes(*matrix)
+    return max(by_rows, matrix_bytes(*matrix, scratch, resident=resident))

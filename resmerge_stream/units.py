@@ -1,0 +1,73 @@
+"""Sizes, times and prices as people write them."""
+
+import re
+
+from .errors import RecipeError
+
+_UNITS = {"": 1, "B": 1}
+
+
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS[_letter] = _UNITS[f"{_letter}B"] = 1000**_power
+    _UNITS[f"{_letter}IB"] = 1024**_power
+
+
+def parse_size(text: str | int, *, option: str = "size") -> int:
+    """Return a size in bytes from text such as ``5GB``, ``800MB``, ``12GiB`` or ``0``.
+
+    Args:
+        text: a number with an optional unit; KB, MB, GB, TB are powers of 1000 as on the Hub,
+            KiB and so on powers of 1024. An integer is taken as bytes.
+        option: what to call the value in an error.
+
+    Raises:
+        RecipeError: the text is not a size.
+    """
+    compact = str(text).strip().upper().replace(" ", "").replace("_", "")
+    digits = compact.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    unit = compact[len(digits) :]
+    try:
+        number = float(digits)
+    except ValueError:
+        number = -1.0
+    if unit not in _UNITS or not 0 <= number < 1e18:
+        raise RecipeError(
+            f"{option} {text!r} is not a size. Write a number and a unit, such as 5GB or 800MB."
+        )
+    return int(number * _UNITS[unit])
+
+
+def format_size(nbytes: float) -> str:
+    """Return a size for people, in powers of 1000: ``942 MB``, ``15.2 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.3g} {unit}" if unit != "B" else f"{int(nbytes)} B"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)([smhd]?)")
+
+
+def duration(text: str, *, option: str = "--timeout") -> int:
+    """Return seconds from text such as ``90m``, ``2h``, ``1.5h`` or ``5400``.
+
+    Raises:
+        RecipeError: the text is no duration.
+    """
+    match = _DURATION.fullmatch(text.strip().lower())
+    seconds = (
+        float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]] if match else 0
+    )
+    if not 60 <= seconds <= 30 * 86400:
+        raise RecipeError(
+            f"{option} {text!r} is not a time from a minute to 30 days. Write a number and a unit, "
+            "such as 90m or 2h."
+        )
+    return int(seconds)
+
+
+def dollars(amount: float) -> str:
+    """Return a price for people: ``$0.07``, ``$120``; less than a cent is a cent."""
+    amount = max(amount, 0.01) if amount > 0 else 0.0
+    return f"${amount:.2f}" if amount < 100 else f"${amount:.0f}"

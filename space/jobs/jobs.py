@@ -1,0 +1,284 @@
+"""Jobs that outlive the tab: a queue, one process a running merge, records on the disk."""
+
+import contextlib
+import hashlib
+import shutil
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from resmerge_stream.errors import RecipeError
+
+from ..asked import Asked
+from ..settings import Settings
+from .process import events, let_end, send, start_worker
+from .progress import Live, apply, begin
+from .records import (
+    ACTIVE,
+    CANCELLED,
+    CONTINUABLE,
+    DONE,
+    FAILED,
+    QUEUED,
+    RESUMABLE,
+    Job,
+    Records,
+    new_job,
+)
+
+# How often a running job's record is written, and how often old files are looked for.
+_SAVE_S, _CLEAN_S = 3.0, 600.0
+# Records stay longer than files: a link to a finished job still says what became of it.
+_KEEP_RECORDS = 30
+
+
+class Jobs:
+    """The merges of one Space. Every method may be called from any thread.
+
+    Args:
+        settings: limits and the folder.
+
+    A token is kept in memory, by job, from `submit` or `resume` until that run ends.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._records = Records(settings.folder / "jobs")
+        self._changed = threading.Condition()
+        self._queue: list[str] = []
+        self._tokens: dict[str, str] = {}
+        self._processes: dict[str, subprocess.Popen[str]] = {}
+        self._cancelling: set[str] = set()
+        self._live: dict[str, Live] = {}
+        self._runners: list[threading.Thread] = []
+        self._closed = False
+        self._jobs = {job.id: job for job in self._records.read_all()}
+        for job in self._jobs.values():
+            if job.state in ACTIVE:
+                job.state = RESUMABLE
+                job.message = "The Space was restarted. What was finished is kept."
+                self._save(job)
+
+    def submit(self, asked: Asked, *, owner: str, key: str, token: str | None) -> Job:
+        """Queue a merge and return its job.
+
+        Raises:
+            RecipeError: this visitor, or all of them, have too many jobs.
+        """
+        with self._changed:
+            self._check_caps(owner)
+            job = new_job(asked.to_dict(), owner, key)
+            self._jobs[job.id] = job
+            self._enqueue(job, token)
+            return job
+
+    def resume(self, job: Job, token: str | None) -> None:
+        """Queue a stopped job again.
+
+        Raises:
+            RecipeError: it is not one that can go on, or there are too many.
+        """
+        with self._changed:
+            if job.state not in CONTINUABLE:
+                raise RecipeError(f"this job is {job.state}, so there is nothing to continue.")
+            self._check_caps(job.owner)
+            self._enqueue(job, token)
+
+    def cancel(self, job: Job) -> None:
+        """Stop a job; a merge that runs ends within seconds, wherever it is."""
+        with self._changed:
+            if job.state == QUEUED:
+                self._queue.remove(job.id)
+                self._tokens.pop(job.id, None)
+                self._end(job, CANCELLED, "Cancelled before it started.")
+            elif job.state in ACTIVE and job.id not in self._cancelling:
+                self._cancelling.add(job.id)
+                job.message = "Stopping."
+                job.say("cancel was asked for")
+                self._tell_to_stop(job.id)
+
+    def give_up(self, job: Job, removed: list[str]) -> None:
+        """End a stopped job for good, after what it left was removed."""
+        with self._changed:
+            if job.state in ACTIVE or job.state == DONE:
+                raise RecipeError(f"this job is {job.state}; nothing of it is removed.")
+            left = f"Removed: {', '.join(removed)}." if removed else "Nothing of it was left."
+            self._end(job, FAILED, left)
+
+    def get(self, job_id: str) -> Job | None:
+        """Return a job by its id."""
+        return self._jobs.get(job_id)
+
+    def of(self, owner: str) -> list[Job]:
+        """Return an account's jobs, the newest first."""
+        with self._changed:
+            mine = [job for job in self._jobs.values() if owner and job.owner == owner]
+        return sorted(mine, key=lambda job: -job.created)
+
+    def live(self, job: Job) -> Live:
+        """Return what is known of a job beside its record."""
+        return self._live.get(job.id) or Live()
+
+    def place(self, job: Job) -> int:
+        """Return how many jobs are before a queued one, those that run included; never waits."""
+        queue = list(self._queue)
+        return queue.index(job.id) + len(self._processes) if job.id in queue else 0
+
+    def report(self, job: Job) -> bytes | None:
+        """Return the report of a finished job as JSON, or None."""
+        return self._records.read_report(job.id)
+
+    def result(self, job: Job) -> Path:
+        """Return the folder of a job's output, for one that publishes nothing."""
+        return self.settings.folder / "results" / job.id / "merged"
+
+    def close(self) -> None:
+        """Stop every merge; their jobs are resumable when the Space comes back."""
+        with self._changed:
+            self._closed = True
+            for job_id in self._processes:
+                self._tell_to_stop(job_id)
+            self._changed.notify_all()
+        for runner in self._runners:
+            runner.join(timeout=15)
+
+    def _check_caps(self, owner: str) -> None:
+        settings = self.settings
+        cap = settings.jobs_per_user if owner else settings.anonymous_jobs
+        active = sum(job.state in ACTIVE and job.owner == owner for job in self._jobs.values())
+        if active >= cap:
+            whose = f"you have {active} jobs" if owner else f"visitors have {active} jobs"
+            raise RecipeError(f"{whose} queued or running, and {cap} are allowed at a time. Wait.")
+
+    def _enqueue(self, job: Job, token: str | None) -> None:
+        job.state, job.message = QUEUED, "Waiting for its turn."
+        job.say("queued")
+        if token:
+            self._tokens[job.id] = token
+        self._live[job.id] = Live()
+        self._queue.append(job.id)
+        self._save(job)
+        if not self._runners:
+            self._start_runners()
+        self._changed.notify()
+
+    def _start_runners(self) -> None:
+        for number in range(self.settings.running):
+            runner = threading.Thread(target=self._work, name=f"merge-{number}", daemon=True)
+            self._runners.append(runner)
+            runner.start()
+
+    def _work(self) -> None:
+        """Take jobs from the queue, one after the other; a runner's whole life."""
+        cleaned = 0.0
+        while True:
+            if time.monotonic() - cleaned > _CLEAN_S:
+                self._clean()
+                cleaned = time.monotonic()
+            with self._changed:
+                if not self._queue and not self._closed:
+                    self._changed.wait(_CLEAN_S)
+                if self._closed:
+                    return
+                if not self._queue:
+                    continue
+                job = self._jobs[self._queue.pop(0)]
+                token = self._tokens.get(job.id)
+                begin(job, self._live[job.id])
+                process = self._processes[job.id] = start_worker(self.settings)
+            self._run(job, process, token)
+
+    def _run(self, job: Job, process: "subprocess.Popen[str]", token: str | None) -> None:
+        request = {
+            "asked": job.asked,
+            "token": token,
+            "out": None if job.asked.get("push_to") else str(self.result(job)),
+            "work_dir": str(self._work_dir(job)),
+            "prompts": 0 if job.asked.get("push_to") else self.settings.prompts,
+        }
+        last: dict[str, Any] = {}
+        try:
+            with process:
+                send(process, request)
+                for last in events(process):
+                    self._apply(job, last)
+                let_end(process)
+        finally:
+            with self._changed:
+                # Before the state, so that a job that is continued at once keeps its new token.
+                self._tokens.pop(job.id, None)
+                self._processes.pop(job.id, None)
+                self._conclude(job, last, process.returncode)
+                self._cancelling.discard(job.id)
+
+    def _apply(self, job: Job, event: dict[str, Any]) -> None:
+        with self._changed:
+            report = apply(job, self._live[job.id], event)
+            if report is not None:
+                self._records.write_report(job.id, report)
+            if report is not None or time.time() - job.updated > _SAVE_S:
+                self._save(job)
+
+    def _conclude(self, job: Job, last: dict[str, Any], code: int) -> None:
+        kind, said = last.get("event"), str(last.get("message") or "")
+        kept = "No file was finished"
+        if job.shards_done:
+            kept = f"{job.shards_done} of {job.plan.get('shards')} files are finished and kept"
+        if kind == "finished":
+            self._end(job, DONE, job.message)
+        elif job.id in self._cancelling:
+            self._end(job, CANCELLED, f"Cancelled. {kept}. To go on, merge the same again.")
+        elif kind == "refused":
+            self._end(job, FAILED, said)
+        elif kind == "stopped":
+            self._end(job, RESUMABLE, said)
+        elif code < 0 or code == 130:
+            why = "The Space stopped" if self._closed else "The system ended the merge, most often "
+            why += "" if self._closed else "for lack of memory"
+            self._end(job, RESUMABLE, f"{why}. {kept}.")
+        else:
+            self._end(job, FAILED, "An error in this program ended the merge; the log has more.")
+
+    def _end(self, job: Job, state: str, message: str) -> None:
+        job.state, job.message, job.memory_bytes = state, message, 0
+        job.read_speed = job.write_speed = job.sent_speed = 0.0
+        job.seconds_left = None
+        job.say(f"{state}: {message}")
+        self._save(job)
+
+    def _tell_to_stop(self, job_id: str) -> None:
+        process = self._processes.get(job_id)
+        if process is not None and process.stdin is not None:
+            with contextlib.suppress(OSError, ValueError):
+                process.stdin.close()
+
+    def _work_dir(self, job: Job) -> Path:
+        # Shards of one account are never picked up by a job of another.
+        owner = hashlib.sha256((job.owner or job.id).encode()).hexdigest()[:16]
+        return self.settings.folder / "work" / owner
+
+    def _save(self, job: Job) -> None:
+        job.updated = time.time()
+        self._records.write(job)
+
+    def _clean(self) -> None:
+        """Remove results, journals and records that nobody came back for."""
+        now, keep = time.time(), self.settings.keep_seconds
+        with self._changed:
+            jobs = list(self._jobs.values())
+            for job in jobs:
+                if job.state in ACTIVE:
+                    continue
+                if now - job.updated > keep:
+                    shutil.rmtree(self.result(job).parent, ignore_errors=True)
+                    self._live.pop(job.id, None)
+                if now - job.updated > keep * _KEEP_RECORDS:
+                    self._records.remove(job.id)
+                    del self._jobs[job.id]
+            busy = {self._work_dir(job) for job in jobs if now - job.updated <= keep}
+            busy |= {self._work_dir(job) for job in jobs if job.state in ACTIVE}
+            for folder in (self.settings.folder / "work").glob("*"):
+                if folder not in busy:
+                    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,217 @@
+"""Following a job on the page: attach, watch, cancel, continue, result; and finding old ones."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gradio as gr
+
+from resmerge_stream.errors import ResMergeError
+from resmerge_stream.sinks.hub.unfinished import Unfinished, unfinished_merges
+
+from ..asked import asked_from_dict
+from ..explore import Opened, open_report
+from ..identity import Visitor, secret_key
+from ..jobs.downloads import downloads
+from ..jobs.records import ACTIVE, CONTINUABLE, DONE, FAILED, Job
+from ..service import Service
+from ..view import jobs as view
+from ..view import report as view_report
+from ..view.figures import report_html
+from ..view.words import notice
+from .news import News
+
+Form = Mapping[str, Any]
+Changes = dict[str, Any]
+Token = gr.OAuthToken | None
+# For how long what was found on the Hub is believed.
+_FOUND_S = 300.0
+
+
+class Following:
+    """The part of the page that shows a job.
+
+    Args:
+        service: behind the page.
+        news: what a running job shows.
+    """
+
+    def __init__(self, service: Service, news: News) -> None:
+        self._service, self._news = service, news
+        self._found: dict[str, tuple[float, list[Unfinished]]] = {}
+
+    def attach(self, job_id: str, visitor: Visitor, secret: str, *, asked: bool) -> Changes:
+        """Show a job from now on; where there is none, only say so if it was asked for."""
+        try:
+            job = self._service.job(job_id, visitor)
+        except ResMergeError as exc:
+            text = notice(str(exc), "warn") if asked else ""
+            return {
+                "job": "", "seen": {}, "state": "", "status": text,
+                "watching": gr.update(active=False),
+                "follow": gr.update(visible=asked), "done": gr.update(visible=False),
+                **_buttons(None, may_change=False),
+            }  # fmt: skip
+        return {
+            "job": job.id,
+            "seen": {"job": job.id, "shown": job.state},
+            "state": job.state,
+            "follow": gr.update(visible=True),
+            "link": view.link_html(job.id),
+            "watching": gr.update(active=job.state in ACTIVE),
+            **self._shown(job, visitor, secret),
+        }
+
+    def refresh(self, form: Form, token: Token) -> Changes:
+        """Show everything of a job again, when its state changed."""
+        seen = dict(form.get("seen") or {})
+        try:
+            job = self._service.job(str(seen.get("job") or ""), self._visitor(token))
+        except ResMergeError:
+            return {"watching": gr.update(active=False)}
+        if seen.get("shown") == job.state:
+            return {}  # whoever changed the state has shown it
+        return {
+            **self._shown(job, self._visitor(token), _secret(form)),
+            "seen": {**seen, "shown": job.state},
+            "state": job.state,
+            "watching": gr.update(active=job.state in ACTIVE),
+        }
+
+    def cancel(self, form: Form, token: Token) -> Changes:
+        """Stop the job that is shown."""
+        return self._change(form, token, lambda job, _: self._service.jobs.cancel(job))
+
+    def resume(self, form: Form, token: Token) -> Changes:
+        """Continue the job that is shown."""
+        return self._change(form, token, self._service.resume)
+
+    def discard(self, form: Form, token: Token) -> Changes:
+        """Remove what a stopped job left on the Hub, and say what."""
+        from resmerge_stream.sinks.hub.discard import discard_staging
+
+        def remove(job: Job, visitor: Visitor) -> None:
+            target = job.asked.get("push_to")
+            removed = discard_staging(target, visitor.token) if target and visitor.token else []
+            self._service.jobs.give_up(job, removed)
+
+        return self._change(form, token, remove)
+
+    def look_for_unfinished(self, form: Form, token: Token) -> Changes:
+        """Offer an account its unfinished merges: from the records, and from the Hub."""
+        return self.waiting(self._visitor(token))
+
+    def waiting(self, visitor: Visitor) -> Changes:
+        """Return what shows an account's jobs and unfinished merges."""
+        jobs = self._service.jobs.of(visitor.name) if visitor.name else []
+        choices = [
+            (f"{view.title_of(job.asked)} · {100 * job.progress:.0f} % done", f"job:{job.id}")
+            for job in jobs
+            if job.state in CONTINUABLE
+        ]
+        known = {job.asked.get("push_to") for job in jobs}
+        choices += [
+            (f"{view.title_of(found.asked)} · {found.shards} file(s) staged", f"hub:{number}")
+            for number, found in enumerate(self._on_hub(visitor))
+            if found.asked.get("push_to") not in known
+        ]
+        first = choices[0][1] if choices else None
+        return {
+            "unfinished": gr.update(visible=bool(choices)),
+            "chosen": gr.update(choices=choices, value=first),
+            "mine": view.jobs_html(jobs) if visitor.name else view.NO_ACCOUNT,
+        }
+
+    def go_on(self, form: Form, token: Token) -> Changes:
+        """Continue the unfinished merge that was chosen from the list."""
+        visitor, secret = self._visitor(token), _secret(form)
+        kind, _, name = str(form.get("chosen") or "").partition(":")
+        try:
+            if kind == "job":
+                job = self._service.job(name, visitor, change=True)
+                self._service.resume(job, visitor)
+            else:
+                found = self._on_hub(visitor)
+                if not name.isdigit() or int(name) >= len(found):
+                    return {"go_on_note": notice("Choose a merge from the list.", "plain")}
+                asked = asked_from_dict(found[int(name)].asked, self._service.settings)
+                job = self._service.submit(asked, visitor)
+        except ResMergeError as exc:
+            return {"go_on_note": notice(str(exc))}
+        remembered = {**dict(form.get("remembered") or {}), "job": job.id}
+        shown = self.attach(job.id, visitor, secret, asked=True)
+        return {**shown, **self.waiting(visitor), "remembered": remembered, "go_on_note": ""}
+
+    def explored(self, opened: Sequence[Opened]) -> str:
+        """Return one report's figures, or two reports beside each other."""
+        if len(opened) == 2:
+            return view_report.compared_html(*opened)
+        return view_report.summary_html(opened[0]) + report_html(opened[0].rows)
+
+    def _change(self, form: Form, token: Token, act: Any) -> Changes:
+        visitor, secret = self._visitor(token), _secret(form)
+        try:
+            job = self._service.job(
+                str(form.get("job") or ""), visitor, key=secret_key(secret), change=True
+            )
+            act(job, visitor)
+        except ResMergeError as exc:
+            return {"act_note": notice(str(exc), "warn")}
+        shown = self.attach(job.id, visitor, secret, asked=True)
+        return {**shown, "act_note": ""}
+
+    def _shown(self, job: Job, visitor: Visitor, secret: str) -> Changes:
+        own = job.owner == visitor.name if job.owner else job.key in ("", secret_key(secret))
+        changes: Changes = {
+            "status": self._news.status(job),
+            "log": "\n".join(job.log),
+            "gates": self._news.picture(job)[1] if job.state != DONE else "",
+            "done": gr.update(visible=job.state == DONE),
+            **_buttons(job, may_change=own),
+        }
+        return {**changes, **self._result(job)} if job.state == DONE else changes
+
+    def _result(self, job: Job) -> Changes:
+        data = self._service.jobs.report(job)
+        changes: Changes = {"result": view.result_html(job), "files": gr.update(visible=False)}
+        if data is not None:
+            try:
+                opened = open_report(data, name="This merge")
+            except ResMergeError as exc:
+                return {**changes, "figures": notice(str(exc))}
+            changes["figures"] = view_report.summary_html(opened) + report_html(opened.rows)
+            files = downloads(job, self._service.jobs.result(job), opened.report)
+            changes["files"] = gr.update(value=[str(path) for path in files], visible=True)
+        return changes
+
+    def _on_hub(self, visitor: Visitor) -> list[Unfinished]:
+        if not visitor.token:
+            return []
+        now = time.monotonic()
+        known = self._found.get(visitor.name)
+        if known is not None and now - known[0] < _FOUND_S:
+            return known[1]
+        try:
+            found = unfinished_merges(visitor.token)
+        except ResMergeError:
+            found = []  # the page must open without it
+        self._found[visitor.name] = (now, found)
+        return found
+
+    def _visitor(self, token: Token) -> Visitor:
+        return self._service.visitors.who_or_nobody(token.token if token else None)
+
+
+def _secret(form: Form) -> str:
+    return str(dict(form.get("remembered") or {}).get("secret") or "")
+
+
+def _buttons(job: Job | None, *, may_change: bool) -> Changes:
+    state = job.state if job is not None and may_change else ""
+    on_hub = job is not None and bool(job.asked.get("push_to"))
+    stopped = state in CONTINUABLE or state == FAILED
+    return {
+        "cancel": gr.update(visible=state in ACTIVE),
+        "resume": gr.update(visible=state in CONTINUABLE),
+        "discard": gr.update(visible=stopped and on_hub),
+    }

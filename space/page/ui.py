@@ -1,0 +1,263 @@
+"""The page: what stands where, and which handler each button calls."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import gradio as gr
+
+from ..endpoints import endpoints
+from ..examples import examples
+from ..identity import on_space
+from ..planning import this_machine
+from ..service import Service
+from ..view.plan import here_html
+from . import fields
+from .forms import ROWS
+from .handlers import Handlers
+from .news import News
+from .texts import FROM_CODE, TITLE, step
+
+CSS, _WATCH = (Path(__file__).with_name(name) for name in ("style.css", "watch.js"))
+TICK_S = 5.0
+
+Parts = dict[str, Any]
+
+
+def build_page(service: Service, news: News) -> gr.Blocks:
+    """Return the app: three tabs for people, six endpoints for programs.
+
+    Args:
+        service: behind it.
+        news: what a running job shows; its route is for the server that runs this.
+    """
+    handlers = Handlers(service, news)
+    with gr.Blocks(
+        title="ResMerge Stream", analytics_enabled=False, delete_cache=(3600, 86400)
+    ) as app:
+        parts: Parts = {
+            "remembered": gr.BrowserState(
+                {}, storage_key="resmerge-stream", secret=service.settings.secret or None
+            ),
+            # Which job was shown in which state: kept by the server, so that they belong together.
+            "seen": gr.State({}),
+            # No gr.State: the browser needs both.
+            "job": gr.Textbox("", label="Job", visible="hidden"),
+            "state": gr.Textbox("", label="State of the job", visible="hidden"),
+            "planned": gr.State(None),
+            "count": gr.State(2),
+            "watching": gr.Timer(TICK_S, active=False),
+        }
+        _header(parts, service)
+        with gr.Tab("Merge"):
+            fields.choose(parts)
+            fields.target(parts)
+            _plan_and_merge(parts)
+            _follow(parts)
+        with gr.Tab("My jobs"):
+            parts["mine"] = gr.HTML(label="My jobs", container=False, padding=False)
+            parts["refresh"] = gr.Button("Look again", size="sm")
+        with gr.Tab("Explore"):
+            _explore(parts)
+        with gr.Tab("From code"):
+            gr.Markdown(FROM_CODE)
+        _wire(app, parts, handlers)
+        for function in endpoints(service):
+            gr.api(  # type: ignore[attr-defined]
+                function, api_name=function.__name__, concurrency_limit=4
+            )
+    app.queue(max_size=200, default_concurrency_limit=8)
+    page: gr.Blocks = app
+    return page
+
+
+def _header(parts: Parts, service: Service) -> None:
+    with gr.Row(equal_height=True):
+        gr.HTML(TITLE, container=False, padding=False, elem_classes="rm-title", min_width=320)
+        if on_space():
+            with gr.Column(min_width=180, scale=0):
+                gr.LoginButton(size="sm")
+                gr.DuplicateButton("Duplicate this Space", size="sm")
+    parts["who"] = gr.HTML(label="Account", container=False, padding=False)
+    machine = this_machine(service.settings)
+    gr.HTML(here_html(machine, running=service.settings.running), container=False, padding=False)
+    with gr.Group(visible=False) as parts["unfinished"]:
+        parts["chosen"] = gr.Dropdown([], label="Your unfinished merges")
+        parts["go_on"] = gr.Button("Continue this merge", variant="primary")
+        parts["go_on_note"] = gr.HTML(container=False, padding=False)
+
+
+def _plan_and_merge(parts: Parts) -> None:
+    gr.HTML(
+        step(3, "Plan", "Reads headers only, a few megabytes. Nothing is downloaded."),
+        container=False,
+        padding=False,
+    )
+    parts["plan"] = gr.Button("Plan", variant="primary", elem_id="plan")
+    parts["plan_html"] = gr.HTML(label="Plan", container=False, padding=False)
+    gr.HTML(step(4, "Merge", "Goes on when you close the page."), container=False, padding=False)
+    parts["merge_note"] = gr.HTML(container=False, padding=False)
+    parts["merge"] = gr.Button("Merge", variant="primary", interactive=False, elem_id="merge")
+
+
+def _follow(parts: Parts) -> None:
+    with gr.Column(visible=False, elem_id="follow") as parts["follow"]:
+        gr.HTML(step(5, "Follow", ""), container=False, padding=False)
+        parts["status"] = gr.HTML(label="Progress", container=False, padding=False)
+        with gr.Row():
+            parts["cancel"] = gr.Button("Cancel", variant="stop", visible=False)
+            parts["resume"] = gr.Button("Continue", variant="primary", visible=False)
+            parts["discard"] = gr.Button("Remove what it left", visible=False)
+        parts["act_note"] = gr.HTML(container=False, padding=False)
+        parts["link"] = gr.HTML(container=False, padding=False)
+        parts["gates"] = gr.HTML(label="Gates so far", container=False, padding=False)
+        with gr.Accordion("Log", open=False):
+            parts["log"] = gr.Textbox(
+                label="Log, times in UTC", lines=12, max_lines=12, interactive=False
+            )
+        with gr.Column(visible=False) as parts["done"]:
+            gr.HTML(step(6, "Result", ""), container=False, padding=False)
+            parts["result"] = gr.HTML(label="Result", container=False, padding=False)
+            parts["files"] = gr.File(
+                label="Files to download",
+                file_count="multiple",
+                interactive=False,
+                visible=False,
+                height=280,
+            )
+            parts["figures"] = gr.HTML(label="Gates", container=False, padding=False)
+
+
+def _explore(parts: Parts) -> None:
+    gr.HTML(
+        '<p class="rm-soft">Every merge of this tool keeps how each gate decided, in '
+        "<code>resmerge/report.json</code>. Open one, or set two beside each other.</p>",
+        container=False,
+        padding=False,
+    )
+    with gr.Row():
+        parts["report_a"] = gr.Textbox(label="Merged model", placeholder="namespace/name")
+        parts["report_b"] = gr.Textbox(
+            label="Compare with (optional)", placeholder="namespace/name"
+        )
+    parts["open"] = gr.Button("Open", variant="primary", elem_id="open-report")
+    parts["explored"] = gr.HTML(label="Report", container=False, padding=False)
+
+
+_JOB = [
+    "job", "seen", "state", "watching", "follow", "status", "cancel", "resume", "discard",
+    "act_note", "link", "gates", "log", "done", "result", "files", "figures",
+]  # fmt: skip
+_UNFINISHED = ["unfinished", "chosen", "mine"]
+
+
+def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
+    form, filled = [*fields.names(), "count"], fields.filled()
+    mine = ["remembered", "job"]
+    following = handlers.following
+    on = functools.partial(_on, parts)
+    on(app.load, handlers.load, ["remembered"], [*_JOB, "remembered", "who", "namespace"])
+    on(app.load, following.look_for_unfinished, [], _UNFINISHED)
+    for number, _ in enumerate(examples()):
+        choose = functools.partial(handlers.example, number=number)
+        on(parts[f"example{number}"].click, choose, [], filled)
+    on(parts["fill"].click, handlers.paste, ["yaml"], [*filled, "pasted"])
+    on(parts["add"].click, handlers.add_row, ["count"], filled)
+    for number in range(ROWS):
+        remove = functools.partial(handlers.remove_row, number=number)
+        on(parts[f"remove{number}"].click, remove, form, filled)
+    for name in ("base", *(f"expert{number}" for number in range(ROWS))):
+        renamed = {"suggested": parts[name]}
+        _on(
+            renamed,
+            parts[name].key_up,
+            handlers.suggest,
+            [],
+            ["suggested"],
+            quick=True,
+            mode="multiple",
+        )
+    on(parts["method"].change, handlers.choose_method, ["method"], filled, quick=True)
+    planned = ["planned", "plan_html", "merge", "merge_note"]
+    on(parts["plan"].click, handlers.plan, form, planned, busy="plan_html")
+    merge = [*form, "planned", "remembered"]
+    started = [*_JOB, "remembered", "merge", "merge_note"]
+    on(parts["merge"].click, handlers.merge, merge, started, busy="merge_note")
+    asked, told = ["job", "state", "log", "gates"], ["state", "status", "log", "gates"]
+    parts["watching"].tick(
+        None, [parts[name] for name in asked], [parts[name] for name in told], js=_WATCH.read_text()
+    )
+    on(parts["state"].change, following.refresh, ["seen", "remembered"], _JOB, quick=True)
+    for name in ("cancel", "resume", "discard"):
+        on(parts[name].click, getattr(following, name), mine, _JOB)
+    continued = [*_JOB, *_UNFINISHED, "remembered", "go_on_note"]
+    on(parts["go_on"].click, following.go_on, ["chosen", "remembered"], continued)
+    on(parts["refresh"].click, following.look_for_unfinished, [], _UNFINISHED)
+    on(
+        parts["open"].click,
+        handlers.explore,
+        ["report_a", "report_b"],
+        ["explored"],
+        busy="explored",
+    )
+
+
+def _on(
+    parts: Parts,
+    event: Callable[..., Any],
+    handler: Callable[..., dict[str, Any]],
+    inputs: list[str],
+    outputs: list[str],
+    *,
+    quick: bool = False,
+    busy: str = "",
+    mode: Literal["once", "multiple", "always_last"] | None = None,
+) -> None:
+    """Call a handler on an event with the named values; what it returns changes the named parts.
+
+    Args:
+        parts: the page's components by name.
+        event: such as a button's ``click``.
+        handler: takes the values by name, and what gradio injects; returns changes by name.
+        inputs: the names of its values.
+        outputs: the names of what it may change.
+        quick: not through the queue, and without any sign of waiting.
+        busy: which part shows that something is being done.
+        mode: what happens to events while one is served; once, or the last when quick.
+    """
+
+    def run(*values: Any) -> Any:
+        given, special = values[: len(inputs)], values[len(inputs) :]
+        changes = handler(dict(zip(inputs, given, strict=True)), *special)
+        if unknown := set(changes) - set(outputs):
+            raise KeyError(f"{handler} changes what is not among its outputs: {unknown}")
+        found = [changes.get(name, gr.skip()) for name in outputs]
+        return found if len(found) > 1 else found[0]
+
+    signature = _signature(handler, len(inputs))
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    run.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
+    event(
+        run,
+        [parts[name] for name in inputs],
+        [parts[name] for name in outputs],
+        api_visibility="private",
+        queue=not quick,
+        show_progress="full" if busy else "hidden",
+        show_progress_on=parts[busy] if busy else None,
+        trigger_mode=mode or ("always_last" if quick else "once"),
+    )
+
+
+def _signature(handler: Callable[..., Any], count: int) -> inspect.Signature:
+    """Return a signature of so many plain values, then what gradio shall inject."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    plain = [inspect.Parameter(f"value{i}", kind, annotation=Any) for i in range(count)]
+    special = [
+        parameter.replace(kind=kind)
+        for name, parameter in inspect.signature(handler).parameters.items()
+        if name not in ("form", "number")
+    ]
+    return inspect.Signature([*plain, *special])

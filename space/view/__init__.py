@@ -1,0 +1,1 @@
+"""Plain data in, HTML out."""

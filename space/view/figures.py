@@ -1,0 +1,232 @@
+"""Drawings of a report as SVG: heatmaps by layer and module, strips by family, tables of both."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..rows import Row, cells, families, modules, unusual
+from .words import esc, table
+
+_CELL_H, _LEFT, _PLOT, _TOP, _BOTTOM = 21, 112, 420, 6, 42
+_MOST_MODULES, _MOST_DOTS = 28, 300
+# Dark blue to yellow, and blue over white to red: stops of two common maps, as RGB.
+_VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+_BALANCE = ((33, 102, 172), (146, 197, 222), (247, 247, 247), (244, 165, 130), (178, 24, 43))
+_STEPS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What a figure shows.
+
+    Attributes:
+        key: of `rows.NUMBERS`.
+        title: in plain words.
+        symbols: in the paper's, with how to read it.
+        centred: whether 0 is in the middle of the colours.
+        low, high: fixed ends of the colours, where there are natural ones.
+    """
+
+    key: str
+    title: str
+    symbols: str
+    centred: bool = False
+    low: float | None = None
+    high: float | None = None
+
+
+GATES = (
+    Gate("S_H", "How far the heads agree", "S_H: 0 unrelated or opposed, 1 the same", low=0.0),
+    Gate("above_floor", "Residuals aligned beyond chance", "c_R − 1/√N: 0 is chance", centred=True),
+    Gate("alpha_R", "Length given to the merged residual", "α_R: share of the mean residual's"),
+    Gate("head_energy", "Share of the update in its head", "‖head‖² / ‖update‖²", low=0.0),
+)
+CHANGES = (
+    Gate("update_rms", "Size of the merged update", "root mean square over the weights", low=0.0),
+    Gate("changed_fraction", "Weights that changed", "share that differs from the base", low=0.0),
+)
+KEPT = (
+    Gate("kept_cosine", "Direction kept by the cast", "cosine of kept and intended", high=1.0),
+    Gate("kept_norm", "Length kept by the cast", "‖kept‖ / ‖intended‖"),
+)
+
+
+def live_html(rows: Sequence[Row]) -> str:
+    """Return the running picture of a merge."""
+    drawn = [heatmap(rows, gate) for gate in GATES[:3]] if rows else []
+    drawn = [figure for figure in drawn if figure] or [heatmap(rows, CHANGES[1])] * bool(rows)
+    if not any(drawn):
+        return ""
+    return f'<div class="rm rm-figures">{"".join(drawn)}</div>'
+
+
+def report_html(rows: Sequence[Row]) -> str:
+    """Return every figure of a report, and its unusual tensors."""
+    gates = [figure for gate in GATES if (figure := heatmap(rows, gate, named=True))]
+    gates = gates or [f for gate in CHANGES if (f := heatmap(rows, gate, named=True))]
+    shown = GATES if any("S_H" in row.numbers for row in rows) else CHANGES
+    strips = [figure for gate in shown if (figure := strip(rows, gate))]
+    kept = [figure for gate in KEPT if (figure := strip(rows, gate))]
+    parts = [
+        _section("By layer and module", gates),
+        _section("By family", strips),
+        _section("What the cast to the output format kept", kept),
+        unusual_html(rows),
+    ]
+    return f'<div class="rm">{"".join(parts)}</div>'
+
+
+def _section(title: str, figures: Sequence[str]) -> str:
+    if not figures:
+        return ""
+    return f'<h3>{esc(title)}</h3><div class="rm-figures">{"".join(figures)}</div>'
+
+
+def heatmap(rows: Sequence[Row], gate: Gate, *, named: bool = False) -> str:
+    """Return one heatmap, layers across and modules down; empty where nothing has the value.
+
+    Args:
+        rows: the tensors.
+        gate: what to show.
+        named: whether each cell tells its value to a pointer.
+    """
+    found = cells(rows, gate.key)
+    if not found:
+        return ""
+    labels = modules(rows, gate.key)[:_MOST_MODULES]
+    layers = sorted({layer for _, layer in found if layer is not None})
+    columns: list[int | None] = [*layers, *([None] if any(c[1] is None for c in found) else [])]
+    low, high = _ends(gate, list(found.values()))
+    width = _PLOT / len(columns)
+    paths: dict[str, list[str]] = {}
+    for (label, layer), value in found.items():
+        if label not in labels:
+            continue
+        x = _LEFT + columns.index(layer) * width
+        y = _TOP + labels.index(label) * _CELL_H
+        colour = _colour(gate, value, low, high)
+        where = "outside the layers" if layer is None else f"layer {layer}"
+        hint = f"<title>{esc(label)}, {where}: {value:.4g}</title>" if named else ""
+        shape = f"M{x:.1f} {y}h{width:.1f}v{_CELL_H}h-{width:.1f}z"
+        paths.setdefault(colour, []).append(f'<path d="{shape}">{hint}</path>' if named else shape)
+    fills = "".join(
+        f'<g fill="{colour}">{"".join(shapes)}</g>'
+        if named
+        else f'<path fill="{colour}" d="{"".join(shapes)}"/>'
+        for colour, shapes in paths.items()
+    )
+    height = _TOP + len(labels) * _CELL_H
+    names = "".join(
+        f'<text x="{_LEFT - 6}" y="{_TOP + i * _CELL_H + 15}" text-anchor="end">{esc(label)}</text>'
+        for i, label in enumerate(labels)
+    )
+    axis = _layer_axis(columns, width, height)
+    said = f"{gate.title}: median {statistics.median(found.values()):.3g} over {len(found)} cells"
+    svg = _svg(height + _BOTTOM, said, f"{fills}{names}{axis}")
+    return _figure(gate, svg, _scale(gate, low, high))
+
+
+def _layer_axis(columns: Sequence[int | None], width: float, height: int) -> str:
+    step = max(1, -(-len(columns) // 12))
+    ticks = "".join(
+        f'<text x="{_LEFT + (i + 0.5) * width:.1f}" y="{height + 16}" text-anchor="middle">'
+        f"{'–' if layer is None else layer}</text>"
+        for i, layer in enumerate(columns)
+        if i % step == 0 or layer is None
+    )
+    middle = _LEFT + _PLOT / 2
+    return f'{ticks}<text x="{middle}" y="{height + 35}" text-anchor="middle">layer</text>'
+
+
+def strip(rows: Sequence[Row], gate: Gate) -> str:
+    """Return one strip of dots a family, with its median; empty where nothing has the value."""
+    found = families(rows, gate.key)
+    if not found:
+        return ""
+    everything = [value for values in found.values() for value in values]
+    low, high = min(everything), max(everything)
+    low = low if gate.low is None else min(low, gate.low)
+    high = high if gate.high is None else max(high, gate.high)
+    span, plot = (high - low) or 1.0, _PLOT - 84
+    parts = []
+    for number, (family, values) in enumerate(found.items()):
+        y = _TOP + number * 34 + 17
+        step = max(1, -(-len(values) // _MOST_DOTS))
+        dots = "".join(
+            f'<circle cx="{_LEFT + (v - low) / span * plot:.1f}" '
+            f'cy="{y + ((i * 0.618034) % 1 - 0.5) * 20:.1f}" r="2.4"/>'
+            for i, v in enumerate(sorted(values)[::step])
+        )
+        middle = statistics.median(values)
+        x = _LEFT + (middle - low) / span * plot
+        parts.append(
+            f'<text x="{_LEFT - 6}" y="{y + 5}" text-anchor="end">{esc(family)}</text>'
+            f'<g class="rm-dots">{dots}</g><path class="rm-median" d="M{x:.1f} {y - 13}v26"/>'
+            f'<text x="{_LEFT + plot + 10}" y="{y + 5}">{middle:.3g}</text>'
+        )
+    height = _TOP + len(found) * 34
+    ends = (
+        f'<text x="{_LEFT}" y="{height + 16}">{low:.3g}</text>'
+        f'<text x="{_LEFT + plot}" y="{height + 16}" text-anchor="end">{high:.3g}</text>'
+        f'<text x="{_LEFT + plot + 10}" y="{height + 16}">median</text>'
+    )
+    said = "; ".join(f"{f}: median {statistics.median(v):.3g}" for f, v in found.items())
+    return _figure(gate, _svg(height + 22, f"{gate.title}. {said}", "".join(parts) + ends), "")
+
+
+def unusual_html(rows: Iterable[Row]) -> str:
+    """Return the tensors that something unusual happened to."""
+    found = unusual(rows)
+    title = "<h3>Unusual tensors</h3>"
+    if not found:
+        return f"{title}<p>None: every tensor went the planned way.</p>"
+    lines = []
+    for reason, names in found[:20]:
+        shown = ", ".join(f"<code>{esc(name)}</code>" for name in names[:5])
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        lines.append((esc(reason), str(len(names)), shown + more))
+    return title + table(("What", "Tensors", "Such as"), lines, "Unusual tensors")
+
+
+def _ends(gate: Gate, values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    if gate.centred:
+        reach = max(abs(low), abs(high), 1e-3)
+        return -reach, reach
+    low = low if gate.low is None else min(low, gate.low)
+    # A spread narrower than this is noise, not a pattern to paint in full colours.
+    spare = max(0.0, 0.02 - (high - low)) / 2 if gate.low is None else 0.0
+    return low - spare, max(high + spare, low + 1e-9)
+
+
+def _colour(gate: Gate, value: float, low: float, high: float) -> str:
+    stops = _BALANCE if gate.centred else _VIRIDIS
+    share = round(min(max((value - low) / (high - low), 0.0), 1.0) * _STEPS) / _STEPS
+    place = share * (len(stops) - 1)
+    left = min(int(place), len(stops) - 2)
+    part = place - left
+    mixed = (round(a + (b - a) * part) for a, b in zip(stops[left], stops[left + 1], strict=True))
+    return "#" + "".join(f"{channel:02x}" for channel in mixed)
+
+
+def _scale(gate: Gate, low: float, high: float) -> str:
+    stops = _BALANCE if gate.centred else _VIRIDIS
+    colours = ",".join(f"rgb({r},{g},{b})" for r, g, b in stops)
+    return (
+        f'<div class="rm-scale"><span>{low:.3g}</span>'
+        f'<i style="background:linear-gradient(90deg,{colours})"></i><span>{high:.3g}</span></div>'
+    )
+
+
+def _svg(height: float, said: str, inner: str) -> str:
+    return (
+        f'<svg viewBox="0 0 {_LEFT + _PLOT + 8} {height}" role="img" aria-label="{esc(said)}">'
+        f"{inner}</svg>"
+    )
+
+
+def _figure(gate: Gate, svg: str, scale: str) -> str:
+    return (
+        f"<figure><figcaption><b>{esc(gate.title)}</b><br>{esc(gate.symbols)}</figcaption>"
+        f"{svg}{scale}</figure>"
+    )

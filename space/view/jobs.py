@@ -1,0 +1,167 @@
+"""The words of the pages about jobs and people: plain data in, HTML out. Nothing requested."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from resmerge_stream.methods import MergeMethod
+from resmerge_stream.units import format_size
+
+from ..jobs.records import ACTIVE, CONTINUABLE, DONE, QUEUED, RUNNING, Job
+from .library_words import in_page_words
+from .words import duration, esc, facts, notice, table
+
+NO_ACCOUNT = '<p class="rm-soft">Sign in to see your jobs here, on any device.</p>'
+_STATES = {
+    "queued": "Waiting", "planning": "Reading headers", "running": "Merging",
+    "cancelled": "Cancelled", "failed": "Failed", "resumable": "Stopped, can go on", "done": "Done",
+}  # fmt: skip
+
+
+def status_html(job: Job, *, place: int) -> str:
+    """Return how far a job is."""
+    percent = 100 * job.progress
+    parts = [
+        f'<div class="rm-head"><span class="rm-badge rm-{esc(job.state)}">'
+        f"{esc(_STATES[job.state])}</span> <b>{esc(title_of(job.asked))}</b></div>"
+    ]
+    text = in_page_words(job.message)
+    if job.state == QUEUED and place:
+        text = f"{place} merge{'s' * (place != 1)} before yours."
+    parts.append(f'<p role="status">{esc(text)}</p>')
+    if job.state in ACTIVE or job.state in CONTINUABLE:
+        parts.append(
+            f'<div class="rm-bar" role="progressbar" aria-label="Merged so far" aria-valuemin="0" '
+            f'aria-valuemax="100" aria-valuenow="{percent:.0f}"><i style="width:{percent:.1f}%">'
+            f"</i></div>"
+        )
+    if job.plan:
+        parts.append(facts(_numbers(job)))
+    if job.state in ACTIVE:
+        parts.append('<p class="rm-soft">You may close this page: the merge goes on.</p>')
+    if job.state in CONTINUABLE:
+        parts.append(notice(what_remains(job), "warn"))
+    return '<div class="rm">' + "".join(parts) + "</div>"
+
+
+def _numbers(job: Job) -> list[tuple[str, str]]:
+    plan, running = job.plan, job.state == RUNNING
+    speeds = (job.read_speed, job.write_speed, job.sent_speed)
+    read, written, sent = (f" · {format_size(s)}/s" if running and s else "" for s in speeds)
+    made = job.bytes_kept + job.bytes_written
+    if job.shards_done == plan["shards"]:
+        made = plan["write_bytes"]  # the files' headers are no tensors
+    pairs = [
+        ("Read", f"{format_size(job.bytes_read)} of {format_size(plan['read_bytes'])}{read}"),
+        ("Merged", f"{format_size(made)} of {format_size(plan['write_bytes'])}{written}"),
+        *([("Sent", f"{format_size(job.bytes_sent)}{sent}")] if job.asked.get("push_to") else []),
+        ("Tensors", f"{job.tensors_done:,} of {plan['tensors']:,}"),
+        ("Files", f"{job.shards_done} of {plan['shards']}"),
+    ]
+    if running:
+        most = format_size(plan["peak_memory_bytes"])
+        pairs.append(("Memory", f"{format_size(job.memory_bytes)} · planned {most}"))
+        pairs.append(("Time left", duration(job.seconds_left)))
+    return pairs
+
+
+def what_remains(job: Job) -> str:
+    """Return what a stopped job left, and how it goes on."""
+    done, total = job.shards_done, job.plan.get("shards", 0)
+    target = job.asked.get("push_to")
+    where = f"here or on a private staging branch of {target}" if target else "here"
+    if not done:
+        kept = "No file was finished yet, so little is lost."
+    else:
+        kept = f"{done} of {total} files are finished and kept {where}."
+    return f"{kept} “Continue” goes on from there; the result has the same bytes."
+
+
+def title_of(asked: Mapping[str, Any]) -> str:
+    """Return what a job makes, in a few words."""
+    recipe = asked.get("recipe") or {}
+    count = len(recipe.get("models") or ())
+    made = asked.get("push_to") or "files to download"
+    method = recipe.get("merge_method", "resmerge")
+    return f"{count} experts of {recipe.get('base_model')} by {method} → {made}"
+
+
+def jobs_html(jobs: Sequence[Job]) -> str:
+    """Return an account's jobs, each with a link that opens it."""
+    if not jobs:
+        return '<p class="rm-soft">No jobs yet.</p>'
+    rows = []
+    for job in jobs:
+        day = time.strftime("%Y-%m-%d %H:%M", time.gmtime(job.created))
+        rows.append(
+            (
+                f'<a href="?job={esc(job.id)}">{esc(title_of(job.asked))}</a>',
+                f'<span class="rm-badge rm-{esc(job.state)}">{esc(_STATES[job.state])}</span>',
+                f"{100 * job.progress:.0f} %",
+                f"{day} UTC",
+            )
+        )
+    return '<div class="rm">' + table(("Job", "State", "Merged", "Asked"), rows, "Jobs") + "</div>"
+
+
+def result_html(job: Job) -> str:
+    """Return what a finished job made, and where."""
+    if job.state != DONE:
+        return ""
+    if job.url:
+        page = esc(job.url.partition("/commit/")[0])
+        text = f'Published: <a href="{page}" target="_blank" rel="noopener">{page}</a>'
+    else:
+        text = "Merged. Download the files below; they stay here for a day."
+    shown = f'<div class="rm-note rm-good"><b>{text}</b></div>{_accuracies(job.accuracies)}'
+    return f'<div class="rm">{shown}</div>'
+
+
+def _accuracies(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Return how many held-out questions each model answers rightly, task by task."""
+    if not found:
+        return ""
+    tasks = list(next(iter(found.values())))
+    rows = [
+        (
+            esc(model),
+            *(f"{row[task][0]:.0%}{_interval(row[task])}" for task in tasks),
+            f"{sum(row[task][0] for task in tasks) / len(tasks):.0%}",
+        )
+        for model, row in found.items()
+    ]
+    count = int(found["merged"][tasks[0]][3])
+    caption = f"Right answers to {count} held-out questions a task, with 95 % intervals"
+    return table(("Model", *(esc(task) for task in tasks), "mean"), rows, caption)
+
+
+def _interval(share: Sequence[float]) -> str:
+    return f' <span class="rm-range">({share[1]:.0%} … {share[2]:.0%})</span>'
+
+
+def who_html(name: str, on_space: bool) -> str:
+    """Return who somebody is here."""
+    if name:
+        return f'<p class="rm-soft">Signed in as <b>{esc(name)}</b>.</p>'
+    how = "sign in" if on_space else "set HF_TOKEN before you start this"
+    return (
+        f'<p class="rm-soft">Without an account you can plan anything public, and merge the '
+        f"built-in example. To publish a merge, {how}.</p>"
+    )
+
+
+def method_html(method: type[MergeMethod]) -> str:
+    """Return what a method is, and where it comes from."""
+    summary = " ".join((method.__doc__ or "").split())
+    return (
+        f'<p class="rm-soft">{esc(summary)} <a href="{esc(method.url)}" target="_blank" '
+        f'rel="noopener">{esc(method.paper)}</a></p>'
+    )
+
+
+def link_html(job_id: str) -> str:
+    """Return the link that opens a job elsewhere."""
+    return (
+        f'<p class="rm-soft"><a href="?job={esc(job_id)}">Link to this job</a>, for another tab or '
+        "device.</p>"
+    )

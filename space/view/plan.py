@@ -1,0 +1,139 @@
+"""A plan for people: problems first, then what is done, what it costs, on which hardware."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from resmerge_stream.units import format_size
+
+from ..hardware import MODEL, Fit, Machine
+from .library_words import in_page_words
+from .words import duration, esc, facts, notice, table
+
+
+def plan_html(plan: Mapping[str, Any], *, signed_in: bool, push_to: str) -> str:
+    """Return a plan: problems first, then what will be done, costs, hardware and sources."""
+    parts = []
+    if plan["problems"]:
+        items = "".join(f"<li>{esc(in_page_words(text))}</li>" for text in plan["problems"])
+        count = len(plan["problems"])
+        what = "one problem" if count == 1 else f"{count} problems"
+        parts.append(
+            f'<div class="rm-note rm-bad" role="alert"><b>This cannot be merged: {what}.</b>'
+            f"<ul>{items}</ul></div>"
+        )
+    else:
+        parts.append(_verdict(plan, push_to))
+    if plan["warnings"]:
+        items = "".join(f"<li>{esc(in_page_words(text))}</li>" for text in plan["warnings"])
+        parts.append(f'<div class="rm-note rm-warn"><b>Good to know</b><ul>{items}</ul></div>')
+    if push_to and not signed_in and not plan["refused"]:
+        text = "Sign in, and plan again, to have the target checked before anything moves."
+        parts.append(notice(text, "plain"))
+    if plan["tensors"] and not plan["refused"]:
+        parts += [_tiles(plan), _rules(plan)]
+        parts.append(hardware_html(plan.get("hardware") or ()))
+    if plan["sources"]:
+        parts.append(_sources(plan["sources"]))
+    return '<div class="rm">' + "".join(parts) + "</div>"
+
+
+def _verdict(plan: Mapping[str, Any], push_to: str) -> str:
+    where = f"into <code>{esc(push_to)}</code>" if push_to else "into files to download"
+    seconds = duration(plan["seconds_estimate"])
+    return (
+        f'<div class="rm-note rm-good" role="status"><b>This can be merged</b> {where}, in about '
+        f"{seconds} here.</div>"
+    )
+
+
+def _tiles(plan: Mapping[str, Any]) -> str:
+    tiles = (
+        ("To read", format_size(plan["read_bytes"])),
+        ("To write", format_size(plan["write_bytes"])),
+        ("Files", str(len(plan["shards"]))),
+        ("Tensors", f"{plan['tensors']:,}"),
+        ("Memory, at most", format_size(plan["peak_memory_bytes"])),
+        ("Disk, at most", format_size(plan["peak_disk_bytes"])),
+    )
+    return facts(tiles)
+
+
+_RULES = {
+    "carried": "copied from the base, byte for byte",
+    "copy": "copied from the base, no expert changed it",
+    "mean": "mean of the experts",
+    "sum": "sum of the experts' updates",
+    "base": "the base's",
+}
+
+
+def _rules(plan: Mapping[str, Any]) -> str:
+    rows = [
+        (f"<code>{esc(rule)}</code>", f"{count:,}", esc(_RULES.get(rule, "the method's own rule")))
+        for rule, count in plan["by_rule"].items()
+    ]
+    return table(("Rule", "Tensors", "What it does"), rows, "What is done with each tensor")
+
+
+def _sources(sources: Iterable[Mapping[str, Any]]) -> str:
+    rows = []
+    for number, source in enumerate(sources):
+        name, commit = esc(source["id"]), source.get("revision")
+        rows.append(
+            (
+                "base" if number == 0 else f"expert {number}",
+                f"<code>{name}</code>",
+                f"<code>{esc(str(commit)[:10])}</code>" if commit else "comes with this app",
+                format_size(source["bytes"]),
+                esc(source.get("license") or "not said"),
+                "gated" if source.get("gated") else "open",
+            )
+        )
+    head = ("", "Repository", "Commit", "Weights", "Licence", "Access")
+    return table(head, rows, "What is read, and which commit")
+
+
+def hardware_html(fits: Sequence[Fit]) -> str:
+    """Return the table of what a plan takes here and on other hardware."""
+    if not fits:
+        return ""
+    rows = []
+    for fit in fits:
+        machine = fit.machine
+        gone = "–" if fit.lacks else ""
+        rows.append(
+            (
+                esc(fit.name),
+                str(machine.cores),
+                format_size(machine.memory),
+                format_size(machine.disk),
+                f'<span title="{esc(fit.lacks)}">✗ too small</span>' if fit.lacks else "✓ fits",
+                gone or duration(fit.seconds),
+                gone or ("–" if fit.cost is None else _dollars(fit.cost)),
+            )
+        )
+    head = ("Hardware", "Cores", "Memory", "Disk", "Enough?", "Time", "Cost")
+    shown = table(
+        head, rows, "This plan here, and on hardware that a duplicate or a Job could have"
+    )
+    return (
+        "<details><summary>Here and on other hardware</summary>"
+        f'{shown}<p class="rm-soft">{esc(MODEL)} Estimates, not promises.</p></details>'
+    )
+
+
+def _dollars(amount: float) -> str:
+    return f"${amount:.2f}" if amount >= 0.01 else "under $0.01"
+
+
+def here_html(machine: Machine, *, running: int) -> str:
+    """Return the plain statement of what this hardware can do."""
+    at_a_time = "one merge" if running == 1 else f"{running} merges"
+    return (
+        '<p class="rm-soft">This runs on <b>'
+        f"{machine.cores} CPU cores with {format_size(machine.memory)} of free memory and "
+        f"{format_size(machine.disk)} of free disk</b>, {at_a_time} at a time. Memory grows with a "
+        "model's largest matrix, not with the model: the plan of a 7B model asks for about 2 GB, "
+        "and the network is what takes the time. The plan says what yours needs, here and on other "
+        "hardware. A duplicate of this Space on paid hardware has no queue but your own.</p>"
+    )

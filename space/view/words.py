@@ -1,0 +1,47 @@
+"""Words and pieces of pages: escaping, times, tables, the library's messages in a page's words."""
+
+import html
+from collections.abc import Iterable, Sequence
+
+from .library_words import in_page_words
+
+
+def esc(value: object) -> str:
+    """Return text for HTML, safe in attributes too."""
+    return html.escape(str(value), quote=True)
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time for people."""
+    if seconds is None:
+        return "–"
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def notice(text: str, kind: str = "bad") -> str:
+    """Return one boxed message; kinds: bad, warn, good, plain."""
+    return f'<div class="rm-note rm-{kind}" role="status">{esc(in_page_words(text))}</div>'
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> str:
+    """Return a table of cells that are HTML already; numbers are aligned by CSS."""
+    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    body = "".join(
+        "<tr>" + f'<th scope="row">{row[0]}</th>' + "".join(f"<td>{c}</td>" for c in row[1:])
+        + "</tr>"
+        for row in rows
+    )  # fmt: skip
+    return (
+        f'<div class="rm-scroll" tabindex="0" role="region" aria-label="{esc(caption)}">'
+        f"<table><caption>{esc(caption)}</caption><thead><tr>{top}</tr></thead>"
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> str:
+    """Return pairs of label and value as tiles."""
+    inner = "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(v)}</dd></div>" for k, v in pairs)
+    return f'<dl class="rm-tiles">{inner}</dl>'

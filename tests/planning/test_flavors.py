@@ -1,0 +1,104 @@
+"""The Hub's machines: which fit a plan, in what time, for how much."""
+
+from dataclasses import replace
+
+import pytest
+from huggingface_hub import JobHardware
+
+from resmerge_stream.hub.flavors import FLAVORS, Flavor, flavor_from_text
+from resmerge_stream.planning.machines import Estimate, estimates, largest, shortage, timeout_for
+from resmerge_stream.planning.plan import Options, Plan, plan_merge
+from resmerge_stream.recipe import ModelRef, Recipe
+
+
+def plan_of(group, **options) -> Plan:
+    """Plan the merge of a group, for the largest machine there is."""
+    experts = tuple(ModelRef(str(folder)) for folder in group.experts)
+    recipe = Recipe(ModelRef(str(group.base)), experts)
+    return plan_merge(recipe, Options(**options), machine=largest())
+
+
+def test_the_table_has_the_machines_that_the_client_knows():
+    """A flavour that huggingface_hub gains or loses is noticed when it is updated."""
+    assert {flavor.name for flavor in FLAVORS} == {str(item.value) for item in JobHardware}
+
+
+def test_the_cheapest_that_fits_comes_first(group):
+    """Estimates are ordered by whether the plan fits, then by price."""
+    small = Flavor("small", 2, 0.1, 50, 0, 0.001)
+    slow = Flavor("slow", 2, 16, 50, 0, 0.02)
+    cheap = Flavor("cheap", 2, 16, 50, 0, 0.01)
+
+    found = estimates(plan_of(group), [small, slow, cheap])
+
+    assert [item.flavor.name for item in found] == ["cheap", "slow", "small"]
+    assert [item.fits for item in found] == [True, True, False]
+    assert isinstance(found[0], Estimate)
+
+
+def test_more_cores_shorten_only_the_arithmetic(group):
+    """A merge that the network holds up is as slow on a larger machine: the small one wins."""
+    plan = plan_of(group)
+    two, eight = FLAVORS[:2]
+    plan.compute_seconds, plan.read_bytes = 36_000.0, 0
+    assert estimates(plan, [two, eight])[0].flavor is eight
+    plan.compute_seconds, plan.read_bytes = 0.0, 10**12
+
+    found = estimates(plan, [two, eight])
+
+    assert found[0].flavor is two
+    assert found[0].seconds == found[1].seconds
+
+
+@pytest.mark.parametrize(
+    ("flavor", "options", "words"),
+    [
+        (Flavor("x", 2, 0.2, 50, 0, 1), {}, "memory"),
+        (Flavor("x", 2, 16, 3, 0, 1), {}, "disk"),
+        (Flavor("x", 2, 16, 50, 0, 1), {"device": "cuda:0"}, "no such device"),
+        (Flavor("x", 2, 16, 50, 16, 1), {"device": "mps"}, "no such device"),
+        (Flavor("x", 2, 1, 50, 0, 1), {"memory_budget": 2 * 10**9}, "memory"),
+    ],
+    ids=["memory", "disk", "gpu", "mps", "budget"],
+)
+def test_what_a_machine_lacks_is_named(group, flavor, options, words):
+    """A machine that does not do is refused with the reason."""
+    assert words in shortage(plan_of(group, **options), flavor)
+
+
+def test_a_plan_that_this_machine_cannot_run_is_still_estimated(group):
+    """What is refused for this machine's memory gets an answer on which machine it would run."""
+    plan = plan_of(group)
+    refused = plan_merge(plan.recipe, machine=replace(largest(), memory_bytes=10**8))
+    assert refused.refused
+
+    assert [(e.flavor, e.fits) for e in estimates(refused)] == [
+        (e.flavor, e.fits) for e in estimates(plan)
+    ]
+
+
+def test_a_started_minute_is_paid(group):
+    """Prices are by the minute, as the Hub bills."""
+    flavor = Flavor("x", 2, 16, 50, 0, 6.0)
+
+    assert [flavor.price(seconds) for seconds in (1, 60, 61)] == pytest.approx([0.1, 0.1, 0.2])
+
+
+@pytest.mark.parametrize("seconds", [1.0, 600.0, 601.0, 40_000.0])
+def test_the_timeout_leaves_a_margin(seconds):
+    """A Job has three times its estimate, and never less than the Hub's own 30 minutes."""
+    timeout = timeout_for(seconds)
+
+    assert timeout >= max(3 * seconds, 1800)
+    assert timeout % 600 == 0
+
+
+def test_the_hubs_own_words_are_understood():
+    """The live list gives sizes and prices as text; what is not understood is left out."""
+    words = {"cpu": "2 vCPU", "ram": "16 GB", "disk": "1.5 TB", "gpu": "", "usd": 0.5}
+
+    known = flavor_from_text("x", **words, unit="minute")
+
+    assert known == Flavor("x", 2, 16, 1500, 0, 30.0)
+    assert flavor_from_text("x", **words, unit="month") is None
+    assert flavor_from_text("x", **{**words, "ram": "N/A"}, unit="minute") is None

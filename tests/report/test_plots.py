@@ -1,0 +1,148 @@
+"""The picture in the card."""
+
+import copy
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resmerge_stream.methods import find_methods
+from resmerge_stream.report.card import render_card
+from resmerge_stream.report.gates_plot import gates_png
+from resmerge_stream.report.values import module_label, value_of
+from tests.report.test_card import merge, write_group
+
+
+@pytest.fixture(scope="module")
+def real_report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return the report of a ResMerge merge of two experts."""
+    return merge(write_group(tmp_path_factory.mktemp("plots") / "group"))[1]
+
+
+@pytest.fixture
+def report(real_report: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy that a test may change."""
+    return copy.deepcopy(real_report)
+
+
+def size_of(png: bytes) -> tuple[int, int]:
+    """Return width and height from a PNG's header."""
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", png[16:24])
+    return width, height
+
+
+def spread(report: dict[str, Any], *, layers: int, experts: int = 1) -> dict[str, Any]:
+    """Return a report whose first layer is repeated, its FFN as so many experts."""
+    rows = []
+    for row in report["tensors"]:
+        if ".layers.0." not in row["name"]:
+            continue
+        for layer in range(layers):
+            name = row["name"].replace(".0.", f".{layer}.", 1)
+            names = [name]
+            if "mlp." in name:
+                names = [name.replace("mlp.", f"mlp.experts.{e}.") for e in range(experts)]
+            rows += [{**row, "name": each} for each in names]
+    return {**report, "tensors": rows}
+
+
+@pytest.mark.parametrize("method", sorted(find_methods()))
+def test_every_method_has_a_picture(tmp_path: Path, method: str) -> None:
+    """Any method's report gives a PNG at most 1600 pixels wide."""
+    _, report = merge(write_group(tmp_path / "group"), method)
+
+    width, height = size_of(gates_png(report))
+
+    assert width <= 1600
+    assert height > 300
+
+
+def test_card_holds_the_picture_of_its_report(tmp_path: Path) -> None:
+    """The picture depends on the report alone: drawn again, it has the same bytes."""
+    plan, report = merge(write_group(tmp_path / "group"))
+
+    assert render_card(plan, report)["resmerge/gates.png"] == gates_png(report)
+
+
+def test_null_values_stay_blank(report: dict[str, Any]) -> None:
+    """A row may have null for every key but its name."""
+    for row in report["tensors"][::2]:
+        row.update({key: None for key in row if key != "name"})
+
+    assert size_of(gates_png(report))[0] <= 1600
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(1, 1), (126, 1), (4, 32)])
+def test_size_does_not_grow_with_layers_or_experts(
+    report: dict[str, Any], layers: int, experts: int
+) -> None:
+    """One layer or 126, dense or 32 experts a layer: the picture keeps its size."""
+    reference = size_of(gates_png(spread(report, layers=2)))
+
+    assert size_of(gates_png(spread(report, layers=layers, experts=experts))) == reference
+
+
+def test_unchanged_model_has_a_picture(tmp_path: Path) -> None:
+    """A merge of copies of the base is drawn, with nothing in it."""
+    _, report = merge(write_group(tmp_path / "group", step=0.0))
+
+    assert size_of(gates_png(report))[1] < 200
+
+
+def test_empty_report_has_a_picture() -> None:
+    """A report without tensors or sources does not fail."""
+    assert size_of(gates_png({"tensors": []}))[0] <= 1600
+
+
+def test_odd_names_are_drawn_as_text(report: dict[str, Any]) -> None:
+    """Neither TeX, foreign scripts nor length in a name or role breaks the picture."""
+    for row, odd in zip(
+        report["tensors"], ["$\\frac{", "模型", "x" * 300, "$$", "_^"], strict=False
+    ):
+        row["name"], row["role"] = f"model.layers.0.{odd}.weight", odd
+    report["method"]["name"] = "$\\alpha"
+
+    assert size_of(gates_png(report))[0] <= 1600
+
+
+def test_value_of_a_stack_is_the_median_of_its_slices() -> None:
+    """A stack without a number of its own takes its slices'; nulls among them do not count."""
+    row = {
+        "name": "x",
+        "slices": [
+            {"head_energy": [0.1, 0.3], "alpha_R": None, "c_R": 0.6, "c_R_floor": 0.5},
+            {"head_energy": [0.5, 0.7], "alpha_R": 0.8, "c_R": 0.8, "c_R_floor": 0.5},
+        ],
+    }
+
+    assert value_of(row, "head_energy") == pytest.approx(0.4)
+    assert value_of(row, "alpha_R") == 0.8
+    assert value_of(row, "above_floor") == pytest.approx(0.2)
+    assert value_of(row, "S_H") is None
+
+
+@pytest.mark.parametrize("value", [None, True, "0.5", float("nan"), [1.0]])
+def test_what_is_not_a_number_is_no_value(value: object) -> None:
+    """Only finite numbers count; a report may come from a stranger."""
+    assert value_of({"name": "x", "S_H": value}, "S_H") is None
+
+
+def test_module_label_tells_a_bias_from_its_matrix() -> None:
+    """A bias is a row of its own, so that medians do not mix it with the weights."""
+    assert module_label("model.layers.0.self_attn.q_proj.weight") == "q_proj"
+    assert module_label("model.layers.0.self_attn.q_proj.bias") == "q_proj bias"
+
+
+def test_importing_the_card_does_not_import_matplotlib() -> None:
+    """Planning must not pay for the picture; and pyplot, with its global state, is never used."""
+    code = (
+        "import sys, resmerge_stream.report.card as c; assert 'matplotlib' not in sys.modules\n"
+        "import resmerge_stream.report.gates_plot as p; p.gates_png({'tensors': []})\n"
+        "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
+    )
+
+    subprocess.run([sys.executable, "-c", code], check=True)

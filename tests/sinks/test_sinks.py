@@ -1,0 +1,251 @@
+"""A folder as target: temporary names, journal, publication, and what is never touched."""
+
+import json
+import os
+
+import pytest
+
+from resmerge_stream.errors import OutputExistsError, PlanRefusedError, StoppedError
+from resmerge_stream.sinks import FolderSink, target_state
+from resmerge_stream.sinks.folder import MARKER, REPORT, discard
+from resmerge_stream.sinks.layout import plan_shards
+from resmerge_stream.sinks.safetensors_file import SafetensorsFile
+from resmerge_stream.specs import TensorSpec
+from tests.support.checkpoints import file_bytes, make_group, merge, plan_group, run_python
+
+pytestmark = pytest.mark.usefixtures("without_picture")
+
+SPECS = [TensorSpec(name, "U8", (8,)) for name in ("a", "b")]
+SHARDS = plan_shards([[SPECS[0]], [SPECS[1]]], 1000)
+IDENTITY = {"base": {"size": 1}}
+
+
+def sink_at(tmp_path, *, plan_hash="p", identity=None):
+    """Open a sink on the folder ``out``."""
+    return FolderSink(tmp_path / "out", plan_hash, tmp_path / "work", identity or IDENTITY)
+
+
+def write(sink, shard, data=b"12345678"):
+    """Write and keep one shard of eight bytes."""
+    writer = sink.open_shard(shard)
+    writer.write(memoryview(data))
+    entry = {"size": shard.nbytes, "sha256": writer.finish(), "tensors": []}
+    sink.keep(shard, entry)
+    return entry
+
+
+def names(folder):
+    """Return the names in a folder."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_shards_have_temporary_names_until_all_is_there(tmp_path):
+    """Before publication there is no file with a final name, afterwards no other."""
+    sink = sink_at(tmp_path)
+    for shard in SHARDS:
+        write(sink, shard)
+    before = names(tmp_path / "out")
+
+    sink.publish({"config.json": b"{}", "resmerge/report.json": b"{}"})
+    sink.close()
+
+    assert before == [MARKER, *(f"{shard.name}.part" for shard in SHARDS)]
+    assert names(tmp_path / "out") == ["config.json", *(s.name for s in SHARDS), "resmerge"]
+    assert (tmp_path / "out" / SHARDS[0].name).read_bytes() == SHARDS[0].header + b"12345678"
+
+
+def test_finished_shards_are_found_again(tmp_path):
+    """A second sink of the same plan knows what the first one kept, and nothing else."""
+    sink = sink_at(tmp_path)
+    entry = write(sink, SHARDS[0])
+    (tmp_path / "out" / f"{SHARDS[1].name}.part").write_bytes(SHARDS[1].header)
+    sink.close()
+
+    again = sink_at(tmp_path)
+
+    assert dict(again.finished_shards()) == {SHARDS[0].name: {"shard": SHARDS[0].name, **entry}}
+    again.close()
+
+
+@pytest.mark.parametrize("damage", ["gone", "shorter", "journal cut", "journal gone"])
+def test_a_damaged_shard_is_made_again(damage, tmp_path):
+    """A shard counts as finished only with its whole file and its whole line in the journal."""
+    sink = sink_at(tmp_path)
+    write(sink, SHARDS[0])
+    sink.close()
+    part, journal = tmp_path / "out" / f"{SHARDS[0].name}.part", tmp_path / "work" / "journal.jsonl"
+    if damage == "gone":
+        part.unlink()
+    elif damage == "shorter":
+        os.truncate(part, 20)
+    elif damage == "journal cut":
+        os.truncate(journal, journal.stat().st_size - 5)
+    else:
+        journal.unlink()
+
+    again = sink_at(tmp_path)
+
+    assert not again.finished_shards()
+    again.close()
+
+
+def test_a_journal_cut_by_a_crash_can_be_continued(tmp_path):
+    """After a torn last line, shards that are kept later are found by the next run."""
+    sink = sink_at(tmp_path)
+    write(sink, SHARDS[0])
+    sink.close()
+    journal = tmp_path / "work" / "journal.jsonl"
+    os.truncate(journal, journal.stat().st_size - 5)
+    second = sink_at(tmp_path)
+    write(second, SHARDS[0])
+    write(second, SHARDS[1])
+    second.close()
+
+    third = sink_at(tmp_path)
+
+    assert set(third.finished_shards()) == {shard.name for shard in SHARDS}
+    third.close()
+
+
+def test_changed_sources_are_refused(tmp_path):
+    """A run continues only with the sources that it was started with."""
+    sink_at(tmp_path).close()
+
+    with pytest.raises(PlanRefusedError, match="sources changed"):
+        sink_at(tmp_path, identity={"base": {"size": 2}})
+
+
+def test_a_folder_of_another_merge_is_refused(tmp_path):
+    """An unfinished output of another plan is neither continued nor removed."""
+    sink = sink_at(tmp_path)
+    write(sink, SHARDS[0])
+    sink.close()
+    before = names(tmp_path / "out")
+
+    with pytest.raises(OutputExistsError, match="another merge"):
+        FolderSink(tmp_path / "out", "other", tmp_path / "work2", IDENTITY)
+
+    assert names(tmp_path / "out") == before
+
+
+def test_a_foreign_folder_is_refused_and_untouched(tmp_path):
+    """Whatever someone else put into a folder stays as it is."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_bytes(b"precious")
+
+    with pytest.raises(OutputExistsError, match="nothing there is overwritten"):
+        sink_at(tmp_path)
+
+    assert names(out) == ["model.safetensors"]
+    assert (out / "model.safetensors").read_bytes() == b"precious"
+
+
+def test_two_runs_at_once_are_told_apart(tmp_path):
+    """The second run of a merge stops at once, and the first one goes on."""
+    first = sink_at(tmp_path)
+
+    with pytest.raises(StoppedError, match="another process"):
+        sink_at(tmp_path)
+
+    write(first, SHARDS[0])
+    first.close()
+    sink_at(tmp_path).close()
+
+
+def test_the_state_of_a_target_is_told_without_changing_it(tmp_path):
+    """Nothing, an empty folder, this run's rest and this run's result are told apart."""
+    out = tmp_path / "out"
+    assert target_state(out, "p") == target_state(tmp_path / "none", "p")
+    sink = sink_at(tmp_path)
+    write(sink, SHARDS[0])
+
+    unfinished = target_state(out, "p")
+    sink.publish({REPORT: json.dumps({"plan_hash": "p"}).encode()})
+    sink.close()
+    finished, other = target_state(out, "p"), target_state(out, "q")
+
+    assert (unfinished.problem, unfinished.finished) == ("", False)
+    assert unfinished.bytes_there == SHARDS[0].nbytes
+    assert finished.finished
+    assert "not made by this merge" in other.problem
+
+
+def test_discarding_removes_a_runs_own_files_only(tmp_path):
+    """The marker and the unfinished shards go, everything else stays."""
+    sink = sink_at(tmp_path)
+    write(sink, SHARDS[0])
+    sink.close()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "out" / "other.part").write_text("mine")
+
+    removed = discard(tmp_path / "out")
+
+    assert removed == [MARKER, f"{SHARDS[0].name}.part"]
+    assert names(tmp_path / "out") == ["notes.txt", "other.part"]
+
+
+def test_discarding_needs_the_marker(tmp_path):
+    """In a folder without a marker nothing is removed."""
+    (tmp_path / "x.safetensors.part").write_text("mine")
+
+    with pytest.raises(OutputExistsError):
+        discard(tmp_path)
+
+    assert names(tmp_path) == ["x.safetensors.part"]
+
+
+def test_a_shard_with_too_few_bytes_is_a_bug_not_a_file(tmp_path):
+    """A writer that did not get all planned bytes refuses to finish."""
+    writer = SafetensorsFile(tmp_path / "x.part", SHARDS[0])
+    writer.write(memoryview(b"123"))
+
+    with pytest.raises(RuntimeError, match="wrote"):
+        writer.finish()
+
+    writer.abort()
+    assert not (tmp_path / "x.part").exists()
+
+
+def test_a_target_that_cannot_be_made_stops_the_run(tmp_path):
+    """A folder below a file cannot be made; the run stops and says so."""
+    (tmp_path / "file").write_text("x")
+
+    with pytest.raises(StoppedError, match="cannot use"):
+        FolderSink(tmp_path / "file" / "out", "p", tmp_path / "work", IDENTITY)
+
+
+FULL_DISK = """
+import resource, signal, sys
+from resmerge_stream import StoppedError, plan_merge, run_merge
+from resmerge_stream.recipe import ModelRef, Recipe
+out, work, base, *experts = sys.argv[1:]
+plan = plan_merge(Recipe(ModelRef(base), tuple(map(ModelRef, experts))), out=out)
+events = run_merge(plan, out=out, work_dir=work)
+next(events)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+try:
+    list(events)
+except StoppedError as exc:
+    print(exc)
+    sys.exit(exc.exit_code)
+"""
+
+
+def test_a_write_that_fails_stops_the_run_and_a_rerun_finishes_it(tmp_path):
+    """Where a file cannot grow, the run stops with exit 3, and later ends with the same bytes."""
+    group = make_group(tmp_path / "group", hidden=48, experts=2, sharded=True)
+    out, work = tmp_path / "out", tmp_path / "work"
+    paths = [str(path) for path in (out, work, *group.folders)]
+    whole = merge(group, tmp_path / "whole")
+
+    stopped = run_python(FULL_DISK, *paths)
+
+    assert stopped.returncode == 3, stopped.stderr
+    assert str(out) in stopped.stdout
+    assert names(out) == [MARKER]
+    from resmerge_stream import run_merge
+
+    list(run_merge(plan_group(group, out=out), out=out, work_dir=work))
+    assert file_bytes(out) == file_bytes(whole.out)

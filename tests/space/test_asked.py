@@ -1,0 +1,211 @@
+"""What a visitor may ask for, and what is refused before anything is requested."""
+
+import pytest
+
+from resmerge_stream.errors import PublishError, RecipeError
+from space import identity
+from space.asked import asked_from_dict, web_recipe
+from space.examples import built_in_folders, examples, is_built_in, web_names
+from space.identity import Visitor, Visitors
+from space.page.forms import document_of, form_of, without_row
+from space.planning import Allowance
+from space.settings import Settings, read_settings
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Settings of a Space in an empty folder."""
+    return Settings(folder=tmp_path, max_experts=3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/etc", "~/models", "../base", "./org/base", "org", "org/a/b", "resmerge_stream/methods",
+     "tests/loopback_hub", "https://x.y/z", "built-in/../base", "built-in/nothing", "a b/c", ""],
+)  # fmt: skip
+def test_no_path_is_accepted(name, settings):
+    """A model is a repository id or a built-in one; folders are refused, even with such names."""
+    with pytest.raises(RecipeError):
+        web_recipe({"base_model": name, "models": ["org/expert"]}, settings)
+    with pytest.raises(RecipeError):
+        web_recipe({"base_model": "org/base", "models": [{"model": name}]}, settings)
+    with pytest.raises(RecipeError):
+        asked_from_dict(
+            {"recipe": {"base_model": "o/b", "models": ["o/e"]},
+             "options": {"tokenizer_from": name or "/"}},
+            settings,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        None, [], "a: [", "x" * 40_000, {"base_model": "o/b", "models": ["o/e"] * 4},
+        {"base_model": "o/b", "models": ["o/e"], "slices": []}, 
+        {"base_model": "o/b@..", "models": 1},
+        {"base_model": "o/b", "models": [{"model": "o/e", "parameters": {"weight": "x"}}]},
+        {"base_model": {1: 2}, "models": ["o/e"]}, {"base_model": "o/b", "models": [object()]},
+    ],
+)  # fmt: skip
+def test_a_wrong_recipe_is_refused(document, settings):
+    """Malformed, too large, too many experts, unknown keys: refused with a message."""
+    with pytest.raises(RecipeError):
+        web_recipe(document, settings)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"push_to": "nowhere"}, {"push_to": "a/../b"}, {"push_to": 7}, {"public": "yes"},
+     {"update": 1}, {"options": {"seed": -1}}, {"options": {"seed": True}}, {"options": ["x"]},
+     {"options": {"max_shard_size": "lots"}}, {"options": {"out": "/tmp"}},
+     {"options": {"rounding": "up"}}],
+)  # fmt: skip
+def test_wrong_options_are_refused(extra, settings):
+    """Targets, visibility and options are checked like the recipe."""
+    with pytest.raises(RecipeError):
+        asked_from_dict({"recipe": {"base_model": "o/b", "models": ["o/e"]}, **extra}, settings)
+
+
+def test_what_was_asked_survives_its_record(settings):
+    """What a record keeps asks for the same again."""
+    document = {
+        "recipe": {"base_model": "o/b@v1", "models": ["o/e"], "parameters": {"rank": 2}},
+        "options": {"seed": 5, "max_shard_size": "2GB", "rounding": "stochastic"},
+        "push_to": "me/m", "public": True, "update": True,
+    }  # fmt: skip
+
+    asked = asked_from_dict(document, settings)
+
+    assert asked_from_dict(asked.to_dict(), settings) == asked
+    assert asked.options.max_shard_bytes == 2_000_000_000
+    assert asked.publication is not None
+    assert asked.publication.update
+
+
+def test_only_the_built_in_group_needs_no_account(settings):
+    """A merge of built-in models into files is free; a repository on either side is not."""
+    first = examples()[0]
+    free = {"recipe": {"base_model": first.base, "models": list(first.experts)[:3]}}
+
+    assert not asked_from_dict(free, settings).needs_account
+    assert asked_from_dict({**free, "push_to": "me/m"}, settings).needs_account
+    mixed = {"recipe": {"base_model": first.base, "models": ["org/e"]}}
+    assert asked_from_dict(mixed, settings).needs_account
+
+
+def test_the_web_never_sees_where_built_in_models_lie():
+    """Texts for the web have the built-in names in place of folders."""
+    text = " and ".join(built_in_folders().values())
+
+    assert web_names(text) == " and ".join(built_in_folders())
+
+
+def test_every_example_is_one_that_the_web_accepts(tmp_path):
+    """The three examples pass the checks, and only the first needs nothing."""
+    settings = Settings(folder=tmp_path)
+    recipes = [
+        web_recipe({"base_model": e.base, "models": list(e.experts)}, settings) for e in examples()
+    ]
+
+    assert [is_built_in(recipe) for recipe in recipes] == [True, False, False]
+
+
+def test_a_form_shows_the_recipe_that_it_was_filled_from(tmp_path):
+    """A recipe that fills the form is asked for by the form, parameters and weights included."""
+    recipe = web_recipe(
+        {"base_model": "o/b@v1", "merge_method": "task_arithmetic", "dtype": "float32",
+         "models": [{"model": "o/a", "parameters": {"weight": 0.5}}, "o/c@abc"]},
+        Settings(folder=tmp_path),
+    )  # fmt: skip
+
+    document = document_of({**form_of(recipe), "name": "m", "namespace": "me"})
+
+    assert web_recipe(document["recipe"], Settings(folder=tmp_path)).to_dict() == recipe.to_dict()
+    assert document["push_to"] == "me/m"
+
+
+def test_a_removed_row_leaves_the_others_in_order():
+    """Taking an expert out moves those below it up, with their revisions."""
+    form = {"count": 3, "expert0": "o/a", "expert1": "o/b", "expert2": "o/c", "revision2": "v"}
+
+    rows = without_row(form, 1)
+
+    assert [rows["expert0"], rows["expert1"], rows["revision1"], rows["count"]] == [
+        "o/a", "o/c", "v", 2,
+    ]  # fmt: skip
+
+
+def test_settings_come_from_the_environment():
+    """A number that is none is refused by the variable's name."""
+    assert read_settings({"RESMERGE_SPACE_RUNNING": "2"}).running == 2
+    with pytest.raises(RecipeError, match="RESMERGE_SPACE_RUNNING"):
+        read_settings({"RESMERGE_SPACE_RUNNING": "0"})
+
+
+def test_plans_without_an_account_are_counted():
+    """Beyond the allowance of a minute there is nothing."""
+    allowance = Allowance(2)
+
+    assert [allowance.take() for _ in range(3)] == [True, True, False]
+
+
+ACCOUNTS = {"t-alice": Visitor("alice", "t-alice"), "owner": Visitor("owner", "owner")}
+
+
+def ask(token):
+    """Stand in for the Hub, which cannot be asked in this process; others tests ask a real one."""
+    if token not in ACCOUNTS:
+        raise PublishError("no such token")
+    return ACCOUNTS[token]
+
+
+def test_a_public_spaces_secret_is_nobodys(monkeypatch):
+    """Without a token of their own a visitor of a Space is nobody, whatever HF_TOKEN holds."""
+    monkeypatch.setenv("SPACE_ID", "me/space")
+    monkeypatch.setenv("HF_TOKEN", "owner")
+    visitors = Visitors(ask)
+    monkeypatch.setattr(visitors, "_is_private_space", lambda token: False)
+
+    visitor = visitors.who(None)
+
+    assert (visitor.name, visitor.token, visitor.token_or_nobody) == ("", None, False)
+    assert visitors.who("t-alice").name == "alice"
+
+
+def test_a_private_spaces_secret_only_reads(monkeypatch):
+    """In a private Space the owner's token reads, and makes nobody an account."""
+    monkeypatch.setenv("SPACE_ID", "me/space")
+    monkeypatch.setenv("HF_TOKEN", "owner")
+    visitors = Visitors(ask)
+    monkeypatch.setattr(visitors, "_is_private_space", lambda token: True)
+
+    visitor = visitors.who(None)
+
+    assert (visitor.name, visitor.token, visitor.token_or_nobody) == ("", None, "owner")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "name"),
+    [("GRADIO_SERVER_NAME", "127.0.0.1", "owner"), ("GRADIO_SERVER_NAME", "0.0.0.0", ""),
+     ("GRADIO_SHARE", "True", "")],
+)  # fmt: skip
+def test_a_machines_login_is_for_whoever_sits_there(monkeypatch, variable, value, name):
+    """On one's own machine one is signed in; not where others can reach the server."""
+    monkeypatch.delenv("SPACE_ID", raising=False)
+    monkeypatch.setenv("HF_TOKEN", "owner")
+    monkeypatch.setenv(variable, value)
+
+    assert Visitors(ask).who(None).name == name
+
+
+def test_an_unknown_token_is_an_error_for_programs_and_nobody_on_the_page():
+    """A program hears that its token is not accepted; the page opens all the same."""
+    with pytest.raises(PublishError):
+        Visitors(ask).who("wrong")
+    assert Visitors(ask).who_or_nobody("wrong") == Visitor()
+
+
+def test_a_token_is_not_shown():
+    """A visitor's representation, as logs may hold it, has no token in it."""
+    assert "t-alice" not in repr(ACCOUNTS["t-alice"]).replace("alice'", "")
+    assert identity.secret_key("s") != "s"

@@ -1,0 +1,299 @@
+"""The page's handlers as plain functions, and the page that they are wired to."""
+
+import dataclasses
+import json
+import time
+from types import SimpleNamespace
+
+import gradio as gr
+import pytest
+
+from resmerge_stream.methods import find_methods
+from space import launch
+from space.examples import examples
+from space.identity import Visitor
+from space.jobs.records import ACTIVE, new_job
+from space.page import fields
+from space.page.forms import document_of
+from space.page.handlers import Handlers
+from space.page.news import News
+from tests.support.checkpoints import ROOT, run_python
+
+PATIENCE_S = 180.0  # a busy machine is slow
+NOBODY = SimpleNamespace(query_params={}, session_hash="page")
+ALICE = gr.OAuthToken("t-alice", "openid", 0)
+BOB = gr.OAuthToken("t-bob", "openid", 0)
+
+
+@pytest.fixture
+def handlers(service, monkeypatch):
+    """The page's handlers; unfinished merges are not looked for on a Hub, which is not here."""
+    made = Handlers(service, News(service))
+    monkeypatch.setattr(made.following, "_on_hub", lambda visitor: [])
+    return made
+
+
+def value(change):
+    """Return the value in a change, which may be an update."""
+    return change.get("value") if isinstance(change, dict) else change
+
+
+def form_after(changes, **more):
+    """Return what the form sends after some changes."""
+    form = dict.fromkeys([*fields.names(), "count"])
+    for name, change in changes.items():
+        if name in form:
+            form[name] = value(change)
+    return {**form, "rounding": "nearest", "visibility": "private", **more}
+
+
+def test_the_built_in_way_from_choosing_to_files(service, handlers):
+    """Example, plan, merge, news until it is done, files: every step by its handler."""
+    opened = handlers.load({"remembered": {}}, NOBODY, None)
+    form = form_after(handlers.example({}, number=0))
+    planned = handlers.plan(form, NOBODY, None)
+    assert "This can be merged" in planned["plan_html"]
+    assert planned["merge"]["interactive"]
+
+    started = handlers.merge(
+        {**form, "planned": planned["planned"], "remembered": opened["remembered"]}, None
+    )
+
+    assert started["follow"]["visible"]
+    assert started["watching"]["active"]
+    job, deadline = service.jobs.get(started["job"]), time.monotonic() + PATIENCE_S
+    while News(service).since(job)["state"] != "done":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    seen = handlers.following.refresh(started, None)
+    assert seen["watching"]["active"] is False
+    assert "Download the files" in seen["result"]
+    assert "By layer and module" in seen["figures"]
+    assert any(path.endswith("model.safetensors") for path in value(seen["files"]))
+
+    again = handlers.load({"remembered": started["remembered"]}, NOBODY, None)
+    assert again["job"] == started["job"]
+    assert "Download the files" in again["result"]
+
+
+def test_what_changed_since_the_plan_is_planned_again(handlers):
+    """Nothing is merged that was not planned as it is now."""
+    form = form_after(handlers.example({}, number=0))
+    planned = handlers.plan(form, NOBODY, None)["planned"]
+
+    changes = handlers.merge({**form, "seed": 7, "planned": planned, "remembered": {}}, None)
+
+    assert "Plan again" in changes["merge_note"]
+    assert "job" not in changes
+
+
+def test_without_an_account_the_hubs_models_are_not_merged(handlers):
+    """The page says what to do instead, and the button stays off."""
+    document = {"recipe": {"base_model": "o/b", "models": ["o/e"]}, "push_to": "o/m"}
+
+    assert not handlers._may_merge(document, Visitor())
+    assert "Sign in" in handlers._merge_note(document, Visitor())
+    assert handlers._may_merge(document, Visitor("alice", "t-alice"))
+
+
+def test_a_refused_plan_cannot_be_merged(handlers):
+    """The problem is on the page, and the button stays off."""
+    form = form_after({}, base="/etc", expert0="o/e", count=1, method="resmerge")
+
+    changes = handlers.plan(form, NOBODY, None)
+
+    assert "cannot be merged" in changes["plan_html"]
+    assert not changes["merge"]["interactive"]
+    assert changes["planned"] is None
+
+
+def test_a_job_in_the_address_is_attached_for_its_owner_only(service, handlers):
+    """A link shows a job to its owner; to others it says that there is none."""
+    job = new_job({"recipe": {}, "push_to": "alice/m"}, "alice", "")
+    job.state = "resumable"
+    service.jobs._jobs[job.id] = job
+    request = SimpleNamespace(query_params={"job": job.id}, session_hash="page")
+
+    mine = handlers.load({"remembered": {}}, request, ALICE)
+    other = handlers.load({"remembered": {}}, request, BOB)
+
+    assert mine["job"] == job.id
+    assert mine["resume"]["visible"]
+    assert mine["namespace"]["choices"] == ["alice", "team"]
+    assert other["job"] == ""
+    assert "no such job" in other["status"]
+    assert not other["cancel"]["visible"]
+
+
+def test_another_browser_sees_an_anonymous_job_but_cannot_cancel_it(service, handlers):
+    """Without an account, the secret of the browser that started a job is what changes it."""
+    form = form_after(handlers.example({}, number=0))
+    planned = handlers.plan(form, NOBODY, None)["planned"]
+    mine = handlers.merge({**form, "planned": planned, "remembered": {}}, None)
+    theirs = {"job": mine["job"], "remembered": {"secret": "another"}}
+
+    request = SimpleNamespace(query_params={"job": mine["job"]}, session_hash="page")
+    shown = handlers.load({"remembered": theirs["remembered"]}, request, None)
+    refused = handlers.following.cancel(theirs, None)
+
+    assert not shown["cancel"]["visible"]
+    assert "no such job" in refused["act_note"]
+    assert service.jobs.get(mine["job"]).state in {*ACTIVE, "done"}
+    handlers.following.cancel({**theirs, "remembered": mine["remembered"]}, None)
+
+
+def test_unfinished_merges_are_offered_to_their_owner(service, handlers):
+    """Who signs in finds what can go on, the first chosen; others find nothing."""
+    job = new_job({"recipe": {"base_model": "o/b", "models": [1]}, "push_to": "a/m"}, "alice", "")
+    job.state = "cancelled"
+    service.jobs._jobs[job.id] = job
+
+    mine = handlers.following.look_for_unfinished({}, ALICE)
+    other = handlers.following.look_for_unfinished({}, BOB)
+
+    assert mine["chosen"]["value"] == f"job:{job.id}"
+    assert f"?job={job.id}" in mine["mine"]
+    assert not other["unfinished"]["visible"]
+
+
+def test_a_pasted_recipe_fills_the_form(handlers):
+    """Models, method and parameters of a mergekit recipe are in the form afterwards."""
+    text = """
+    merge_method: ties
+    base_model: o/b
+    models: [{model: o/a, parameters: {weight: 0.5}}, {model: o/c@v1}]
+    parameters: {density: 0.3}
+    dtype: bfloat16
+    """
+
+    form = form_after(handlers.paste({"yaml": text}), name="m", namespace="me")
+
+    recipe = document_of(form)["recipe"]
+    assert recipe["merge_method"] == "ties"
+    assert recipe["models"][1] == {"model": "o/c@v1"}
+    assert recipe["parameters"]["density"] == 0.3
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "base_model: /etc\nmodels: [o/e]", "slices: []"])
+def test_a_wrong_paste_says_what_is_wrong(handlers, text):
+    """The form stays as it is, and the reason is told."""
+    changes = handlers.paste({"yaml": text})
+
+    assert set(changes) == {"pasted"}
+    assert "rm-bad" in changes["pasted"]
+
+
+def test_rows_for_experts_come_and_go(handlers):
+    """One more row is shown for one more expert; a removed one moves the others up."""
+    more = handlers.add_row({"count": 2})
+    fewer = handlers.remove_row({"count": 2, "expert0": "o/a", "expert1": "o/b"}, number=0)
+
+    assert [more["count"], more["row2"]["visible"], more["row3"]["visible"]] == [3, True, False]
+    assert [fewer["count"], fewer["expert0"], fewer["row1"]["visible"]] == [1, "o/b", False]
+
+
+def test_every_method_has_its_own_controls(handlers):
+    """Choosing a method shows its controls alone, and a control is there for each of its fields."""
+    methods = find_methods()
+
+    for name in methods:
+        changes = handlers.choose_method({"method": name})
+        shown = [m for m in methods if changes[f"controls.{m}"]["visible"]]
+        assert shown == [name]
+    names = set(fields.names())
+    wanted = {f"{n}.{field.name}" for n, m in methods.items() for field in dataclasses.fields(m)}
+    assert wanted <= names
+
+
+def test_exploring_needs_a_repository_id(handlers):
+    """A path or an unknown job is refused with a message, before anything is requested."""
+    for name in ("/etc/passwd", "../x", "x" * 43):
+        changes = handlers.explore({"report_a": name, "report_b": ""}, None)
+        assert "rm-bad" in changes["explored"]
+
+
+# In a process of its own: gradio leaves event loops open, which would fail a later test.
+PAGE = """
+import json, sys
+from pathlib import Path
+import gradio as gr
+from space.page.news import News
+from space.service import Service
+from space.settings import Settings
+from space.page.ui import build_page
+
+service = Service.of(Settings(folder=Path(sys.argv[1])))
+page = build_page(service, News(service))
+kinds = (gr.Textbox, gr.Dropdown, gr.Number, gr.Checkbox, gr.Radio, gr.Slider, gr.File)
+blocks = page.blocks.values()
+info = page.get_api_info()
+print(json.dumps({
+    "labels": [block.label for block in blocks if isinstance(block, kinds)],
+    "buttons": [block.value for block in blocks if isinstance(block, gr.Button)],
+    "named": {name: end.get("description") for name, end in info["named_endpoints"].items()},
+    "unnamed": list(info["unnamed_endpoints"]),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """What is on the page, as plain data."""
+    done = run_python(PAGE, str(tmp_path_factory.mktemp("page")))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_page_has_a_name_for_every_control(page):
+    """Each field has a label, and each button a text."""
+    assert len(page["labels"]) > 60
+    assert all(page["labels"])
+    assert all(page["buttons"])
+
+
+def test_only_the_six_endpoints_are_public(page):
+    """The page's own events are private; programs have the named six, described."""
+    assert set(page["named"]) == {
+        "/methods", "/plan", "/merge", "/status", "/cancel", "/report",
+    }  # fmt: skip
+    assert all(page["named"].values())
+    assert not page["unnamed"]
+
+
+def test_readme_names_the_gradio_that_is_installed():
+    """The Space is built with the version of gradio that the tests ran with."""
+    import yaml
+
+    front = yaml.safe_load((ROOT / "README.md").read_text().split("---")[1])
+    required = (ROOT / "requirements.txt").read_text()
+
+    assert front["sdk_version"] == gr.__version__
+    assert f"gradio[oauth,mcp]=={gr.__version__}" in required
+    assert (front["sdk"], front["app_file"], front["hf_oauth"]) == ("gradio", "app.py", True)
+    assert front["hf_oauth_scopes"] == ["contribute-repos", "gated-repos", "read-repos"]
+
+
+def test_nothing_is_open_that_a_space_does_not_need(service, monkeypatch):
+    """No folder is served, no history kept in the browser, next to nothing can be uploaded."""
+    seen = {}
+
+    def note(page, **options):
+        seen.update(options)
+        return None, "http://127.0.0.1", None
+
+    monkeypatch.setattr(launch, "Service", SimpleNamespace(of=lambda settings: service))
+    page = SimpleNamespace(launch=lambda **options: note(page, **options))
+    monkeypatch.setattr(launch, "build_page", lambda service, news: page)
+
+    launch.launch(service.settings, block=False)
+
+    assert seen["allowed_paths"] == []
+    assert seen["run_history"] is False
+    assert seen["strict_cors"] is True
+    assert seen["max_file_size"] == "1kb"
+
+
+def test_an_example_is_there_for_each_button():
+    """There are three, and each has a name for the result."""
+    assert len(examples()) == 3
+    assert all(example.name and example.note for example in examples())

@@ -1,0 +1,260 @@
+"""The words, tables and drawings of the Space, as text."""
+
+import ast
+import re
+
+import pytest
+
+from resmerge_stream.run.events import Progressed
+from space.explore import Opened
+from space.hardware import MODEL, Fit, Machine
+from space.jobs.progress import Live, apply
+from space.jobs.records import Job
+from space.rows import row_of
+from space.view import figures, words
+from space.view import jobs as view
+from space.view import plan as view_plan
+from space.view import report as view_report
+from tests.support.checkpoints import ROOT
+
+OPTION = re.compile(r"--[a-z]|same command|hf auth|HF_TOKEN|[Rr]un this again")
+# Rooms whose messages a visitor can meet: plans, reading, publishing, the run.
+ROOMS = (
+    "compat", "plan", "plan_target", "planned", "plan_memory", "publication", "recipe", "merging",
+    "recipe_file", "opening", "sources/hub_client", "sources/ranges", "sinks/folder",
+    "sinks/hub", "sinks/hub_account", "sinks/hub_staging", "sinks/hub_target",
+)  # fmt: skip
+
+
+def messages():
+    """Return every text of the library that may be a message, with a word for what is put in."""
+    found = []
+    for room in ROOMS:
+        tree = ast.parse((ROOT / "resmerge_stream" / f"{room}.py").read_text())
+        inner = {
+            id(part)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.JoinedStr)
+            for part in ast.walk(node)
+            if part is not node
+        }
+        docs = {ast.get_docstring(n, clean=False) for n in ast.walk(tree) if hasattr(n, "body")
+                and isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)}  # fmt: skip
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                parts = [v.value if isinstance(v, ast.Constant) else "X" for v in node.values]
+                found.append("".join(parts))
+            elif (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and id(node) not in inner
+                and node.value not in docs
+            ):
+                found.append(node.value)
+    return [text for text in found if OPTION.search(text) and " " in text]
+
+
+@pytest.mark.parametrize("text", messages())
+def test_no_message_speaks_of_the_command_line(text):
+    """What the library says with options and commands is said in the page's own words."""
+    assert not OPTION.search(words.in_page_words(text))
+
+
+def plan(**values):
+    """Return a plan as the page gets it."""
+    made = {
+        "refused": False, "problems": [], "warnings": [], "tensors": 3,
+        "by_rule": {"mean": 1, "resmerge": 2}, "shards": [{"name": "a", "bytes": 5, "tensors": 3}],
+        "read_bytes": 61e9, "write_bytes": 15e9, "peak_memory_bytes": 2e9, "peak_disk_bytes": 1e10,
+        "seconds_estimate": 1220.0, "plan_hash": "0",
+        "sources": [
+            {"id": "org/base", "revision": "0123456789abcdef", "bytes": 15e9,
+             "license": "apache-2.0", "gated": False},
+            {"id": "org/<b>", "revision": None, "bytes": 1, "license": None, "gated": True},
+        ],
+        "hardware": [], "target_checked": True,
+    }  # fmt: skip
+    return made | values
+
+
+def test_a_refused_plan_shows_its_problems_first():
+    """Problems stand before everything else, escaped, and nothing is promised."""
+    html = view_plan.plan_html(
+        plan(refused=True, problems=["org/<x> is gated"]), signed_in=True, push_to="me/m"
+    )
+
+    assert html.index("cannot be merged") < html.index("org/base")
+    assert "org/&lt;x&gt; is gated" in html
+    assert "can be merged</b>" not in html
+
+
+def test_a_plan_says_what_it_takes():
+    """Bytes in and out, memory, disk, time, rules, and each source's commit, licence and access."""
+    html = view_plan.plan_html(plan(), signed_in=True, push_to="me/m")
+
+    for text in ("61 GB", "15 GB", "2 GB", "10 GB", "20 min", "0123456789", "apache-2.0", "gated"):
+        assert text in html
+    assert "org/&lt;b&gt;" in html
+
+
+def test_the_table_of_hardware_says_what_is_too_small():
+    """A machine without enough says so and has no time; a fitting one has time and price."""
+    machine = Machine(2, int(16e9), int(50e9))
+    found = [
+        Fit("this machine", machine, 8.0, None, ""),
+        Fit("small", machine, 1220.0, 0.002, "the merge needs <20 GB>"),
+        Fit("large", machine, 1220.0, 0.85, ""),
+    ]
+
+    html = view_plan.hardware_html(found)
+
+    assert "the merge needs &lt;20 GB&gt;" in html
+    assert html.count("20 min") == 1
+    assert "$0.85" in html
+    assert MODEL[:20] in html
+
+
+def test_the_built_in_merge_shows_what_it_can_do():
+    """Shares of right answers stand model by model, with intervals and a mean."""
+    row = {"add": [0.5, 0.3, 0.7, 32], "sort": [1.0, 0.9, 1.0, 32]}
+    done = job(state="done", accuracies={"base": row, "merged": row})
+
+    html = view.result_html(done)
+
+    assert "32 held-out questions" in html
+    assert "50% " in html
+    assert "75%" in html
+
+
+def job(**values):
+    """Return a job that merges org/base into me/m."""
+    asked = {"recipe": {"base_model": "org/<base>", "models": [1, 2]}, "push_to": "me/m"}
+    made = Job("i" * 43, "me", "", asked)
+    for key, value in values.items():
+        setattr(made, key, value)
+    return made
+
+
+def test_a_waiting_job_says_how_many_are_before_it():
+    """The queue's length before a job is said in words."""
+    assert "2 merges before yours" in view.status_html(job(), place=2)
+
+
+def test_a_running_job_shows_how_far_it_is():
+    """Bytes with speeds, tensors, files, memory and time left, and a bar that is announced."""
+    live, running = Live(), job()
+    totals = {
+        "tensors": 4, "shards": [{}, {}], "read_bytes": 4e9, "write_bytes": 1e9,
+        "peak_memory_bytes": 2e9, "seconds_estimate": 9, "warnings": [],
+    }  # fmt: skip
+    apply(running, live, {"event": "planned", "plan": totals, "memory_bytes": 1})
+    progress = Progressed(
+        bytes_read=2_000_000_000, bytes_written=250_000_000, read_speed=4e7, seconds_left=300.0
+    )
+    apply(running, live, {**progress.to_dict(), "memory_bytes": 700_000_000})
+
+    html = view.status_html(running, place=0)
+
+    for text in (
+        "2 GB of 4 GB",
+        "40 MB/s",
+        "250 MB of 1 GB",
+        "0 of 4",
+        "0 of 2",
+        "700 MB",
+        "5 min",
+    ):
+        assert text in html
+    assert 'aria-valuenow="25"' in html
+    assert "org/&lt;base&gt;" in html
+
+
+def test_a_stopped_job_says_what_remains():
+    """A job that can go on says how many files are kept, and how."""
+    stopped = job(state="resumable", shards_done=1, plan={"shards": 3, "read_bytes": 1,
+                  "write_bytes": 1, "tensors": 1})  # fmt: skip
+
+    assert "1 of 3 files are finished" in view.what_remains(stopped)
+    assert "Continue" in view.status_html(stopped, place=0)
+
+
+STRANGER = {
+    "name": "model.layers.0.<script>alert(1)</script>.weight", "role": ["x"], "rule": {"a": 1},
+    "shape": [2, 2], "S_H": "9e9", "c_R": True, "c_R_floor": None, "alpha_R": 1e300,
+    "head_energy": [None, "x", 0.5], "warnings": ["<img src=x onerror=alert(1)>", 7, None],
+    "branch": {"b": 1}, "kept_cosine": 0.1, "slices": None,
+}  # fmt: skip
+
+
+def test_a_strangers_report_is_drawn_safely():
+    """Whatever a report from the web holds, nothing of it becomes markup, and all is drawn."""
+    rows = [row_of(STRANGER), row_of({"name": "a", "rule": "mean", "shape": []})]
+    opened = Opened("x/<y>", {"summary": {"seconds": [], "bytes_read": "<b>"}, "sources": 5,
+                              "method": "m"}, rows)  # fmt: skip
+
+    html = view_report.summary_html(opened) + figures.report_html(rows)
+    html += view_report.compared_html(opened, opened)
+
+    assert not re.search(r"<script|<img|onerror=[^&]*alert\(1\)>", html)
+    assert "&lt;img src=x" in html
+    assert "x/&lt;y&gt;" in html
+
+
+def gates(layers=4, modules=("q_proj", "up_proj")):
+    """Return rows with gates, as of a small model."""
+    return [
+        row_of(
+            {
+                "name": f"model.layers.{layer}.{m}.weight",
+                "role": "ffn" if m == "up_proj" else "attention", "rule": "resmerge",
+                "shape": [8, 8], "S_H": 0.1 * layer, "c_R": 0.6, "c_R_floor": 0.577,
+                "alpha_R": 0.8, "head_energy": [0.1, 0.3], "kept_norm": 1.0, "kept_cosine": 0.9,
+                "changed_fraction": 0.4, "update_norm": 1.0, "warnings": [],
+            }
+        )
+        for layer in range(layers)
+        for m in modules
+    ]  # fmt: skip
+
+
+def test_a_heatmap_tells_every_cell():
+    """Each module and layer is a cell whose value a pointer reads, and the whole is described."""
+    html = figures.heatmap(gates(), figures.GATES[0], named=True)
+
+    assert html.count("<title>") == 8
+    assert "q_proj, layer 3: 0.3" in html
+    assert 'role="img"' in html
+    assert "median 0.15 over 8 cells" in html
+
+
+def test_the_running_picture_is_small():
+    """What is sent again and again takes less than 20 kB for a 7B model's 28 layers."""
+    modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    assert len(figures.live_html(gates(28, modules))) < 20_000
+
+
+def test_two_reports_are_set_side_by_side():
+    """The comparison has both medians, their difference, and the tensors that differ most."""
+    left = Opened("me/a", {"summary": {}}, gates())
+    right = Opened("me/b", {"summary": {}}, [row_of({**STRANGER, "name": r.name}) for r in gates()])
+
+    html = view_report.compared_html(left, Opened("me/c", {"summary": {}}, gates(4)))
+
+    assert "me/a" in html
+    assert "+0.000" in html
+    assert "model.layers.0.q_proj.weight" in html
+    assert view_report.compared_html(left, right)
+
+
+def test_unusual_tensors_are_named_by_reason():
+    """Lost updates and warnings are listed, the most frequent first."""
+    rows = [
+        row_of({"name": f"t{i}", "rule": "mean", "shape": [2], "warnings": ["rank too low"]})
+        for i in range(7)
+    ]
+
+    html = figures.unusual_html([*rows, row_of({"name": "x", "rule": "copy", "shape": [2]})])
+
+    assert html.index("rank too low") < html.index("no expert changed it")
+    assert "and 2 more" in html
