@@ -1,4 +1,4 @@
-"""The error tree: everything that a user can cause or mend, and nothing else.
+"""What goes wrong, as data: a text, what kind it is, what to do about it. One tree of errors.
 
     ResMergeError                      exit 2 unless said otherwise
     ├── RecipeError                    (ValueError)         the recipe or an option is wrong
@@ -11,75 +11,282 @@
     ├── NotEnoughMemoryError           (MemoryError)        the budget cannot hold a matrix
     ├── OutputExistsError              (FileExistsError)    the target is not this run's
     ├── PublishError                   (PermissionError)    no account that may publish there
-    ├── JobRefusedError            (PermissionError)    the Hub runs no Job for this account
+    ├── JobRefusedError                (PermissionError)    the Hub runs no Job for this account
     ├── VerificationError              (ValueError)         a folder differs from its report
-    └── StoppedError                   exit 3               stopped, but the same command continues
+    └── StoppedError                   exit 3               stopped, but can be continued
 
-A message says what is wrong, what was expected, and what to do. Errors of other libraries are
-translated where they enter, with ``raise … from exc``. Anything outside this tree is a bug.
+How to raise one. The text says what is wrong and what was expected; it stands where the error is
+raised, and holds for a terminal and for a web page, so it names no option of the command line:
+
+    raise RecipeError(f"seed must be a whole number, not {shown(value)}.")
+
+Where the user has to do something with the tool, that is a `Remedy`, which the command line and the
+page put in words of their own. Several are alternatives, best first. Keywords are the error's
+arguments; a remedy's words may name them:
+
+    raise OutputExistsError(f"{name} is a file.", Remedy.ANOTHER_FOLDER)
+    raise NotEnoughMemoryError("…", Remedy.MORE_MEMORY, needed="800MB")
+
+Problems and warnings of a plan are made of the same parts, as a `Notice`, which is a string in the
+terminal's words and can be worded otherwise; `found` collects them while planning:
+
+    found.problem(f"{name} is a file.", Remedy.ANOTHER_FOLDER)
+    found.warning(f"{expert.id} has another tokenizer.", Remedy.TOKENIZER_FROM)
+
+``kind="slug"`` tells an error from others of its class, for programs. Between processes errors
+travel as `to_dict`, never as a text to be parsed. Errors of other libraries are translated where
+they enter, with ``raise … from exc``. Anything outside this tree is a bug.
 """
 
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar, Self
+
+
+class Remedy(Enum):
+    """What a user can do with the tool about an error; the value is what a terminal says.
+
+    In braces: arguments of the error. Advice that has nothing to do with the tool's options (give
+    complete checkpoints, free some disk) belongs to the error's text.
+    """
+
+    SIGN_IN = "log in with 'hf auth login', or set HF_TOKEN to a token that may write"
+    SIGN_IN_AGAIN = "log in again with 'hf auth login', or set HF_TOKEN"
+    CONTINUE = "run the same command again to continue"
+    FINISH_OTHER = "run that command again to finish it"
+    DISCARD_STAGING = "remove it with --discard-staging"
+    GIVE_MODELS = "give a recipe file, or --base ID and at least one --expert ID"
+    GIVE_TARGET = "give --out DIR or --push-to NAMESPACE/NAME"
+    ANOTHER_FOLDER = "choose another --out"
+    ANOTHER_REPO = "choose another --push-to"
+    ONLY_PUBLISH = "leave --out away to publish it"
+    REPLACE = "give --update to replace the model there"
+    NAME_PRIVATE = "give --public to name them"
+    TOKENIZER_FROM = "take the tokenizer from a model of your choice with --tokenizer-from"
+    SMALLER_SHARDS = "give a smaller --max-shard-size"
+    ANOTHER_WORK_DIR = "choose another --work-dir"
+    NO_DISK = "give --max-disk 0 to send shards without any file"
+    MORE_DISK = "allow at least one shard on the disk (--max-disk 5GB)"
+    MORE_MEMORY = "give --memory-budget {needed} or more on a machine that has it"
+    FEWER_PROCESSES = "start fewer processes"
+    WIDER_DTYPE = "give --dtype bfloat16 or float32"
+    ON_CPU = "use --device cpu, or auto"
+
+    @property
+    def slug(self) -> str:
+        """The name for programs, such as ``sign-in``."""
+        return self.name.lower().replace("_", "-")
+
+
+class Notice(str):
+    """An error, a problem or a warning of a plan: a string in the terminal's words, and its parts.
+
+    Args:
+        text: what is wrong, in words that hold everywhere.
+        remedies: what the user can do with the tool, best first.
+        kind: a slug for programs; it stays when the text changes.
+        arguments: what the text speaks of, as plain data.
+
+    Attributes:
+        text, remedies, kind, arguments: as given.
+    """
+
+    text: str
+    remedies: tuple[Remedy, ...]
+    kind: str
+    arguments: dict[str, Any]
+
+    def __new__(cls, text: str, *remedies: Remedy, kind: str = "", **arguments: Any) -> Self:
+        """Put the parts into the terminal's words."""
+        if isinstance(text, Notice):
+            made: Notice = text
+            text, remedies, kind = made.text, remedies or made.remedies, kind or made.kind
+            arguments = made.arguments | arguments
+        self = super().__new__(cls, _worded(text, [r.value for r in remedies], arguments))
+        self.text, self.remedies = text, remedies
+        self.kind, self.arguments = kind, arguments
+        return self
+
+    def worded(self, words: Mapping[Remedy, str]) -> str:
+        """Return the text with its remedies in other words than the terminal's.
+
+        Args:
+            words: of each remedy; those without any are left out.
+        """
+        return _worded(self.text, [words.get(r, "") for r in self.remedies], self.arguments)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the parts as plain data."""
+        return {
+            "kind": self.kind,
+            "text": self.text,
+            "remedies": [remedy.slug for remedy in self.remedies],
+            "arguments": self.arguments,
+        }
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
+        """Return the notice that `to_dict` wrote."""
+        by_slug = {remedy.slug: remedy for remedy in Remedy}
+        remedies = [by_slug[slug] for slug in stored["remedies"]]
+        return cls(stored["text"], *remedies, kind=stored["kind"], **stored["arguments"])
+
+
+def _worded(text: str, words: Sequence[str], arguments: Mapping[str, Any]) -> str:
+    ways = ", or ".join(way.format_map(arguments) for way in words if way)
+    if not ways:
+        return text
+    end = "" if text.endswith((".", "!", "?")) else "."
+    return f"{text}{end} {ways[0].upper()}{ways[1:]}."
+
+
+@dataclass(slots=True)
+class Findings:
+    """What the checks found: problems refuse the merge, warnings do not."""
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def problem(self, text: str, *remedies: Remedy, kind: str = "", **arguments: Any) -> None:
+        """Note what refuses the merge; see `Notice`."""
+        self.problems.append(Notice(text, *remedies, kind=kind, **arguments))
+
+    def warning(self, text: str, *remedies: Remedy, kind: str = "", **arguments: Any) -> None:
+        """Note what a user should know before merging; see `Notice`."""
+        self.warnings.append(Notice(text, *remedies, kind=kind, **arguments))
 
 
 class ResMergeError(Exception):
-    """Base of every error that is the user's to mend; `exit_code` is what the command returns."""
+    """Base of every error that is the user's to mend.
 
-    exit_code = 2
+    Args:
+        text: what is wrong; or a notice that has its remedies already.
+        remedies: what the user can do with the tool.
+        kind: a slug for programs, when the class's own is too wide.
+        arguments: what the text speaks of, as plain data.
+
+    Attributes:
+        exit_code: what the command returns.
+        kind: the class's own slug.
+        notices: what went wrong; one, save for a refused plan. ``str(error)`` is what a terminal
+            says of them.
+    """
+
+    exit_code: ClassVar[int] = 2
+    kind: ClassVar[str] = "error"
+    notices: tuple[Notice, ...]
+
+    def __init__(self, text: str, *remedies: Remedy, kind: str = "", **arguments: Any) -> None:
+        notice = Notice(text, *remedies, kind=kind, **arguments)
+        self.notices = (notice if notice.kind else Notice(notice, kind=type(self).kind),)
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        return "\n".join(self.notices)
+
+    @classmethod
+    def of(cls, notices: Iterable[str]) -> Self:
+        """Return one error for several notices."""
+        every = tuple(Notice(notice) for notice in notices)
+        error = cls("\n".join(every))
+        error.notices = every
+        return error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the error as plain data, to be raised again in another process."""
+        return {
+            "error": type(self).__name__,
+            "notices": [notice.to_dict() for notice in self.notices],
+        }
+
+
+def error_from_dict(stored: Mapping[str, Any]) -> ResMergeError:
+    """Return the error that `ResMergeError.to_dict` wrote."""
+    known = globals().get(str(stored["error"]))
+    made: type[ResMergeError] = StoppedError
+    if isinstance(known, type) and issubclass(known, ResMergeError):
+        made = known
+    return made.of(Notice.from_dict(notice) for notice in stored["notices"])
 
 
 class RecipeError(ResMergeError, ValueError):
     """A recipe file, a command-line option or a method's parameter is wrong."""
 
+    kind = "recipe"
+
 
 class CheckpointError(ResMergeError):
     """A checkpoint cannot be used; the subclasses say why."""
+
+    kind = "checkpoint"
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """There is no checkpoint where one was named."""
 
+    kind = "not-found"
+
 
 class CheckpointFormatError(CheckpointError, ValueError):
     """A header, an index or a config breaks its format's rules."""
+
+    kind = "format"
 
 
 class UnsupportedCheckpointError(CheckpointError, ValueError):
     """A readable checkpoint of a kind that must not be merged (pickled, quantised, an adapter)."""
 
+    kind = "unsupported"
+
 
 class NonFiniteError(CheckpointError, ArithmeticError):
     """A weight is NaN or infinite; the message names the tensor and the checkpoint."""
+
+    kind = "non-finite"
 
 
 class PlanRefusedError(ResMergeError, ValueError):
     """The plan found problems; nothing was read or written beyond headers."""
 
+    kind = "refused"
+
 
 class NotEnoughMemoryError(ResMergeError, MemoryError):
     """The memory budget is smaller than the least that this merge needs."""
+
+    kind = "memory"
 
 
 class OutputExistsError(ResMergeError, FileExistsError):
     """The target exists and was not made by this run."""
 
+    kind = "output-exists"
+
 
 class PublishError(ResMergeError, PermissionError):
     """There is no account that may publish there."""
+
+    kind = "publish"
 
 
 class JobRefusedError(ResMergeError, PermissionError):
     """The Hub runs no Job for this account, or not this one."""
 
+    kind = "job-refused"
+
 
 class VerificationError(ResMergeError, ValueError):
     """A merged folder differs from what its report says."""
 
+    kind = "verification"
+
 
 class StoppedError(ResMergeError):
-    """The run stopped (disk, network, permission), and the same command continues it."""
+    """The run stopped (disk, network, permission), and can be continued."""
 
+    kind = "stopped"
     exit_code = 3
 
 

@@ -4,10 +4,10 @@ Every check returns problems (the merge is refused) or warnings (it goes on, and
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from ..errors import listed, shown
+from ..errors import Findings, listed, shown
 from ..roles import Role, role_of
 from ..sources.checkpoint import Checkpoint, StoredTensor
 from ..specs import DTYPES
@@ -35,14 +35,6 @@ _IGNORED = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "us
 _SCALE_SUFFIXES = ("_scale", "_scale_inv", ".scales", ".qweight", ".qzeros", ".absmax", ".SCB",
                    ".quant_map", ".g_idx", ".weight_packed", ".weight_shape")  # fmt: skip
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
-
-
-@dataclass(slots=True)
-class Findings:
-    """What the checks found, in words for people."""
-
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
 
 
 def check_quantised(checkpoint: Checkpoint, found: Findings) -> None:

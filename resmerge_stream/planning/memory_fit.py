@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..device import available_memory, machine_share
-from ..errors import NotEnoughMemoryError
+from ..errors import Findings, NotEnoughMemoryError
 from ..memory import (
     FIXED_BYTES,
     HUB_WINDOW_BYTES,
@@ -14,7 +14,6 @@ from ..memory import (
 )
 from ..specs import DTYPES
 from ..units import format_size
-from .compat import Findings
 from .planned import Plan, PlannedTensor, matrix_of
 
 # Of the free memory, without --memory-budget.

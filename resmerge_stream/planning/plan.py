@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..device import Machine
-from ..errors import ResMergeError, StoppedError, shown
+from ..errors import Findings, ResMergeError, StoppedError, shown
 from ..methods import build_method
 from ..recipe import ModelRef, Recipe
 from ..roles import Role
@@ -14,7 +14,6 @@ from ..sinks.publication import Publication
 from ..sources import Checkpoint, open_checkpoint
 from ..specs import OUTPUT_DTYPES, TensorSpec
 from .compat import (
-    Findings,
     TensorSets,
     check_configs,
     check_quantised,

@@ -230,7 +230,7 @@ class Plan:
             PlanRefusedError: there are problems.
         """
         if self.problems:
-            raise PlanRefusedError("\n".join(self.problems))
+            raise PlanRefusedError.of(self.problems)
 
     def close(self) -> None:
         """Close every source."""

@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..device import free_disk, machine_share
-from ..errors import listed, shown
+from ..errors import Findings, listed, shown
 from ..sinks import target_state
 from ..sinks.journal import known_commits, work_folder
 from ..units import format_size
-from .compat import Findings
 from .planned import Plan
 
 if TYPE_CHECKING:
