@@ -18,7 +18,7 @@ from ..roles import Role, release_role_of
 from ..specs import TensorSpec
 from .base import OTHER_CHOICES, MergeMethod, Rule, Site, Update, default_role, is_matrix, param
 from .parts.elementwise import linear, other_rule
-from .parts.heads import head_of, project_heads, residual_gram
+from .parts.heads import head_of, head_report, project_heads, residual_gram
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,7 +102,7 @@ class ResMerge(MergeMethod):
         heads = self._heads(vectors, D)
         V, Y = project_heads(vectors, heads, D)
         _, Q, G = residual_gram(vectors, D, V, Y)
-        report = _head_report(heads, self.rank)
+        report = head_report(heads, self.rank)
         scale = D.diagonal()
         has_residual = (_ZERO_BELOW * scale <= G.diagonal()) & (scale > 0)
         G = G * has_residual[:, None] * has_residual[None, :]
@@ -159,21 +159,6 @@ def _rows(a: list[float], e: list[float], V: Tensor, Y: Tensor) -> Callable[...,
         return update.addmm_(left[block], right).to(torch.float32)
 
     return rows
-
-
-def _head_report(heads: list[Head | None], rank: int) -> dict[str, Any]:
-    found = [head for head in heads if head is not None]
-    names = sorted({head.solver for head in found})
-    return {
-        "rank": rank,
-        "sigma": [list(head.sigma) if head else [] for head in heads],
-        "gap": [min(head.gap, 1e12) if head else None for head in heads],
-        "solver": {
-            "name": "+".join(names),
-            "steps": max(head.steps for head in found),
-            "residual": max(head.residual for head in found),
-        },
-    }
 
 
 def _solver_warnings(heads: list[Head | None]) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,21 @@ def head_of(vectors: TaskVectors, i: int, rank: int, solver: str, energy: float)
         return top_singular(delta, rank, solver=solver, energy=energy, alone=vectors.alone)
 
     return vectors.once(("head", i, rank, solver), find)
+
+
+def head_report(heads: Sequence[Head | None], rank: int) -> dict[str, Any]:
+    """Return what the report keeps about heads and how they were found; at least one is there."""
+    found = [head for head in heads if head is not None]
+    return {
+        "rank": rank,
+        "sigma": [list(head.sigma) if head else [] for head in heads],
+        "gap": [min(head.gap, 1e12) if head else None for head in heads],
+        "solver": {
+            "name": "+".join(sorted({head.solver for head in found})),
+            "steps": max(head.steps for head in found),
+            "residual": max(head.residual for head in found),
+        },
+    }
 
 
 def project_heads(
