@@ -226,10 +226,9 @@ class Simulation:
         plan = self.plan
         for spec in shard.tensors:
             tensor = plan.tensors[spec.name]
-            sources = list(plan.checkpoints) if tensor.rule else [plan.opened[0]]
+            sources = plan.sources_of(tensor)
             for start, stop, is_last in row_ranges(tensor):
-                ranges = [source.tensors[spec.name].byte_range(start, stop) for source in sources]
-                read = sum(end - begin for begin, end in ranges)
+                read = sum(source.read_cost(spec.name, start, stop) for source in sources)
                 elements = read / 2 / len(sources)
                 seconds = elements * len(sources) * _REST
                 if tensor.rule is not None and tensor.rule.needs_matrix:

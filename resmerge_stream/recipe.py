@@ -59,18 +59,24 @@ class Recipe:
     """What to merge and how, before anything is looked up.
 
     Attributes:
-        base: the model that every expert was trained from.
+        base: the model that every expert was trained from; None for a method that needs none, whose
+            first model then gives the layout.
         experts: in the user's order, which is the order of every sum.
         method: a name that `resmerge_stream.methods` knows.
         parameters: the method's parameters, as written.
         dtype: output dtype (``bfloat16``, ``float16``, ``float32``), or None for the base's.
     """
 
-    base: ModelRef
+    base: ModelRef | None
     experts: tuple[ModelRef, ...]
     method: str = "resmerge"
     parameters: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
+
+    @property
+    def models(self) -> tuple[ModelRef, ...]:
+        """The base where there is one, then the experts."""
+        return self.experts if self.base is None else (self.base, *self.experts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe in mergekit's vocabulary, ready for YAML or JSON."""
@@ -80,11 +86,10 @@ class Recipe:
             if expert.weight is not None:
                 entry["parameters"] = {"weight": expert.weight}
             models.append(entry)
-        recipe: dict[str, Any] = {
-            "merge_method": self.method,
-            "base_model": str(self.base),
-            "models": models,
-        }
+        recipe: dict[str, Any] = {"merge_method": self.method}
+        if self.base is not None:
+            recipe["base_model"] = str(self.base)
+        recipe["models"] = models
         if self.parameters:
             recipe["parameters"] = dict(self.parameters)
         if self.dtype:
@@ -121,8 +126,9 @@ def override(
     elif base is not None:
         recipe = replace(recipe, base=ModelRef.parse(base))
     refs = tuple(ModelRef.parse(text) for text in experts) or recipe.experts
-    named = (recipe.base.id, recipe.base.revision)
-    refs = tuple(ref for ref in refs if (ref.id, ref.revision) != named)
+    if recipe.base is not None:
+        named = (recipe.base.id, recipe.base.revision)
+        refs = tuple(ref for ref in refs if (ref.id, ref.revision) != named)
     recipe = replace(recipe, experts=refs)
     if method is not None:
         # The parameters of another method would only be refused one by one.

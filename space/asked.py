@@ -108,7 +108,7 @@ def web_recipe(document: object, settings: Settings) -> Recipe:
     else:
         _check_size(document)
         recipe = recipe_from_dict(document)
-    for ref in (recipe.base, *recipe.experts):
+    for ref in recipe.models:
         check_id(ref)
     if len(recipe.experts) > settings.max_experts:
         raise RecipeError(

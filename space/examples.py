@@ -32,7 +32,7 @@ class Example:
 def built_in_folders() -> dict[str, str]:
     """Return the folders of the built-in group by the names that the web knows."""
     recipe = built_in_recipe()
-    return {PREFIX + Path(ref.id).name: ref.id for ref in (recipe.base, *recipe.experts)}
+    return {PREFIX + Path(ref.id).name: ref.id for ref in recipe.models}
 
 
 def examples() -> tuple[Example, ...]:
@@ -73,7 +73,7 @@ def examples() -> tuple[Example, ...]:
 
 def is_built_in(recipe: Recipe) -> bool:
     """Whether every model of a recipe comes with the app, so that no account is needed."""
-    return all(ref.id.startswith(PREFIX) for ref in (recipe.base, *recipe.experts))
+    return all(ref.id.startswith(PREFIX) for ref in recipe.models)
 
 
 def web_names(text: str) -> str:
@@ -85,7 +85,7 @@ def web_names(text: str) -> str:
 
 def on_this_machine(recipe: Recipe) -> Recipe:
     """Return a recipe with the built-in names replaced by their folders; others as they are."""
-    if not any(ref.id.startswith(PREFIX) for ref in (recipe.base, *recipe.experts)):
+    if not any(ref.id.startswith(PREFIX) for ref in recipe.models):
         return recipe
     folders = built_in_folders()
 
@@ -93,7 +93,7 @@ def on_this_machine(recipe: Recipe) -> Recipe:
         return ModelRef(folders.get(ref.id, ref.id), ref.revision, ref.weight)
 
     return Recipe(
-        located(recipe.base),
+        located(recipe.base) if recipe.base is not None else None,
         tuple(located(ref) for ref in recipe.experts),
         recipe.method,
         recipe.parameters,

@@ -33,7 +33,7 @@ def refuse_folders(recipe: Recipe, options: Options) -> None:
     Raises:
         PlanRefusedError: a source is a folder here.
     """
-    names = [recipe.base.id, *(ref.id for ref in recipe.experts)]
+    names = [ref.id for ref in recipe.models]
     names += [options.tokenizer_from] if options.tokenizer_from else []
     folders = [name for name in names if os.path.isdir(os.path.expanduser(name))]
     if folders:
@@ -121,7 +121,7 @@ def submit_command(
     elif any(expert.weight is not None for expert in recipe.experts):
         words.append("recipe.yml")
     else:
-        words += ["--base", str(recipe.base)]
+        words += ["--base", str(recipe.base)] if recipe.base is not None else []
         for expert in recipe.experts:
             words += ["--expert", str(expert)]
         words += ["--method", recipe.method]

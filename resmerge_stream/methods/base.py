@@ -69,12 +69,16 @@ class Site:
 
     Attributes:
         rule: the planned rule.
-        weights: one factor an expert, 1.0 where the recipe gave none.
+        weights: one factor for each expert at hand, 1.0 where the recipe gave none.
         seed: depends on the user's seed and the tensor; for methods that draw random numbers.
         spec: the whole tensor, as it is written.
         start_row: which row of the tensor is the first of the vectors at hand.
         layers: how many blocks the model has.
         counted: what the method's counting passes found in the whole model.
+        experts: which of the model's experts are at hand, from 0: some may lack this tensor. What
+            was counted is ordered like the model's. All of them when not given.
+        base_weight: the weight with which the model that the differences are taken from takes part
+            itself; None: it does not.
     """
 
     rule: Rule
@@ -84,6 +88,12 @@ class Site:
     start_row: int = 0
     layers: int = 0
     counted: Mapping[str, Any] = field(default_factory=dict)
+    experts: tuple[int, ...] = ()
+    base_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.experts:
+            object.__setattr__(self, "experts", tuple(range(len(self.weights))))
 
 
 class Counter(Protocol):

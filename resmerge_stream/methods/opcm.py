@@ -115,8 +115,8 @@ class _Norms:
         if vectors.is_zero() or (not site.rule.needs_matrix and self._method.other != "sum"):
             return
         D = vectors.gram()
-        for squares, square in zip(self._norms, D.diagonal().tolist(), strict=True):
-            squares.append(square)
+        for i, square in zip(site.experts, D.diagonal().tolist(), strict=True):
+            self._norms[i].append(square)
         if site.rule.needs_matrix:
             M = self._method.chain(vectors)
             norm = float(torch.linalg.vector_norm(M, dtype=torch.float64))

@@ -62,11 +62,12 @@ class RamPlus(MergeMethod):
         gates: dict[str, Any] = {}
         if self.variant == "ramplus_tl":
             overlap = _Overlap(vectors.count, self.threshold)
-            overlap.add(vectors, site)
+            overlap.count(vectors, range(vectors.count))
             factors = self._factors(overlap.result())
             gates = {"unique_factors": factors}
         else:
-            factors = self._factors(site.counted)
+            of_all = self._factors(site.counted)
+            factors = [of_all[i] for i in site.experts]
 
         def rows(block: slice, stack: Tensor) -> Tensor:
             return shared_mean(stack, self.threshold, factors)
@@ -93,12 +94,16 @@ class _Overlap:
 
     def add(self, vectors: TaskVectors, site: Site) -> None:
         """Count a matrix, or some rows of one."""
+        self.count(vectors, site.experts)
+
+    def count(self, vectors: TaskVectors, numbers: Sequence[int]) -> None:
+        """Count for the experts of these numbers."""
         import torch
 
         for block in vectors.blocks():
             changed = vectors.stack(block).abs() > self._threshold
             shared = changed & (changed.sum(0, dtype=torch.int32) >= 2)
-            for i, (mine, ours) in enumerate(zip(changed, shared, strict=True)):
+            for i, mine, ours in zip(numbers, changed, shared, strict=True):
                 self._changed[i] += int(mine.sum())
                 self._shared[i] += int(ours.sum())
 

@@ -65,7 +65,7 @@ class Ties(MergeMethod):
 
         gates: dict[str, Any] = {}
         if self.trim == "model":
-            thresholds = site.counted["trim_thresholds"]
+            thresholds = [site.counted["trim_thresholds"][i] for i in site.experts]
         else:
             thresholds = tensor_thresholds(vectors, self.density)
             gates = {"trim_thresholds": thresholds}

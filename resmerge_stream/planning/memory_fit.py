@@ -1,6 +1,7 @@
 """Fitting a plan into memory: what lives at once, what is read ahead, what cannot fit. No torch."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from ..device import available_memory, machine_share
 from ..errors import Findings, NotEnoughMemoryError
@@ -12,7 +13,6 @@ from ..memory import (
     SPARE_BYTES,
     WRITE_QUEUE_BYTES,
 )
-from ..specs import DTYPES
 from ..units import format_size
 from .planned import Plan, PlannedTensor, matrix_of
 
@@ -49,17 +49,19 @@ def fit(plan: Plan, budget: int, *, elsewhere: bool = False) -> Fit:
         budget: bytes of private memory.
         elsewhere: on another machine, where no repository is in the local cache.
     """
-    shared = max((plan.opened[1].shared_scratch_bytes(m, n) for m, n in _matrices(plan)), default=0)
+    shared = max(
+        (t.method.shared_scratch_bytes(*matrix_of(t.spec)) for t in _matrices(plan)), default=0
+    )
     room = budget - FIXED_BYTES - WRITE_QUEUE_BYTES - shared
     ahead = _read_ahead_bytes(plan, room, elsewhere=elsewhere)
     room -= ahead
     worst, resident = (0, ""), set()
     for name, tensor in plan.tensors.items():
-        size = plan.working_bytes_of(PlannedTensor(tensor.spec, tensor.rule, True))
+        size = plan.working_bytes_of(replace(tensor, resident=True))
         if size <= room:
             resident.add(name)
         else:
-            size = plan.working_bytes_of(PlannedTensor(tensor.spec, tensor.rule, False))
+            size = plan.working_bytes_of(replace(tensor, resident=False))
         worst = max(worst, (size, name))
     return Fit(
         room=room,
@@ -84,10 +86,10 @@ def fit_memory(plan: Plan, found: Findings) -> None:
     fitted = fit(plan, plan.memory_budget, elsewhere=plan.machine is not None)
     plan.read_ahead_bytes = fitted.read_ahead_bytes
     plan.tensors = {
-        name: PlannedTensor(tensor.spec, tensor.rule, name in fitted.resident)
+        name: replace(tensor, resident=name in fitted.resident)
         for name, tensor in plan.tensors.items()
     }
-    largest = max((m * n for m, n in _matrices(plan)), default=0)
+    largest = max((math.prod(matrix_of(t.spec)) for t in _matrices(plan)), default=0)
     ample = SPARE_BYTES + 4 * (len(plan.experts) + 2) * largest
     room = fitted.room
     plan.working_bytes = max(fitted.worst, min(room, ample) if asked is None else room)
@@ -105,12 +107,8 @@ def fit_memory(plan: Plan, found: Findings) -> None:
         found.problems.append(str(error))
 
 
-def _matrices(plan: Plan) -> list[tuple[int, int]]:
-    return [
-        matrix_of(tensor.spec)
-        for tensor in plan.tensors.values()
-        if tensor.rule and tensor.rule.needs_matrix
-    ]
+def _matrices(plan: Plan) -> list[PlannedTensor]:
+    return [t for t in plan.tensors.values() if t.rule and t.rule.needs_matrix]
 
 
 def _read_ahead_bytes(plan: Plan, room: int, *, elsewhere: bool) -> int:
@@ -124,14 +122,12 @@ def _read_ahead_bytes(plan: Plan, room: int, *, elsewhere: bool) -> int:
         return 0
     largest = 0
     for name, tensor in plan.tensors.items():
-        m, n = matrix_of(tensor.spec)
-        for_matrix = tensor.rule is not None and tensor.rule.needs_matrix
-        rows = 1.0 if for_matrix else min(1.0, PIECE_BYTES / max(tensor.spec.nbytes, 1))
-        stored = sum(
-            m * n * DTYPES[source.tensors[name].spec.dtype].nbytes
-            for source in remote
-            if name in source.tensors
-        )
-        largest = max(largest, int(stored * rows))
+        rows, _ = tensor.spec.matrix_shape
+        if tensor.rule is None or not tensor.rule.needs_matrix:
+            rows = min(rows, rows * PIECE_BYTES // max(tensor.spec.nbytes, 1) + 1)
+        elif len(tensor.spec.shape) == 3:
+            rows = 1
+        sources = [source for source in plan.sources_of(tensor) if source in remote]
+        largest = max(largest, sum(source.read_cost(name, 0, rows) for source in sources))
     window = min(HUB_WINDOW_BYTES, max(LEAST_HUB_WINDOW_BYTES, (room - largest) // 3))
     return largest + window

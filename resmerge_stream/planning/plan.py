@@ -75,19 +75,20 @@ def plan_merge(
     _build_method(plan, found)
     commits = look_at_targets(plan, folder, work_dir, found) if plan.method is not None else []
     _open_all(plan, found, commits, like)
-    if plan.refused or plan.base is None or plan.method is None:
+    if plan.refused:
         return plan
+    layout, others = plan.layout, plan.experts[plan.base is None :]
     for source in plan.checkpoints:
         check_quantised(source, found)
-    for expert in plan.experts:
-        check_configs(plan.base, expert, found)
-        check_tokenizers(plan.base, expert, found)
-    sets = match_tensors(plan.base, plan.experts, found)
+    for expert in others:
+        check_configs(layout, expert, found)
+        check_tokenizers(layout, expert, found)
+    sets = match_tensors(layout, others, found)
     plan.left_out = sets.left_out
     plan.tensors = _tensors(plan, sets)
     plan.shards = _shards(plan)
-    plan.config = output_config(plan.base, recipe.dtype)
-    check_small_files(plan.base, plan.tokenizer or plan.base, found)
+    plan.config = output_config(layout, recipe.dtype)
+    check_small_files(layout, plan.tokenizer or layout, found)
     _check_code(plan, found)
     _estimate(plan)
     fit_memory(plan, found)
@@ -116,7 +117,7 @@ def _build_method(plan: Plan, found: Findings) -> None:
 
 def _open_all(plan: Plan, found: Findings, commits: list[str | None], like: Plan | None) -> None:
     recipe, limit = plan.recipe, plan.options.max_header_bytes
-    refs = [recipe.base, *recipe.experts]
+    refs = list(recipe.models)
     if plan.options.tokenizer_from is not None:
         refs.append(ModelRef.parse(plan.options.tokenizer_from))
     if len(commits) != len(refs):
@@ -139,8 +140,9 @@ def _open_all(plan: Plan, found: Findings, commits: list[str | None], like: Plan
         opened = list(pool.map(attempt, refs, commits))
     found.problems += [text for text in opened if isinstance(text, str)]
     sources = [None if isinstance(source, str) else source for source in opened]
-    plan.base = sources[0]
-    experts = sources[1 : 1 + len(recipe.experts)]
+    plan.base = None if recipe.base is None else sources[0]
+    first = len(recipe.models) - len(recipe.experts)
+    experts = sources[first : first + len(recipe.experts)]
     plan.experts = tuple(expert for expert in experts if expert is not None)
     if plan.options.tokenizer_from is not None:
         plan.tokenizer = sources[-1]
@@ -152,29 +154,32 @@ def _open_all(plan: Plan, found: Findings, commits: list[str | None], like: Plan
 
 def _opened_by(plan: Plan) -> dict[tuple[str, str | None], Checkpoint]:
     """Return the checkpoints of a plan by id and revision as written."""
-    refs, sources = [plan.recipe.base, *plan.recipe.experts], list(plan.checkpoints)
+    refs, sources = plan.recipe.models, list(plan.checkpoints)
     if len(refs) != len(sources):
         return {}  # some could not be opened
     return {(ref.id, ref.revision): source for ref, source in zip(refs, sources, strict=True)}
 
 
 def _tensors(plan: Plan, sets: TensorSets) -> dict[str, PlannedTensor]:
-    base, method = plan.opened
+    layout, method = plan.opened
+    own = plan.weights[0] if plan.base is None else None
+    experts = tuple(range(plan.base is None, len(plan.experts)))
+    weights = tuple(plan.weights[i] for i in experts)
     dtype = OUTPUT_DTYPES[plan.recipe.dtype] if plan.recipe.dtype else None
     merged = set(sets.merged)
     planned = {}
-    for name, stored in base.tensors.items():
+    for name, stored in layout.tensors.items():
         if name in merged:
-            rule = method.rule_for(stored.spec, len(plan.experts))
+            rule = method.rule_for(stored.spec, len(experts))
             spec = TensorSpec(name, dtype or stored.spec.dtype, stored.spec.shape)
-            planned[name] = PlannedTensor(spec, rule)
+            planned[name] = PlannedTensor(spec, rule, method, experts, weights, own)
         elif name in sets.carried:
-            planned[name] = PlannedTensor(stored.spec, None)
+            planned[name] = PlannedTensor(stored.spec, None, method)
     return planned
 
 
 def _shards(plan: Plan) -> tuple[Shard, ...]:
-    stored = plan.opened[0].tensors
+    stored = plan.layout.tensors
     if plan.options.max_shard_bytes is not None:
         return plan_shards([[t.spec for t in plan.tensors.values()]], plan.options.max_shard_bytes)
     groups: dict[str, list[TensorSpec]] = {}
@@ -184,8 +189,8 @@ def _shards(plan: Plan) -> tuple[Shard, ...]:
 
 
 def _check_code(plan: Plan, found: Findings) -> None:
-    if plan.base is not None and plan.base.config.get("auto_map"):
-        code = [name for name in plan.base.small_files if name.endswith(".py")]
+    if plan.layout.config.get("auto_map"):
+        code = [name for name in plan.layout.small_files if name.endswith(".py")]
         found.warnings.append(
             f"the base needs its own code to load (auto_map); copied: {', '.join(code) or 'none'}"
         )
@@ -196,13 +201,13 @@ def _estimate(plan: Plan) -> None:
     seconds = _SECONDS_START
     passes = 1 + plan.opened[1].counting_passes()
     for name, tensor in plan.tensors.items():
-        sources = plan.checkpoints if tensor.rule else [plan.base]
-        stored = sum(s.tensors[name].spec.nbytes for s in sources if s is not None)
+        stored = sum(source.read_cost(name) for source in plan.sources_of(tensor))
         plan.read_bytes += stored * (passes if tensor.rule else 1)
         seconds += tensor.spec.numel * (count + 1) * _SECONDS_ROWS * passes
         if tensor.rule and tensor.rule.needs_matrix:
-            seconds += tensor.spec.numel * count * _SECONDS_MATRIX
-    share = sum(s.is_remote for s in plan.checkpoints) / (count + 1)
+            seconds += tensor.spec.numel * len(tensor.experts) * _SECONDS_MATRIX
+    sources = list(plan.checkpoints)
+    share = sum(source.is_remote for source in sources) / len(sources)
     sent = plan.write_bytes if plan.publication is not None else 0
     plan.compute_seconds = seconds
     plan.seconds_estimate = max(seconds, plan.read_bytes * share / HUB_RATE, sent / HUB_RATE)

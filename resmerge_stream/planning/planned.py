@@ -33,12 +33,21 @@ class PlannedTensor:
 
     Attributes:
         spec: as it is written.
-        rule: what is done with it; None carries the base's bytes through.
+        rule: what is done with it; None carries the layout's bytes through.
+        method: merges it, with this tensor's own parameters.
+        experts: which of the plan's experts take part here, from 0.
+        weights: their factors, 1.0 where none was given.
+        base_weight: the weight with which the model that gives the layout takes part itself; None:
+            it does not.
         resident: whether float32 task vectors of all experts are kept at once.
     """
 
     spec: TensorSpec
     rule: Rule | None
+    method: MergeMethod
+    experts: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+    base_weight: float | None = None
     resident: bool = True
 
 
@@ -86,6 +95,12 @@ class Plan:
         yield from self.experts
 
     @property
+    def parts(self) -> list[str]:
+        """What each of the checkpoints is to the merge: ``base``, ``expert 1``, …"""
+        experts = [f"expert {number}" for number in range(1, len(self.experts) + 1)]
+        return experts if self.base is None else ["base", *experts]
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What tells the sources from others under the same names, by number."""
         sources = [*self.checkpoints, *([self.tokenizer] if self.tokenizer else [])]
@@ -100,14 +115,29 @@ class Plan:
 
     @property
     def opened(self) -> tuple[Checkpoint, MergeMethod]:
-        """The base and the method, which a plan without problems has.
+        """The layout's checkpoint and the method, which a plan without problems has.
 
         Raises:
             RuntimeError: the plan was not made by `plan_merge`, or was refused.
         """
-        if self.base is None or self.method is None:
-            raise RuntimeError("this plan has no base or no method; plan_merge makes plans")
-        return self.base, self.method
+        layout = next(self.checkpoints, None)
+        if layout is None or self.method is None:
+            raise RuntimeError("this plan has no model or no method; plan_merge makes plans")
+        return layout, self.method
+
+    @property
+    def layout(self) -> Checkpoint:
+        """The checkpoint whose names and shapes the output has: the base, else the first model.
+
+        Task vectors are differences to it.
+        """
+        return self.opened[0]
+
+    def sources_of(self, tensor: PlannedTensor) -> list[Checkpoint]:
+        """Return what is read for a tensor: the layout, then the experts that take part."""
+        if tensor.rule is None:
+            return [self.layout]
+        return [self.layout, *(self.experts[i] for i in tensor.experts)]
 
     @property
     def write_bytes(self) -> int:
@@ -139,7 +169,8 @@ class Plan:
         recipe = self.recipe.to_dict()
         for model, ref in zip(recipe["models"], self.recipe.experts, strict=True):
             model["model"] = _lasting_name(ref)
-        recipe["base_model"] = _lasting_name(self.recipe.base)
+        if self.recipe.base is not None:
+            recipe["base_model"] = _lasting_name(self.recipe.base)
         if self.method is not None:
             recipe["parameters"] = self.method.parameters()
         options = self.options
@@ -157,7 +188,7 @@ class Plan:
     def working_bytes_of(self, tensor: PlannedTensor) -> int:
         """Return bytes of float32 memory that are held while a tensor's piece is in work."""
         m, n = matrix_of(tensor.spec)
-        count = len(self.experts)
+        count = len(tensor.experts)
         if tensor.rule is None:
             return 0
         block = block_bytes(count, m, n)
@@ -165,7 +196,7 @@ class Plan:
         if not tensor.rule.needs_matrix:
             held = PIECE_BYTES if tensor.rule.in_pieces else HELD_BYTES
             return block + (min(output, held) if self.is_held(tensor) else 0)
-        scratch = self.opened[1].scratch_bytes(m, n, count)
+        scratch = tensor.method.scratch_bytes(m, n, count)
         return block + output + matrix_bytes(m, n, count, scratch, resident=tensor.resident)
 
     def is_held(self, tensor: PlannedTensor) -> bool:
@@ -180,9 +211,7 @@ class Plan:
 
     def side_files(self) -> dict[str, bytes]:
         """Return the small output files that do not depend on the merge, by name."""
-        if self.base is None:
-            return {}
-        files = side_files(self.base, self.tokenizer or self.base)
+        files = side_files(self.layout, self.tokenizer or self.layout)
         files["config.json"] = self.config
         if len(self.shards) > 1:
             files["model.safetensors.index.json"] = index_json(self.shards)

@@ -59,8 +59,10 @@ def _recipe_yaml(plan: Plan, names: PublicNames) -> str:
     import yaml
 
     recipe = plan.recipe.to_dict()
-    recipe["base_model"] = names.sources[0].pinned
-    for model, source in zip(recipe["models"], names.sources[1:], strict=True):
+    base, experts = names.base, names.experts
+    if base is not None:
+        recipe["base_model"] = base.pinned
+    for model, source in zip(recipe["models"], experts, strict=True):
         model["model"] = source.pinned
     parameters = plan.method.parameters() if plan.method else dict(plan.recipe.parameters)
     recipe.pop("parameters", None)
@@ -124,13 +126,13 @@ def _metadata(names: PublicNames, licence: str) -> str:
 
 
 def _introduction(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> str:
-    base, *experts = names.sources
+    base, experts = names.base, names.experts
     title, words = _method_name(report), ""
     if plan.method is not None:
         title, words = plan.method.title, inspect.cleandoc(plan.method.in_words())
     variant = (report["method"].get("parameters") or {}).get("variant")
     exactly = f" (variant `{variant}`)" if variant else ""
-    short = escape(base.name.rsplit("/", 1)[-1])
+    short = escape(names.sources[0].name.rsplit("/", 1)[-1])
     count = f"{len(experts)} expert{'s' * (len(experts) != 1)}"
     lines = [
         f"# {short}: {count} merged with {title}",
@@ -138,7 +140,7 @@ def _introduction(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> 
         f"{escape(str((report.get('environment') or {}).get('resmerge_stream')))}; no training, "
         "no data.",
         "\n".join(
-            [f"- Base: {_link(base)}"]
+            ([f"- Base: {_link(base)}"] if base is not None else [])
             + [f"- Expert {i}: {_link(source)}" for i, source in enumerate(experts, 1)]
         ),
         f"**How it decides.** {words}" if words else "",
@@ -149,7 +151,7 @@ def _introduction(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> 
 def _kept(plan: Plan, report: Mapping[str, Any]) -> str:
     summary = report["summary"]
     norm, cosine = summary.get("kept_norm"), summary.get("kept_cosine")
-    dtype = plan.recipe.dtype or (main_dtype(plan.base) if plan.base is not None else "float32")
+    dtype = plan.recipe.dtype or main_dtype(plan.layout)
     rounding = "stochastically" if plan.options.rounding == "stochastic" else "to nearest"
     text = f"## What the cast kept\n\nMerged in float32 and rounded once, {rounding}, to {dtype}. "
     if norm is None or cosine is None:
@@ -204,8 +206,8 @@ def _tensors(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> str:
         left_out.setdefault(reason, []).append(name)
     for reason, found in left_out.items():
         lines.append(f"Left out, since {escape(names.clean(reason))}: {code_list(found)}.")
-    if plan.base is not None and plan.base.config.get("auto_map"):
-        code = [name for name in plan.base.small_files if name.endswith(".py")]
+    if plan.layout.config.get("auto_map"):
+        code = [name for name in plan.layout.small_files if name.endswith(".py")]
         lines.append(f"The base loads with its own code, copied unread: {code_list(code)}.")
     origin = names.tokenizer or names.sources[0]
     lines.append(f"Config from the base; tokenizer and chat template from {escape(str(origin))}.")
@@ -219,8 +221,8 @@ def _tensors(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> str:
 
 def _sources(plan: Plan, report: Mapping[str, Any], names: PublicNames, same: bool) -> str:
     lines = ["| | model | commit | size | licence |", "|---|---|---|---:|---|"]
-    for number, (source, public) in enumerate(zip(plan.checkpoints, names.sources, strict=True)):
-        part = f"expert {number}" if number else "base"
+    rows = zip(plan.parts, plan.checkpoints, names.sources, strict=True)
+    for part, source, public in rows:
         commit = f"`{public.revision}`" if public.revision else "–"
         size = format_size(sum(file.size for file in source.files))
         licence = escape(source.license or "unknown")
@@ -243,10 +245,10 @@ def _licence(licences: Sequence[str | None]) -> tuple[str, bool]:
 
 
 def _usage(plan: Plan, names: PublicNames) -> str:
-    architectures = (plan.base.config.get("architectures") if plan.base else None) or [""]
+    architectures = plan.layout.config.get("architectures") or [""]
     causal = str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel"))
     auto = "AutoModelForCausalLM" if causal else "AutoModel"
-    code = ", trust_remote_code=True" if plan.base and plan.base.config.get("auto_map") else ""
+    code = ", trust_remote_code=True" if plan.layout.config.get("auto_map") else ""
     again = _command(plan, names, "resmerge/recipe.yml")
     hidden = any(source.kind != "hub" for source in names.sources)
     note = " after putting your own paths in the recipe" if hidden else ""

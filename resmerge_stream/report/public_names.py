@@ -49,11 +49,12 @@ class PublicNames:
         self.sources: list[PublicName] = []
         self._replace: dict[str, str] = {}
         taken: dict[str, str] = {}
-        for number, source in enumerate(plan.checkpoints):
-            part = f"expert {number}" if number else "base"
+        for part, source in zip(plan.parts, plan.checkpoints, strict=True):
             public = _public_name(source, part, name_private, taken)
             self.sources.append(public)
             self._hide(source, public)
+        self.experts = self.sources[-len(plan.experts) :]
+        self.base = None if plan.base is None else self.sources[0]
         self.tokenizer: PublicName | None = None
         if plan.tokenizer is not None:
             self.tokenizer = _public_name(plan.tokenizer, "tokenizer", name_private, taken)
@@ -89,7 +90,9 @@ class PublicNames:
         others = {key: value for key, value in report.items() if key != "tensors"}
         cleaned: dict[str, Any] = self.clean_all(others)
         recipe = cleaned["recipe"]
-        written = [(recipe, "base_model"), *((model, "model") for model in recipe["models"])]
+        written = [(model, "model") for model in recipe["models"]]
+        if self.base is not None:
+            written = [(recipe, "base_model"), *written]
         for entry, (place, key), source in zip(
             cleaned["sources"], written, self.sources, strict=True
         ):

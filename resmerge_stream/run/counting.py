@@ -81,7 +81,7 @@ def _count(shared: Shared[int], mergers: Sequence[Merger], counters: Mapping[int
             counters[i].add(vectors, mergers[i].site(piece))
         vectors.close()
     except NonFiniteValues as exc:
-        raise lead.non_finite(shared.lead_piece.tensor.spec, exc.source) from exc
+        raise lead.non_finite(shared.lead_piece.tensor, exc.source) from exc
     shared.lead_piece.release(slice(0, shared.lead_piece.matrix_shape[0]))
     shared.lead_piece.close()
 

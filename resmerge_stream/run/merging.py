@@ -21,9 +21,9 @@ from ..maths.stored_bytes import Gathered, as_tensor, bytes_of
 from ..maths.task_vectors import NonFiniteValues, TaskVectors
 from ..methods import Rule, Site, Update
 from ..pipes import Ahead
-from ..planning.plan import Plan
+from ..planning.plan import Plan, PlannedTensor
 from ..report.rows import ReportRow, tensor_entry
-from ..specs import DTYPES, TensorSpec
+from ..specs import DTYPES
 from .pieces import Piece
 
 
@@ -76,7 +76,6 @@ class Merger:
     ) -> None:
         self.device = device
         self._plan = plan
-        self.method = plan.opened[1]
         self.lanes = lanes_of(device, plan.working_bytes)
         self._seed = plan.options.seed
         self._layers = plan.layers
@@ -109,7 +108,7 @@ class Merger:
                 undo.callback(vectors.close)
                 prepared = self.decide(piece, base, vectors)
             except NonFiniteValues as exc:
-                raise self.non_finite(piece.tensor.spec, exc.source) from exc
+                raise self.non_finite(piece.tensor, exc.source) from exc
             if self._plan.is_held(piece.tensor):
                 gathered = Gathered(self._output_bytes(piece))
                 self._write_all(prepared, gathered.append)
@@ -127,7 +126,8 @@ class Merger:
         lane = lane or self.lanes[0]
         torch.set_num_threads(1)
         rule, spec = piece.tensor.rule, piece.tensor.spec
-        dtypes = [source.tensors[spec.name].spec.dtype for source in self._plan.checkpoints]
+        sources = self._plan.sources_of(piece.tensor)
+        dtypes = [source.tensors[spec.name].spec.dtype for source in sources]
         raw = [
             lane.cross(as_tensor(buffer, dtype, piece.matrix_shape))
             for buffer, dtype in zip(piece.buffers, dtypes, strict=True)
@@ -147,7 +147,7 @@ class Merger:
         if site.rule.needs_matrix and vectors.is_zero():
             update = Update(lambda block, stack: torch.zeros_like(stack[0]), "copy")
         else:
-            update = self.method.merge(vectors, site)
+            update = piece.tensor.method.merge(vectors, site)
             self._sample()
         return Prepared(piece, base, vectors, update)
 
@@ -158,12 +158,14 @@ class Merger:
             raise RuntimeError(f"{spec.name} is not merged")
         return Site(
             rule,
-            self._plan.weights,
+            piece.tensor.weights,
             block_seed(self._seed, spec.name, -1),
             spec=spec,
             start_row=piece.first_row,
             layers=self._layers,
             counted=self._plan.counted,
+            experts=piece.tensor.experts,
+            base_weight=piece.tensor.base_weight,
         )
 
     def finish(
@@ -181,7 +183,7 @@ class Merger:
             write(prepared.output)
         piece = prepared.piece
         if piece.tensor.rule is None:
-            return self.carried(piece.tensor.spec) if piece.is_last else None
+            return self.carried(piece.tensor) if piece.is_last else None
         return self.end(prepared)
 
     def _write_all(self, prepared: Prepared, write: Callable[[memoryview], object]) -> None:
@@ -196,7 +198,7 @@ class Merger:
                 write(merged.data)
                 piece.release(rows)
         except NonFiniteValues as exc:
-            raise self.non_finite(piece.tensor.spec, exc.source) from exc
+            raise self.non_finite(piece.tensor, exc.source) from exc
         self._sample()
         vectors.close()
 
@@ -281,17 +283,18 @@ class Merger:
             return None
         return block_seed(self._seed, piece.tensor.spec.name, piece.first_row + rows.start)
 
-    def carried(self, spec: TensorSpec) -> dict[str, Any]:
+    def carried(self, tensor: PlannedTensor) -> dict[str, Any]:
         """Return the row of the report of a tensor that is not merged."""
-        role = self.method.rule_for(spec, len(self._plan.experts)).role.value
+        spec = tensor.spec
+        role = tensor.method.rule_for(spec, len(self._plan.experts)).role.value
         return tensor_entry(
             name=spec.name, role=role, shape=list(spec.shape), rule="carried", changed_fraction=0.0
         )
 
-    def non_finite(self, spec: TensorSpec, source: int) -> NonFiniteError:
+    def non_finite(self, tensor: PlannedTensor, source: int) -> NonFiniteError:
         """Return the error that names a tensor and its checkpoint (−1: the base)."""
-        checkpoint = list(self._plan.checkpoints)[source + 1]
+        checkpoint = self._plan.sources_of(tensor)[source + 1]
         return NonFiniteError(
-            f"{spec.name} of {checkpoint.id} holds NaN or infinite values (or differences too "
-            "large for float32). A merge would spread them; repair or replace that checkpoint."
+            f"{tensor.spec.name} of {checkpoint.id} holds NaN or infinite values (or differences "
+            "too large for float32). A merge would spread them; repair or replace that checkpoint."
         )

@@ -15,7 +15,8 @@ class Piece:
         tensor: as planned.
         start_row, stop_row: which rows (first axis) the buffers hold.
         is_last: whether these are the tensor's last rows.
-        buffers: stored bytes of the base, then of each expert; of the base alone if carried.
+        buffers: stored bytes of the layout's model, then of each expert that takes part; of the
+            first alone if carried.
         release: told which rows of the buffers are not needed for a while.
         close: called when the piece is merged; its buffers are not used any more.
     """

@@ -18,9 +18,8 @@ def reads(plan: Plan, tensors: list[PlannedTensor]) -> Iterator[tuple[int, Calla
     """Yield what to read, in order: bytes and a function that reads them."""
     for tensor in tensors:
         name = tensor.spec.name
-        sources = list(plan.checkpoints) if tensor.rule else [plan.opened[0]]
+        sources = plan.sources_of(tensor)
         for start, stop, is_last in row_ranges(tensor):
-            ranges = [source.tensors[name].byte_range(start, stop) for source in sources]
 
             def read(
                 tensor: PlannedTensor = tensor,
@@ -35,7 +34,7 @@ def reads(plan: Plan, tensors: list[PlannedTensor]) -> Iterator[tuple[int, Calla
                 close = _closer(name, sources, start, stop)
                 return Piece(tensor, start, stop, is_last, buffers, release, close)
 
-            yield sum(end - begin for begin, end in ranges), read
+            yield sum(source.read_cost(name, start, stop) for source in sources), read
 
 
 def _releaser(
@@ -70,7 +69,7 @@ def reading_ahead_of(
             if tensor is None:
                 yield None
                 continue
-            sources = remote if tensor.rule else remote[: int(plan.opened[0] in remote)]
+            sources = [source for source in plan.sources_of(tensor) if isinstance(source, Followed)]
             for start, stop, _ in row_ranges(tensor):
                 yield from ((source, tensor.spec.name, start, stop) for source in sources)
 

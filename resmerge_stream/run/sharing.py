@@ -34,6 +34,7 @@ def shared_reads(
 ) -> Iterator[tuple[int, Callable[[], Shared[K]]]]:
     """Yield what to read, in order: bytes and a function that reads them.
 
+    A tensor of which not all plans merge the same experts is read once for each choice.
     Stacks [E, m, n] are read slice by slice for the methods that decompose them and once more for
     those that do not; everything else is read once.
     """
@@ -72,11 +73,12 @@ def _led(
 
 def _groups(plans: Mapping[K, Plan], name: str) -> list[dict[K, Plan]]:
     """Return the plans that can share task vectors of a tensor."""
-    groups: dict[bool, dict[K, Plan]] = {}
+    groups: dict[Hashable, dict[K, Plan]] = {}
     for key, plan in plans.items():
         tensor = plan.tensors[name]
         sliced = tensor.rule is not None and tensor.rule.needs_matrix
-        groups.setdefault(sliced and len(tensor.spec.shape) == 3, {})[key] = plan
+        cut = sliced and len(tensor.spec.shape) == 3
+        groups.setdefault((cut, tensor.experts), {})[key] = plan
     return list(groups.values())
 
 

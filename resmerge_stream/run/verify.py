@@ -190,7 +190,7 @@ def _plan_again(report: Mapping[str, Any], recipe: Recipe, token: str | None) ->
 
 def _merge_again(plan: Plan, merger: Merger, name: str) -> bytes:
     tensor = plan.tensors[name]
-    sources = plan.checkpoints if tensor.rule else [plan.opened[0]]
+    sources = plan.sources_of(tensor)
     parts: list[bytes] = []
     for start, stop, is_last in row_ranges(tensor):
         buffers = [source.read(name, start, stop) for source in sources]

@@ -78,8 +78,8 @@ class Checkpoint(Protocol):
         """
         ...
 
-    def prefetch(self, name: str) -> None:
-        """Hint that a tensor will be read soon; never blocks for long, never fails."""
+    def read_cost(self, name: str, start_row: int = 0, stop_row: int | None = None) -> int:
+        """Return how many stored bytes `read` takes for the same rows."""
         ...
 
     def release(self, name: str, start_row: int = 0, stop_row: int | None = None) -> None:

@@ -115,8 +115,10 @@ class HubCheckpoint:
         finally:
             fetcher.close()
 
-    def prefetch(self, name: str) -> None:
-        """Do nothing: what is read soon is said by `ahead`."""
+    def read_cost(self, name: str, start_row: int = 0, stop_row: int | None = None) -> int:
+        """Return how many stored bytes `read` takes for the same rows."""
+        begin, end = self.tensors[name].byte_range(start_row, stop_row)
+        return end - begin
 
     def release(self, name: str, start_row: int = 0, stop_row: int | None = None) -> None:
         """Do nothing: fetching some rows again would cost more than their memory."""

@@ -98,13 +98,10 @@ class LocalCheckpoint:
             )
         return memoryview(mapped)[begin:end]
 
-    def prefetch(self, name: str) -> None:
-        """Ask the kernel to read a tensor's pages ahead."""
-        tensor = self.tensors[name]
-        begin, end = tensor.byte_range()
-        if begin < end and hasattr(mmap, "MADV_WILLNEED"):
-            start = begin - begin % mmap.PAGESIZE
-            self._map(tensor.file).madvise(mmap.MADV_WILLNEED, start, end - start)
+    def read_cost(self, name: str, start_row: int = 0, stop_row: int | None = None) -> int:
+        """Return how many stored bytes `read` takes for the same rows."""
+        begin, end = self.tensors[name].byte_range(start_row, stop_row)
+        return end - begin
 
     def release(self, name: str, start_row: int = 0, stop_row: int | None = None) -> None:
         """Unmap the pages of some rows: pages of a file in memory count as private otherwise."""

@@ -102,7 +102,7 @@ def run_analysis(plan: Plan, *, out: str | Path, sft: int = 0) -> Iterator[Event
             bytes_read += sum(len(buffer) for buffer in piece.buffers)
             pieces.append(found)
             if piece.is_last:
-                entries.append(_entry(piece, pieces))
+                entries.append(_entry(piece, pieces, count))
                 pieces = []
                 yield Analysed(tensor=piece.tensor.spec.name, bytes_read=bytes_read)
     report = {
@@ -197,7 +197,7 @@ def _measure(merger: Merger, piece: Piece, groups: Mapping[str, list[int]]) -> d
             piece.release(block)
         D = vectors.gram()
     except NonFiniteValues as exc:
-        raise merger.non_finite(piece.tensor.spec, exc.source) from exc
+        raise merger.non_finite(piece.tensor, exc.source) from exc
     found: dict[str, Any] = {
         "unchanged": unchanged.tolist(),
         "numel": math.prod(vectors.shape),
@@ -205,9 +205,11 @@ def _measure(merger: Merger, piece: Piece, groups: Mapping[str, list[int]]) -> d
     }
     rule = piece.tensor.rule
     if rule is not None and rule.needs_matrix and not vectors.is_zero():
-        rank = merger.method.parameters()["rank"]
+        rank = piece.tensor.method.parameters()["rank"]
         found["spectra"] = [spectrum(vectors, i, rank) for i in range(vectors.count)]
-        found["groups"] = _geometry(vectors, D, rank, groups)
+        here = {expert: i for i, expert in enumerate(piece.tensor.experts)}
+        local = {name: [here[i] for i in group if i in here] for name, group in groups.items()}
+        found["groups"] = _geometry(vectors, D, rank, local)
     vectors.close()
     return found
 
@@ -253,16 +255,18 @@ def _geometry(
     return found
 
 
-def _entry(piece: Piece, pieces: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the row of a tensor from its pieces: rows of one tensor, or slices of a stack."""
+def _entry(piece: Piece, pieces: Sequence[Mapping[str, Any]], count: int) -> dict[str, Any]:
+    """Return the row of a tensor from its pieces: rows of one tensor, or slices of a stack.
+
+    Of `count` experts those that lack the tensor have nothing to tell of it.
+    """
     spec, rule = piece.tensor.spec, piece.tensor.rule
     numel = sum(found["numel"] for found in pieces)
-    count = len(pieces[0]["unchanged"])
-    experts: list[dict[str, Any]] = []
-    for i in range(count):
+    experts: list[dict[str, Any]] = [{} for _ in range(count)]
+    for i, expert in enumerate(piece.tensor.experts):
         unchanged = sum(found["unchanged"][i] for found in pieces)
         energy = math.fsum(found["energy"][i] for found in pieces)
-        experts.append({"norm": math.sqrt(energy), "unchanged": unchanged / max(numel, 1)})
+        experts[expert] |= {"norm": math.sqrt(energy), "unchanged": unchanged / max(numel, 1)}
     entry: dict[str, Any] = {
         "name": spec.name,
         "role": rule.role.value if rule else None,
@@ -271,8 +275,8 @@ def _entry(piece: Piece, pieces: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     measured = [found for found in pieces if "spectra" in found]
     if measured:
-        for i, expert in enumerate(experts):
-            expert |= _mean_of([found["spectra"][i] for found in measured])
+        for i, expert in enumerate(piece.tensor.experts):
+            experts[expert] |= _mean_of([found["spectra"][i] for found in measured])
         names = {name for found in measured for name in found["groups"]}
         entry["groups"] = {
             name: _mean_of([found["groups"][name] for found in measured]) for name in sorted(names)

@@ -63,10 +63,9 @@ class Comparison:
         ]
         passes = max(plan.opened[1].counting_passes() for plan in self.plans.values())
         stored = sum(
-            source.tensors[name].spec.nbytes
-            for source in self.first.checkpoints
+            source.read_cost(name)
             for name, tensor in self.first.tensors.items()
-            if tensor.rule or source is self.first.base
+            for source in self.first.sources_of(tensor)
         )
         return {
             "refused": bool(self.problems),
@@ -165,6 +164,6 @@ def _working_bytes(plans: Iterable[Plan], name: str, *, resident: bool) -> int:
         if tensor.rule is None or not tensor.rule.needs_matrix:
             by_rows = max(by_rows, plan.working_bytes_of(tensor))
             continue
-        matrix = (*matrix_of(tensor.spec), len(plan.experts))
-        scratch += plan.opened[1].scratch_bytes(*matrix)
+        matrix = (*matrix_of(tensor.spec), len(tensor.experts))
+        scratch += tensor.method.scratch_bytes(*matrix)
     return max(by_rows, matrix_bytes(*matrix, scratch, resident=resident))

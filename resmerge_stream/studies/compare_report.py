@@ -29,12 +29,15 @@ class Similarity:
         self._gram = torch.zeros(len(labels) + experts, len(labels) + experts, dtype=torch.float64)
         self._complete = True
 
-    def add(self, updates: Mapping[str, Tensor], stack: Tensor) -> None:
-        """Add a row block: every method's ΔW, and the experts' Δ there."""
+    def add(self, updates: Mapping[str, Tensor], stack: Tensor, experts: Sequence[int]) -> None:
+        """Add a row block: every method's ΔW, and the Δ there of the experts that take part."""
         if list(updates) != self._labels:
             self._complete = False  # some methods saw this tensor in another cut
             return
-        self._gram += block_gram(torch.cat([torch.stack(list(updates.values())), stack]))
+        count = len(self._labels)
+        own = torch.tensor([*range(count), *(count + i for i in experts)])
+        gram = block_gram(torch.cat([torch.stack(list(updates.values())), stack]))
+        self._gram[own[:, None], own[None, :]] += gram
 
     def to_dict(self) -> dict[str, Any]:
         """Return the sums as plain data, for the journal of a shard."""

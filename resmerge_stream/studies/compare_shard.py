@@ -159,7 +159,7 @@ def _decide(run: Run, shared: Shared[str]) -> _Decided:
             prepared[label] = run.methods[label].merger.decide(piece, base, vectors)
             seconds[label] = time.monotonic() - started
     except NonFiniteValues as exc:
-        raise lead.non_finite(shared.lead_piece.tensor.spec, exc.source) from exc
+        raise lead.non_finite(shared.lead_piece.tensor, exc.source) from exc
     return _Decided(shared, prepared, vectors, seconds)
 
 
@@ -215,5 +215,5 @@ def _write_rows(
             updates[label] = merged.delta
             run.methods[label].seconds += time.monotonic() - started
         if not vectors.is_zero(rows):
-            similarity.add(updates, stack)
+            similarity.add(updates, stack, decided.shared.lead_piece.tensor.experts)
         decided.shared.lead_piece.release(rows)

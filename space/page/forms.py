@@ -78,8 +78,8 @@ def target_of(form: Mapping[str, Any]) -> str:
 def form_of(recipe: Recipe) -> dict[str, Any]:
     """Return the fields that show a recipe."""
     form: dict[str, Any] = {
-        "base": recipe.base.id,
-        "base_revision": recipe.base.revision or "",
+        "base": recipe.base.id if recipe.base is not None else "",
+        "base_revision": (recipe.base.revision if recipe.base is not None else None) or "",
         **_rows([(ref.id, ref.revision or "", ref.weight or 1.0) for ref in recipe.experts]),
         "method": recipe.method,
         "dtype": recipe.dtype or SAME_AS_BASE,

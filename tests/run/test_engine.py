@@ -358,7 +358,8 @@ def test_a_merge_killed_at_random_moments_ends_with_the_same_bytes(tmp_path):
 CUT_SHORT = """
 import os, sys
 from pathlib import Path
-from resmerge_stream import card, plan_merge
+from resmerge_stream import plan_merge
+from resmerge_stream.report import card
 from resmerge_stream.run.engine import run_merge
 from resmerge_stream.recipe import ModelRef, Recipe
 

@@ -41,11 +41,11 @@ class Tally:
         self.counts = torch.zeros(experts, size, dtype=torch.int64)
         self._inside: list[list[Tensor]] = [[] for _ in range(experts)]
 
-    def add(self, stack: Tensor | Sequence[Tensor]) -> None:
-        """Count a row block of all experts, N times (b, n)."""
+    def add(self, stack: Tensor | Sequence[Tensor], experts: Sequence[int] | None = None) -> None:
+        """Count a row block of some experts, N times (b, n); of all when they have no numbers."""
         import torch
 
-        for i, delta in enumerate(stack):
+        for i, delta in zip(experts or range(len(stack)), stack, strict=True):
             bits = delta.abs().view(torch.int32).flatten()
             keys = bits >> 16
             if self._bins is None:
@@ -178,16 +178,16 @@ class ModelThresholds:
     def add(self, vectors: TaskVectors, site: Site) -> None:
         """Count a matrix, or some rows of one."""
         for rows in vectors.blocks():
-            self._tally.add(vectors.stack(rows))
+            self._tally.add(vectors.stack(rows), site.experts)
 
     def result(self) -> dict[str, Any]:
         """Return bins and ranks after the first pass, ``trim_thresholds`` after the second."""
         if self._bins is not None:
             return {"trim_thresholds": _thresholds(self._bins, self._tally, self._ranks)}
-        numel = int(self._tally.counts[0].sum())
-        if numel == 0:
-            return {"trim_bins": [0] * len(self._tally.counts), "trim_ranks": []}
-        bins, ranks = self._tally.find([keep_count(numel, self._density)] * len(self._tally.counts))
+        totals = self._tally.counts.sum(1).tolist()
+        if not all(totals):
+            return {"trim_bins": [0] * len(totals), "trim_ranks": []}
+        bins, ranks = self._tally.find([keep_count(total, self._density) for total in totals])
         return {"trim_bins": bins, "trim_ranks": ranks}
 
 
