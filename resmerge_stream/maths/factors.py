@@ -6,12 +6,11 @@ Directions below 1e-6·σ₁ are dropped (numerical rank): a Gram matrix cannot 
 1e-8·σ₁, and reference codes that keep LAPACK's arbitrary null vectors change their result by them.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ..memory import DOUBLE_UP_TO
+from .low_rank import Factors, concatenated, svd
 from .products import CHUNK
 from .task_vectors import TaskVectors
 
@@ -19,33 +18,16 @@ from .task_vectors import TaskVectors
 RANK_TOLERANCE = 1e-6
 
 
-@dataclass(frozen=True, slots=True)
-class Factors:
-    """Δ = U·diag(σ)·Vᵀ up to its numerical rank r.
-
-    Attributes:
-        U: shape (m, r); float64 for matrices of up to 2,048 on their short side, else float32.
-        sigma: shape (r,), float64, largest first, on the CPU.
-        V: shape (n, r), likewise.
-    """
-
-    U: Tensor
-    sigma: Tensor
-    V: Tensor
-
-    @property
-    def rank(self) -> int:
-        """The numerical rank, 0 for a zero matrix."""
-        return len(self.sigma)
-
-
 def svd_of(vectors: TaskVectors, i: int) -> Factors:
     """Return the SVD of Δ_i, computed once for all methods that ask."""
-    return vectors.once(("svd", i), lambda: thin_svd(vectors.matrix(i)))
+    return vectors.factored_svd(i) or vectors.once(("svd", i), lambda: thin_svd(vectors.matrix(i)))
 
 
 def svd_of_sum(vectors: TaskVectors) -> Factors:
     """Return the SVD of ΣΔ_i, computed once for all methods that ask."""
+    factors = vectors.low_rank
+    if factors is not None:
+        return vectors.once("svd of sum", lambda: svd(concatenated(factors)))
     return vectors.once("svd of sum", lambda: thin_svd(total(vectors)))
 
 

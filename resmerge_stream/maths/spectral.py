@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..memory import DENSE_UP_TO, GRAM_UP_TO
+from .low_rank import Factors
 from .products import (
     BREAKDOWN,
     CHUNK,
@@ -42,9 +43,10 @@ class Head:
         V: right singular vectors, shape (n, k), float64, orthonormal columns; a column is zero
             where Δ has no such direction.
         sigma: singular values, largest first.
-        solver: ``lanczos``, ``gram`` or ``dense``.
+        solver: ``lanczos``, ``gram``, ``dense``, or ``factors`` where Δ was given as L·Rᵀ.
         steps: Lanczos steps taken, 0 for dense.
-        residual: max over the k of ‖Δᵀu − σv‖ / σ₁, measured, in float32 products.
+        residual: max over the k of ‖Δᵀu − σv‖ / σ₁, measured, in float32 products; 0 for
+            ``factors``, whose float64 SVD leaves nothing to measure.
         gap: estimate of σ_k / σ_{k+1}; infinite where nothing follows.
     """
 
@@ -91,6 +93,22 @@ def top_singular(
             return _gram(delta, rank)
     head = _lanczos(delta, rank, norm, patience, max(short // rank, 2))
     return head if head is not None else _dense(delta, rank)
+
+
+def head_from_factors(factors: Factors, rank: int) -> Head:
+    """Return the head of a matrix whose SVD is known.
+
+    Args:
+        factors: the SVD up to the numerical rank.
+        rank: k; directions that the matrix does not have are zero.
+    """
+    count = min(rank, factors.rank)
+    V = factors.V.new_zeros(factors.V.shape[0], rank, dtype=torch.float64)
+    V[:, :count] = factors.V[:, :count]
+    sigma = [*factors.sigma[:count].tolist(), *[0.0] * (rank - count)]
+    following = float(factors.sigma[rank]) if factors.rank > rank else 0.0
+    gap = sigma[-1] / following if following > 0 else math.inf
+    return Head(V, tuple(sigma), "factors", 0, 0.0, gap)
 
 
 def _lanczos(delta: Tensor, rank: int, norm: float, patience: int, max_steps: int) -> Head | None:

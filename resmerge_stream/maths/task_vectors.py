@@ -1,8 +1,11 @@
-"""Task vectors of one matrix: Δ_i = W_i − W0 in float32, by row blocks, from the stored bytes.
+"""Task vectors of one matrix: Δ_i = W_i − W0 in float32, by row blocks, from what is stored.
 
 Blocks depend on the shape only, so the memory at hand never changes a bit of a result. Whole
 float32 copies (`matrix`) are kept for all experts when the budget allows (`resident`), or made
 again for one expert at a time; either way the values are the same.
+
+An expert may be stored values or an adapter's factors (`changes`). Where all are of low rank,
+`space` answers what can be answered from the factors alone, and no Δ_i needs to be formed.
 """
 
 import threading
@@ -13,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ..memory import BLOCK_ELEMENTS
+from .changes import Change, Factored, Stored, Unchanged
+from .low_rank import Factors, FactorSpace, LowRank
 
 T = TypeVar("T")
 _DOT_CHUNK = 4096
@@ -86,16 +91,24 @@ class TaskVectors:
 
     Args:
         base: W0 as stored, shape (m, n), on the CPU or on the workspace's device.
-        experts: W_i as stored, same shape, any float dtype, likewise.
+        experts: each W_i as stored, same shape, any float dtype, likewise; or how the expert
+            changes W0.
         workspace: scratch memory and the device.
-        resident: keep float32 copies of all Δ_i (4·N·m·n bytes) rather than of one at a time.
+        resident: keep float32 copies of all Δ_i (4·N·m·n bytes) rather than of one at a time;
+            never done where all are of low rank.
         release: told which rows of the stored bytes are not needed for a while.
+
+    Attributes:
+        low_rank: all Δ_i as L·Rᵀ, or None where some are not given so.
+
+    Raises:
+        NonFiniteValues: some task vector that is kept or given by factors is not finite.
     """
 
     def __init__(
         self,
         base: Tensor,
-        experts: Sequence[Tensor],
+        experts: Sequence[Tensor | Change],
         workspace: Workspace,
         *,
         resident: bool,
@@ -103,7 +116,8 @@ class TaskVectors:
     ) -> None:
         self.shape: tuple[int, int] = (base.shape[0], base.shape[1])
         self.count = len(experts)
-        self._base, self._experts, self._workspace = base, experts, workspace
+        self._base, self._workspace = base, workspace
+        self._changes = [Stored(e) if isinstance(e, Tensor) else e for e in experts]
         self._release = release
         self._lent: dict[str, Tensor] = {}
         self._whole: Tensor | None = None
@@ -112,7 +126,8 @@ class TaskVectors:
         blocks = -(-self.shape[0] // block_rows(*self.shape))
         self._grams = torch.zeros(blocks, self.count, self.count, dtype=torch.float64)
         self._summed = [False] * blocks
-        if resident:
+        self.low_rank = self._low_rank()
+        if resident and self.low_rank is None:
             try:
                 self._whole = self._resident()
             except BaseException:
@@ -133,6 +148,17 @@ class TaskVectors:
         self._whole = None
 
     @property
+    def space(self) -> FactorSpace | None:
+        """The task vectors' own coordinates, or None where not all are of low rank."""
+        factors = self.low_rank
+        return None if factors is None else self.once("space", lambda: FactorSpace(factors))
+
+    @property
+    def are_unchanged(self) -> bool:
+        """Whether no expert touches this matrix at all."""
+        return all(isinstance(change, Unchanged) for change in self._changes)
+
+    @property
     def device(self) -> torch.device:
         """Where the arithmetic happens."""
         return self._workspace.device
@@ -143,6 +169,15 @@ class TaskVectors:
             self._made[key] = make()
         found: T = self._made[key]
         return found
+
+    def factored_svd(self, i: int) -> Factors | None:
+        """Return the SVD of Δ_i if the expert gives it by factors, else None; computed once."""
+        if self.space is not None:
+            return self.space.svd(i)
+        factors = _factors_of(self._changes[i], self.shape, self.device)
+        if factors is None:
+            return None
+        return self.once(("factored svd", i), lambda: FactorSpace([factors]).svd(0))
 
     def blocks(self) -> list[slice]:
         """Return the row blocks, in order."""
@@ -178,8 +213,7 @@ class TaskVectors:
         m, n = self.shape
         matrix = self._buffer("matrix", m * n).view(m, n)
         for rows in self.blocks():
-            matrix[rows].copy_(self._stored(self._experts[i], rows))
-            matrix[rows].sub_(self.base(rows))
+            self._changes[i].subtract(self.base(rows), rows, matrix[rows])
             self._release(rows)
         return matrix
 
@@ -189,6 +223,8 @@ class TaskVectors:
         Raises:
             NonFiniteValues: as `stack`.
         """
+        if self.space is not None:
+            return self.space.gram()
         for rows in self.blocks():
             if not self._summed[self._number(rows)]:
                 self.stack(rows)
@@ -200,11 +236,16 @@ class TaskVectors:
 
     def is_zero(self, rows: slice | None = None) -> bool:
         """Return whether every Δ_i is zero in a block that was read, or in the whole matrix."""
+        if self.low_rank is not None:
+            where = slice(0, self.shape[0]) if rows is None else rows
+            return not any(change.touches(where) for change in self._changes)
         gram = self.gram() if rows is None else self._grams[self._number(rows)]
         return not gram.diagonal().any()
 
     def project(self, V: Tensor) -> Tensor:
         """Return Δ_j·V for all j: V of shape (n, c), result of shape (N, m, c) and V's dtype."""
+        if self.space is not None:
+            return self.space.project(V).to(V.dtype)
         result = V.new_empty(self.count, self.shape[0], V.shape[1])
         left = V.T.contiguous()
         for rows in self.blocks():
@@ -215,10 +256,19 @@ class TaskVectors:
 
     def _subtract(self, rows: slice, out: Tensor) -> None:
         base = self.base(rows)
-        for i, expert in enumerate(self._experts):
-            out[i].copy_(self._stored(expert, rows))
-            out[i].sub_(base)
+        for change, delta in zip(self._changes, out, strict=True):
+            change.subtract(base, rows, delta)
         self._release(rows)
+
+    def _low_rank(self) -> list[LowRank] | None:
+        found = [_factors_of(change, self.shape, self.device) for change in self._changes]
+        whole = [factors for factors in found if factors is not None]
+        if len(whole) < self.count:
+            return None
+        for i, factors in enumerate(whole):
+            if not factors.is_finite():
+                raise NonFiniteValues(i)
+        return whole
 
     def _resident(self) -> Tensor:
         m, n = self.shape
@@ -258,10 +308,19 @@ class TaskVectors:
     def _culprit(self, rows: slice) -> int:
         if not torch.isfinite(self._base[rows].float()).all():
             return -1
-        for i, expert in enumerate(self._experts):
-            if not torch.isfinite(expert[rows].float()).all():
+        for i, change in enumerate(self._changes):
+            if not change.is_finite(rows):
                 return i
         return 0  # finite, but the difference overflows
+
+
+def _factors_of(change: Change, shape: tuple[int, int], device: torch.device) -> LowRank | None:
+    if isinstance(change, Factored):
+        return change.factors
+    if isinstance(change, Unchanged):
+        m, n = shape
+        return LowRank(torch.zeros(m, 0, device=device), torch.zeros(n, 0, device=device))
+    return None
 
 
 def block_gram(stack: Tensor) -> Tensor:

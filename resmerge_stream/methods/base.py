@@ -20,6 +20,7 @@ from ..specs import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..maths.low_rank import LowRank
     from ..maths.task_vectors import TaskVectors
 
 
@@ -43,6 +44,40 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
+class Combination:
+    """ΔW = Σ aᵢ Δᵢ + L·Rᵀ: of low rank wherever all Δᵢ are.
+
+    Attributes:
+        coefficients: a, one an expert.
+        left: L, shape (m, K), or None.
+        right: R, shape (n, K), or None.
+    """
+
+    coefficients: tuple[float, ...]
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    def of(self, vectors: TaskVectors) -> LowRank | None:
+        """Return ΔW from the experts' factors, or None where some have none and count."""
+        from ..maths.low_rank import LowRank, concatenated
+
+        parts = []
+        if any(self.coefficients):
+            if vectors.low_rank is None:
+                return None
+            found = zip(vectors.low_rank, self.coefficients, strict=True)
+            parts = [factors.scaled(a) for factors, a in found if a]
+        if self.left is not None and self.right is not None:
+            parts.append(LowRank(self.left, self.right))
+        return concatenated(parts) if parts else None
+
+    def scaled(self, factor: float) -> Combination:
+        """Return `factor`·ΔW."""
+        left = None if self.left is None else self.left * factor
+        return Combination(tuple(a * factor for a in self.coefficients), left, self.right)
+
+
+@dataclass(frozen=True, slots=True)
 class Update:
     """What a method decided for one matrix.
 
@@ -52,12 +87,14 @@ class Update:
         rule: the rule that was applied, where a guard chose another one than planned.
         gates: what the report keeps about the decision.
         warnings: what a reader of the report must know.
+        combination: the same ΔW in closed form, where it has one.
     """
 
     rows: Callable[[slice, Tensor], Tensor]
     rule: str
     gates: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    combination: Combination | None = None
 
 
 NO_TENSOR = TensorSpec("", "F32", ())

@@ -18,7 +18,7 @@ from .parts.spectral_method import SpectralMethod, product
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..maths.factors import Factors
+    from ..maths.low_rank import Factors
     from ..maths.task_vectors import TaskVectors
 
 
@@ -69,12 +69,16 @@ class IsoCts(SpectralMethod):
 
 def _own_directions(vectors: TaskVectors, i: int, U_c: Tensor, keep: int) -> Factors:
     """Return the leading triplets of Δᵢ − U_cU_cᵀΔᵢ, in float64."""
-    from ..maths.factors import thin_svd
+    import torch
+
+    from ..maths.factors import RANK_TOLERANCE, thin_svd
 
     rest = vectors.matrix(i).double()
+    norm = torch.linalg.vector_norm(rest)
     basis = U_c.double()
     rest.addmm_(basis, basis.T @ rest, alpha=-1.0)
-    return thin_svd(rest, keep)
+    # What rounding leaves of a matrix inside the common directions has none of its own.
+    return thin_svd(rest, keep if torch.linalg.vector_norm(rest) > RANK_TOLERANCE * norm else 0)
 
 
 METHOD = IsoCts

@@ -58,7 +58,8 @@ class Lines(Wrapped):
 
         # Rules by rows report nothing: their pieces would each carry the same number.
         gates = {**inner.gates, "layer_factor": factor} if site.rule.needs_matrix else inner.gates
-        return Update(rows, "lines", gates, inner.warnings)
+        combination = inner.combination.scaled(factor) if inner.combination else None
+        return Update(rows, "lines", gates, inner.warnings, combination)
 
     def _factor(self, site: Site) -> float:
         alpha = self.alpha

@@ -11,12 +11,22 @@ three variants are set side by side in docs/paper.md. The gates themselves are i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..roles import Role, release_role_of
 from ..specs import TensorSpec
-from .base import OTHER_CHOICES, MergeMethod, Rule, Site, Update, default_role, is_matrix, param
+from .base import (
+    OTHER_CHOICES,
+    Combination,
+    MergeMethod,
+    Rule,
+    Site,
+    Update,
+    default_role,
+    is_matrix,
+    param,
+)
 from .parts.elementwise import linear, other_rule
 from .parts.heads import head_of, head_report, project_heads, residual_gram
 
@@ -110,14 +120,16 @@ class ResMerge(MergeMethod):
         if rankless and self.variant == "paper" and self.ablation != "head_only":
             warning = f"rank ≤ {self.rank} in every expert: no residual to merge, mean used"
             update = linear([1 / vectors.count] * vectors.count, "mean", (warning,))
-            return Update(update.rows, "mean", report | {"branch": "mean"}, update.warnings)
+            return replace(update, gates=report | {"branch": "mean"})
         gates = decide(D, Q, G, self._knobs(site.rule.role))
         a, b, ablated = self._ablate(gates.a, gates.b)
         warnings = _solver_warnings(heads)
         if not any(a) and b == 0:
             warnings += (f"the rule erases this update: {gates.report['branch']}",)
-        rows = _rows(a, [b - a_i for a_i in a], V, Y)
-        return Update(rows, "resmerge", report | gates.report | ablated, warnings)
+        # ΔW = Σ aᵢ Δᵢ + Σ (b − aᵢ) Hᵢ
+        combination = _combined(a, [b - a_i for a_i in a], V, Y)
+        report |= gates.report | ablated
+        return Update(_rows(combination), "resmerge", report, warnings, combination)
 
     def _heads(self, vectors: TaskVectors, D: Tensor) -> list[Head | None]:
         """Return the head of every Δ_i (Eq. 6), None where Δ_i is zero."""
@@ -144,16 +156,26 @@ class ResMerge(MergeMethod):
         return a, b, {}
 
 
-def _rows(a: list[float], e: list[float], V: Tensor, Y: Tensor) -> Callable[..., Tensor]:
-    """Return ΔW = Σ a_i Δ_i + Σ e_i H_i as a function of row blocks."""
+def _combined(a: list[float], e: list[float], V: Tensor, Y: Tensor) -> Combination:
+    """Return ΔW = Σ a_i Δ_i + Σ e_i H_i, H_i = Y_ii V_iᵀ."""
     import torch
 
     k = V.shape[1] // len(a)
     left = torch.cat([Y[i, :, i * k : (i + 1) * k] * e_i for i, e_i in enumerate(e)], dim=1)
+    return Combination(tuple(a), left, V)
+
+
+def _rows(combination: Combination) -> Callable[..., Tensor]:
+    """Return a combination as a function of row blocks, in the dtype of its factors."""
+    import torch
+
+    a, left, V = combination.coefficients, combination.left, combination.right
+    if left is None or V is None:
+        raise ValueError("this combination has no heads")
     right = V.T.contiguous()
 
     def rows(block: slice, stack: Tensor) -> Tensor:
-        update = stack[0].to(V.dtype) * a[0]
+        update = stack[0].to(right.dtype) * a[0]
         for delta, a_i in zip(stack[1:], a[1:], strict=True):
             update.add_(delta, alpha=a_i)
         return update.addmm_(left[block], right).to(torch.float32)

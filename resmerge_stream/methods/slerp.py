@@ -9,7 +9,7 @@ of one base is close to 1 and the rule falls back to the weighted mean (|cos| > 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from ..specs import TensorSpec
@@ -58,7 +58,7 @@ class Slerp(MergeMethod):
             a = (math.sin((1 - self.t) * theta), math.sin(self.t * theta))
             a = (a[0] / math.sin(theta), a[1] / math.sin(theta))
         update = linear([self.scale * x for x in a], "slerp")
-        return Update(update.rows, "slerp", {"cosine": cosine if norms > 0 else None})
+        return replace(update, gates={"cosine": cosine if norms > 0 else None})
 
 
 METHOD = Slerp

@@ -19,7 +19,7 @@ from .parts.wrapped import Wrapped
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..maths.factors import Factors
+    from ..maths.low_rank import Factors
     from ..maths.task_vectors import TaskVectors
 
 # An expert with less than this share of a direction's energy does not take part in it.

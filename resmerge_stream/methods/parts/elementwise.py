@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..base import Site, Update
+from ..base import Combination, Site, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ def linear(coefficients: Sequence[float], rule: str, warnings: tuple[str, ...] =
             total.add_(delta, alpha=coefficient)
         return total
 
-    return Update(rows, rule, warnings=warnings)
+    return Update(rows, rule, warnings=warnings, combination=Combination(tuple(coefficients)))
 
 
 def cancelling(weights: Sequence[float]) -> str | None:

@@ -22,7 +22,11 @@ _PRECISE_ROWS = 32
 
 def head_of(vectors: TaskVectors, i: int, rank: int, solver: str, energy: float) -> Head:
     """Return the head of Δ_i with ‖Δ_i‖² = `energy`, found once for all methods that ask."""
-    from ...maths.spectral import top_singular
+    from ...maths.spectral import head_from_factors, top_singular
+
+    factors = vectors.factored_svd(i)
+    if factors is not None:
+        return head_from_factors(factors, min(rank, *vectors.shape))
 
     def find() -> Head:
         delta = vectors.matrix(i)
@@ -51,7 +55,7 @@ def project_heads(
 ) -> tuple[Tensor, Tensor]:
     """Return V of shape (n, N·k) and Y_j = Δ_j V of shape (N, m, N·k).
 
-    Both are float64 where a head holds most of an update, else float32.
+    Both are float64 where a head holds most of an update or all updates are factors, else float32.
     """
     import torch
 
@@ -61,7 +65,7 @@ def project_heads(
     for i, head in found:
         V[:, i * width : i * width + head.V.shape[1]] = head.V
     share = max(sum(s * s for s in head.sigma) / float(D[i, i]) for i, head in found)
-    if share <= _PRECISE_ABOVE:
+    if share <= _PRECISE_ABOVE and vectors.low_rank is None:
         V = V.to(torch.float32)
     return V, vectors.project(V)
 
@@ -91,6 +95,8 @@ def residual_gram(
             P[i, j] = (H_left[i] * Y[j, :, columns[i]]).sum()
             inner = (H_left[i].T @ H_left[j]).cpu()
             Q[i, j] = (inner * VtV[columns[i], columns[j]]).sum()
+    if vectors.space is not None:
+        return P, Q, vectors.space.residual_gram(V, columns)
     if V.dtype == torch.float64:
         return P, Q, _residual_gram_by_blocks(vectors, V, Y, columns)
     return P, Q, D - P - P.T + Q

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...specs import TensorSpec
-from ..base import OTHER_CHOICES, MergeMethod, Rule, Site, Update, default_role, is_matrix, param
+from ..base import (
+    OTHER_CHOICES,
+    Combination,
+    MergeMethod,
+    Rule,
+    Site,
+    Update,
+    default_role,
+    is_matrix,
+    param,
+)
 from .elementwise import other_rule
 
 if TYPE_CHECKING:
@@ -52,9 +62,9 @@ def product(
         rule: what the report calls it.
         gates: what the report keeps.
     """
-    right = right.T.contiguous()
+    transposed = right.T.contiguous()
 
     def rows(block: slice, stack: Tensor) -> Tensor:
-        return left[block] @ right
+        return left[block] @ transposed
 
-    return Update(rows, rule, gates or {})
+    return Update(rows, rule, gates or {}, combination=Combination((), left, right))
