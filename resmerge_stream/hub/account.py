@@ -9,7 +9,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.hf_api import HfApi
 
 from ..errors import PublishError, StoppedError
-from .client import patiently, status_of
+from .client import TokenRefusedError, patiently
 
 
 def whoami(api: HfApi) -> dict[str, Any]:
@@ -27,19 +27,19 @@ def whoami(api: HfApi) -> dict[str, Any]:
     for is_last in (False, True):
         try:
             return patiently(ask, what="ask the Hub whose token this is")
+        except TokenRefusedError as exc:
+            if is_last:
+                raise PublishError(
+                    "the Hub does not accept the token (expired, revoked or mistyped). Log in "
+                    "again with 'hf auth login', or set HF_TOKEN."
+                ) from exc
         except StoppedError as exc:
             if isinstance(exc.__cause__, LocalTokenNotFoundError):
                 raise PublishError(
                     "publishing needs an account: log in with 'hf auth login', or set HF_TOKEN to "
                     "a token that may write."
                 ) from exc
-            if exc.__cause__ is None or status_of(exc.__cause__) != 401:
-                raise
-            if is_last:
-                raise PublishError(
-                    "the Hub does not accept the token (expired, revoked or mistyped). Log in "
-                    "again with 'hf auth login', or set HF_TOKEN."
-                ) from exc
+            raise
     raise AssertionError("unreachable")
 
 

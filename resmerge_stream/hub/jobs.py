@@ -15,7 +15,6 @@ from ..errors import JobRefusedError, PublishError, ResMergeError
 from .account import whoami
 from .client import (
     FAILURES,
-    TRIES,
     client,
     explain,
     is_transient,
@@ -35,6 +34,7 @@ SECRET = "HF_TOKEN"
 _ALIVE = ("RUNNING", "SCHEDULING")
 _ENDED = ("COMPLETED", "CANCELED", "ERROR", "DELETED")
 _POLL_SECONDS = 2.0
+_TRIES = 6
 _HUB = "https://huggingface.co"
 
 
@@ -168,7 +168,7 @@ class HubJobs:
         environment = {"PYTHONUNBUFFERED": "1"}
         if self.api.endpoint.rstrip("/") != _HUB:
             environment["HF_ENDPOINT"] = self.api.endpoint
-        for number in range(1, TRIES + 1):
+        for number in range(1, _TRIES + 1):
             try:
                 job = self.api.run_job(
                     image=IMAGE,
@@ -184,7 +184,7 @@ class HubJobs:
             except FAILURES as exc:
                 if refused := self._refused(exc):
                     raise refused from exc
-                if number == TRIES or not is_transient(exc):
+                if number == _TRIES or not is_transient(exc):
                     raise explain(exc, f"start a Job for {self.namespace}") from exc
                 time.sleep(wait_seconds(number, exc))
             else:

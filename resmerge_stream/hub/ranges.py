@@ -5,8 +5,10 @@ would send the whole file; and none that goes on in the middle of a body.
 """
 
 import mmap
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
@@ -14,20 +16,59 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from ..errors import CheckpointFormatError, StoppedError
-from .client import asked_wait, explain, is_transient, plain, wait_seconds
+from .client import asked_wait, explain, is_transient, plain, reason, wait_seconds
+from .patience import PATIENCE, Tries
 
 _TIMEOUT = httpx2.Timeout(connect=15.0, read=30.0, write=30.0, pool=120.0)
-_TRIES = 8
 # A server that ignores ranges, or answers others, seldom learns.
 _STUBBORN_TRIES = 4
+# A connection that brings less is given up, and the rest asked for anew: a slow line loses a
+# round trip every so often, a hanging server no more than this.
+LEAST_BYTES_A_SECOND = 10_000
+SPEED_WINDOW_S = 20.0
 
 
 class _TryAgainError(Exception):
     """An answer that is not the range asked for; nothing of it was used."""
 
-    def __init__(self, reason: str, wait: float | None = None, tries: int = _TRIES) -> None:
+    def __init__(self, reason: str, wait: float | None = None, tries: int | None = None) -> None:
         super().__init__(reason)
         self.wait, self.tries = wait, tries
+
+
+class _Link:
+    """The signed link that a file is read by; its threads share it, and one asks for a new one."""
+
+    def __init__(self) -> None:
+        self.url: str | None = None
+        self.asking = threading.Lock()
+        self._refused = 0
+        self._not_before = 0.0
+
+    def refuse(self, url: str | None) -> None:
+        """Take note that a link does not serve.
+
+        Args:
+            url: the link; None for one that was given out just now, which only the thread that
+                asks can say.
+        """
+        if url is not None and self.url != url:
+            return  # another thread has seen to it
+        self.url = None
+        # The first new link is asked for at once; the waits before the next ones grow.
+        wait = wait_seconds(self._refused) if self._refused else 0.0
+        self._not_before = time.monotonic() + wait
+        self._refused += 1
+
+    def wait(self, name: str) -> None:
+        """Wait until a new link may be asked for; only for the thread that asks."""
+        seconds = self._not_before - time.monotonic()
+        if self.url is None and seconds > 0:
+            PATIENCE.wait(seconds, f"cannot read {name}: the storage refuses its signed links")
+
+    def serves(self) -> None:
+        """Take note that the link serves."""
+        self._refused = 0
 
 
 class RemoteFile:
@@ -43,7 +84,7 @@ class RemoteFile:
     def __init__(self, name: str, url: str, headers: dict[str, str], size: int) -> None:
         self.name, self.size = name, size
         self._url, self._headers = url, headers
-        self._signed: str | None = None
+        self._link = _Link()
 
     def read(self, begin: int, end: int) -> bytearray:
         """Return the bytes [begin, end).
@@ -62,7 +103,7 @@ class RemoteFile:
             CheckpointNotFoundError: access is refused, or the file is gone.
             StoppedError: the network or the Hub kept failing.
         """
-        done, failures = 0, 0
+        done, tries = 0, Tries()
         while done < len(view):
             before, failed = done, None
             try:
@@ -74,31 +115,27 @@ class RemoteFile:
                 failed = exc
             if failed is None and done == len(view):
                 return
-            # What arrived is kept: the next request starts where this one broke off.
-            failures = 1 if done > before else failures + 1
-            is_answer = isinstance(failed, HfHubHTTPError | OSError)
-            if failed is not None and is_answer and not is_transient(failed):
-                raise explain(failed, f"read {self.name}") from failed
-            tries = failed.tries if isinstance(failed, _TryAgainError) else _TRIES
-            if failures >= tries:
-                raise self._stopped(failed) from failed
-            wait = failed.wait if isinstance(failed, _TryAgainError) else None
-            time.sleep(wait if wait is not None else wait_seconds(failures, failed))
+            if done > before:
+                tries.went_on()  # what came is kept: the next request starts where it broke off
+            self._wait(tries, failed)
+
+    def _wait(self, tries: Tries, failed: Exception | None) -> None:
+        """Wait before the next request, or give up."""
+        again = failed if isinstance(failed, _TryAgainError) else None
+        is_answer = isinstance(failed, HfHubHTTPError | OSError)
+        if failed is not None and is_answer and not is_transient(failed):
+            raise explain(failed, f"read {self.name}") from failed
+        if not tries.failed(again.tries if again is not None else None):
+            raise self._stopped(failed) from failed
+        wait = again.wait if again is not None else None
+        why = f"cannot read {self.name}: {_words(failed)}"
+        tries.wait(wait if wait is not None else wait_seconds(tries.failures, failed), why)
 
     def _stream(self, begin: int, view: memoryview) -> Iterator[int]:
         """Yield how many more bytes of one request's body arrived in the buffer."""
-        signed = self._signed
         end = begin + len(view)
-        headers = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
-        if signed is None:
-            headers |= self._headers
-        position = 0
-        with get_session().stream(
-            "GET", signed or self._url, headers=headers, timeout=_TIMEOUT
-        ) as response:
-            self._check(response, begin, end, is_signed=bool(signed or response.history))
-            if response.history:
-                self._signed = str(response.url)
+        position, window_began, window_bytes = 0, time.monotonic(), 0
+        with self._answer(begin, end) as response:
             for chunk in response.iter_raw():
                 stop = position + len(chunk)
                 if stop > len(view):
@@ -106,35 +143,76 @@ class RemoteFile:
                 view[position:stop] = chunk
                 yield stop - position
                 position = stop
+                window_bytes += len(chunk)
+                passed = time.monotonic() - window_began
+                if passed >= SPEED_WINDOW_S:
+                    if window_bytes < LEAST_BYTES_A_SECOND * passed and position < len(view):
+                        raise _TryAgainError("the body trickles", wait=0.0)
+                    window_began, window_bytes = time.monotonic(), 0
 
-    def _check(self, response: httpx2.Response, begin: int, end: int, *, is_signed: bool) -> None:
-        status = response.status_code
+    @contextmanager
+    def _answer(self, begin: int, end: int) -> Iterator[httpx2.Response]:
+        """Ask for a range; of the threads that have no link, one asks and the others wait."""
+        headers = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+        link, asks = self._link, self._link.url is None
+        if asks:
+            link.asking.acquire()
+        try:
+            if asks:
+                link.wait(self.name)
+            signed = link.url
+            if signed is None:
+                headers |= self._headers
+            request = get_session().stream(
+                "GET", signed or self._url, headers=headers, timeout=_TIMEOUT
+            )
+            with request as response:
+                self._check(response, begin, end, signed)
+                link.serves()
+                if response.history:
+                    link.url = str(response.url)
+                if asks:
+                    link.asking.release()
+                    asks = False
+                yield response
+        finally:
+            if asks:
+                link.asking.release()
+
+    def _check(self, response: httpx2.Response, begin: int, end: int, signed: str | None) -> None:
+        status, link = response.status_code, self._link
         if status == 206:
             said = response.headers.get("Content-Range", "").replace("bytes ", "")
             if said != f"{begin}-{end - 1}/{self.size}":
-                self._signed = None
+                link.url = None
                 raise _TryAgainError("another range than asked for", tries=_STUBBORN_TRIES)
             if response.headers.get("Content-Encoding", "identity") != "identity":
-                raise _TryAgainError("an encoded body")
+                raise _TryAgainError("an encoded body", tries=_STUBBORN_TRIES)
             return
-        if is_signed and status in (400, 401, 403, 404, 410):
-            # An expired link: the Hub gives out a new one.
-            self._signed = None
-            raise _TryAgainError(f"an expired link ({status})", wait=0.0 if status == 403 else None)
+        if (signed or response.history) and status in (400, 401, 403, 404, 410):
+            link.refuse(signed)
+            raise _TryAgainError(f"the storage refuses its signed link ({status})", wait=0.0)
         if status < 400 or status == 416:
-            self._signed = None
+            link.url = None
             raise _TryAgainError(f"status {status} instead of the range", tries=_STUBBORN_TRIES)
         if status in (408, 425, 429) or status >= 500:
-            raise _TryAgainError(f"status {status}", asked_wait(response.headers))
+            words = "the Hub's rate limit is used up" if status == 429 else f"status {status}"
+            raise _TryAgainError(words, asked_wait(response.headers))
         hf_raise_for_status(response)
 
     def _stopped(self, exc: BaseException | None) -> StoppedError:
-        reason = plain(" ".join(str(exc).split()))[:200] if exc else "the body ends early"
-        kind = "" if isinstance(exc, _TryAgainError | None) else f"{type(exc).__name__}: "
         return StoppedError(
-            f"cannot read {self.name} from the Hub: {kind}{reason or 'no reason given'}, "
-            "every time. Finished shards are kept; the same command continues."
+            f"cannot read {self.name} from the Hub: {_words(exc)}, every time. Finished shards "
+            "are kept; the same command continues."
         )
+
+
+def _words(exc: BaseException | None) -> str:
+    if exc is None:
+        return "the body ends early"
+    if isinstance(exc, _TryAgainError):
+        return str(exc)
+    return plain(reason(exc)).rstrip(".")
 
 
 class CachedFile:

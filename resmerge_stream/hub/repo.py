@@ -5,7 +5,6 @@ A commit whose answer was lost may have happened: whether it did is told by its 
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,10 +13,22 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.hf_api import HfApi, ModelInfo, RepoFile, RepoSibling
 
 from ..errors import StoppedError
-from .client import FAILURES, TRIES, explain, is_transient, patiently, status_of, wait_seconds
+from .client import (
+    FAILURES,
+    explain,
+    is_link_refused,
+    is_transient,
+    patiently,
+    reason,
+    status_of,
+    wait_seconds,
+)
+from .patience import Tries
 from .ranges import RemoteFile
 
 Operation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
+# A small large file, such as a picture, is uploaded within its commit.
+_REFUSED_TRIES = 3
 _GIT_FILES = {".gitattributes", ".gitignore"}
 
 
@@ -84,6 +95,8 @@ class HubRepo:
             except FAILURES as exc:
                 if status_of(exc) != 404:
                     raise
+            if self.info(branch) is not None:
+                raise ConnectionError("it is still there: another answered in the Hub's place")
 
         patiently(ask, what=f"remove the staging branch of {self.id}")
 
@@ -144,8 +157,8 @@ class HubRepo:
             MovedError: somebody else committed first.
             StoppedError: the Hub kept failing, or refused.
         """
-        what = f"commit to {self.id}"
-        for number in range(1, TRIES + 1):
+        what, tries = f"commit to {self.id}", Tries()
+        while True:
             try:
                 info = self.api.create_commit(
                     self.id,
@@ -156,7 +169,8 @@ class HubRepo:
                 )
                 return str(info.oid)
             except FAILURES as exc:
-                if status_of(exc) != 412 and not is_transient(exc):
+                refused = status_of(exc) != 412 and not is_transient(exc)
+                if refused and not (is_link_refused(exc) and tries.failures < _REFUSED_TRIES):
                     raise explain(exc, what) from exc
                 head = self.head(branch)
                 if head != parent:
@@ -165,10 +179,9 @@ class HubRepo:
                     raise MovedError(
                         f"{self.id} ({branch}) was changed by somebody else in the meantime."
                     ) from exc
-                if number == TRIES:
+                if not tries.failed():
                     raise explain(exc, what) from exc
-                time.sleep(wait_seconds(number, exc))
-        raise AssertionError("unreachable")
+                tries.wait(wait_seconds(tries.failures, exc), f"cannot {what}: {reason(exc)}")
 
     def head(self, branch: str) -> str | None:
         """Return the commit that a branch is at, or None where there is no branch."""

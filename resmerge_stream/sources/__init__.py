@@ -4,14 +4,17 @@ import os
 import re
 from pathlib import Path
 
-from ..errors import CheckpointNotFoundError, StoppedError, shown
+from ..errors import CheckpointNotFoundError, shown
 from ..recipe import ModelRef
 from .checkpoint import Checkpoint, SourceFile, StoredTensor
 from .local import LocalCheckpoint
 
 __all__ = ["REPO_ID", "Checkpoint", "SourceFile", "StoredTensor", "open_checkpoint"]
 
-REPO_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9_][\w.\-]{0,95}", re.ASCII)
+# As the Hub takes them: no ".." or "--", no ".git" at the end.
+REPO_ID = re.compile(
+    r"(?!.*(?:\.\.|--|\.git$))[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9_][\w.\-]{0,95}", re.ASCII
+)
 
 
 def open_checkpoint(
@@ -44,12 +47,13 @@ def open_checkpoint(
             f"there is no folder {shown(ref.id)}, and it is no repository id either. Give the "
             "folder of a model (with config.json and *.safetensors), or namespace/name on the Hub."
         )
+    from ..hub.client import NoSuchRepositoryError
     from .hub import HubCheckpoint
 
     try:
         return HubCheckpoint.open(
             ref, token=token, commit=commit, max_header_bytes=max_header_bytes
         )
-    except (CheckpointNotFoundError, StoppedError) as exc:
+    except NoSuchRepositoryError as exc:
         # A mistyped folder looks like a repository id.
-        raise type(exc)(f"{exc} Nor is there a folder {shown(ref.id)} here.") from exc
+        raise CheckpointNotFoundError(f"{exc} Nor is there a folder {shown(ref.id)} here.") from exc

@@ -10,7 +10,7 @@ from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.hf_api import HfApi, ModelInfo, RepoSibling
 
 from ..errors import CheckpointFormatError, CheckpointNotFoundError
-from ..hub.client import client, patiently
+from ..hub.client import TokenRefusedError, client, patiently
 from ..hub.ranges import CachedFile, RemoteFile
 from ..recipe import ModelRef
 from .ahead import Ahead
@@ -80,13 +80,20 @@ class HubCheckpoint:
         """
         api = client(token)
         name = str(ref) if commit is None else f"{ref.id}@{commit}"
-        info = patiently(
-            lambda: api.model_info(
-                ref.id, revision=commit or ref.revision, files_metadata=True, timeout=30
-            ),
-            what=f"read {name} on the Hub",
-            unreachable_tries=3,
-        )
+        try:
+            info = patiently(
+                lambda: api.model_info(
+                    ref.id, revision=commit or ref.revision, files_metadata=True, timeout=30
+                ),
+                what=f"read {name} on the Hub",
+                unreachable_tries=3,
+            )
+        except TokenRefusedError as exc:
+            # Nothing has begun, so it is not a stop.
+            raise CheckpointNotFoundError(
+                f"cannot read {name} on the Hub: it does not accept the token (mistyped, expired "
+                "or revoked). Log in with 'hf auth login', or set HF_TOKEN."
+            ) from exc
         checkpoint = cls(ref, info, api)
         checkpoint._header_bytes_left = max_header_bytes
         checkpoint._read_model()

@@ -11,7 +11,19 @@
 From a shell: `python -m tests.loopback_hub --dir FOLDER`.
 """
 
-from .faults import FAULTS, Answer, Cut, Delay, Hook, IgnoreRange, Reset, WrongRange
+from .faults import (
+    FAULTS,
+    Answer,
+    Cut,
+    Delay,
+    Flip,
+    Hold,
+    Hook,
+    IgnoreRange,
+    Reset,
+    Trickle,
+    WrongRange,
+)
 from .log import Entry as LogEntry
 from .objects import Sparse
 from .server import LoopbackHub
@@ -21,11 +33,14 @@ __all__ = [
     "Answer",
     "Cut",
     "Delay",
+    "Flip",
+    "Hold",
     "Hook",
     "IgnoreRange",
     "LogEntry",
     "LoopbackHub",
     "Reset",
     "Sparse",
+    "Trickle",
     "WrongRange",
 ]

@@ -8,12 +8,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from starlette.responses import JSONResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .clients import process_of
-from .faults import Answer, Cut, Delay, Hook, IgnoreRange, Reset, Rule, WrongRange
+from .faults import (
+    Answer,
+    Cut,
+    Delay,
+    Flip,
+    Hold,
+    Hook,
+    IgnoreRange,
+    Reset,
+    Rule,
+    Trickle,
+    WrongRange,
+)
 from .limits import Limits
 
 
@@ -86,6 +98,8 @@ class Exchange:
         self._on_end: Callable[[Exchange], None] | None = on_end
         self._request_over = False
         self._cut_at: int | None = None
+        self._first_byte = 0
+        self._held: list[Message] = []
 
     async def run(self, app: ASGIApp) -> None:
         """Handle the request, as far as its faults allow."""
@@ -101,6 +115,11 @@ class Exchange:
         if answer is not None:
             await self._drain()
             await self._answer(answer)
+        hold: Hold | None = self._first(Hold)
+        if hold is not None:
+            while not self._request_over:
+                self._held.append(await self.receive())
+            await asyncio.to_thread(hold.until.wait)
         scope = self._scope
         if self._first(IgnoreRange) is not None:
             scope = {**scope, "headers": [h for h in scope["headers"] if h[0] != b"range"]}
@@ -108,6 +127,8 @@ class Exchange:
 
     async def receive(self) -> Message:
         """Let request bytes in at the client's pace."""
+        if self._held and self._request_over:
+            return self._held.pop(0)
         message = await self._receive()
         if message["type"] == "http.disconnect":
             raise ConnectionLostError
@@ -129,6 +150,12 @@ class Exchange:
             return
         body = message.get("body", b"")
         await self._limits.spend("down", self._client, len(body))
+        body = self._flipped(body)
+        message = {**message, "body": body}
+        trickle: Trickle | None = self._first(Trickle)
+        if trickle is not None:
+            body = await self._trickle(trickle, body)
+            message = {**message, "body": body}
         if self._cut_at is not None and self.sent + len(body) >= self._cut_at:
             await self._emit(
                 {**message, "body": body[: self._cut_at - self.sent], "more_body": True}
@@ -169,11 +196,33 @@ class Exchange:
         self._connection.reset()
         raise ConnectionLostError
 
+    def _flipped(self, body: bytes) -> bytes:
+        first = self._first_byte + self.sent
+        for flip in (rule.action for rule in self._rules if isinstance(rule.action, Flip)):
+            changed = bytearray(body)
+            for position, bits in enumerate(flip.bits, flip.position - first):
+                if 0 <= position < len(changed):
+                    changed[position] ^= bits
+            body = bytes(changed)
+        return body
+
+    async def _trickle(self, trickle: Trickle, body: bytes) -> bytes:
+        step = max(trickle.rate // 10, 1)
+        while len(body) > step:
+            await self._emit({"type": "http.response.body", "body": body[:step], "more_body": True})
+            body = body[step:]
+            await asyncio.sleep(0.1)
+            if self._connection.transport.is_closing():
+                raise ConnectionLostError
+        return body
+
     async def _answer(self, answer: Answer) -> NoReturn:
         headers = {**answer.headers, "X-Error-Message": answer.message}
         if answer.code is not None:
             headers["X-Error-Code"] = answer.code
-        response = JSONResponse({"error": answer.message}, answer.status, headers)
+        response: Response = JSONResponse({"error": answer.message}, answer.status, headers)
+        if answer.page is not None:
+            response = HTMLResponse(answer.page, answer.status)
         await response(self._scope, self._receive, self._emit)
         raise AnsweredError
 
@@ -189,6 +238,8 @@ class Exchange:
 
     def _damaged(self, start: Message) -> Message:
         headers = dict(start["headers"])
+        if b"content-range" in headers:
+            self._first_byte = int(re.findall(rb"\d+", headers[b"content-range"])[0])
         cut: Cut | None = self._first(Cut)
         length = int(headers.get(b"content-length", b"0"))
         if cut is not None and length:

@@ -2,9 +2,10 @@
 
 import random
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from threading import Lock
+from threading import Event, Lock
 
 _FULL = "Private repository storage limit reached, please upgrade your plan to increase it."
 _STALE = "A commit has happened since. Please refresh and try again."
@@ -12,11 +13,15 @@ _STALE = "A commit has happened since. Please refresh and try again."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """Answer with this status in place of handling the request (with `after`: of its answer)."""
+    """Answer with this status in place of handling the request (with `after`: of its answer).
+
+    With `page`, the body is that HTML, as a proxy or a login page on the way answers.
+    """
 
     status: int
     message: str = "A fault on demand."
     code: str | None = None
+    page: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -58,7 +63,29 @@ class Hook:
     call: Callable[[], object]
 
 
-Action = Answer | Reset | Cut | IgnoreRange | WrongRange | Delay | Hook
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flip:
+    """Send a file's body with some bits flipped: those set in `bits`, from a position on."""
+
+    position: int
+    bits: bytes = b"\1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trickle:
+    """Send the body at this many bytes a second, in pieces of a tenth of that."""
+
+    rate: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """Take the whole request, and handle it only when the event is set, client or no client."""
+
+    until: Event
+
+
+Action = Answer | Reset | Cut | IgnoreRange | WrongRange | Delay | Hook | Flip | Trickle | Hold
 
 
 def rate_limited(seconds: int = 1, *, bucket: str = "resolvers") -> Answer:
@@ -82,6 +109,7 @@ FAULTS: Mapping[str, Action] = {
     "revoked": Answer(status=401, message="Invalid credentials in Authorization header"),
     "quota": Answer(status=403, message=_FULL),
     "stale": Answer(status=412, message=_STALE),
+    "html": Answer(status=200, page="<html>Sign in to this network</html>"),
     "ignore-range": IgnoreRange(),
     "wrong-range": WrongRange(),
     "cut": Cut(),
@@ -98,6 +126,7 @@ class Rule:
         method, path: regular expressions; the path is matched percent-encoded, with its query.
         port: `api`, `cdn`, or None for both.
         times: how many requests it strikes at most.
+        seconds: for how long it strikes, from its first strike on: an outage.
         skip: how many matching requests it lets pass first.
         chance: probability of striking a matching request.
         after: strike when the request has been handled: its effect stays, its answer is lost.
@@ -110,10 +139,12 @@ class Rule:
     path: str | None = None
     port: str | None = None
     times: int | None = None
+    seconds: float | None = None
     skip: int = 0
     chance: float = 1.0
     after: bool = False
     hits: int = 0
+    began: float | None = None
 
     def matches(self, method: str, path: str, port: str) -> bool:
         """Whether a request is of the kind that this rule strikes."""
@@ -144,6 +175,7 @@ class Faults:
         path: str | None = None,
         port: str | None = None,
         times: int | None = None,
+        seconds: float | None = None,
         skip: int = 0,
         chance: float = 1.0,
         after: bool = False,
@@ -158,6 +190,7 @@ class Faults:
             path=path,
             port=port,
             times=times,
+            seconds=seconds,
             skip=skip,
             chance=chance,
             after=after,
@@ -191,7 +224,11 @@ class Faults:
             return False
         if rule.times is not None and rule.hits >= rule.times:
             return False
+        now = time.monotonic()
+        if rule.seconds is not None and rule.began is not None and now > rule.began + rule.seconds:
+            return False
         if rule.chance < 1.0 and self._random.random() >= rule.chance:
             return False
         rule.hits += 1
+        rule.began = now if rule.began is None else rule.began
         return True

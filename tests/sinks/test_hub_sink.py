@@ -126,6 +126,23 @@ def test_a_target_with_something_else_is_refused(bench: Bench) -> None:
     assert not bench.hub.log.find(method="POST", path="/api/repos|/commit/|/branch/")
 
 
+def test_refusals_of_an_upload_are_tried_again(bench: Bench) -> None:
+    """One 403 of a signed link, one 404 of its check, one page for people: a fresh link each."""
+    rules = [
+        bench.hub.faults.add("forbidden", method="PUT", path="/upload/", times=1),
+        bench.hub.faults.add(Answer(status=404), path="/objects/verify", times=1),
+        bench.hub.faults.add("html", path="/preupload/", times=1),
+        bench.hub.faults.add("html", method="DELETE", path="/branch/", times=1),
+    ]
+
+    done = bench.merge("--push-to", "alice/refused-once")
+
+    assert done.code == 0, done.err
+    assert [rule.hits for rule in rules] == [1, 1, 1, 1]
+    assert bench.published("alice/refused-once") == bench.expected()
+    assert list(bench.hub.repo("alice/refused-once").refs()) == ["refs/heads/main"]
+
+
 def test_an_empty_repository_may_be_filled(bench: Bench) -> None:
     """A private repository that holds nothing but git's own file is a good target."""
     bench.hub.add_repo("alice/empty", private=True)

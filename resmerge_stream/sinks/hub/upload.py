@@ -21,7 +21,8 @@ from ...hub.repo import HubRepo
 from ..layout import Shard
 
 _SAMPLE_BYTES = 512
-_TRIES = 3
+# A signed link may be refused once, and a new one taken: each try asks for one.
+_REFUSED_TRIES = 4
 
 
 class _Watched(CommitOperationAdd):
@@ -72,7 +73,7 @@ def upload_file(
             repo.id, [operation], revision=branch, free_memory=False
         ),
         what=f"send {name} to {repo.id}",
-        tries=_TRIES,
+        refused_tries=_REFUSED_TRIES,
     )
     return operation
 
