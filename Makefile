@@ -1,9 +1,10 @@
-# make setup · demo · space · test · lint · style · bench · quality. Everything runs in .venv, made on first use.
+# make setup · demo · space · test · test-all · lint · style · bench · quality
+# Everything runs in .venv, made on first use.
 PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONWARNINGS ?= default::DeprecationWarning:resmerge_stream
 
-.PHONY: setup demo space test lint style bench quality size clean
+.PHONY: setup demo space test test-all lint style bench quality size clean
 
 setup: .venv/.ready
 
@@ -20,8 +21,14 @@ demo: setup
 space: setup
 	$(BIN)/python app.py
 
+# A worker a core; more than eight gain nothing. Tests that share a server go to the same worker.
+SIDE_BY_SIDE := -n logical --maxprocesses 8 --dist loadgroup
+
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) --durations 10
+
+test-all: setup
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) --durations 10 -m ''
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -20,9 +20,10 @@ from tests.support.checkpoints import ROOT
 OPTION = re.compile(r"--[a-z]|same command|hf auth|HF_TOKEN|[Rr]un this again")
 # Rooms whose messages a visitor can meet: plans, reading, publishing, the run.
 ROOMS = (
-    "compat", "plan", "plan_target", "planned", "plan_memory", "publication", "recipe", "merging",
-    "recipe_file", "opening", "sources/hub_client", "sources/ranges", "sinks/folder",
-    "sinks/hub", "sinks/hub_account", "sinks/hub_staging", "sinks/hub_target",
+    "planning/compat", "planning/plan", "planning/target", "planning/planned",
+    "planning/memory_fit", "sinks/publication", "recipe", "run/merging", "recipe_file",
+    "run/opening", "hub/client", "hub/ranges", "sinks/folder", "sinks/hub/sink", "hub/account",
+    "sinks/hub/staging", "sinks/hub/target",
 )  # fmt: skip
 
 
