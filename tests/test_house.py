@@ -1,6 +1,7 @@
 """The rooms of the house: who may import whom, how long a file may be, and what is named."""
 
 import ast
+import functools
 import importlib
 import re
 import sys
@@ -59,6 +60,7 @@ def name_of(path):
     return path.relative_to(root).with_suffix("").as_posix()
 
 
+@functools.cache
 def imports_of(path, *, top_level_only):
     """Return the names that a file imports, those of its own package with a leading dot."""
     tree = ast.parse(path.read_text())
