@@ -62,7 +62,7 @@ def reading_ahead_of(
     plan: Plan, tensors: Iterable[PlannedTensor | None]
 ) -> contextlib.AbstractContextManager[None]:
     """Let sources on the Hub know what will be read, across the shards."""
-    remote = [source for source in plan.checkpoints if isinstance(source, Followed)]
+    remote = [s for s in plan.checkpoints if s.is_remote and isinstance(s, Followed)]
 
     def order() -> Iterator[tuple[Followed, str, int, int] | None]:
         for tensor in tensors:

@@ -25,8 +25,8 @@ class Followed(Protocol):
 
     ahead: "Ahead | None"
 
-    def span(self, name: str, start_row: int = 0, stop_row: int | None = None) -> Span | None:
-        """Return where some rows are, or None when they are on this machine."""
+    def spans(self, name: str, start_row: int = 0, stop_row: int | None = None) -> Iterable[Span]:
+        """Return where some rows are; nothing when they are on this machine."""
         ...
 
 
@@ -66,9 +66,7 @@ def _spans(order: Iterable[tuple[Followed, str, int, int] | None]) -> Iterator[S
             yield None
             continue
         source, name, start, stop = reading
-        span = source.span(name, start, stop)
-        if span is not None:
-            yield span
+        yield from source.spans(name, start, stop)
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """A checkpoint on the Hub: pinned to a commit, headers and tensors read in ranges."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -132,17 +132,16 @@ class HubCheckpoint:
 
     def done_with(self, name: str, start_row: int = 0, stop_row: int | None = None) -> None:
         """Let the bytes go that were read ahead for these rows."""
-        span = self.span(name, start_row, stop_row)
-        if self.ahead is not None and span is not None:
-            self.ahead.release(span)
+        for span in self.spans(name, start_row, stop_row):
+            if self.ahead is not None:
+                self.ahead.release(span)
 
-    def span(self, name: str, start_row: int = 0, stop_row: int | None = None) -> Span | None:
-        """Return where some rows are on the Hub, or None when the local cache has the file."""
+    def spans(self, name: str, start_row: int = 0, stop_row: int | None = None) -> Iterator[Span]:
+        """Yield where some rows are on the Hub; nothing when the local cache has the file."""
         tensor = self.tensors[name]
         file = self._file(tensor.file)
-        if isinstance(file, CachedFile):
-            return None
-        return Span(file, *tensor.byte_range(start_row, stop_row))
+        if not isinstance(file, CachedFile):
+            yield Span(file, *tensor.byte_range(start_row, stop_row))
 
     def read_small(self, name: str) -> bytes:
         """Return the content of one of `small_files`, through the library's cache."""
