@@ -23,7 +23,6 @@ class View:
         of: the checkpoint that is viewed.
         sources: every tensor of the view by name, in order.
         config: in place of the checkpoint's.
-        files: by name, the file that a tensor counts to where it is not stored under that name.
     """
 
     def __init__(
@@ -71,10 +70,19 @@ class View:
             reading.checkpoint.release(reading.name, reading.start_row, reading.stop_row)
         return memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]  # as bytes_of
 
-    def prefetch(self, name: str) -> None:
-        """Hint what will be read soon."""
-        for reading in self._readings(name, 0, None):
-            reading.checkpoint.prefetch(reading.name)
+    def read_cost(self, name: str, start_row: int = 0, stop_row: int | None = None) -> int:
+        """Return how many stored bytes are read for some rows."""
+        return sum(
+            reading.checkpoint.read_cost(reading.name, reading.start_row, reading.stop_row)
+            for reading in self._readings(name, start_row, stop_row)
+        )
+
+    def made_bytes(self, name: str, start_row: int = 0, stop_row: int | None = None) -> int:
+        """Return bytes of private memory that some rows take; 0 where they are as stored."""
+        if isinstance(self.sources[name], Stored):
+            return 0
+        begin, end = self.tensors[name].byte_range(start_row, stop_row)
+        return end - begin
 
     def release(self, name: str, start_row: int = 0, stop_row: int | None = None) -> None:
         """Let go of mapped pages; what was made here was let go when it was read."""
@@ -118,26 +126,6 @@ class View:
 def source_of(checkpoint: Checkpoint, name: str) -> Source:
     """Return a tensor of a checkpoint as a tree, seen through views."""
     return checkpoint.sources[name] if isinstance(checkpoint, View) else Stored(checkpoint, name)
-
-
-def made_bytes(checkpoint: Checkpoint, name: str) -> int:
-    """Return bytes of private memory that reading a whole tensor takes: 0 for mapped ones."""
-    if isinstance(checkpoint, View) and not isinstance(checkpoint.sources[name], Stored):
-        return checkpoint.tensors[name].spec.nbytes
-    return 0
-
-
-def stored_bytes(checkpoint: Checkpoint, name: str) -> int:
-    """Return how many stored bytes are read for a whole tensor."""
-    if not isinstance(checkpoint, View):
-        return checkpoint.tensors[name].spec.nbytes
-    total = 0
-    source = checkpoint.sources[name]
-    for reading in source.readings(whole(source.shape)):
-        stored = reading.checkpoint.tensors[reading.name]
-        begin, end = stored.byte_range(reading.start_row, reading.stop_row)
-        total += end - begin
-    return total
 
 
 def _stored_tensor(name: str, source: Source) -> StoredTensor:

@@ -19,7 +19,7 @@ from resmerge_stream.sources.assembly import (
     Turned,
     Woven,
 )
-from resmerge_stream.sources.view import View, made_bytes, stored_bytes
+from resmerge_stream.sources.view import View
 from tests.support.checkpoints import write_json
 
 E, M, N = 3, 4, 6
@@ -97,7 +97,7 @@ def test_what_is_as_stored_is_mapped_and_what_is_made_is_counted(stored):
     sources = {"a": Stored(checkpoint, "a"), "half": Part(Stored(checkpoint, "stack"), 1, 0, 2)}
     view = View(checkpoint, sources)
 
-    assert made_bytes(view, "a") == 0
-    assert made_bytes(view, "half") == values["stack"].nbytes // 2
-    assert stored_bytes(view, "half") == values["stack"].nbytes
+    assert view.made_bytes("a") == 0
+    assert view.made_bytes("half") == values["stack"].nbytes // 2
+    assert view.read_cost("half") == values["stack"].nbytes
     assert view.stored_names("half") == ("stack",)
