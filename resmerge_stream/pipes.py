@@ -26,7 +26,7 @@ class _Window:
 
 
 class Held(Generic[T]):
-    """A result whose bytes count until it is released.
+    """A result whose bytes count until it is freed.
 
     Attributes:
         value: the result.
@@ -36,7 +36,7 @@ class Held(Generic[T]):
         self.value = value
         self._size, self._window = size, window
 
-    def release(self, *, down_to: int = 0) -> None:
+    def free(self, *, down_to: int = 0) -> None:
         """Give bytes back to the window, all or down to some; a second call does nothing."""
         size = max(self._size - down_to, 0)
         self._size -= size
@@ -45,12 +45,12 @@ class Held(Generic[T]):
             self._window.changed.notify_all()
 
 
-class Ahead(Generic[T]):
+class WorkAhead(Generic[T]):
     """Runs jobs in threads ahead of their consumer, and hands the results over in order.
 
     Args:
         jobs: pairs of bytes and a function; taken in order, lazily, by the threads.
-        limit: bytes of jobs that may be started and not yet released. A job larger than that
+        limit: bytes of jobs that may be started and not yet freed. A job larger than that
             runs alone.
         workers: threads.
         keeps: bytes that a result holds once its job is done; all that were counted when None.
@@ -122,7 +122,7 @@ class Ahead(Generic[T]):
             try:
                 result = Held(job(), size, self._window)
                 if self._keeps is not None:
-                    result.release(down_to=self._keeps(result.value))
+                    result.free(down_to=self._keeps(result.value))
             except BaseException as exc:  # handed to the consumer, whatever it is
                 result = exc
             del job, taken

@@ -79,8 +79,6 @@ class Plan:
     publication: Publication | None = None
     target: "HubTarget | None" = None
     token: str | bool | None = field(default=None, repr=False)
-    # What the method's counting passes found; the run fills it in before it merges.
-    counted: dict[str, Any] = field(default_factory=dict)
 
     @property
     def refused(self) -> bool:

@@ -12,6 +12,7 @@ REPORT_VERSION = 1
 
 def build_report(
     plan: Plan,
+    counted: Mapping[str, Any],
     entries: Sequence[Mapping[str, Any]],
     files: Sequence[Mapping[str, Any]],
     *,
@@ -25,6 +26,7 @@ def build_report(
 
     Args:
         plan: what was run.
+        counted: what the method's counting passes found.
         entries: the tensors' rows.
         files: name, size and sha256 of every weight file.
         environment: versions, device and threads.
@@ -42,7 +44,7 @@ def build_report(
             "name": plan.recipe.method,
             "parameters": plan.method.parameters() if plan.method else {},
         },
-        "counted": dict(plan.counted),
+        "counted": dict(counted),
         "options": {"rounding": plan.options.rounding, "seed": plan.options.seed},
         "sources": [
             {

@@ -8,12 +8,61 @@ from typing import Any
 
 from ..maths.rounding import Kept
 from ..methods import Rule, Update
+from ..planning.plan import PlannedTensor
 from ..specs import TensorSpec
 from .values import median
 
 
+class Rows:
+    """Makes the rows of a report from pieces that come in file order.
+
+    Args:
+        experts: N.
+    """
+
+    def __init__(self, experts: int) -> None:
+        self._experts = experts
+        self._open: _Row | None = None
+
+    def carried(self, tensor: PlannedTensor, *, is_last: bool) -> dict[str, Any] | None:
+        """Take a piece that was not merged; return the tensor's row after its last one."""
+        if not is_last:
+            return None
+        spec = tensor.spec
+        role = tensor.method.rule_for(spec, self._experts).role.value
+        return tensor_entry(
+            name=spec.name, role=role, shape=list(spec.shape), rule="carried", changed_fraction=0.0
+        )
+
+    def merged(
+        self,
+        tensor: PlannedTensor,
+        rule: Rule,
+        update: Update,
+        kept: Kept,
+        remarks: Iterable[str],
+        *,
+        is_copy: bool,
+        is_last: bool,
+    ) -> dict[str, Any] | None:
+        """Take a piece that was merged; return the tensor's row after its last one.
+
+        Args:
+            tensor, rule: as planned.
+            update: what was decided.
+            kept: what the cast kept.
+            remarks: on how it was made.
+            is_copy: whether no expert changed it.
+            is_last: whether it is the tensor's last.
+        """
+        row = self._open or _Row()
+        row.add(update, kept, remarks, is_copy=is_copy)
+        self._open = None if is_last else row
+        return row.entry(tensor.spec, rule) if is_last else None
+
+
 @dataclass(slots=True)
-class ReportRow:
+class _Row:
     """What is known of a tensor while its pieces come."""
 
     kept: Kept = field(default_factory=Kept)
@@ -21,10 +70,9 @@ class ReportRow:
     rules: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def add(self, update: Update, kept: Kept, remarks: Iterable[str], *, is_zero: bool) -> None:
-        """Note a piece: what was decided, what the cast kept, and whether no expert changed it."""
+    def add(self, update: Update, kept: Kept, remarks: Iterable[str], *, is_copy: bool) -> None:
         self.kept.absorb(kept)
-        self.rules.append("copy" if is_zero else update.rule)
+        self.rules.append("copy" if is_copy else update.rule)
         for text in (*update.warnings, *remarks):
             if text not in self.warnings:
                 self.warnings.append(text)
@@ -32,7 +80,6 @@ class ReportRow:
             self.gates.append(dict(update.gates))
 
     def entry(self, spec: TensorSpec, rule: Rule) -> dict[str, Any]:
-        """Return the finished row, as plain data."""
         gates: dict[str, Any] = {}
         if len(self.gates) == 1 and len(self.rules) == 1:
             gates = self.gates[0]

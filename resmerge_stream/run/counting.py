@@ -8,82 +8,100 @@ size find the same; they are kept in the work folder, so that a resumed run need
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import StoppedError
-from ..maths.task_vectors import NonFiniteValues
 from ..methods.base import Counter
-from ..pipes import Ahead
 from ..planning.plan import Plan
 from .events import Counted, Event
 from .merging import Merger
+from .pieces import Piece
+from .pipeline import worked_ahead
 from .reading import READ_AHEAD_BYTES, reading_ahead_of, reads
 from .sharing import Shared, shared_order, shared_reads
 
 
-def counted(plans: Sequence[Plan], mergers: Sequence[Merger], store: Path) -> Iterator[Event]:
-    """Fill in `Plan.counted` of plans over the same sources.
+def counted(
+    plans: Sequence[Plan], device: torch.device, store: Path
+) -> Generator[Event, None, list[dict[str, Any]]]:
+    """Make the counting passes of plans over the same sources; the value is what each found.
 
     Args:
         plans: without problems, one a method.
-        mergers: of the plans.
+        device: where the arithmetic happens.
         store: file that keeps the counts for a later run of the same plans.
 
     Raises:
         NonFiniteError: a weight is NaN or infinite.
         StoppedError: the store cannot be written.
     """
+    found: list[dict[str, Any]] = [{} for _ in plans]
     passes = [plan.opened[1].counting_passes() for plan in plans]
-    if not max(passes, default=0) or _restore(plans, store):
-        return
+    if not max(passes, default=0):
+        return found
+    restored = _restored(plans, store)
+    if restored is not None:
+        return restored
     bytes_read = 0
     for number in range(max(passes)):
-        asking = [i for i, count in enumerate(passes) if number < count]
+        asking = {i: plans[i] for i, count in enumerate(passes) if number < count}
+        mergers = {i: Merger(plan, device, found[i]) for i, plan in asking.items()}
         counters = {
-            i: plans[i].opened[1].counter(number, plans[i].counted, len(plans[i].experts))
-            for i in asking
+            i: plan.opened[1].counter(number, found[i], len(plan.experts))
+            for i, plan in asking.items()
         }
-        for shared in _pieces({i: plans[i] for i in asking}):
-            bytes_read += sum(len(buffer) for buffer in shared.lead_piece.buffers)
-            _count(shared, mergers, counters)
-            if shared.lead_piece.is_last:
-                name = shared.lead_piece.tensor.spec.name
-                yield Counted(
-                    tensor=name, number=number + 1, passes=max(passes), bytes_read=bytes_read
-                )
+        with contextlib.closing(_counting(asking, mergers, counters)) as pieces:
+            for piece in pieces:
+                bytes_read += piece.nbytes
+                if piece.is_last:
+                    yield Counted(
+                        tensor=piece.tensor.spec.name,
+                        number=number + 1,
+                        passes=max(passes),
+                        bytes_read=bytes_read,
+                    )
         for i, counter in counters.items():
-            plans[i].counted |= counter.result()
-    _keep(plans, store)
+            found[i] |= counter.result()
+    _keep(plans, found, store)
+    return found
 
 
-def _pieces(plans: Mapping[int, Plan]) -> Iterator[Shared[int]]:
-    """Yield everything that is merged, read ahead."""
+def _counting(
+    plans: Mapping[int, Plan], mergers: Mapping[int, Merger], counters: Mapping[int, Counter]
+) -> Generator[Piece, None, None]:
+    """Count everything that is merged, in one thread; yield the pieces."""
     first = next(iter(plans.values()))
     names = [name for name, tensor in first.tensors.items() if tensor.rule]
+
+    def count(shared: Shared[int]) -> Piece:
+        piece = shared.lead_piece
+        lead = mergers[shared.lead]
+        with lead.naming(piece.tensor):
+            _, vectors = lead.open(piece)
+            for i, own in shared.pieces.items():
+                if own.tensor.rule is not None:
+                    counters[i].add(vectors, mergers[i].site(own, own.tensor.rule))
+            vectors.close()
+        piece.release(slice(0, piece.matrix_shape[0]))
+        return piece
+
     with reading_ahead_of(first, shared_order(plans, names)):
-        limit = first.read_ahead_bytes or READ_AHEAD_BYTES
-        reader = Ahead(shared_reads(plans, names, reads), limit)
-        try:
-            for held in reader:
-                yield held.value
-                held.release()
-        finally:
-            reader.close()
-
-
-def _count(shared: Shared[int], mergers: Sequence[Merger], counters: Mapping[int, Counter]) -> None:
-    lead = mergers[shared.lead]
-    try:
-        _, vectors = lead.open(shared.lead_piece)
-        for i, piece in shared.pieces.items():
-            counters[i].add(vectors, mergers[i].site(piece))
-        vectors.close()
-    except NonFiniteValues as exc:
-        raise lead.non_finite(shared.lead_piece.tensor, exc.source) from exc
-    shared.lead_piece.release(slice(0, shared.lead_piece.matrix_shape[0]))
-    shared.lead_piece.close()
+        chain = worked_ahead(
+            shared_reads(plans, names, reads),
+            count,
+            read_bytes=first.read_ahead_bytes or READ_AHEAD_BYTES,
+            work_bytes=first.working_bytes,
+            cost=lambda shared: plans[shared.lead].working_bytes_of(shared.lead_piece.tensor),
+            workers=1,  # counters add up in no particular order, but not in two threads at once
+        )
+        with contextlib.closing(chain):
+            for piece in chain:
+                if piece is not None:
+                    yield piece
 
 
 def _identity(plans: Sequence[Plan]) -> list[Any]:
@@ -91,20 +109,20 @@ def _identity(plans: Sequence[Plan]) -> list[Any]:
     return [[plan.plan_hash for plan in plans], sources]
 
 
-def _restore(plans: Sequence[Plan], store: Path) -> bool:
+def _restored(plans: Sequence[Plan], store: Path) -> list[dict[str, Any]] | None:
+    """Return what an earlier run of the same plans counted, or None."""
     try:
         document = json.loads(store.read_text(encoding="utf-8"))
         if document["identity"] != json.loads(json.dumps(_identity(plans))):
-            return False
-        for plan, found in zip(plans, document["counted"], strict=True):
-            plan.counted = dict(found)
+            return None
+        found = [dict(one) for one in document["counted"]]
     except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return True
+        return None
+    return found if len(found) == len(plans) else None
 
 
-def _keep(plans: Sequence[Plan], store: Path) -> None:
-    document = {"identity": _identity(plans), "counted": [plan.counted for plan in plans]}
+def _keep(plans: Sequence[Plan], found: Sequence[Mapping[str, Any]], store: Path) -> None:
+    document = {"identity": _identity(plans), "counted": list(found)}
     temporary = store.with_suffix(".tmp")
     try:
         store.parent.mkdir(parents=True, exist_ok=True)

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from ..device import choose_device, give_memory_back, keep_memory_steady, usable_cores
+from ..device import choose_device, give_memory_back, keep_memory_steady
 from ..errors import NonFiniteError
 from ..memory import WRITE_QUEUE_BYTES
-from ..pipes import Ahead, Held, WriteBehind, meanwhile
+from ..pipes import WriteBehind, meanwhile
 from ..planning.plan import Plan
 from ..report.build import build_report
 from ..report.card import render_card
+from ..report.rows import Rows
 from ..sinks import Sink
 from ..sinks.journal import work_folder
 from ..sinks.layout import Shard
@@ -22,9 +23,9 @@ from ..version import __version__
 from .counting import counted
 from .crew import Crew
 from .events import Event, Finished, Planned, Progressed, Published, ShardFinished, TensorMerged
-from .merging import Merger, Prepared
+from .merging import Merged, Merger, Prepared, reported
 from .opening import finished_already, open_sink
-from .pieces import Piece
+from .pipeline import worked_ahead, workers
 from .progress import Progress
 from .reading import READ_AHEAD_BYTES, reading_ahead_of, reads
 from .worklist import WorkList
@@ -76,8 +77,10 @@ def run_merge(
         sink = open_sink(plan, folder, work_dir, membership)
     try:
         progress = Progress(lambda: sink.bytes_sent)
-        merger = Merger(plan, device, progress.sample_memory)
-        yield from _merge(plan, sink, work_dir, merger, progress, crew)
+        yield Planned(plan=plan.to_dict())
+        found = yield from _counted(plan, device, work_dir, crew)
+        merger = Merger(plan, device, found, progress.sample_memory)
+        yield from _merge(plan, sink, merger, progress, crew)
         if crew.is_main:
             yield from _finish(plan, sink, merger, progress, crew)
     except NonFiniteError as exc:
@@ -90,15 +93,22 @@ def run_merge(
         sink.close()
 
 
+def _counted(
+    plan: Plan, device: torch.device, work_dir: Path, crew: Crew
+) -> Generator[Event, None, dict[str, Any]]:
+    """Make the method's counting passes in the main process; the value is what they found."""
+    found: list[dict[str, Any]] = [{}]
+    if not plan.opened[1].counting_passes():
+        return found[0]
+    if crew.is_main:
+        found = yield from counted([plan], device, work_dir / "counted.json")
+    return crew.shared("counted", lambda: found[0])
+
+
 def _merge(
-    plan: Plan, sink: Sink, work_dir: Path, merger: Merger, progress: Progress, crew: Crew
+    plan: Plan, sink: Sink, merger: Merger, progress: Progress, crew: Crew
 ) -> Iterator[Event]:
     """Merge what is left, this process its part of it."""
-    yield Planned(plan=plan.to_dict())
-    if plan.opened[1].counting_passes():
-        if crew.is_main:
-            yield from counted([plan], [merger], work_dir / "counted.json")
-        plan.counted = crew.shared("counted", lambda: plan.counted)
     kept = crew.gathered("kept", sink.finished_shards())
     work = crew.work(plan, kept)
     progress.merge_bytes = sum(shard.nbytes for shard in plan.shards if shard.name not in kept)
@@ -151,6 +161,7 @@ def _finish(
     bytes_read, bytes_written, _ = progress.totals()
     report = build_report(
         plan,
+        merger.counted,
         [progress.rows[spec.name] for shard in plan.shards for spec in shard.tensors],
         [progress.files[shard.name] for shard in plan.shards],
         environment=environment(merger.device) | {"processes": crew.size},
@@ -172,6 +183,7 @@ def _merge_shard(
     yield from _waiting(lambda: sink.make_room(shard), progress)
     writer = sink.open_shard(shard)
     entries: list[dict[str, Any]] = []
+    rows = Rows(len(plan.experts))
     finished = False
     with contextlib.ExitStack() as threads:
         threads.callback(lambda: None if finished else writer.abort())
@@ -181,15 +193,16 @@ def _merge_shard(
         def write(data: memoryview) -> None:
             queue.put(len(data), lambda: writer.write(data))
 
-        for prepared in _prepared(plan, shard, merger, progress, threads):
+        chain = threads.enter_context(contextlib.closing(_prepared(plan, shard, merger, progress)))
+        for prepared in chain:
             if prepared is None:
                 yield Progressed(**progress.now())
                 continue
-            entry = merger.finish(prepared, write)
+            entry = reported(rows, prepared, merger.written(prepared, write))
             if entry is None:
                 continue
             entries.append(entry)
-            spec = prepared.piece.tensor.spec
+            spec = plan.tensors[entry["name"]].spec
             progress.bytes_written += spec.nbytes
             yield TensorMerged(
                 tensor=spec.name,
@@ -211,47 +224,27 @@ def _waiting(call: Callable[[], None], progress: Progress) -> Iterator[Event]:
 
 
 def _prepared(
-    plan: Plan, shard: Shard, merger: Merger, progress: Progress, threads: contextlib.ExitStack
-) -> Iterator[Prepared | None]:
+    plan: Plan, shard: Shard, merger: Merger, progress: Progress
+) -> Generator[Prepared | None, None, None]:
     """Yield the shard's pieces in file order, read and decided ahead by threads.
 
     None comes once a second while the next one is not ready.
     """
-    tensors = [plan.tensors[spec.name] for spec in shard.tensors]
-    reader = Ahead(reads(plan, tensors), plan.read_ahead_bytes or READ_AHEAD_BYTES)
 
-    def decisions() -> Iterator[tuple[int, Callable[[], tuple[Held[Piece], Prepared]]]]:
-        for held in reader:
-            progress.bytes_read += sum(len(buffer) for buffer in held.value.buffers)
+    def read(nbytes: int) -> None:
+        progress.bytes_read += nbytes
 
-            def decide(held: Held[Piece] = held) -> tuple[Held[Piece], Prepared]:
-                return held, merger.prepare(held.value)
-
-            yield plan.working_bytes_of(held.value.tensor), decide
-
-    decider = Ahead(
-        decisions(),
-        plan.working_bytes,
+    return worked_ahead(
+        reads(plan, [plan.tensors[spec.name] for spec in shard.tensors]),
+        merger.prepare,
+        read_bytes=plan.read_ahead_bytes or READ_AHEAD_BYTES,
+        work_bytes=plan.working_bytes,
+        cost=lambda piece: plan.working_bytes_of(piece.tensor),
         workers=workers(merger.device),
-        keeps=lambda done: done[1].nbytes,
+        keeps=lambda prepared: len(prepared.data) if isinstance(prepared, Merged) else 0,
+        on_read=read,
+        tick=_TICK_S,
     )
-    threads.callback(decider.close)
-    threads.callback(reader.close)  # before the decider, which may be waiting for it
-    for decided in decider.within(_TICK_S):
-        if decided is None:
-            yield None
-            continue
-        piece, prepared = decided.value
-        yield prepared
-        del prepared
-        piece.value.close()
-        piece.release()
-        decided.release()
-
-
-def workers(device: torch.device) -> int:
-    """Return how many tensors are in work at once: one a core; on a GPU one while one crosses."""
-    return usable_cores() if device.type == "cpu" else 2
 
 
 def environment(device: torch.device) -> dict[str, Any]:

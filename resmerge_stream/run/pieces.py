@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..memory import PIECE_BYTES
 from ..planning.plan import PlannedTensor
+from ..specs import DTYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,17 @@ class Piece:
     buffers: list[memoryview]
     release: Callable[[slice], None] = lambda rows: None
     close: Callable[[], None] = lambda: None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(len(buffer) for buffer in self.buffers)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of these rows as they are written."""
+        rows, columns = self.matrix_shape
+        return rows * columns * DTYPES[self.tensor.spec.dtype].nbytes
 
     @property
     def first_row(self) -> int:

@@ -28,6 +28,15 @@ class Shared(Generic[K]):
         """The piece as the leading plan sees it."""
         return self.pieces[self.lead]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that were read."""
+        return self.lead_piece.nbytes
+
+    def close(self) -> None:
+        """Let the bytes go."""
+        self.lead_piece.close()
+
 
 def shared_reads(
     plans: Mapping[K, Plan], names: Sequence[str], reads: Reads

@@ -166,7 +166,7 @@ def check_sample(
     names = sorted(set(plan.tensors) & set(merged.tensors))
     chosen = random.Random(seed).sample(names, min(sample, len(names)))
     try:
-        merger = Merger(plan, torch.device("cpu"))
+        merger = Merger(plan, torch.device("cpu"), report.get("counted", {}))
         problems = [
             f"{name} comes out different when it is merged again"
             for name in chosen
@@ -179,13 +179,11 @@ def check_sample(
 
 def _plan_again(report: Mapping[str, Any], recipe: Recipe, token: str | None) -> Plan:
     options = report.get("options", {})
-    plan = plan_merge(
+    return plan_merge(
         recipe,
         Options(rounding=options.get("rounding", "nearest"), seed=options.get("seed", 0)),
         token=token,
     )
-    plan.counted = dict(report.get("counted", {}))
-    return plan
 
 
 def _merge_again(plan: Plan, merger: Merger, name: str) -> bytes:
@@ -195,7 +193,7 @@ def _merge_again(plan: Plan, merger: Merger, name: str) -> bytes:
     for start, stop, is_last in row_ranges(tensor):
         buffers = [source.read(name, start, stop) for source in sources]
         piece = Piece(tensor, start, stop, is_last, buffers)
-        merger.finish(merger.prepare(piece), lambda data: parts.append(bytes(data)))
+        merger.written(merger.prepare(piece), lambda data: parts.append(bytes(data)))
     return b"".join(parts)
 
 

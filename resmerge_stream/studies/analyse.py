@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,17 @@ import torch
 from ..device import choose_device
 from ..errors import RecipeError
 from ..maths.factors import singular_values
-from ..maths.task_vectors import NonFiniteValues, TaskVectors
+from ..maths.task_vectors import TaskVectors
 from ..memory import svd_bytes
 from ..methods.parts.gates import Knobs, decide
 from ..methods.parts.heads import head_of, project_heads, residual_gram
-from ..pipes import Ahead
 from ..planning.plan import Options, Plan, PlannedTensor, matrix_of, plan_merge
 from ..recipe import ModelRef, Recipe
-from ..run.engine import environment, workers
+from ..run.engine import environment
 from ..run.events import Analysed, Event, Finished, Planned
 from ..run.merging import Merger
 from ..run.pieces import Piece
+from ..run.pipeline import worked_ahead, workers
 from ..run.reading import READ_AHEAD_BYTES, reading_ahead_of, reads
 from ..units import format_size
 from .analysis_report import analysis_files
@@ -98,8 +98,8 @@ def run_analysis(plan: Plan, *, out: str | Path, sft: int = 0) -> Iterator[Event
         reading_ahead_of(plan, tensors),
         contextlib.closing(_analysed(plan, tensors, merger, groups)) as analysed,
     ):
-        for piece, found in analysed:
-            bytes_read += sum(len(buffer) for buffer in piece.buffers)
+        for piece, found in filter(None, analysed):
+            bytes_read += piece.nbytes
             pieces.append(found)
             if piece.is_last:
                 entries.append(_entry(piece, pieces, count))
@@ -158,37 +158,28 @@ def component_recipe(recipe: Recipe, component: str, of: str, *, rank: int = 1) 
 
 def _analysed(
     plan: Plan, tensors: list[PlannedTensor], merger: Merger, groups: Mapping[str, list[int]]
-) -> Generator[tuple[Piece, dict[str, Any]], None, None]:
+) -> Generator[tuple[Piece, dict[str, Any]] | None, None, None]:
     """Yield every piece with what was found, in order; read and analysed ahead by threads."""
-    reader = Ahead(reads(plan, tensors), plan.read_ahead_bytes or READ_AHEAD_BYTES)
 
-    def jobs() -> Iterator[tuple[int, Callable[[], tuple[Any, dict[str, Any]]]]]:
-        for held in reader:
+    def cost(piece: Piece) -> int:
+        rule = piece.tensor.rule
+        is_matrix = rule is not None and rule.needs_matrix
+        extra = svd_bytes(*matrix_of(piece.tensor.spec), 0) if is_matrix else 0
+        return plan.working_bytes_of(piece.tensor) + extra
 
-            def analyse(held: Any = held) -> tuple[Any, dict[str, Any]]:
-                return held, _measure(merger, held.value, groups)
-
-            tensor = held.value.tensor
-            is_matrix = tensor.rule is not None and tensor.rule.needs_matrix
-            extra = svd_bytes(*matrix_of(tensor.spec), 0) if is_matrix else 0
-            yield plan.working_bytes_of(tensor) + extra, analyse
-
-    analyser = Ahead(jobs(), plan.working_bytes, workers=workers(merger.device))
-    try:
-        for result in analyser:
-            held, found = result.value
-            yield held.value, found
-            held.value.close()
-            held.release()
-            result.release()
-    finally:
-        reader.close()  # before the analyser, which may be waiting for it
-        analyser.close()
+    return worked_ahead(
+        reads(plan, tensors),
+        lambda piece: (piece, _measure(merger, piece, groups)),
+        read_bytes=plan.read_ahead_bytes or READ_AHEAD_BYTES,
+        work_bytes=plan.working_bytes,
+        cost=cost,
+        workers=workers(merger.device),
+    )
 
 
 def _measure(merger: Merger, piece: Piece, groups: Mapping[str, list[int]]) -> dict[str, Any]:
     """Return what is known of one matrix, or of some rows of a tensor without SVD."""
-    try:
+    with merger.naming(piece.tensor):
         _, vectors = merger.open(piece)
         unchanged = torch.zeros(vectors.count, dtype=torch.int64)
         for block in vectors.blocks():
@@ -196,8 +187,6 @@ def _measure(merger: Merger, piece: Piece, groups: Mapping[str, list[int]]) -> d
                 unchanged[i] += delta.numel() - int(torch.count_nonzero(delta))
             piece.release(block)
         D = vectors.gram()
-    except NonFiniteValues as exc:
-        raise merger.non_finite(piece.tensor, exc.source) from exc
     found: dict[str, Any] = {
         "unchanged": unchanged.tolist(),
         "numel": math.prod(vectors.shape),

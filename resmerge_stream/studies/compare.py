@@ -51,19 +51,22 @@ def run_comparison(
     out = comparison.out
     done = {} if comparison.report_only else _finished(comparison)
     with contextlib.ExitStack() as stack:
-        run = _open(comparison, work_dir, done, stack)
+        sinks = _open(comparison, work_dir, done, stack)
+        run = _run_of(comparison)
         yield Planned(plan=comparison.to_dict())
         reports = dict(done)
-        if run.methods:
-            plans = {label: comparison.plans[label] for label in run.methods}
-            mergers = [method.merger for method in run.methods.values()]
+        if sinks:
+            plans = [comparison.plans[label] for label in sinks]
             store = work_folder("compare", out, None, work_dir) / "counted.json"
             try:
-                yield from counted(list(plans.values()), mergers, store)
+                found = yield from counted(plans, run.device, store)
+                for (label, sink), counts in zip(sinks.items(), found, strict=True):
+                    merger = Merger(comparison.plans[label], run.device, counts, run.sample)
+                    run.methods[label] = Method(sink, merger)
                 yield from _merge_all(run)
             except NonFiniteError:
                 stack.close()
-                for label in run.methods:
+                for label in sinks:
                     with contextlib.suppress(OSError):
                         discard(out / label)
                 raise
@@ -104,10 +107,9 @@ def _open(
     work_dir: str | Path | None,
     done: Mapping[str, Any],
     stack: contextlib.ExitStack,
-) -> Run:
-    first = next(iter(comparison.plans.values()))
-    device = choose_device(first.options.device)
-    run = Run(comparison, device, {}, Similarity(list(comparison.plans), len(first.experts)))
+) -> dict[str, Sink]:
+    """Open the target of every method that no earlier run finished."""
+    sinks: dict[str, Sink] = {}
     for label, plan in comparison.plans.items():
         if label in done:
             continue
@@ -119,8 +121,14 @@ def _open(
             work = work_folder(plan.plan_hash, folder, None, work_dir)
             sink = FolderSink(folder, plan.plan_hash, work, plan.identity)
         stack.callback(sink.close)
-        run.methods[label] = Method(sink, Merger(plan, device, run.sample))
-    return run
+        sinks[label] = sink
+    return sinks
+
+
+def _run_of(comparison: Comparison) -> Run:
+    first = comparison.first
+    similarity = Similarity(list(comparison.plans), len(first.experts))
+    return Run(comparison, choose_device(first.options.device), {}, similarity)
 
 
 def _merge_all(run: Run) -> Iterator[Event]:
@@ -175,6 +183,7 @@ def _shards(run: Run) -> Iterator[Event]:
 def _report(run: Run, label: str, method: Method) -> dict[str, Any]:
     return build_report(
         run.comparison.plans[label],
+        method.merger.counted,
         method.entries,
         method.files,
         environment=environment(run.device),

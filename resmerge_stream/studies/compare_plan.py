@@ -2,13 +2,13 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import PlanRefusedError, RecipeError
-from ..memory import matrix_bytes
+from ..memory import SPARE_BYTES, block_bytes, matrix_bytes
 from ..methods import parse_method
 from ..planning.plan import Options, Plan, matrix_of, plan_merge
 from ..recipe import Recipe
@@ -146,8 +146,9 @@ def _fit_memory(comparison: Comparison) -> None:
             for name, tensor in plan.tensors.items()
         }
         plan.working_bytes = worst[0]
-    comparison.working_bytes = worst[0]
-    comparison.peak_memory_bytes = fixed + worst[0]
+    # While the largest tensor is written the next ones are decided, where the budget has room.
+    comparison.working_bytes = max(worst[0], min(room, SPARE_BYTES + 2 * worst[0]))
+    comparison.peak_memory_bytes = fixed + comparison.working_bytes
     if worst[0] > room:
         comparison.problems.append(
             f"comparing {len(comparison.plans)} methods on {worst[1]} needs "
@@ -157,7 +158,7 @@ def _fit_memory(comparison: Comparison) -> None:
         )
 
 
-def _working_bytes(plans: Iterable[Plan], name: str, *, resident: bool) -> int:
+def _working_bytes(plans: Collection[Plan], name: str, *, resident: bool) -> int:
     by_rows, scratch, matrix = 0, 0, (0, 0, 0)
     for plan in plans:
         tensor = plan.tensors[name]
@@ -166,4 +167,6 @@ def _working_bytes(plans: Iterable[Plan], name: str, *, resident: bool) -> int:
             continue
         matrix = (*matrix_of(tensor.spec), len(tensor.experts))
         scratch += tensor.method.scratch_bytes(*matrix)
-    return max(by_rows, matrix_bytes(*matrix, scratch, resident=resident))
+    m, n, experts = matrix
+    block = block_bytes(experts + len(plans), m, n)
+    return max(by_rows, block + matrix_bytes(*matrix, scratch, resident=resident))

@@ -29,15 +29,23 @@ class Similarity:
         self._gram = torch.zeros(len(labels) + experts, len(labels) + experts, dtype=torch.float64)
         self._complete = True
 
-    def add(self, updates: Mapping[str, Tensor], stack: Tensor, experts: Sequence[int]) -> None:
-        """Add a row block: every method's ΔW, and the Δ there of the experts that take part."""
+    def products(self, updates: Mapping[str, Tensor], stack: Tensor) -> Tensor | None:
+        """Return the products of a row block's ΔW and Δ, safe in any thread.
+
+        None if some methods saw this tensor in another cut.
+        """
         if list(updates) != self._labels:
-            self._complete = False  # some methods saw this tensor in another cut
+            return None
+        return block_gram(torch.cat([torch.stack(list(updates.values())), stack]))
+
+    def add(self, products: Tensor | None, experts: Sequence[int]) -> None:
+        """Add the products of a row block in file order; and which experts take part there."""
+        if products is None:
+            self._complete = False
             return
         count = len(self._labels)
         own = torch.tensor([*range(count), *(count + i for i in experts)])
-        gram = block_gram(torch.cat([torch.stack(list(updates.values())), stack]))
-        self._gram[own[:, None], own[None, :]] += gram
+        self._gram[own[:, None], own[None, :]] += products
 
     def to_dict(self) -> dict[str, Any]:
         """Return the sums as plain data, for the journal of a shard."""

@@ -1,6 +1,7 @@
 """One shard of every method at once: read, decided on shared task vectors, written side by side."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..device import private_memory
-from ..maths.task_vectors import NonFiniteValues, TaskVectors
+from ..device import private_memory, usable_cores
+from ..maths.rounding import Kept
+from ..maths.task_vectors import TaskVectors
 from ..memory import WRITE_QUEUE_BYTES
-from ..pipes import Ahead, WriteBehind
-from ..run.engine import workers
+from ..pipes import WriteBehind
+from ..report.rows import Rows
 from ..run.events import Event, TensorMerged
-from ..run.merging import Merger, Prepared
+from ..run.merging import Decided, MergedRows, Merger, reported
+from ..run.pipeline import blocks_ahead, worked_ahead, workers
 from ..run.reading import READ_AHEAD_BYTES, reads
 from ..run.sharing import Shared, shared_reads
 from ..sinks import ShardWriter, Sink
@@ -25,7 +28,13 @@ from .compare_report import Similarity
 
 @dataclass(slots=True)
 class Method:
-    """What is known of one method while the comparison runs."""
+    """What is known of one method while the comparison runs.
+
+    Attributes:
+        sink, merger: its own.
+        seconds: spent on its decisions and rows, added up over the threads.
+        bytes_written, entries, files: so far.
+    """
 
     sink: Sink
     merger: Merger
@@ -33,6 +42,12 @@ class Method:
     bytes_written: int = 0
     entries: list[dict[str, Any]] = field(default_factory=list)
     files: list[dict[str, Any]] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, seconds: float) -> None:
+        """Add what a thread spent on this method."""
+        with self._lock:
+            self.seconds += seconds
 
 
 @dataclass(slots=True)
@@ -54,12 +69,34 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class _Decided:
-    """A piece with every method's decision and what each took; no vectors if carried through."""
+    """A piece with every method's decision.
+
+    Attributes:
+        shared: as read.
+        vectors: the task vectors that all methods share.
+        by_label: the decisions.
+    """
 
     shared: Shared[str]
-    prepared: dict[str, Prepared]
-    vectors: TaskVectors | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
+    vectors: TaskVectors
+    by_label: dict[str, Decided]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A row block as every method merged it.
+
+    Attributes:
+        merged: by label.
+        seconds: that each took.
+        products: for the likeness of the updates; None where some methods saw another cut.
+        is_zero: whether no expert changed anything here.
+    """
+
+    merged: dict[str, MergedRows]
+    seconds: dict[str, float]
+    products: Tensor | None
+    is_zero: bool
 
 
 def merge_shard(
@@ -79,10 +116,14 @@ def merge_shard(
             threads.callback(_abort_unless, finished, label, writer)
             queues[label] = WriteBehind(WRITE_QUEUE_BYTES)
             threads.callback(queues[label].close)
-        for decided in _decided(
-            run, labels, [spec.name for spec in shards[labels[0]].tensors], threads
-        ):
-            for label, entry in _finish(run, decided, writers, queues, similarity):
+        write = {label: _writing(queues[label], writers[label]) for label in labels}
+        rows = {label: Rows(len(run.comparison.first.experts)) for label in labels}
+        names = [spec.name for spec in shards[labels[0]].tensors]
+        chain = threads.enter_context(contextlib.closing(_decided(run, labels, names)))
+        for done in chain:
+            if done is None:
+                continue
+            for label, entry in _finish(run, done, rows, write, similarity):
                 entries[label].append(entry)
                 spec = run.comparison.plans[label].tensors[entry["name"]].spec
                 run.methods[label].bytes_written += spec.nbytes
@@ -110,110 +151,112 @@ def merge_shard(
     return made
 
 
+def _writing(queue: WriteBehind, writer: ShardWriter) -> Callable[[memoryview], None]:
+    return lambda data: queue.put(len(data), lambda: writer.write(data))
+
+
 def _abort_unless(finished: set[str], label: str, writer: ShardWriter) -> None:
     if label not in finished:
         writer.abort()
 
 
 def _decided(
-    run: Run, labels: Sequence[str], names: Sequence[str], threads: contextlib.ExitStack
-) -> Iterator[_Decided]:
-    """Yield the pieces in file order, read and decided ahead by threads, all methods together."""
+    run: Run, labels: Sequence[str], names: Sequence[str]
+) -> Generator[Shared[str] | _Decided | None, None, None]:
+    """Yield the pieces in file order, read and decided ahead by threads, all methods together.
+
+    What is carried through comes as it was read.
+    """
     plans = {label: run.comparison.plans[label] for label in labels}
-    limit = run.comparison.first.read_ahead_bytes or READ_AHEAD_BYTES
-    reader = Ahead(shared_reads(plans, names, reads), limit)
 
-    def decisions() -> Iterator[tuple[int, Callable[[], tuple[Any, _Decided]]]]:
-        for held in reader:
-            lead = held.value.lead_piece
-            run.bytes_read += sum(len(buffer) for buffer in lead.buffers)
+    def read(nbytes: int) -> None:
+        run.bytes_read += nbytes
 
-            def decide(held: Any = held) -> tuple[Any, _Decided]:
-                return held, _decide(run, held.value)
-
-            yield run.comparison.working_bytes_of(lead.tensor.spec.name), decide
-
-    decider = Ahead(decisions(), run.comparison.working_bytes, workers=workers(run.device))
-    threads.callback(decider.close)
-    threads.callback(reader.close)  # before the decider, which may be waiting for it
-    for result in decider:
-        held, decided = result.value
-        yield decided
-        decided.shared.lead_piece.close()
-        del decided
-        held.release()
-        result.release()
+    return worked_ahead(
+        shared_reads(plans, names, reads),
+        lambda shared: _decide(run, shared),
+        read_bytes=run.comparison.first.read_ahead_bytes or READ_AHEAD_BYTES,
+        work_bytes=run.comparison.working_bytes,
+        cost=lambda shared: run.comparison.working_bytes_of(shared.lead_piece.tensor.spec.name),
+        workers=workers(run.device),
+        on_read=read,
+    )
 
 
-def _decide(run: Run, shared: Shared[str]) -> _Decided:
+def _decide(run: Run, shared: Shared[str]) -> Shared[str] | _Decided:
     """Let every method decide about a piece, on the same task vectors."""
-    lead = run.methods[shared.lead].merger
-    if shared.lead_piece.tensor.rule is None:
-        carried = {key: run.methods[key].merger.prepare(p) for key, p in shared.pieces.items()}
-        return _Decided(shared, carried)
-    prepared, seconds = {}, {}
-    try:
-        base, vectors = lead.open(shared.lead_piece)
-        for label, piece in shared.pieces.items():
-            started = time.monotonic()
-            prepared[label] = run.methods[label].merger.decide(piece, base, vectors)
-            seconds[label] = time.monotonic() - started
-    except NonFiniteValues as exc:
-        raise lead.non_finite(shared.lead_piece.tensor, exc.source) from exc
-    return _Decided(shared, prepared, vectors, seconds)
+    lead, piece = run.methods[shared.lead].merger, shared.lead_piece
+    if piece.tensor.rule is None:
+        return shared
+    decided = {}
+    with lead.naming(piece.tensor):
+        base, vectors = lead.open(piece)
+        for label, own in shared.pieces.items():
+            if own.tensor.rule is not None:
+                started = time.monotonic()
+                method = run.methods[label]
+                decided[label] = method.merger.decide(own, own.tensor.rule, base, vectors)
+                method.add(time.monotonic() - started)
+    return _Decided(shared, vectors, decided)
 
 
 def _finish(
     run: Run,
-    decided: _Decided,
-    writers: Mapping[str, ShardWriter],
-    queues: Mapping[str, WriteBehind],
+    done: Shared[str] | _Decided,
+    rows: Mapping[str, Rows],
+    write: Mapping[str, Callable[[memoryview], None]],
     similarity: Similarity,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Write a piece by every method; yield the rows of the reports after a tensor's last one."""
-    vectors, prepared = decided.vectors, decided.prepared
-
-    def put(label: str) -> Callable[[memoryview], None]:
-        queue, writer = queues[label], writers[label]
-        return lambda data: queue.put(len(data), lambda: writer.write(data))
-
-    if vectors is None:
-        for label, one in prepared.items():
-            entry = run.methods[label].merger.finish(one, put(label))
+    if isinstance(done, Shared):
+        for label, piece in done.pieces.items():
+            write[label](piece.buffers[0])
+            entry = rows[label].carried(piece.tensor, is_last=piece.is_last)
             if entry is not None:
                 yield label, entry
         return
-    for label, seconds in decided.seconds.items():
-        run.methods[label].seconds += seconds
-    writes = {label: put(label) for label in prepared}
-    _write_rows(run, decided, vectors, writes, similarity)
+    kept = _write_rows(run, done, write, similarity)
     run.sample()
-    for label, one in prepared.items():
-        entry = run.methods[label].merger.end(one)
+    for label, decided in done.by_label.items():
+        entry = reported(rows[label], decided, kept[label])
         if entry is not None:
             yield label, entry
-    vectors.close()
+    done.vectors.close()
 
 
 def _write_rows(
     run: Run,
-    decided: _Decided,
-    vectors: TaskVectors,
+    done: _Decided,
     write: Mapping[str, Callable[[memoryview], None]],
     similarity: Similarity,
-) -> None:
-    torch.set_num_threads(1)
-    for rows in vectors.blocks():
-        stack, base = vectors.stack(rows), vectors.base(rows)
-        updates: dict[str, Tensor] = {}
-        for label, one in decided.prepared.items():
+) -> dict[str, Kept]:
+    """Write a piece by every method, its row blocks merged ahead; return what the casts kept."""
+    vectors, piece = done.vectors, done.shared.lead_piece
+    kept = {label: Kept() for label in done.by_label}
+
+    def merge(block: slice) -> _Rows:
+        stack, base = vectors.stack(block), vectors.base(block)
+        merged, seconds = {}, {}
+        for label, decided in done.by_label.items():
             started = time.monotonic()
-            merger = run.methods[label].merger
-            merged = merger.merge_rows(one, rows, stack, base)
-            one.kept.absorb(merged.kept)
-            write[label](merged.data)
-            updates[label] = merged.delta
-            run.methods[label].seconds += time.monotonic() - started
-        if not vectors.is_zero(rows):
-            similarity.add(updates, stack, decided.shared.lead_piece.tensor.experts)
-        decided.shared.lead_piece.release(rows)
+            merged[label] = run.methods[label].merger.merge_rows(decided, block, stack, base)
+            seconds[label] = time.monotonic() - started
+        is_zero = vectors.is_zero(block)
+        updates = {label: rows.delta for label, rows in merged.items()}
+        products = None if is_zero else similarity.products(updates, stack)
+        return _Rows(merged, seconds, products, is_zero)
+
+    threads = usable_cores() if run.device.type == "cpu" else 1
+    with (
+        run.methods[done.shared.lead].merger.naming(piece.tensor),
+        contextlib.closing(blocks_ahead(vectors.blocks(), merge, threads)) as blocks,
+    ):
+        for block, rows in blocks:
+            for label, merged in rows.merged.items():
+                kept[label].absorb(merged.kept)
+                write[label](merged.data)
+                run.methods[label].add(rows.seconds[label])
+            if not rows.is_zero:
+                similarity.add(rows.products, piece.tensor.experts)
+            piece.release(block)
+    return kept

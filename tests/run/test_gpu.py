@@ -92,7 +92,7 @@ def test_what_ran_short_gives_its_buffers_back(tmp_path, with_lanes, monkeypatch
     def fail(vectors, site):
         raise torch.OutOfMemoryError("CUDA out of memory (made up)")
 
-    monkeypatch.setattr(type(merger.method), "merge", lambda self, *args: fail(*args))
+    monkeypatch.setattr(type(plan.method), "merge", lambda self, *args: fail(*args))
     from resmerge_stream.run.reading import reads
 
     tensor = next(t for t in plan.tensors.values() if t.rule and t.rule.needs_matrix)

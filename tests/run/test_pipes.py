@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from resmerge_stream.pipes import Ahead, WriteBehind, meanwhile
+from resmerge_stream.pipes import WorkAhead, WriteBehind, meanwhile
 
 
 def jobs(count, size=1, started=None):
@@ -23,12 +23,12 @@ def jobs(count, size=1, started=None):
 @pytest.mark.parametrize("limit", [1, 3, 10**9])
 def test_results_come_in_the_order_of_the_jobs(workers, limit):
     """However many threads, the consumer sees the jobs' order, and every job once."""
-    ahead = Ahead(jobs(200), limit, workers=workers)
+    ahead = WorkAhead(jobs(200), limit, workers=workers)
     got = []
 
     for held in ahead:
         got.append(held.value)
-        held.release()
+        held.free()
 
     ahead.close()
     assert got == list(range(200))
@@ -37,32 +37,32 @@ def test_results_come_in_the_order_of_the_jobs(workers, limit):
 def test_no_more_is_started_than_fits():
     """Jobs wait until the bytes before them are released; one larger than all passes alone."""
     started = []
-    ahead = Ahead(jobs(10, size=4, started=started), 8)
+    ahead = WorkAhead(jobs(10, size=4, started=started), 8)
     results = iter(ahead)
     first, second = next(results), next(results)
     assert started == [0, 1]
 
-    first.release()
+    first.free()
     third = next(results)
 
     assert started == [0, 1, 2]
     assert (second.value, third.value) == (1, 2)
     ahead.close()
-    large = Ahead(jobs(2, size=100), 8)
+    large = WorkAhead(jobs(2, size=100), 8)
     for held in large:
-        held.release()
+        held.free()
     large.close()
 
 
 def test_releasing_twice_gives_back_once():
     """A second release does not make room that is not there."""
     started = []
-    ahead = Ahead(jobs(10, size=4, started=started), 8)
+    ahead = WorkAhead(jobs(10, size=4, started=started), 8)
     results = iter(ahead)
     held, _ = next(results), next(results)
 
-    held.release()
-    held.release()
+    held.free()
+    held.free()
     next(results)
 
     assert started == [0, 1, 2]
@@ -78,7 +78,7 @@ def test_an_error_comes_where_its_result_would_have(workers):
         yield 1, lambda: 1 / 0
         yield 1, lambda: "three"
 
-    ahead = Ahead(all_jobs(), 10, workers=workers)
+    ahead = WorkAhead(all_jobs(), 10, workers=workers)
     results = iter(ahead)
 
     assert next(results).value == "one"
@@ -94,7 +94,7 @@ def test_an_error_of_the_source_of_jobs_is_raised():
         yield 1, lambda: "one"
         raise LookupError("no more")
 
-    ahead = Ahead(all_jobs(), 10)
+    ahead = WorkAhead(all_jobs(), 10)
     results = iter(ahead)
 
     assert next(results).value == "one"
@@ -107,7 +107,7 @@ def test_closing_early_ends_the_threads():
     """A consumer that stops leaves no thread and starts no further job."""
     before = threading.active_count()
     started = []
-    ahead = Ahead(jobs(1000, started=started), 4, workers=2)
+    ahead = WorkAhead(jobs(1000, started=started), 4, workers=2)
     next(iter(ahead))
 
     ahead.close()
@@ -186,7 +186,7 @@ def test_closing_drops_what_waits():
 def test_a_late_result_is_told_of():
     """While a result is not ready, the consumer hears so, and then gets it."""
     ready = threading.Event()
-    ahead = Ahead([(1, lambda: ready.wait() and "there")], 8)
+    ahead = WorkAhead([(1, lambda: ready.wait() and "there")], 8)
     results = ahead.within(0.01)
 
     assert next(results) is None
