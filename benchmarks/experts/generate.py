@@ -63,7 +63,7 @@ def generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=_positions(batch.attention_mask),
-        past_key_values=cache,
+        cache=cache,
         use_cache=True,
         logits_to_keep=1,
     ).logits[:, -1]
@@ -85,7 +85,7 @@ def generate(
             input_ids=chosen[:, None],
             attention_mask=attention,
             position_ids=_positions(attention)[:, -1:],
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         ).logits[:, -1]
     start = batch.input_ids.shape[1]

@@ -423,7 +423,8 @@ def test_a_publication_cut_short_is_finished_by_a_rerun(tmp_path):
 
 MEMORY = """
 import sys, threading
-from resmerge_stream import card, plan_merge
+from resmerge_stream import plan_merge
+from resmerge_stream.report import card
 from resmerge_stream.run.engine import run_merge
 from resmerge_stream.device import private_memory
 from resmerge_stream.recipe import ModelRef, Recipe
