@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import RecipeError
+from .errors import RecipeError, Remedy
 from .memory import KEPT_BUFFER_BYTES
 
 if TYPE_CHECKING:
@@ -53,13 +53,15 @@ def choose_device(name: str) -> "torch.device":
         return torch.device("cpu")
     if name == "mps":
         raise RecipeError(
-            "--device mps: Apple's GPUs have no float64, which the sums need. Use --device cpu."
+            "Apple's GPUs have no float64, which the sums need.", Remedy.ON_CPU, field="device"
         )
     torch.set_float32_matmul_precision("highest")  # no TF32: products keep float32's digits
     index = name.partition(":")[2]
     if int(index or 0) >= gpus:
         raise RecipeError(
-            f"--device {name}: this machine has {gpus} such device(s). Use --device cpu, or auto."
+            f"there is no {name}: this machine has {gpus} such device(s).",
+            Remedy.ON_CPU,
+            field="device",
         )
     return torch.device("cuda", int(index) if index else machine_share()[0] % gpus)
 

@@ -54,6 +54,8 @@ class Remedy(Enum):
 
     SIGN_IN = "log in with 'hf auth login', or set HF_TOKEN to a token that may write"
     SIGN_IN_AGAIN = "log in again with 'hf auth login', or set HF_TOKEN"
+    SIGN_IN_TO_SEE = "log in with 'hf auth login', or set HF_TOKEN to a token that may see it"
+    CHECK_FOLDER = "check the path if you meant a folder"
     CONTINUE = "run the same command again to continue"
     FINISH_OTHER = "run that command again to finish it"
     DISCARD_STAGING = "remove it with --discard-staging"
@@ -102,7 +104,7 @@ class Notice(str):
         """Put the parts into the terminal's words."""
         if isinstance(text, Notice):
             made: Notice = text
-            text, remedies, kind = made.text, remedies or made.remedies, kind or made.kind
+            text, remedies, kind = made.text, made.remedies + remedies, kind or made.kind
             arguments = made.arguments | arguments
         self = super().__new__(cls, _worded(text, [r.value for r in remedies], arguments))
         self.text, self.remedies = text, remedies
@@ -116,6 +118,11 @@ class Notice(str):
             words: of each remedy; those without any are left out.
         """
         return _worded(self.text, [words.get(r, "") for r in self.remedies], self.arguments)
+
+    def prefixed(self, part: str) -> "Notice":
+        """Return the same, said of a part: a process, a method."""
+        text = f"{part}: {self.text}"
+        return Notice(text, *self.remedies, kind=self.kind, **self.arguments)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the parts as plain data."""
@@ -146,8 +153,8 @@ def _worded(text: str, words: Sequence[str], arguments: Mapping[str, Any]) -> st
 class Findings:
     """What the checks found: problems refuse the merge, warnings do not."""
 
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    problems: list[Notice] = field(default_factory=list)
+    warnings: list[Notice] = field(default_factory=list)
 
     def problem(self, text: str, *remedies: Remedy, kind: str = "", **arguments: Any) -> None:
         """Note what refuses the merge; see `Notice`."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .errors import RecipeError, listed, shown
+from .errors import RecipeError, Remedy, listed, shown
 from .specs import OUTPUT_DTYPES
 
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}
@@ -119,9 +119,7 @@ def override(
     """
     if recipe is None:
         if base is None or not experts:
-            raise RecipeError(
-                "nothing to merge: give a recipe file, or --base ID and at least one --expert ID."
-            )
+            raise RecipeError("nothing to merge.", Remedy.GIVE_MODELS)
         recipe = Recipe(ModelRef.parse(base), ())
     elif base is not None:
         recipe = replace(recipe, base=ModelRef.parse(base))

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import RecipeError, listed, shown
+from .errors import RecipeError, Remedy, listed, shown
 from .recipe import ModelRef, Recipe, checked_dtype
 
 MAX_RECIPE_BYTES = 32 * 1024
@@ -14,15 +14,15 @@ _KEYS = ("merge_method", "base_model", "models", "parameters", "dtype")
 
 
 # What mergekit knows and this tool does not, with what to write instead.
-_ELSEWHERE = {
-    "slices": "merging whole models only: list them under 'models'",
-    "modules": "merging whole models only: list them under 'models'",
-    "tokenizer": "the base's tokenizer is kept; choose another with --tokenizer-from",
-    "tokenizer_source": "the base's tokenizer is kept; choose another with --tokenizer-from",
-    "chat_template": "the base's chat template is kept; choose another with --tokenizer-from",
-    "out_dtype": "write 'dtype' (the arithmetic is always float32)",
-    "name": "name the output with --out or --push-to",
-    "merge": "this is a mergekit multi-merge entry; write one recipe a merge",
+_ELSEWHERE: dict[str, tuple[str, *tuple[Remedy, ...]]] = {
+    "slices": ("merging whole models only: list them under 'models'",),
+    "modules": ("merging whole models only: list them under 'models'",),
+    "tokenizer": ("the base's tokenizer is kept", Remedy.TOKENIZER_FROM),
+    "tokenizer_source": ("the base's tokenizer is kept", Remedy.TOKENIZER_FROM),
+    "chat_template": ("the base's chat template is kept", Remedy.TOKENIZER_FROM),
+    "out_dtype": ("write 'dtype' (the arithmetic is always float32)",),
+    "name": ("the output is named elsewhere", Remedy.GIVE_TARGET),
+    "merge": ("this is a mergekit multi-merge entry; write one recipe a merge",),
 }
 
 
@@ -42,8 +42,7 @@ def load_recipe(path: str | Path) -> Recipe:
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else exc
         raise RecipeError(
-            f"cannot read the recipe {str(path)!r}: {reason}. "
-            "Give a YAML file, or --base and --expert."
+            f"cannot read the recipe {str(path)!r}: {reason}.", Remedy.GIVE_MODELS
         ) from exc
     if len(data) > MAX_RECIPE_BYTES:
         raise RecipeError(
@@ -148,7 +147,8 @@ def _check_keys(document: Mapping[Any, Any], where: str) -> None:
         if key in _KEYS:
             continue
         if key in _ELSEWHERE:
-            raise RecipeError(f"{where}: {key!r} is not supported; {_ELSEWHERE[key]}.")
+            instead, *remedies = _ELSEWHERE[key]
+            raise RecipeError(f"{where}: {key!r} is not supported; {instead}.", *remedies)
         close = difflib.get_close_matches(str(key)[:100], _KEYS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else f" Known keys: {listed(_KEYS)}."
         raise RecipeError(f"{where}: unknown key {shown(key)}.{hint}")

@@ -12,13 +12,13 @@ for _power, _letter in enumerate("KMGT", start=1):
     _UNITS[f"{_letter}IB"] = 1024**_power
 
 
-def parse_size(text: str | int, *, option: str = "size") -> int:
+def parse_size(text: str | int, *, name: str = "size") -> int:
     """Return a size in bytes from text such as ``5GB``, ``800MB``, ``12GiB`` or ``0``.
 
     Args:
         text: a number with an optional unit; KB, MB, GB, TB are powers of 1000 as on the Hub,
             KiB and so on powers of 1024. An integer is taken as bytes.
-        option: what to call the value in an error.
+        name: what to call the value in an error.
 
     Raises:
         RecipeError: the text is not a size.
@@ -32,7 +32,8 @@ def parse_size(text: str | int, *, option: str = "size") -> int:
         number = -1.0
     if unit not in _UNITS or not 0 <= number < 1e18:
         raise RecipeError(
-            f"{option} {text!r} is not a size. Write a number and a unit, such as 5GB or 800MB."
+            f"{name} {text!r} is not a size. Write a number and a unit, such as 5GB or 800MB.",
+            field=name,
         )
     return int(number * _UNITS[unit])
 
@@ -49,7 +50,7 @@ def format_size(nbytes: float) -> str:
 _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)([smhd]?)")
 
 
-def duration(text: str, *, option: str = "--timeout") -> int:
+def duration(text: str, *, name: str = "timeout") -> int:
     """Return seconds from text such as ``90m``, ``2h``, ``1.5h`` or ``5400``.
 
     Raises:
@@ -61,8 +62,9 @@ def duration(text: str, *, option: str = "--timeout") -> int:
     )
     if not 60 <= seconds <= 30 * 86400:
         raise RecipeError(
-            f"{option} {text!r} is not a time from a minute to 30 days. Write a number and a unit, "
-            "such as 90m or 2h."
+            f"{name} {text!r} is not a time from a minute to 30 days. Write a number and a unit, "
+            "such as 90m or 2h.",
+            field=name,
         )
     return int(seconds)
 

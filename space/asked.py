@@ -162,7 +162,7 @@ def web_options(document: object, settings: Settings) -> Options:
     return Options(
         rounding=str(document.get("rounding") or "nearest"),
         seed=seed,
-        max_shard_bytes=parse_size(shard, option="max_shard_size") if shard else None,
+        max_shard_bytes=parse_size(shard, name="max_shard_size") if shard else None,
         tokenizer_from=str(tokenizer) if tokenizer else None,
         max_header_bytes=settings.max_header_bytes,
     )

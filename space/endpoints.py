@@ -12,8 +12,8 @@ from resmerge_stream.methods import describe_methods
 from .asked import asked_from_dict
 from .identity import Visitor
 from .jobs.records import Job
+from .remedies import said
 from .service import Service
-from .view.library_words import in_page_words
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def _told() -> Iterator[None]:
     try:
         yield
     except ResMergeError as exc:
-        raise gr.Error(in_page_words(str(exc)), print_exception=False) from exc
+        raise gr.Error(said(exc), print_exception=False) from exc
 
 
 def endpoints(service: Service) -> list[Callable[..., Any]]:

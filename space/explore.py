@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from resmerge_stream.errors import VerificationError
+from resmerge_stream.errors import Remedy, VerificationError
 from resmerge_stream.recipe import ModelRef
 from resmerge_stream.report.schema import parse_report
 from resmerge_stream.sinks.folder import REPORT
@@ -64,8 +64,7 @@ def read_report(repo: str, visitor: Visitor) -> bytes:
     info = target.info(ref.revision or "main")
     if info is None:
         raise VerificationError(
-            f"there is no repository {ref} that you may see. Check the name; sign in if it is "
-            "private."
+            f"there is no repository {ref} that you may see. Check the name.", Remedy.SIGN_IN_TO_SEE
         )
     file = listed(info).get(REPORT)
     if file is None:

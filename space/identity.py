@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from resmerge_stream.errors import PublishError, ResMergeError
+from resmerge_stream.errors import PublishError, Remedy, ResMergeError
 
 _REMEMBERED_S = 300.0
 _LOOPBACK = ("", "127.0.0.1", "localhost", "::1")
@@ -132,7 +132,7 @@ def _ask_hub(token: str) -> Visitor:
     account = whoami(client(token))
     name = account.get("name")
     if account.get("type", "user") != "user" or not isinstance(name, str) or not name:
-        raise PublishError("this token is not a person's. Sign in with your account.")
+        raise PublishError("this token is not a person's.", Remedy.SIGN_IN_AGAIN)
     orgs = account.get("orgs") or ()
     names = (str(org["name"]) for org in orgs if org.get("roleInOrg") != "read" and "name" in org)
     return Visitor(name, token, tuple(names))

@@ -1,18 +1,20 @@
 """A visitor's plan: made from headers within limits, with what hardware it would need."""
 
+import json
 import threading
 import time
 from collections import deque
 from typing import Any
 
 from resmerge_stream.device import available_memory, free_disk, usable_cores
-from resmerge_stream.errors import RecipeError
+from resmerge_stream.errors import RecipeError, Remedy
 from resmerge_stream.planning.plan import Plan, plan_merge
 
 from .asked import Asked
 from .examples import on_this_machine, web_names
 from .hardware import Machine, fits
 from .identity import Visitor
+from .remedies import plan_said
 from .settings import Settings
 
 
@@ -57,7 +59,9 @@ def plan_for(
     """
     if not visitor.name and asked.needs_account and not allowance.take():
         raise RecipeError(
-            "too many plans without an account at the moment. Sign in, or try again in a minute."
+            "too many plans without an account at the moment. Try again in a minute.",
+            Remedy.SIGN_IN,
+            kind="busy",
         )
     publication = asked.publication if visitor.token else None
     # Never made: only its disk is looked at.
@@ -85,9 +89,5 @@ def this_machine(settings: Settings) -> Machine:
 
 
 def _named(plan: Plan) -> dict[str, Any]:
-    found = plan.to_dict()
-    for key in ("problems", "warnings"):
-        found[key] = [web_names(text) for text in found[key]]
-    for source in found["sources"]:
-        source["id"] = web_names(source["id"])
+    found = plan_said(json.loads(web_names(json.dumps(plan.to_dict()))))
     return found

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from resmerge_stream.errors import PublishError, RecipeError, ResMergeError
+from resmerge_stream.errors import PublishError, RecipeError, Remedy, ResMergeError
 from resmerge_stream.planning.planned import refused_plan
 
 from .asked import Asked, asked_from_dict
@@ -13,11 +13,11 @@ from .identity import Visitor, Visitors
 from .jobs.jobs import Jobs
 from .jobs.records import JOB_ID, Job
 from .planning import Allowance, plan_for
+from .remedies import plan_said
 from .search import Search
 from .settings import Settings
-from .view.library_words import in_page_words
 
-NO_JOB = "there is no such job of yours. Sign in with the account that started it."
+NO_JOB = "there is no such job of yours."
 
 
 @dataclass(slots=True)
@@ -50,7 +50,8 @@ class Service:
             asked = asked_from_dict(document, self.settings)
             return plan_for(asked, visitor, self.settings, self.allowance)
         except ResMergeError as exc:
-            return {**refused_plan(str(exc)), "hardware": [], "target_checked": False}
+            refused = plan_said(refused_plan(*exc.notices))
+            return {**refused, "hardware": [], "target_checked": False}
 
     def submit(self, asked: Asked, visitor: Visitor, *, key: str = "") -> Job:
         """Queue a merge.
@@ -66,7 +67,7 @@ class Service:
         """
         if asked.needs_account and not visitor.name:
             raise PublishError(
-                "only the built-in example is merged without an account. Sign in first."
+                "only the built-in example is merged without an account.", Remedy.SIGN_IN
             )
         if asked.needs_account and not asked.push_to:
             raise RecipeError(
@@ -101,7 +102,7 @@ class Service:
         else:
             allowed = found is not None and (not change or found.key in ("", key))
         if found is None or not allowed:
-            raise RecipeError(NO_JOB)
+            raise RecipeError(NO_JOB, Remedy.SIGN_IN_TO_SEE, kind="no-job")
         return found
 
     def status(self, job: Job) -> dict[str, Any]:
@@ -115,7 +116,7 @@ class Service:
             "shards_done": job.shards_done,
             "shards": int(job.plan.get("shards") or 0),
             "seconds_left": None if left is None else round(left, 1),
-            "message": in_page_words(job.message),
+            "message": job.message,
             "url": job.url.partition("/commit/")[0],
         }
 

@@ -1,8 +1,12 @@
 """Errors as data: what is wrong, of which kind, and what to do, in whose words."""
 
+import ast
 import copy
 import json
 import pickle
+import re
+import string
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +20,7 @@ from resmerge_stream.errors import (
     StoppedError,
     error_from_dict,
 )
+from space.remedies import PAGE_WORDS, said
 
 EVERY = sorted(
     (kind for kind in vars(errors).values()
@@ -91,3 +96,92 @@ def test_others_word_the_same_notice():
     assert notice.worded({Remedy.ANOTHER_FOLDER: "choose another name"}) == (
         "'x' is a file. Choose another name."
     )
+
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTION = re.compile(r"(?<![\w-])--[a-z]|same command|hf auth|HF_TOKEN|[Rr]un this again")
+# The command line speaks of its own options; the card and the page's "From code" show commands;
+# who runs the page on their own machine is told of HF_TOKEN.
+NAMES_OPTIONS = {
+    "resmerge_stream/errors.py", "resmerge_stream/report/card.py", "space/page/texts.py",
+    "space/page/handlers.py", "space/view/jobs.py",
+}  # fmt: skip
+
+
+def sources():
+    """Return every file whose messages may be read on the page."""
+    found = [*(ROOT / "resmerge_stream").rglob("*.py"), *(ROOT / "space").rglob("*.py")]
+    names = {str(path.relative_to(ROOT)): path for path in found}
+    return {
+        name: path
+        for name, path in names.items()
+        if not name.startswith("resmerge_stream/cli/") and name not in NAMES_OPTIONS
+    }
+
+
+def texts(tree):
+    """Yield every text of a module, docstrings left out."""
+    docs = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if is_text and id(node) not in docs and " " in node.value:
+            yield node.value
+
+
+@pytest.mark.parametrize("name", sources())
+def test_no_text_names_an_option(name):
+    """What the library says holds for a page too: options are named by remedies alone."""
+    found = [text for text in texts(ast.parse(sources()[name].read_text())) if OPTION.search(text)]
+
+    assert not found
+
+
+def raised_with(name):
+    """Yield a remedy and the keywords of the call that it is given to, for a module."""
+    for node in ast.walk(ast.parse(sources()[name].read_text())):
+        if isinstance(node, ast.Call):
+            for part in (part for argument in node.args for part in ast.walk(argument)):
+                if isinstance(part, ast.Attribute) and ast.unparse(part.value) == "Remedy":
+                    yield Remedy[part.attr], {keyword.arg for keyword in node.keywords}
+
+
+def test_a_remedy_that_names_arguments_gets_them():
+    """Whoever gives a remedy with a gap in its words says what fills it."""
+    for name in sources():
+        for remedy, given in raised_with(name):
+            needed = {field for _, field, _, _ in string.Formatter().parse(remedy.value) if field}
+            assert needed <= given or not given, (name, remedy)
+
+
+def test_no_remedy_is_left_without_a_use():
+    """Every remedy is given somewhere."""
+    cli = [path.read_text() for path in (ROOT / "resmerge_stream" / "cli").rglob("*.py")]
+    given = {remedy for name in sources() for remedy, _ in raised_with(name)}
+
+    assert not [
+        r for r in Remedy if r not in given and not any(f"Remedy.{r.name}" in c for c in cli)
+    ]
+
+
+@pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("remedy", Remedy)
+def test_every_error_is_worded_for_terminal_and_page(kind, remedy):
+    """Both say the error; the terminal names no button, and the page no option."""
+    error = kind("it failed", remedy, needed="800MB")
+    terminal, page = str(error), said(error)
+
+    assert "“" not in terminal
+    assert "{" not in terminal + page
+    assert not OPTION.search(page)
+    assert terminal.startswith("it failed. ")
+    assert page.startswith("it failed")
+
+
+def test_the_page_words_every_remedy():
+    """A remedy without words on the page was thought of: it is nothing that a page can do."""
+    assert set(PAGE_WORDS) == set(Remedy)

@@ -46,7 +46,7 @@ def failed(error: ResMergeError, *, as_json: bool) -> None:
     """Print an error: one message on standard error, and an event where JSON was asked for."""
     if as_json:
         name = "stopped" if error.exit_code == 3 else "refused"
-        print(json.dumps({"event": name, "message": str(error)}), flush=True)
+        print(json.dumps({"event": name, "message": str(error), **error.to_dict()}), flush=True)
     say(f"resmerge-stream: {error}")
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from ..errors import RecipeError, ResMergeError, StoppedError
+from ..errors import RecipeError, Remedy, ResMergeError, StoppedError
 from ..planning.plan import Plan, plan_merge
 from ..planning.planned import refused_plan
 from ..recipe_file import load_recipe
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ResMergeError as exc:
         as_json = getattr(args, "json", False) and launched()[0] == 0
         if run is _plan and as_json and exc.exit_code == 2:
-            print(json.dumps(refused_plan(str(exc))))
+            print(json.dumps(refused_plan(*exc.notices)))
         else:
             console.failed(exc, as_json=as_json)
         return exc.exit_code
@@ -164,7 +164,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _merge(args: argparse.Namespace) -> int:
     if not args.out and not args.push_to:
-        raise RecipeError("nowhere to write: give --out DIR or --push-to NAMESPACE/NAME.")
+        raise RecipeError("nowhere to write.", Remedy.GIVE_TARGET)
     with crew_of_launcher() as crew:
         if args.discard_staging:
             with crew.main_first("discard"):

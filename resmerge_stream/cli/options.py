@@ -88,10 +88,10 @@ def options_of(args: argparse.Namespace) -> Options:
     return Options(
         rounding=args.rounding,
         seed=args.seed,
-        max_shard_bytes=parse_size(shard, option="--max-shard-size") if shard else None,
+        max_shard_bytes=parse_size(shard, name="max-shard-size") if shard else None,
         tokenizer_from=args.tokenizer_from,
         device=args.device,
-        memory_budget=parse_size(budget, option="--memory-budget") if budget else None,
+        memory_budget=parse_size(budget, name="memory-budget") if budget else None,
     )
 
 
@@ -111,5 +111,5 @@ def publication_of(args: argparse.Namespace) -> Publication | None:
         repo_id=args.push_to,
         public=True if args.public else False if args.private else None,
         update=args.update,
-        max_disk=parse_size(args.max_disk, option="--max-disk") if args.max_disk else None,
+        max_disk=parse_size(args.max_disk, name="max-disk") if args.max_disk else None,
     )

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.hf_api import HfApi
 
-from ..errors import PublishError, StoppedError
+from ..errors import PublishError, Remedy, StoppedError
 from .client import TokenRefusedError, patiently
 
 
@@ -30,15 +30,13 @@ def whoami(api: HfApi) -> dict[str, Any]:
         except TokenRefusedError as exc:
             if is_last:
                 raise PublishError(
-                    "the Hub does not accept the token (expired, revoked or mistyped). Log in "
-                    "again with 'hf auth login', or set HF_TOKEN."
+                    "the Hub does not accept the token (expired, revoked or mistyped).",
+                    Remedy.SIGN_IN_AGAIN,
+                    kind="bad-token",
                 ) from exc
         except StoppedError as exc:
             if isinstance(exc.__cause__, LocalTokenNotFoundError):
-                raise PublishError(
-                    "publishing needs an account: log in with 'hf auth login', or set HF_TOKEN to "
-                    "a token that may write."
-                ) from exc
+                raise PublishError("publishing needs an account", Remedy.SIGN_IN) from exc
             raise
     raise AssertionError("unreachable")
 

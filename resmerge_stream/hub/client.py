@@ -32,7 +32,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     parse_ratelimit_headers,
 )
 
-from ..errors import CheckpointNotFoundError, ResMergeError, StoppedError
+from ..errors import CheckpointNotFoundError, Remedy, ResMergeError, StoppedError
 from .patience import PATIENCE, Tries
 
 T = TypeVar("T")
@@ -181,21 +181,27 @@ def explain(exc: BaseException, what: str) -> ResMergeError:
         if isinstance(link, GatedRepoError):
             page = f"{HfApi().endpoint}/{link.repo_id}" if link.repo_id else "its page on the Hub"
             return CheckpointNotFoundError(
-                f"cannot {what}: access to it must be asked for. Visit {page}, accept its terms "
-                "with the account of your token, and run this again."
+                f"cannot {what}: access to it must be asked for. Visit {page} and accept its terms "
+                "with the account of your token; then try again.",
+                kind="gated",
+                page=page,
             )
         if isinstance(link, RevisionNotFoundError | RemoteEntryNotFoundError):
             kind = "revision" if isinstance(link, RevisionNotFoundError) else "file"
             return CheckpointNotFoundError(f"cannot {what}: there is no such {kind}.")
         if isinstance(link, RepositoryNotFoundError):
             return NoSuchRepositoryError(
-                f"cannot {what}: there is no such repository, or it is private and your token "
-                "(HF_TOKEN, or 'hf auth login') may not see it."
+                f"cannot {what}: there is no such repository, or it is private and you may not "
+                "see it. Check the name.",
+                Remedy.SIGN_IN_TO_SEE,
+                kind="no-repository",
             )
         if isinstance(link, HFValidationError):
             return CheckpointNotFoundError(f"cannot {what}: {plain(str(link))}")
-    refused = TokenRefusedError if _is_token_refused(exc) else StoppedError
-    return refused(f"cannot {what}: {reason(exc)} The same command continues.")
+    text = f"cannot {what}: {reason(exc)}"
+    if _is_token_refused(exc):
+        return TokenRefusedError(text, Remedy.SIGN_IN_AGAIN, kind="bad-token")
+    return StoppedError(text, Remedy.CONTINUE, kind="hub")
 
 
 def plain(text: str) -> str:
@@ -221,7 +227,7 @@ def reason(exc: BaseException) -> str:
     )
     text = plain(" ".join(said.split()))[:300]
     if _is_token_refused(exc):
-        return "the Hub does not accept the token (mistyped, expired or revoked). Log in again."
+        return "the Hub does not accept the token (mistyped, expired or revoked)."
     if status == 403:
         return f"the Hub refuses it ({text or 'no permission'})."
     if status == 429:

@@ -97,7 +97,7 @@ class HubJobs:
         if not info.private:
             raise PublishError(
                 f"{repo_id} is public, and a recipe may name private models. Make it private "
-                f"({self.api.endpoint}/datasets/{repo_id}/settings), then run this again."
+                f"({self.api.endpoint}/datasets/{repo_id}/settings), then try again."
             )
         there = {file.rfilename for file in info.siblings or ()}
         commit, missing = str(info.sha), sorted(set(contents) - there)

@@ -15,7 +15,7 @@ import httpx2
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
-from ..errors import CheckpointFormatError, StoppedError
+from ..errors import CheckpointFormatError, Remedy, StoppedError
 from .client import asked_wait, explain, is_transient, plain, reason, wait_seconds
 from .patience import PATIENCE, Tries
 
@@ -203,7 +203,8 @@ class RemoteFile:
     def _stopped(self, exc: BaseException | None) -> StoppedError:
         return StoppedError(
             f"cannot read {self.name} from the Hub: {_words(exc)}, every time. Finished shards "
-            "are kept; the same command continues."
+            "are kept.",
+            Remedy.CONTINUE,
         )
 
 

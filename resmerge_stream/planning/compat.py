@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import Findings, listed, shown
+from ..errors import Findings, Remedy, listed, shown
 from ..roles import Role, role_of
 from ..sources.checkpoint import Checkpoint, StoredTensor
 from ..specs import DTYPES
 
+# Kinds of warnings that the report says in numbers of its own.
+KEPT_AS_IN_BASE, LEFT_OUT = "kept-as-in-base", "left-out"
 # Config keys that change what the weights mean; any other difference is a warning.
 STRUCTURE = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
@@ -42,7 +44,7 @@ def check_quantised(checkpoint: Checkpoint, found: Findings) -> None:
     if checkpoint.config.get("quantization_config"):
         method = checkpoint.config["quantization_config"]
         name = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
-        found.problems.append(
+        found.problem(
             f"{checkpoint.id} is quantised ({str(name)[:40]}): its tensors are codes, not weights. "
             "Give the original checkpoint in bfloat16, float16 or float32."
         )
@@ -53,7 +55,7 @@ def check_quantised(checkpoint: Checkpoint, found: Findings) -> None:
         if tensor.spec.dtype.startswith("F8") or name.endswith(_SCALE_SUFFIXES)
     ]
     if codes:
-        found.problems.append(
+        found.problem(
             f"{checkpoint.id} holds quantised tensors ({listed(codes, limit=2)}). "
             "Give the original checkpoint in bfloat16, float16 or float32."
         )
@@ -67,9 +69,9 @@ def check_configs(base: Checkpoint, expert: Checkpoint, found: Findings) -> None
         shown_key = key if len(key) <= 120 else f"{key[:117]}..."
         text = f"{shown_key} is {shown(right)} in {expert.id} and {shown(left)} in {base.id}"
         if part is None or left is _MISSING or right is _MISSING:
-            found.warnings.append(f"config: {text}; the base's is kept")
+            found.warning(f"config: {text}; the base's is kept")
         else:
-            found.problems.append(
+            found.problem(
                 f"{text} ({part}). These are not weights of one base; give experts that were "
                 "trained from it."
             )
@@ -78,12 +80,12 @@ def check_configs(base: Checkpoint, expert: Checkpoint, found: Findings) -> None
 def check_small_files(base: Checkpoint, tokenizer: Checkpoint, found: Findings) -> None:
     """Warn of files that a model is loaded with and that will be missing from the output."""
     if not any(name in tokenizer.small_files for name in _TOKENIZER_FILES):
-        found.warnings.append(
-            f"{tokenizer.id} has no tokenizer files, so the output will have none; "
-            "--tokenizer-from takes them from elsewhere"
+        found.warning(
+            f"{tokenizer.id} has no tokenizer files, so the output will have none",
+            Remedy.TOKENIZER_FROM,
         )
     if "generation_config.json" not in base.small_files:
-        found.warnings.append(f"{base.id} has no generation_config.json; none will be written")
+        found.warning(f"{base.id} has no generation_config.json; none will be written")
 
 
 def check_tokenizers(base: Checkpoint, expert: Checkpoint, found: Findings) -> None:
@@ -96,9 +98,10 @@ def check_tokenizers(base: Checkpoint, expert: Checkpoint, found: Findings) -> N
         and not _same_small_file(base, expert, name)
     ]
     if different:
-        found.warnings.append(
+        found.warning(
             f"{expert.id} has another {' and '.join(different)} than the base, whose tokenizer is "
-            "kept; if the expert relies on its own, give --tokenizer-from"
+            "kept; the expert may rely on its own",
+            Remedy.TOKENIZER_FROM,
         )
 
 
@@ -150,18 +153,19 @@ def match_tensors(base: Checkpoint, experts: Sequence[Checkpoint], found: Findin
             if name not in base.tensors and name not in left_out:
                 left_out[name] = f"the base lacks it (seen in {expert.id})"
     for experts_without, names in partial.items():
-        found.problems.append(
+        found.problem(
             f"{len(names)} tensor(s) are in the base and some experts but not in "
             f"{experts_without}: {listed(names)}. Give complete checkpoints of one architecture."
         )
     for problem, names in shapes.items():
-        found.problems.append(f"{listed(names)} {problem}")
+        found.problem(f"{listed(names)} {problem}")
     for reason, names in _grouped(carried).items():
-        found.warnings.append(
-            f"{len(names)} tensor(s) kept as in the base, {reason}: {listed(names)}"
+        found.warning(
+            f"{len(names)} tensor(s) kept as in the base, {reason}: {listed(names)}",
+            kind=KEPT_AS_IN_BASE,
         )
     for reason, names in _grouped(left_out).items():
-        found.warnings.append(f"{len(names)} tensor(s) left out, {reason}: {listed(names)}")
+        found.warning(f"{len(names)} tensor(s) left out, {reason}: {listed(names)}", kind=LEFT_OUT)
     return TensorSets(tuple(merged), carried, left_out)
 
 
@@ -184,7 +188,7 @@ def _tied_heads(base: Checkpoint, experts: Sequence[Checkpoint], found: Findings
         if head not in checkpoint.tensors or embedding not in checkpoint.tensors:
             continue
         if not _same_values(checkpoint, head, embedding):
-            found.problems.append(
+            found.problem(
                 f"{checkpoint.id} has its own {head}, but the base ties it to {embedding}: a tied "
                 "model cannot hold it. Merge on an untied base, or drop that expert."
             )

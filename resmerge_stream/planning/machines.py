@@ -53,7 +53,7 @@ def shortage(plan: Plan, flavor: Flavor) -> str:
     machine, asked = flavor.machine, plan.options.memory_budget
     device = plan.options.device.partition(":")[0]
     if device == "mps" or (device == "cuda" and not flavor.gpu_gb):
-        return f"it has no such device as --device {device}"
+        return f"it has no device of the kind {device}"
     budget = int(machine.memory_bytes * SHARE) if asked is None else asked
     needed = max(fit(plan, budget, elsewhere=True).needed_bytes, budget if asked is not None else 0)
     room = int(machine.memory_bytes * SHARE)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ..device import available_memory, machine_share
-from ..errors import Findings, NotEnoughMemoryError
+from ..errors import Findings, NotEnoughMemoryError, Remedy
 from ..memory import (
     FIXED_BYTES,
     HUB_WINDOW_BYTES,
@@ -96,15 +96,16 @@ def fit_memory(plan: Plan, found: Findings) -> None:
     plan.peak_memory_bytes = plan.memory_budget - room + plan.working_bytes
     if fitted.worst > room:
         needed = fitted.needed_bytes
-        which = "--memory-budget allows" if asked is not None else "80 % of the free memory is"
+        which = "the memory budget" if asked is not None else "80 % of the free memory"
         each = "" if sharing == 1 else f" for each of the {sharing} processes here"
-        error = NotEnoughMemoryError(
-            f"merging {fitted.worst_name} needs {format_size(needed)} of memory, but {which} "
-            f"{format_size(plan.memory_budget)}{each}. Give --memory-budget "
-            f"{-(-needed * sharing // 1_000_000)}MB or more, on a machine that has it"
-            f"{', or start fewer processes' if each else ''}."
+        found.problem(
+            f"merging {fitted.worst_name} needs {format_size(needed)} of memory, but {which} is "
+            f"{format_size(plan.memory_budget)}{each}.",
+            Remedy.MORE_MEMORY,
+            *([Remedy.FEWER_PROCESSES] if each else []),
+            kind=NotEnoughMemoryError.kind,
+            needed=f"{-(-needed * sharing // 1_000_000)}MB",
         )
-        found.problems.append(str(error))
 
 
 def _matrices(plan: Plan) -> list[PlannedTensor]:

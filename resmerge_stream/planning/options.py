@@ -36,10 +36,15 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.rounding not in ("nearest", "stochastic"):
-            raise RecipeError(f"--rounding must be nearest or stochastic, not {self.rounding!r}.")
+            raise RecipeError(
+                f"rounding must be nearest or stochastic, not {self.rounding!r}.", field="rounding"
+            )
         if not DEVICE.fullmatch(self.device):
             raise RecipeError(
-                f"--device must be auto, cpu, cuda, cuda:N or mps, not {shown(self.device)}."
+                f"the device must be auto, cpu, cuda, cuda:N or mps, not {shown(self.device)}.",
+                field="device",
             )
         if self.max_shard_bytes is not None and self.max_shard_bytes < 1:
-            raise RecipeError("--max-shard-size must be more than zero, such as 5GB.")
+            raise RecipeError(
+                "a shard's size must be more than zero, such as 5GB.", field="max_shard_size"
+            )

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..device import Machine
-from ..errors import Findings, ResMergeError, StoppedError, shown
+from ..errors import Findings, Remedy, ResMergeError, StoppedError, shown
 from ..methods import build_method
 from ..recipe import ModelRef, Recipe
 from ..roles import Role
@@ -70,7 +70,7 @@ def plan_merge(
     found = Findings(plan.problems, plan.warnings)
     folder = Path(os.path.expanduser(out)) if out is not None else None
     if folder is not None and ("\x00" in str(folder) or len(os.fsencode(folder.name)) > 255):
-        found.problems.append(f"--out {shown(str(out))} is no name that a folder can have.")
+        found.problem(f"{shown(str(out))} cannot be a folder's name.", Remedy.ANOTHER_FOLDER)
         return plan
     _build_method(plan, found)
     commits = look_at_targets(plan, folder, work_dir, found) if plan.method is not None else []
@@ -104,15 +104,15 @@ def _build_method(plan: Plan, found: Findings) -> None:
     try:
         plan.method = build_method(recipe.method, recipe.parameters)
     except ResMergeError as exc:
-        found.problems.append(str(exc))
+        found.problems += exc.notices
         return
     if not plan.method.weighted and any(ref.weight is not None for ref in recipe.experts):
-        found.problems.append(
+        found.problem(
             f"{plan.method.name} takes no weight for each model: it measures how far the experts "
             "agree. Leave 'weight' out, or use task_arithmetic or mean."
         )
     elif problem := plan.method.check_weights(plan.weights):
-        found.problems.append(problem)
+        found.problem(problem)
 
 
 def _open_all(plan: Plan, found: Findings, commits: list[str | None], like: Plan | None) -> None:
@@ -125,7 +125,7 @@ def _open_all(plan: Plan, found: Findings, commits: list[str | None], like: Plan
 
     known = {} if like is None else _opened_by(like)
 
-    def attempt(ref: ModelRef, commit: str | None) -> Checkpoint | str:
+    def attempt(ref: ModelRef, commit: str | None) -> Checkpoint | ResMergeError:
         there = known.get((ref.id, ref.revision))
         if there is not None and commit in (None, there.revision):
             return there
@@ -134,12 +134,14 @@ def _open_all(plan: Plan, found: Findings, commits: list[str | None], like: Plan
         except StoppedError:
             raise  # the network, not the input
         except ResMergeError as exc:
-            return str(exc)
+            return exc
 
     with ThreadPoolExecutor(_OPEN_THREADS) as pool:
         opened = list(pool.map(attempt, refs, commits))
-    found.problems += [text for text in opened if isinstance(text, str)]
-    sources = [None if isinstance(source, str) else source for source in opened]
+    sources = [None if isinstance(source, ResMergeError) else source for source in opened]
+    for failed in opened:
+        if isinstance(failed, ResMergeError):
+            found.problems += failed.notices
     plan.base = None if recipe.base is None else sources[0]
     first = len(recipe.models) - len(recipe.experts)
     experts = sources[first : first + len(recipe.experts)]
@@ -149,7 +151,7 @@ def _open_all(plan: Plan, found: Findings, commits: list[str | None], like: Plan
     names = [str(ref) for ref in recipe.experts]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        found.warnings.append(f"listed more than once, and counted so: {', '.join(twice)}")
+        found.warning(f"listed more than once, and counted so: {', '.join(twice)}")
 
 
 def _opened_by(plan: Plan) -> dict[tuple[str, str | None], Checkpoint]:
@@ -191,7 +193,7 @@ def _shards(plan: Plan) -> tuple[Shard, ...]:
 def _check_code(plan: Plan, found: Findings) -> None:
     if plan.layout.config.get("auto_map"):
         code = [name for name in plan.layout.small_files if name.endswith(".py")]
-        found.warnings.append(
+        found.warning(
             f"the base needs its own code to load (auto_map); copied: {', '.join(code) or 'none'}"
         )
 

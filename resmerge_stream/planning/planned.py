@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..device import Machine, machine_share
-from ..errors import PlanRefusedError
+from ..errors import Notice, PlanRefusedError
 from ..memory import HELD_BYTES, PIECE_BYTES, block_bytes, matrix_bytes
 from ..methods import MergeMethod, Rule
 from ..recipe import ModelRef, Recipe
@@ -64,8 +64,8 @@ class Plan:
     tensors: Mapping[str, PlannedTensor] = field(default_factory=dict)
     shards: tuple[Shard, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    problems: list[Notice] = field(default_factory=list)
+    warnings: list[Notice] = field(default_factory=list)
     machine: Machine | None = None  # where it will run; None: here
     memory_budget: int = 0
     working_bytes: int = 0
@@ -226,6 +226,10 @@ class Plan:
             "refused": self.refused,
             "problems": list(self.problems),
             "warnings": list(self.warnings),
+            "notices": {
+                "problems": [problem.to_dict() for problem in self.problems],
+                "warnings": [warning.to_dict() for warning in self.warnings],
+            },
             "tensors": len(self.tensors),
             "by_rule": self.by_rule(),
             "shards": [
@@ -276,8 +280,8 @@ def _lasting_name(ref: ModelRef) -> str:
     return str(folder.resolve()) if os.path.isdir(folder) else str(ref)
 
 
-def refused_plan(problem: str) -> dict[str, Any]:
-    """Return what `Plan.to_dict` would, for a recipe that is none: refused, for one reason."""
+def refused_plan(*problems: Notice) -> dict[str, Any]:
+    """Return what `Plan.to_dict` would, for a recipe that is none."""
     plan = Plan(Recipe(ModelRef(""), ()), Options())
-    plan.problems.append(problem)
+    plan.problems += problems
     return {**plan.to_dict(), "plan_hash": None}

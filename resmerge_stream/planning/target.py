@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..device import free_disk, machine_share
-from ..errors import Findings, listed, shown
+from ..errors import Findings, Remedy, listed, shown
 from ..sinks import target_state
 from ..sinks.journal import known_commits, work_folder
 from ..units import format_size
@@ -23,7 +23,7 @@ def look_at_targets(
         from ..sinks.hub.target import look_at_target
 
         plan.target = look_at_target(plan.publication, plan.plan_hash, plan.token)
-        found.problems += plan.target.problems
+        found.problems += plan.target.found.problems
         if plan.target.staged is not None:
             commits = plan.target.staged.commits
     here = work_folder(plan.plan_hash, out, plan.publication, work_dir)
@@ -33,19 +33,21 @@ def look_at_targets(
 def check_folder(plan: Plan, out: Path, found: Findings) -> None:
     """Refuse an output folder that holds something else, or whose disk is too small."""
     if "\x00" in str(out) or len(out.name.encode()) > 255:
-        found.problems.append(f"--out {shown(str(out))} is no name that a folder can have.")
+        found.problem(f"{shown(str(out))} cannot be a folder's name.", Remedy.ANOTHER_FOLDER)
         return
     state = target_state(out, plan.plan_hash)
-    if state.problem:
-        found.problems.append(state.problem)
+    if state.problem is not None:
+        found.problem(state.problem)
         return
     plan.peak_disk_bytes = plan.write_bytes
     needed = plan.write_bytes - state.bytes_there
     free = free_disk(out)
     if needed > free:
-        found.problems.append(
+        found.problem(
             f"the output takes {format_size(needed)} more, but the disk of {str(out)!r} has "
-            f"{format_size(free)} free. Free some, or choose another --out."
+            f"{format_size(free)} free. Free some.",
+            Remedy.ANOTHER_FOLDER,
+            kind="disk",
         )
 
 
@@ -59,7 +61,7 @@ def check_publication(
     """Check what only a plan can tell of a repository: time, storage, disk, names, card."""
     from ..sinks.hub import target as hub_target
 
-    if target.finished or target.problems:
+    if target.finished or target.found.problems:
         return
     largest = max((shard.nbytes for shard in plan.shards), default=0)
     hub_target.check_fit(
@@ -69,8 +71,11 @@ def check_publication(
         {s.id for s in plan.checkpoints if s.folder is None and (s.is_private or s.gated)}
     )
     if private and target.ends_public:
-        does = "will name" if plan.name_private else "will not name (give --public to name them)"
-        found.warnings.append(f"the public card {does} private or gated models: {listed(private)}")
+        does = "names" if plan.name_private else "does not name"
+        found.warning(
+            f"the public card {does} private or gated models: {listed(private)}",
+            *([] if plan.name_private else [Remedy.NAME_PRIVATE]),
+        )
     if target.publication.update:
         written = [
             *(shard.name for shard in plan.shards),
@@ -79,12 +84,14 @@ def check_publication(
         ]
         replaced, stale = hub_target.replaced_files(target, written)
         if replaced:
-            found.warnings.append(f"--update replaces in {target.repo.id}: {', '.join(replaced)}")
+            found.warning(f"the merge replaces in {target.repo.id}: {', '.join(replaced)}")
         if stale:
-            found.warnings.append(f"--update removes from {target.repo.id}: {', '.join(stale)}")
+            found.warning(f"the merge removes from {target.repo.id}: {', '.join(stale)}")
     card = hub_target.card_problem(target, [(s.id, s.license) for s in plan.checkpoints])
-    found.problems += [*target.problems, *([card] if card else [])]
-    found.warnings += target.warnings
+    found.problems += target.found.problems
+    found.warnings += target.found.warnings
+    if card:
+        found.problem(card)
     if out is None:
         _check_work_disk(plan, largest, work_dir, found)
 
@@ -102,8 +109,11 @@ def _check_work_disk(
     sharing = machine_share()[1] if plan.machine is None else 1
     needed = min(largest * sharing, plan.peak_disk_bytes)
     if needed > free:
-        found.problems.append(
+        found.problem(
             f"shards of {format_size(largest)} wait on the disk of {str(folder)!r} before they are "
-            f"sent, but it has {format_size(free)} free. Give a smaller --max-shard-size, another "
-            "--work-dir, or --max-disk 0."
+            f"sent, but it has {format_size(free)} free.",
+            Remedy.SMALLER_SHARDS,
+            Remedy.ANOTHER_WORK_DIR,
+            Remedy.NO_DISK,
+            kind="disk",
         )

@@ -33,7 +33,7 @@ def build_report(
         seconds, bytes_read, bytes_written, peak_private_bytes: of this run.
     """
     # The plan counts what it intended; here guards and unchanged tensors have spoken.
-    warnings = list(plan.warnings)
+    warnings = [warning.text for warning in plan.warnings]
     flagged = Counter(text for entry in entries for text in entry["warnings"])
     warnings += [f"{count} tensor(s): {text}" for text, count in flagged.most_common()]
     return {

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..planning.compat import KEPT_AS_IN_BASE, LEFT_OUT
 from ..planning.plan import Plan
 from ..planning.sidefiles import main_dtype
 from ..units import format_size
@@ -211,8 +212,7 @@ def _tensors(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> str:
         lines.append(f"The base loads with its own code, copied unread: {code_list(code)}.")
     origin = names.tokenizer or names.sources[0]
     lines.append(f"Config from the base; tokenizer and chat template from {escape(str(origin))}.")
-    spoken = re.compile(r"^\d+ tensor\(s\) (left out|kept as in the base)")
-    notes = [text for text in plan.warnings if not spoken.match(text)]
+    notes = [w.text for w in plan.warnings if w.kind not in (KEPT_AS_IN_BASE, LEFT_OUT)]
     if notes:
         lines.append("The plan warned:")
         lines.append("\n".join(f"- {escape(names.clean(text))}" for text in notes[:LISTED]))

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from ..device import machine_share
-from ..errors import PlanRefusedError, StoppedError, listed
+from ..errors import PlanRefusedError, Remedy, StoppedError, listed
 from ..planning.plan import Plan
 from ..sinks.layout import Shard
 from ..sinks.sink import Membership
@@ -100,7 +100,8 @@ class Crew:
             raise PlanRefusedError(
                 "this process plans another merge than the main one: a branch moved in between, "
                 "or this machine has other files. Name the commits (ID@COMMIT), give all machines "
-                "the same folders, and run the same command again."
+                "the same folders.",
+                Remedy.CONTINUE,
             )
         self.gathered("agreed", {})
 
@@ -148,8 +149,9 @@ class Crew:
                 missing = [shard.name for shard in shards if shard.name not in progress.files]
                 left = f"missing: {listed(missing)}" if missing else "all are merged, not published"
                 raise StoppedError(
-                    f"{exc} Finished shards are kept; {left}. The same command continues, with any "
-                    "number of processes."
+                    f"{exc.notices[0].text} Finished shards are kept; {left}. Any number of "
+                    "processes can continue.",
+                    Remedy.CONTINUE,
                 ) from exc
         else:
             for event in own:

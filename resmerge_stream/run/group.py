@@ -11,8 +11,7 @@ from concurrent.futures import Future
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from .. import errors
-from ..errors import ResMergeError, StoppedError
+from ..errors import ResMergeError, StoppedError, error_from_dict
 from ..sinks.sink import Turn
 
 if TYPE_CHECKING:
@@ -175,11 +174,8 @@ class Group:
         self.is_over = True
         with contextlib.suppress(StoppedError):
             if self.look("failure") is None:
-                text = str(error) if isinstance(error, ResMergeError) else repr(error)
-                kind = type(error).__name__
-                self.put(
-                    "failure", {"rank": self.rank, "kind": kind, "message": text, "by": self.name}
-                )
+                ours = error if isinstance(error, ResMergeError) else StoppedError(repr(error))
+                self.put("failure", {"rank": self.rank, "by": self.name, **ours.to_dict()})
             if self.rank != 0:
                 return self._is_answered()
             self.put("answer", 0)
@@ -206,8 +202,8 @@ class Group:
         if self.rank != 0:
             raise OthersStoppedError(f"{failure['by']} ended this run.")
         self.put("answer", failure["rank"])
-        kind = getattr(errors, failure["kind"], StoppedError)
-        raise kind(f"{failure['by']}: {failure['message']}")
+        error = error_from_dict(failure)
+        raise type(error).of(notice.prefixed(failure["by"]) for notice in error.notices)
 
     def _is_answered(self) -> bool:
         """Wait until the main process has seen a failure, or has failed itself."""

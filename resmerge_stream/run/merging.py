@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..device import usable_cores
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, Remedy
 from ..maths.lanes import Lane, lanes_of
 from ..maths.rounding import Kept, block_seed, cast
 from ..maths.stored_bytes import Gathered, as_tensor, bytes_of
@@ -264,7 +264,8 @@ class Merger:
         if kept.overflowed:
             raise NonFiniteError(
                 f"{spec.name} overflows {DTYPES[spec.dtype].torch_name} after the merge. "
-                " Give --dtype bfloat16 or float32, or smaller parameters."
+                "Smaller parameters may help.",
+                Remedy.WIDER_DTYPE,
             )
         return MergedRows(delta, bytes_of(merged), kept)
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..errors import PlanRefusedError, RecipeError
+from ..errors import PlanRefusedError, RecipeError, Remedy
 from ..planning.plan import Plan
 from ..sinks import FolderSink, Sink, target_state
 from ..sinks.folder import REPORT, discard
@@ -52,12 +52,12 @@ def open_sink(plan: Plan, out: Path | None, work: Path, membership: Membership) 
     target = plan.target
     if target is None or target.finished:
         if out is None:
-            raise RecipeError("nowhere to write: give --out DIR or --push-to NAMESPACE/NAME.")
+            raise RecipeError("nowhere to write.", Remedy.GIVE_TARGET)
         return FolderSink(out, plan.plan_hash, work, plan.identity, membership)
     if out is not None and target_state(out, plan.plan_hash).finished:
         raise PlanRefusedError(
-            f"{str(out)!r} already holds this merge, but {target.repo.id} does not. Leave --out "
-            "away to publish it."
+            f"{str(out)!r} already holds this merge, but {target.repo.id} does not.",
+            Remedy.ONLY_PUBLISH,
         )
     from ..sinks.hub.sink import HubSink
 

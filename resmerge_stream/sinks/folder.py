@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..errors import OutputExistsError, PlanRefusedError, StoppedError
+from ..errors import Notice, OutputExistsError, PlanRefusedError, Remedy, StoppedError
 from .journal import Journal
 from .layout import Shard
 from .safetensors_file import SafetensorsFile
@@ -28,12 +28,12 @@ class TargetState:
     """What stands where a merge wants to write.
 
     Attributes:
-        problem: why the target cannot be used, or an empty string.
+        problem: why the target cannot be used, if it cannot.
         finished: whether it holds the finished result of this very plan.
         bytes_there: bytes of shards that this plan's run already wrote.
     """
 
-    problem: str = ""
+    problem: Notice | None = None
     finished: bool = False
     bytes_there: int = 0
 
@@ -46,11 +46,13 @@ def target_state(out: Path, plan_hash: str) -> TargetState:
         plan_hash: of the plan that wants to write there.
     """
     if os.path.exists(out) and not os.path.isdir(out):
-        return TargetState(f"{str(out)!r} is a file. Choose another --out.")
+        return TargetState(Notice(f"{str(out)!r} is a file.", Remedy.ANOTHER_FOLDER))
     try:
         names = os.listdir(out) if os.path.isdir(out) else []
     except OSError as exc:
-        return TargetState(f"cannot look into {str(out)!r}: {exc.strerror}. Choose another --out.")
+        return TargetState(
+            Notice(f"cannot look into {str(out)!r}: {exc.strerror}.", Remedy.ANOTHER_FOLDER)
+        )
     if not names:
         return TargetState()
     if MARKER in names:
@@ -58,14 +60,21 @@ def target_state(out: Path, plan_hash: str) -> TargetState:
             parts = (out / name for name in names if name.endswith(_PART))
             return TargetState(bytes_there=sum(part.stat().st_size for part in parts))
         return TargetState(
-            f"{str(out)!r} holds the unfinished output of another merge. Run that command again to "
-            "finish it, remove it with --discard-staging, or choose another --out."
+            Notice(
+                f"{str(out)!r} holds the unfinished output of another merge.",
+                Remedy.FINISH_OTHER,
+                Remedy.DISCARD_STAGING,
+                Remedy.ANOTHER_FOLDER,
+            )
         )
     if _value_in(out / REPORT, "plan_hash") == plan_hash:
         return TargetState(finished=True)
     return TargetState(
-        f"{str(out)!r} exists and was not made by this merge; nothing there is overwritten. "
-        "Choose another --out, or remove it yourself."
+        Notice(
+            f"{str(out)!r} exists and was not made by this merge; nothing there is overwritten. "
+            "Remove it yourself if you do not need it.",
+            Remedy.ANOTHER_FOLDER,
+        )
     )
 
 
@@ -182,8 +191,8 @@ class FolderSink:
             self._journal.forget()
         except OSError as exc:
             raise StoppedError(
-                f"cannot finish {str(self._out)!r}: {exc.strerror}. The merged shards are kept; "
-                "mend it and run the same command again."
+                f"cannot finish {str(self._out)!r}: {exc.strerror}. The merged shards are kept.",
+                Remedy.CONTINUE,
             ) from exc
         return str(self._out)
 
@@ -220,7 +229,7 @@ class FolderSink:
 
     def _start(self, plan_hash: str, identity: Mapping[str, Any]) -> None:
         state = target_state(self._out, plan_hash)
-        if state.problem:
+        if state.problem is not None:
             raise OutputExistsError(state.problem)
         if not (self._out / MARKER).exists():
             self._journal.forget()
@@ -236,8 +245,9 @@ class FolderSink:
         while _value_in(self._out / MARKER, "run") != self._mark:
             if time.monotonic() > until:
                 raise PlanRefusedError(
-                    f"this process does not see what the main one wrote into {str(self._out)!r}. "
-                    "--out must be a folder that all machines share; --push-to needs none."
+                    f"this process does not see what the main one wrote into {str(self._out)!r}: "
+                    "several machines need a folder that all of them share, or a repository.",
+                    Remedy.ANOTHER_FOLDER,
                 )
             time.sleep(0.1)
 

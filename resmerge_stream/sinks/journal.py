@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..device import default_work_dir
-from ..errors import PlanRefusedError, StoppedError
+from ..errors import PlanRefusedError, Remedy, StoppedError
 from .publication import Publication
 
 
@@ -38,7 +38,8 @@ class Journal:
         if rows[0].get("identity") != json.loads(json.dumps(identity)):
             raise PlanRefusedError(
                 "the sources changed since this merge was started (size, time or header differ). "
-                "Restore them, or start afresh with --discard-staging."
+                "Restore them, or start afresh without what it left.",
+                Remedy.DISCARD_STAGING,
             )
         return rows[1:]
 

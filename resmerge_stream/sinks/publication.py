@@ -27,5 +27,5 @@ class Publication:
     def __post_init__(self) -> None:
         if not REPO_ID.fullmatch(self.repo_id):
             raise RecipeError(
-                f"--push-to {self.repo_id!r} is not a repository id. Write namespace/name."
+                f"{self.repo_id!r} is not a repository id. Write namespace/name.", field="push_to"
             )

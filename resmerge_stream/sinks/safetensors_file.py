@@ -4,7 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from ..errors import StoppedError
+from ..errors import Remedy, StoppedError
 from .layout import Shard
 
 
@@ -69,6 +69,7 @@ class SafetensorsFile:
 
 def _stopped(path: Path, exc: OSError) -> StoppedError:
     return StoppedError(
-        f"cannot write {str(path)!r}: {exc.strerror}. Finished shards are kept; "
-        "mend it (free some space, restore the permission) and run the same command again."
+        f"cannot write {str(path)!r}: {exc.strerror}. Finished shards are kept. Free some space or "
+        "restore the permission first.",
+        Remedy.CONTINUE,
     )

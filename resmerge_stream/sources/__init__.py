@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from ..errors import CheckpointNotFoundError, shown
+from ..errors import CheckpointNotFoundError, Remedy, shown
 from ..recipe import ModelRef
 from .checkpoint import Checkpoint, SourceFile, StoredTensor
 from .local import LocalCheckpoint
@@ -56,4 +56,4 @@ def open_checkpoint(
         )
     except NoSuchRepositoryError as exc:
         # A mistyped folder looks like a repository id.
-        raise CheckpointNotFoundError(f"{exc} Nor is there a folder {shown(ref.id)} here.") from exc
+        raise CheckpointNotFoundError(exc.notices[0], Remedy.CHECK_FOLDER) from exc

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..device import choose_device
-from ..errors import RecipeError
+from ..errors import Notice, RecipeError, Remedy
 from ..maths.factors import singular_values
 from ..maths.task_vectors import TaskVectors
 from ..memory import svd_bytes
@@ -62,8 +62,12 @@ def plan_analysis(
     plan.peak_memory_bytes += spectrum
     if not plan.problems and plan.peak_memory_bytes > plan.memory_budget:
         plan.problems.append(
-            f"the analysis needs {format_size(plan.peak_memory_bytes)} of memory, but there are "
-            f"{format_size(plan.memory_budget)}. Give --memory-budget on a machine that has more."
+            Notice(
+                f"the analysis needs {format_size(plan.peak_memory_bytes)} of memory, but the "
+                f"budget is {format_size(plan.memory_budget)}.",
+                Remedy.MORE_MEMORY,
+                needed=f"{-(-plan.peak_memory_bytes // 1_000_000)}MB",
+            )
         )
     return plan
 
@@ -142,10 +146,10 @@ def component_recipe(recipe: Recipe, component: str, of: str, *, rank: int = 1) 
     if not chosen and of.isdigit() and 1 <= int(of) <= len(names):
         chosen = [recipe.experts[int(of) - 1]]
     if not chosen:
-        raise RecipeError(f"--of {of!r} is none of the experts: {', '.join(names)}.")
+        raise RecipeError(f"{of!r} is none of the experts: {', '.join(names)}.")
     ablations = {"head": "head_only", "residual": "residual_only"}
     if component not in ablations:
-        raise RecipeError(f"--component must be head or residual, not {component!r}.")
+        raise RecipeError(f"the component must be head or residual, not {component!r}.")
     # For one expert these two ablations are W0 + H and W0 + R exactly.
     parameters = {"rank": rank, "ablation": ablations[component], "other": "sum"}
     return replace(

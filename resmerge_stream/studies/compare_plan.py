@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import PlanRefusedError, RecipeError
+from ..errors import Notice, PlanRefusedError, RecipeError, Remedy
 from ..memory import SPARE_BYTES, block_bytes, matrix_bytes
 from ..methods import parse_method
 from ..planning.plan import Options, Plan, matrix_of, plan_merge
@@ -30,7 +30,7 @@ class Comparison:
     out: Path
     report_only: bool
     plans: Mapping[str, Plan]
-    problems: list[str] = field(default_factory=list)
+    problems: list[Notice] = field(default_factory=list)
     working_bytes: int = 0
     peak_memory_bytes: int = 0
     resident: bool = True
@@ -51,7 +51,7 @@ class Comparison:
             PlanRefusedError: there are problems.
         """
         if self.problems:
-            raise PlanRefusedError("\n".join(self.problems))
+            raise PlanRefusedError.of(self.problems)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison as plain data; sizes are those of the whole run."""
@@ -109,7 +109,7 @@ def plan_comparison(
     for text in methods:
         label = re.sub(r"[^\w.=+-]+", "-", text.strip())
         if label in plans:
-            raise RecipeError(f"--methods names {text!r} twice.")
+            raise RecipeError(f"{text!r} is named twice.", field="methods")
         name, given = parse_method(text)
         own = dict(recipe.parameters) if name == recipe.method else {}
         plan = plan_merge(
@@ -120,10 +120,13 @@ def plan_comparison(
         )
         plans[label] = plan
     if not plans:
-        raise RecipeError("--methods names no method; write --methods resmerge,ties,tsv_m.")
+        raise RecipeError(
+            "there is no method to compare. Name some, such as resmerge,ties,tsv_m.",
+            field="methods",
+        )
     comparison = Comparison(folder, report_only, plans)
     for label, plan in plans.items():
-        comparison.problems += [f"{label}: {problem}" for problem in plan.problems]
+        comparison.problems += [problem.prefixed(label) for problem in plan.problems]
     if not comparison.problems:
         _fit_memory(comparison)
     return comparison
@@ -151,10 +154,13 @@ def _fit_memory(comparison: Comparison) -> None:
     comparison.peak_memory_bytes = fixed + comparison.working_bytes
     if worst[0] > room:
         comparison.problems.append(
-            f"comparing {len(comparison.plans)} methods on {worst[1]} needs "
-            f"{format_size(fixed + worst[0])} of memory, but there are "
-            f"{format_size(first.memory_budget)}. Compare fewer SVD methods at once, or give "
-            "--memory-budget on a machine that has more."
+            Notice(
+                f"comparing {len(comparison.plans)} methods on {worst[1]} needs "
+                f"{format_size(fixed + worst[0])} of memory, but the budget is "
+                f"{format_size(first.memory_budget)}. Compare fewer SVD methods at once.",
+                Remedy.MORE_MEMORY,
+                needed=f"{-(-(fixed + worst[0]) // 1_000_000)}MB",
+            )
         )
 
 

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from resmerge_stream.errors import RecipeError
+from resmerge_stream.errors import RecipeError, error_from_dict
 
 from ..asked import Asked
+from ..remedies import said
 from ..settings import Settings
 from .process import events, let_end, send, start_worker
 from .progress import Live, apply, begin
@@ -222,7 +223,7 @@ class Jobs:
                 self._save(job)
 
     def _conclude(self, job: Job, last: dict[str, Any], code: int) -> None:
-        kind, said = last.get("event"), str(last.get("message") or "")
+        kind = last.get("event")
         kept = "No file was finished"
         if job.shards_done:
             kept = f"{job.shards_done} of {job.plan.get('shards')} files are finished and kept"
@@ -231,9 +232,9 @@ class Jobs:
         elif job.id in self._cancelling:
             self._end(job, CANCELLED, f"Cancelled. {kept}. To go on, merge the same again.")
         elif kind == "refused":
-            self._end(job, FAILED, said)
+            self._end(job, FAILED, said(error_from_dict(last)))
         elif kind == "stopped":
-            self._end(job, RESUMABLE, said)
+            self._end(job, RESUMABLE, said(error_from_dict(last)))
         elif code < 0 or code == 130:
             why = "The Space stopped" if self._closed else "The system ended the merge, most often "
             why += "" if self._closed else "for lack of memory"

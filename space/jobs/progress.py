@@ -6,6 +6,7 @@ from typing import Any
 
 from resmerge_stream.units import format_size
 
+from ..remedies import plan_said
 from ..rows import Row, row_of
 from .records import PLANNING, RUNNING, Job
 
@@ -78,7 +79,7 @@ def _planned(job: Job, plan: dict[str, Any]) -> None:
         "peak_memory_bytes": plan["peak_memory_bytes"],
         "seconds_estimate": plan["seconds_estimate"],
     }
-    for warning in plan["warnings"]:
+    for warning in plan_said(plan)["warnings"]:
         job.say(f"note: {warning}")
     job.say(
         f"planned: {plan['tensors']} tensors into {len(plan['shards'])} file(s), "

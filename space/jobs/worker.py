@@ -43,7 +43,7 @@ def main() -> int:
                 _evaluate(event.where, request["prompts"])
             _say({**event.to_dict(), "memory_bytes": private_memory()})
     except ResMergeError as exc:
-        _say({"event": "refused" if exc.exit_code == 2 else "stopped", "message": str(exc)})
+        _say({"event": "refused" if exc.exit_code == 2 else "stopped", **exc.to_dict()})
         return exc.exit_code
     except KeyboardInterrupt:
         return 130
@@ -66,7 +66,7 @@ def _events(request: dict[str, Any]) -> Iterator[Event]:
     try:
         if plan.target is not None and not plan.target.account:
             # The account could not be asked for: signing in again mends it, so nothing is lost.
-            raise StoppedError("\n".join(plan.problems))
+            raise StoppedError.of(plan.problems)
         plan.raise_if_refused()
         from resmerge_stream.run.engine import run_merge
 

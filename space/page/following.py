@@ -14,6 +14,7 @@ from ..explore import Opened, open_report
 from ..identity import Visitor, secret_key
 from ..jobs.downloads import downloads
 from ..jobs.records import ACTIVE, CONTINUABLE, DONE, FAILED, Job
+from ..remedies import said
 from ..service import Service
 from ..view import jobs as view
 from ..view import report as view_report
@@ -45,7 +46,7 @@ class Following:
         try:
             job = self._service.job(job_id, visitor)
         except ResMergeError as exc:
-            text = notice(str(exc), "warn") if asked else ""
+            text = notice(said(exc), "warn") if asked else ""
             return {
                 "job": "", "seen": {}, "state": "", "status": text,
                 "watching": gr.update(active=False),
@@ -137,7 +138,7 @@ class Following:
                 asked = asked_from_dict(found[int(name)].asked, self._service.settings)
                 job = self._service.submit(asked, visitor)
         except ResMergeError as exc:
-            return {"go_on_note": notice(str(exc))}
+            return {"go_on_note": notice(said(exc))}
         remembered = {**dict(form.get("remembered") or {}), "job": job.id}
         shown = self.attach(job.id, visitor, secret, asked=True)
         return {**shown, **self.waiting(visitor), "remembered": remembered, "go_on_note": ""}
@@ -156,7 +157,7 @@ class Following:
             )
             act(job, visitor)
         except ResMergeError as exc:
-            return {"act_note": notice(str(exc), "warn")}
+            return {"act_note": notice(said(exc), "warn")}
         shown = self.attach(job.id, visitor, secret, asked=True)
         return {**shown, "act_note": ""}
 
@@ -178,7 +179,7 @@ class Following:
             try:
                 opened = open_report(data, name="This merge")
             except ResMergeError as exc:
-                return {**changes, "figures": notice(str(exc))}
+                return {**changes, "figures": notice(said(exc))}
             changes["figures"] = view_report.summary_html(opened) + report_html(opened.rows)
             files = downloads(job, self._service.jobs.result(job), opened.report)
             changes["files"] = gr.update(value=[str(path) for path in files], visible=True)

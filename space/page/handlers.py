@@ -12,6 +12,7 @@ from resmerge_stream.methods import build_method, find_methods
 from ..asked import asked_from_dict, web_recipe
 from ..examples import examples, is_built_in
 from ..identity import Visitor, on_space, secret_key
+from ..remedies import said
 from ..service import Service
 from ..view import jobs as view
 from ..view.plan import plan_html
@@ -74,7 +75,7 @@ class Handlers:
             recipe = web_recipe(str(form.get("yaml") or ""), self._service.settings)
             build_method(recipe.method, recipe.parameters)
         except ResMergeError as exc:
-            return {"pasted": notice(str(exc))}
+            return {"pasted": notice(said(exc))}
         if len(recipe.experts) > ROWS:
             text = f"The form has room for {ROWS} experts; use the endpoints for more."
             return {"pasted": notice(text)}
@@ -139,7 +140,7 @@ class Handlers:
             asked = asked_from_dict(document, self._service.settings)
             job = self._service.submit(asked, visitor, key=secret_key(remembered["secret"]))
         except ResMergeError as exc:
-            return {"merge_note": notice(str(exc))}
+            return {"merge_note": notice(said(exc))}
         remembered["job"] = job.id
         shown = self.following.attach(job.id, visitor, remembered["secret"], asked=True)
         return {**shown, "remembered": remembered, "merge_note": ""}
@@ -154,7 +155,7 @@ class Handlers:
         try:
             opened = [self._service.report(name, visitor) for name in names]
         except ResMergeError as exc:
-            return {"explored": notice(str(exc))}
+            return {"explored": notice(said(exc))}
         return {"explored": self.following.explored(opened)}
 
     def _visitor(self, token: Token) -> Visitor:

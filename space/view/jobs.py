@@ -8,7 +8,6 @@ from resmerge_stream.methods import MergeMethod
 from resmerge_stream.units import format_size
 
 from ..jobs.records import ACTIVE, CONTINUABLE, DONE, QUEUED, RUNNING, Job
-from .library_words import in_page_words
 from .words import duration, esc, facts, notice, table
 
 NO_ACCOUNT = '<p class="rm-soft">Sign in to see your jobs here, on any device.</p>'
@@ -25,7 +24,7 @@ def status_html(job: Job, *, place: int) -> str:
         f'<div class="rm-head"><span class="rm-badge rm-{esc(job.state)}">'
         f"{esc(_STATES[job.state])}</span> <b>{esc(title_of(job.asked))}</b></div>"
     ]
-    text = in_page_words(job.message)
+    text = job.message
     if job.state == QUEUED and place:
         text = f"{place} merge{'s' * (place != 1)} before yours."
     parts.append(f'<p role="status">{esc(text)}</p>')

@@ -6,7 +6,6 @@ from typing import Any
 from resmerge_stream.units import format_size
 
 from ..hardware import MODEL, Fit, Machine
-from .library_words import in_page_words
 from .words import duration, esc, facts, notice, table
 
 
@@ -14,7 +13,7 @@ def plan_html(plan: Mapping[str, Any], *, signed_in: bool, push_to: str) -> str:
     """Return a plan: problems first, then what will be done, costs, hardware and sources."""
     parts = []
     if plan["problems"]:
-        items = "".join(f"<li>{esc(in_page_words(text))}</li>" for text in plan["problems"])
+        items = "".join(f"<li>{esc(text)}</li>" for text in plan["problems"])
         count = len(plan["problems"])
         what = "one problem" if count == 1 else f"{count} problems"
         parts.append(
@@ -24,7 +23,7 @@ def plan_html(plan: Mapping[str, Any], *, signed_in: bool, push_to: str) -> str:
     else:
         parts.append(_verdict(plan, push_to))
     if plan["warnings"]:
-        items = "".join(f"<li>{esc(in_page_words(text))}</li>" for text in plan["warnings"])
+        items = "".join(f"<li>{esc(text)}</li>" for text in plan["warnings"])
         parts.append(f'<div class="rm-note rm-warn"><b>Good to know</b><ul>{items}</ul></div>')
     if push_to and not signed_in and not plan["refused"]:
         text = "Sign in, and plan again, to have the target checked before anything moves."

@@ -1,9 +1,7 @@
-"""Words and pieces of pages: escaping, times, tables, the library's messages in a page's words."""
+"""Words and pieces of pages: escaping, times, tables."""
 
 import html
 from collections.abc import Iterable, Sequence
-
-from .library_words import in_page_words
 
 
 def esc(value: object) -> str:
@@ -23,7 +21,7 @@ def duration(seconds: float | None) -> str:
 
 def notice(text: str, kind: str = "bad") -> str:
     """Return one boxed message; kinds: bad, warn, good, plain."""
-    return f'<div class="rm-note rm-{kind}" role="status">{esc(in_page_words(text))}</div>'
+    return f'<div class="rm-note rm-{kind}" role="status">{esc(text)}</div>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> str:

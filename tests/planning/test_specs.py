@@ -69,8 +69,8 @@ def test_sizes_are_read_in_the_hubs_units(text, nbytes):
 )  # fmt: skip
 def test_text_that_is_no_size_is_refused(text):
     """A size is a plain number and a unit; the error names the option and the text."""
-    with pytest.raises(RecipeError, match="--max-disk"):
-        parse_size(text, option="--max-disk")
+    with pytest.raises(RecipeError, match="max-disk"):
+        parse_size(text, name="max-disk")
 
 
 def test_a_negative_number_is_no_size():

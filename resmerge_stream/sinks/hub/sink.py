@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 
 from ...device import machine_share
-from ...errors import OutputExistsError, PlanRefusedError
+from ...errors import OutputExistsError, PlanRefusedError, Remedy
 from ...hub.repo import HubRepo, MovedError, Operation, listed
 from ...pipes import WriteBehind
 from ..folder import FolderSink
@@ -128,7 +128,9 @@ class HubSink:
             raise OutputExistsError(
                 f"main of {repo.id} was changed while this merge ran, so it is not touched; "
                 f"nothing was removed. The shards stay on the branch {self._staging.branch}. "
-                "Look what came there; then run again with --update, or with another --push-to."
+                "Look at what changed first.",
+                Remedy.REPLACE,
+                Remedy.ANOTHER_REPO,
             ) from exc
         finish_target(self._target, self._plan_hash)
         if self._keep_files:
@@ -157,8 +159,8 @@ class HubSink:
             info = repo.info()
             if info is None or not info.private or len(info.siblings or ()) > 1:
                 raise OutputExistsError(
-                    f"somebody else made {repo.id} a moment ago; nothing there is touched. Choose "
-                    "another --push-to."
+                    f"somebody else made {repo.id} a moment ago; nothing there is touched.",
+                    Remedy.ANOTHER_REPO,
                 )
         return str(info.sha)
 

@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd
 from huggingface_hub.hf_api import ModelInfo
 
-from ...errors import CheckpointNotFoundError, PlanRefusedError, StoppedError
+from ...errors import CheckpointNotFoundError, PlanRefusedError, Remedy, StoppedError
 from ...hub.repo import HubRepo, MovedError, Operation, listed, sha256_of
 from ..sink import Membership
 
@@ -137,7 +137,7 @@ class Staging:
             repo.create_branch(self.branch)
         staged = read_staged(repo, plan_hash)
         if staged is None:
-            raise StoppedError(f"the staging branch of {repo.id} vanished. Run this again.")
+            raise StoppedError(f"the staging branch of {repo.id} vanished.", Remedy.CONTINUE)
         self.entries = staged.entries
         self._commit = staged.commit
         if not membership.is_main:
@@ -145,7 +145,8 @@ class Staging:
         if staged.identity and staged.identity != json.loads(json.dumps(identity)):
             raise PlanRefusedError(
                 f"the sources changed since this merge into {repo.id} was started. Restore them, "
-                "or start afresh with --discard-staging."
+                "or start afresh without what it left.",
+                Remedy.DISCARD_STAGING,
             )
         head = {
             "owner": self._owner,
@@ -202,8 +203,8 @@ class Staging:
                 if moved_to is None:
                     raise StoppedError(
                         f"another run of this merge took over the staging branch {self.branch} of "
-                        f"{self.repo.id}, so this one stops; nothing was removed. When that run is "
-                        "over, the same command finds its result, or continues where it stopped."
+                        f"{self.repo.id}, so this one stops; nothing was removed. Wait for it.",
+                        Remedy.CONTINUE,
                     ) from exc
                 self._commit = moved_to
                 time.sleep(random.uniform(0, min(0.1 * number, _LONGEST_PAUSE_S)))

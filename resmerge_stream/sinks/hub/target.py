@@ -14,7 +14,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 from huggingface_hub.utils._runtime import is_xet_available
 
-from ...errors import ResMergeError, StoppedError
+from ...errors import Findings, Notice, Remedy, ResMergeError, StoppedError
 from ...hub.account import rights_missing, seconds_left, whoami
 from ...hub.client import client, patiently, status_of
 from ...hub.repo import HubRepo, listed, sha256_of
@@ -42,8 +42,7 @@ class HubTarget:
         finished: whether main holds the finished result of this very plan.
         report: that result's report.
         staged: what an earlier run of this plan left.
-        problems: why it cannot be used.
-        warnings: what to know before using it.
+        found: why it cannot be used, and what is to be known first.
     """
 
     repo: HubRepo
@@ -53,8 +52,7 @@ class HubTarget:
     finished: bool = False
     report: dict[str, Any] = field(default_factory=dict)
     staged: Staged | None = None
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    found: Findings = field(default_factory=Findings)
 
     @property
     def is_private(self) -> bool:
@@ -100,8 +98,9 @@ def look_at_target(publication: Publication, plan_hash: str, token: str | bool |
     target = HubTarget(HubRepo(api, publication.repo_id), publication)
     try:
         target.account = whoami(api)
-        target.problems += rights_missing(target.account, target.repo.id)
-        if target.problems:
+        for text in rights_missing(target.account, target.repo.id):
+            target.found.problem(text)
+        if target.found.problems:
             return target
         target.info = target.repo.info()
         if target.info is not None:
@@ -111,7 +110,7 @@ def look_at_target(publication: Publication, plan_hash: str, token: str | bool |
     except StoppedError:
         raise  # the network, not the target
     except ResMergeError as exc:
-        target.problems.append(str(exc))
+        target.found.problems += exc.notices
     return target
 
 
@@ -127,8 +126,8 @@ def _check_content(target: HubTarget, plan_hash: str) -> None:
     except ResMergeError as exc:
         if exc.__cause__ is None or status_of(exc.__cause__) != 403:
             raise
-        target.problems.append(
-            f"you may not write to {repo.id}. Choose another --push-to, or a token that may."
+        target.found.problem(
+            f"you may not write to {repo.id}", Remedy.ANOTHER_REPO, Remedy.SIGN_IN_AGAIN
         )
         return
     files = listed(info)
@@ -140,16 +139,18 @@ def _check_content(target: HubTarget, plan_hash: str) -> None:
         name for name in repo.branches() if is_branch_name(name) and name != branch_name(plan_hash)
     ]
     if others:
-        target.problems.append(
-            f"{repo.id} holds the unfinished shards of another merge (branch {others[0]}). Run "
-            "that command again to finish it, remove them with --discard-staging, or choose "
-            "another --push-to."
+        target.found.problem(
+            f"{repo.id} holds the unfinished shards of another merge (branch {others[0]}).",
+            Remedy.FINISH_OTHER,
+            Remedy.DISCARD_STAGING,
+            Remedy.ANOTHER_REPO,
         )
     elif files and not publication.update:
-        target.problems.append(
+        target.found.problem(
             f"{repo.id} exists and holds {len(files)} file(s) that this merge did not make; "
-            "nothing is overwritten. Choose another --push-to, or give --update to replace the "
-            "model there."
+            "nothing is overwritten.",
+            Remedy.ANOTHER_REPO,
+            Remedy.REPLACE,
         )
 
 
@@ -196,13 +197,13 @@ def check_fit(
     """
     left = seconds_left(target.account)
     if left is not None and left < seconds:
-        target.warnings.append(
+        target.found.warning(
             f"the token expires in {left / 60:.0f} min and the merge may take "
-            f"{seconds / 60:.0f} min. A new login and the same command continue it."
+            f"{seconds / 60:.0f} min. If it stops, it can be continued with a new login."
         )
     quota = _PRIVATE_BYTES[bool(target.account.get("isPro"))]
     if write_bytes > quota:
-        target.warnings.append(
+        target.found.warning(
             f"the output has {format_size(write_bytes)}; private storage of such an account is "
             f"about {format_size(quota)}."
         )
@@ -211,21 +212,23 @@ def check_fit(
         _check_xet(target)
     elif max_disk is not None and max_disk < largest * sharing:
         each = "" if sharing == 1 else f" and each of {sharing} processes here writes one"
-        target.problems.append(
-            f"--max-disk allows {format_size(max_disk)}, but the largest shard has "
-            f"{format_size(largest)}{each}. Give a smaller --max-shard-size, or --max-disk 0 to "
-            "send shards without any file."
+        target.found.problem(
+            f"unsent shards may take {format_size(max_disk)} of disk, but the largest one has "
+            f"{format_size(largest)}{each}.",
+            Remedy.SMALLER_SHARDS,
+            Remedy.NO_DISK,
         )
 
 
 def _check_xet(target: HubTarget) -> None:
     if not is_xet_available():
-        target.problems.append(
-            "--max-disk 0 sends shards through Xet, but hf_xet is not installed or is switched "
-            "off (HF_HUB_DISABLE_XET). Install it, or allow at least one shard on the disk."
+        target.found.problem(
+            "shards can only be sent without a file through Xet, but hf_xet is not installed or is "
+            "switched off (HF_HUB_DISABLE_XET). Install it.",
+            Remedy.MORE_DISK,
         )
     elif target.info is not None and not has_xet(target.repo):
-        target.problems.append(no_xet(target.repo))
+        target.found.problems.append(no_xet(target.repo))
 
 
 def has_xet(repo: HubRepo) -> bool:
@@ -242,11 +245,12 @@ def has_xet(repo: HubRepo) -> bool:
     return patiently(ask, what=f"ask for Xet storage in {repo.id}")
 
 
-def no_xet(repo: HubRepo) -> str:
+def no_xet(repo: HubRepo) -> Notice:
     """Return why nothing can be streamed into a repository."""
-    return (
-        f"--max-disk 0 needs Xet storage, which the Hub of {repo.id} does not offer. Allow at "
-        "least one shard on the disk (--max-disk 5GB)."
+    return Notice(
+        "shards can only be sent without a file to Xet storage, which the Hub of "
+        f"{repo.id} does not offer.",
+        Remedy.MORE_DISK,
     )
 
 

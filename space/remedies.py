@@ -1,0 +1,48 @@
+"""What the page says to do about an error: its own words for the library's remedies."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from resmerge_stream.errors import Notice, Remedy, ResMergeError
+
+# Without words: what nobody can do from the page.
+PAGE_WORDS: Mapping[Remedy, str] = {
+    Remedy.SIGN_IN: "sign in",
+    Remedy.SIGN_IN_AGAIN: "sign in again",
+    Remedy.SIGN_IN_TO_SEE: "sign in with an account that may see it",
+    Remedy.CHECK_FOLDER: "",
+    Remedy.CONTINUE: "press “Continue” on its job",
+    Remedy.FINISH_OTHER: "continue that job under “My jobs”",
+    Remedy.DISCARD_STAGING: "press “Remove what it left” on its job",
+    Remedy.GIVE_MODELS: "fill in a base and at least one expert",
+    Remedy.GIVE_TARGET: "name the result",
+    Remedy.ANOTHER_FOLDER: "choose another name",
+    Remedy.ANOTHER_REPO: "choose another name",
+    Remedy.ONLY_PUBLISH: "choose another name",
+    Remedy.REPLACE: "tick “Replace the model that stands there”",
+    Remedy.NAME_PRIVATE: "choose “public” as its visibility to name them",
+    Remedy.TOKENIZER_FROM: "fill in “Tokenizer from”",
+    Remedy.SMALLER_SHARDS: "choose a smaller file size",
+    Remedy.ANOTHER_WORK_DIR: "",
+    Remedy.NO_DISK: "",
+    Remedy.MORE_DISK: "",
+    Remedy.MORE_MEMORY: "use larger hardware, with {needed} of memory or more",
+    Remedy.FEWER_PROCESSES: "",
+    Remedy.WIDER_DTYPE: "choose the output type bfloat16 or float32",
+    Remedy.ON_CPU: "",
+}
+
+
+def said(error: ResMergeError | Notice) -> str:
+    """Return what the page says of an error, a problem or a warning."""
+    notices = error.notices if isinstance(error, ResMergeError) else (error,)
+    return "\n".join(notice.worded(PAGE_WORDS) for notice in notices)
+
+
+def plan_said(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a plan's plain data with its problems and warnings as the page says them."""
+    worded = {
+        key: [said(Notice.from_dict(notice)) for notice in notices]
+        for key, notices in plan["notices"].items()
+    }
+    return {**plan, **worded}
