@@ -203,8 +203,10 @@ class ResMergeError(Exception):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the error as plain data, to be raised again in another process."""
+        # Subclasses that other rooms make for themselves travel as the class of the tree above.
+        known = next(kind for kind in type(self).__mro__ if kind.__module__ == __name__)
         return {
-            "error": type(self).__name__,
+            "error": known.__name__,
             "notices": [notice.to_dict() for notice in self.notices],
         }
 

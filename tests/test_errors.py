@@ -12,6 +12,7 @@ import pytest
 
 from resmerge_stream import errors
 from resmerge_stream.errors import (
+    CheckpointNotFoundError,
     Findings,
     Notice,
     PlanRefusedError,
@@ -20,6 +21,7 @@ from resmerge_stream.errors import (
     StoppedError,
     error_from_dict,
 )
+from resmerge_stream.hub.client import NoSuchRepositoryError
 from space.remedies import PAGE_WORDS, said
 
 EVERY = sorted(
@@ -75,6 +77,13 @@ def test_an_unknown_error_of_another_version_is_a_stop():
     stored = ResMergeError("gone").to_dict() | {"error": "Path"}
 
     assert type(error_from_dict(stored)) is StoppedError
+
+
+def test_a_rooms_own_error_travels_as_the_class_above_it():
+    """Another process catches it as what the tree of errors knows."""
+    again = error_from_dict(NoSuchRepositoryError("gone").to_dict())
+
+    assert type(again) is CheckpointNotFoundError
 
 
 def test_a_refused_plan_has_all_its_problems():

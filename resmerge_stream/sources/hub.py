@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.hf_api import HfApi, ModelInfo, RepoSibling
 
-from ..errors import CheckpointFormatError, CheckpointNotFoundError
+from ..errors import CheckpointFormatError, CheckpointNotFoundError, Remedy
 from ..hub.client import TokenRefusedError, client, patiently
 from ..hub.ranges import CachedFile, RemoteFile
 from ..recipe import ModelRef
@@ -92,7 +92,9 @@ class HubCheckpoint:
             # Nothing has begun, so it is not a stop.
             raise CheckpointNotFoundError(
                 f"cannot read {name} on the Hub: it does not accept the token (mistyped, expired "
-                "or revoked). Log in with 'hf auth login', or set HF_TOKEN."
+                "or revoked).",
+                Remedy.SIGN_IN_AGAIN,
+                kind="bad-token",
             ) from exc
         checkpoint = cls(ref, info, api)
         checkpoint._header_bytes_left = max_header_bytes

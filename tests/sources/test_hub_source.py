@@ -133,7 +133,7 @@ def test_a_lost_network_stops_with_exit_3(bench: Bench) -> None:
     done = bench.run("plan", *bench.sources(), "--json")
 
     assert done.code == 3
-    assert "same command continues" in done.err
+    assert "same command again to continue" in done.err
 
 
 def test_links_that_expire_in_the_middle_are_made_anew(bench: Bench, tmp_path: Path) -> None:
