@@ -148,10 +148,12 @@ class Crew:
             except StoppedError as exc:
                 missing = [shard.name for shard in shards if shard.name not in progress.files]
                 left = f"missing: {listed(missing)}" if missing else "all are merged, not published"
+                why = exc.notices[0]
                 raise StoppedError(
-                    f"{exc.notices[0].text} Finished shards are kept; {left}. Any number of "
-                    "processes can continue.",
-                    Remedy.CONTINUE,
+                    f"{why.text} Finished shards are kept; {left}. Any number of processes can "
+                    "continue.",
+                    *dict.fromkeys((*why.remedies, Remedy.CONTINUE)),
+                    **why.arguments,
                 ) from exc
         else:
             for event in own:

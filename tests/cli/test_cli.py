@@ -192,12 +192,12 @@ class TestTypos:
             (["--set", "rho=-1"], ["rho", "from 0"]),
             (["--set", "variant=papr"], ["variant", "'paper'"]),
             (["--dtype", "bfloat17"], ["'bfloat17'", "'bfloat16'"]),
-            (["--rounding", "down"], ["--rounding", "stochastic", "'down'"]),
-            (["--max-shard-size", "5XB"], ["--max-shard-size", "'5XB'", "5GB"]),
-            (["--max-shard-size", "0"], ["--max-shard-size", "more than zero"]),
-            (["--memory-budget", "much"], ["--memory-budget", "'much'", "5GB"]),
+            (["--rounding", "down"], ["rounding", "stochastic", "'down'"]),
+            (["--max-shard-size", "5XB"], ["max-shard-size", "'5XB'", "5GB"]),
+            (["--max-shard-size", "0"], ["shard", "more than zero"]),
+            (["--memory-budget", "much"], ["memory-budget", "'much'", "5GB"]),
             (["--tokenizer-from", "nowhere"], ["'nowhere'", "folder"]),
-            (["--device", "cdua"], ["--device", "cdua", "cpu"]),
+            (["--device", "cdua"], ["device", "cdua", "cpu"]),
         ],
     )
     @pytest.mark.parametrize("name", ["plan", "merge"])

@@ -183,7 +183,7 @@ def test_a_fault_of_the_network_says_nothing_of_folders(hub: LoopbackHub, api: H
     assert "folder" not in str(stopped.value)
     hub.faults.clear()
 
-    with pytest.raises(CheckpointNotFoundError, match="Nor is there a folder"):
+    with pytest.raises(CheckpointNotFoundError, match="if you meant a folder"):
         open_checkpoint(ModelRef("alice/modle"), token="hf_alice_alice")
 
 

@@ -55,8 +55,8 @@ def test_more_cores_shorten_only_the_arithmetic(group):
     [
         (Flavor("x", 2, 0.2, 50, 0, 1), {}, "memory"),
         (Flavor("x", 2, 16, 3, 0, 1), {}, "disk"),
-        (Flavor("x", 2, 16, 50, 0, 1), {"device": "cuda:0"}, "no such device"),
-        (Flavor("x", 2, 16, 50, 16, 1), {"device": "mps"}, "no such device"),
+        (Flavor("x", 2, 16, 50, 0, 1), {"device": "cuda:0"}, "no device of the kind"),
+        (Flavor("x", 2, 16, 50, 16, 1), {"device": "mps"}, "no device of the kind"),
         (Flavor("x", 2, 1, 50, 0, 1), {"memory_budget": 2 * 10**9}, "memory"),
     ],
     ids=["memory", "disk", "gpu", "mps", "budget"],

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from resmerge_stream import Options, Plan, Recipe, plan_merge, run_merge
+from resmerge_stream.errors import Notice
 from resmerge_stream.methods import find_methods
 from resmerge_stream.recipe import ModelRef
 from resmerge_stream.recipe_file import parse_recipe
@@ -258,7 +259,7 @@ def test_private_and_gated_models_are_named_only_when_allowed(
     plan, report = merge(group)
     plan = as_hub(plan, **{hidden: True})
     report["recipe"] = plan.recipe.to_dict()
-    plan.warnings.append("org/expert0 has another tokenizer.json")
+    plan.warnings.append(Notice("org/expert0 has another tokenizer.json"))
 
     hidden_files = render_card(plan, report)
     named = render_card(plan, report, name_private=True)

@@ -170,7 +170,7 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path, monkeypatch):
     done = run_together(models, [tmp_path / "out", tmp_path / "elsewhere"])
 
     assert isinstance(done[0].error, PlanRefusedError)
-    assert "must be a folder that all machines share" in str(done[0].error)
+    assert "need a folder that all of them share" in str(done[0].error)
     assert not (tmp_path / "elsewhere").exists()
 
 

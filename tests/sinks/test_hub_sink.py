@@ -99,7 +99,7 @@ def test_a_public_card_names_private_models_only_when_told(bench: Bench) -> None
     """The plan says that `--public` will name private experts."""
     done = bench.run("plan", *bench.sources(), "--push-to", "alice/named", "--public", "--json")
 
-    assert any("will name private" in text for text in done.last["warnings"])
+    assert any("the public card names private" in text for text in done.last["warnings"])
 
 
 def test_a_finished_merge_is_not_done_again(bench: Bench) -> None:

@@ -165,7 +165,7 @@ def test_the_state_of_a_target_is_told_without_changing_it(tmp_path):
     sink.close()
     finished, other = target_state(out, "p"), target_state(out, "q")
 
-    assert (unfinished.problem, unfinished.finished) == ("", False)
+    assert (unfinished.problem, unfinished.finished) == (None, False)
     assert unfinished.bytes_there == SHARDS[0].nbytes
     assert finished.finished
     assert "not made by this merge" in other.problem
