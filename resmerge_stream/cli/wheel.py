@@ -42,7 +42,7 @@ def build_wheel() -> bytes:
         b"Tag: py3-none-any\n"
     )
     files[f"{_INFO}/entry_points.txt"] = (
-        f"[console_scripts]\n{_NAME} = resmerge_stream.cli:main\n".encode()
+        f"[console_scripts]\n{_NAME} = resmerge_stream.cli.main:main\n".encode()
     )
     files[f"{_INFO}/RECORD"] = _record(files)
     return _zipped(files)

@@ -684,8 +684,8 @@ class TestRefusedValues:
         assert repaired == merged(tmp_path / "clean", *models(group))
 
 
-def test_a_name_that_leads_nowhere_is_told_of_as_both(tmp_path):
-    """A mistyped folder that looks like a repository id: the message says it is no folder too."""
+def test_a_dead_network_is_told_of_as_such(tmp_path):
+    """A repository that cannot be asked for: the network is the cause, not a missing folder."""
     done = command(
         "plan",
         "--base",
@@ -699,7 +699,7 @@ def test_a_name_that_leads_nowhere_is_told_of_as_both(tmp_path):
 
     assert done.returncode == 3
     assert "cannot read models/maht on the Hub" in done.stderr
-    assert "Nor is there a folder 'models/maht' here." in done.stderr
+    assert "folder" not in done.stderr
 
 
 def start(*args, limit_bytes=None):

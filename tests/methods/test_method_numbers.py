@@ -62,11 +62,12 @@ def test_thresholds_are_those_of_a_sort(values, density):
 def test_model_thresholds_are_those_of_all_tensors_together():
     """`trim: model` ranks the entries of all tensors in one list, in any order of tensors."""
     tensors = [made_up(8, 5, 2, seed=seed, scale=10.0**-seed) for seed in range(1, 4)]
+    site = Site(build_method("ties", {}).rule_for(TensorSpec(MATRIX, "F32", (8, 5)), 2), (1.0, 1.0))
     counted = {}
     for number in range(2):
         counter = ModelThresholds(number, counted, 2, 0.3)
         for base, deltas in tensors if number else tensors[::-1]:
-            counter.add(vectors_of(base, deltas), None)
+            counter.add(vectors_of(base, deltas), site)
         counted |= counter.result()
 
     for i in range(2):
