@@ -21,7 +21,7 @@ ORDERED = {"opcm", "dare_linear", "dare_ties"}
 NOT_SCALE_FREE = {"ram", "ram_plus", "widen"}
 # One expert alone comes out as it is.
 KEEPS_ONE = {"mean", "task_arithmetic", "resmerge", "tsv_m", "karcher", "opcm", "widen", "lines",
-             "svc"}  # fmt: skip
+             "svc", "head_regression", "swudi"}  # fmt: skip
 SMALL = Shape(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=64)
 REFERENCE = Path(
     os.environ.get("RESMERGE_REFERENCE", Path(__file__).parents[3] / "shared" / "reference")
