@@ -40,7 +40,7 @@ def open_report(data: bytes, *, name: str) -> Opened:
     if len(data) > MAX_BYTES:
         raise VerificationError(f"{name} has a report of more than {MAX_BYTES} bytes.")
     report = parse_report(data, where=name)
-    return Opened(name, report, [row_of(entry) for entry in report["tensors"]])
+    return Opened(name, report, [row_of(row) for row in report["tensors"]])
 
 
 def read_report(repo: str, visitor: Visitor) -> bytes:

@@ -4,17 +4,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from resmerge_stream.report.values import median, module_label, module_rank, value_of
+from resmerge_stream.report.unusual import unusual
+from resmerge_stream.report.values import family_rank, median, module_label, module_rank, value_of
 from resmerge_stream.roles import Role, layer_of
 
 NUMBERS = (
     "S_H", "above_floor", "alpha_R", "head_energy", "head_share", "c_R", "c_R_floor", "s_R",
     "update_rms", "changed_fraction", "kept_norm", "kept_cosine",
 )  # fmt: skip
-_ORDER = {role.value: number for number, role in enumerate(Role)}
-# Branches that are the normal way through, or that the recipe asked for.
-_USUAL = frozenset({None, "consensus", "head only", "residual only"})
-_MOSTLY_LOST = 0.5
+_ROLES = frozenset(role.value for role in Role)
 _NAME = 160
 
 
@@ -41,14 +39,14 @@ class Row:
     unusual: tuple[str, ...]
 
 
-def row_of(entry: Mapping[str, Any]) -> Row:
+def row_of(row: Mapping[str, Any]) -> Row:
     """Return the row of a tensor of a report that `parse_report` let through."""
-    name = _text(entry.get("name"))
-    role = entry.get("role")
+    name = _text(row.get("name"))
+    role = row.get("role")
     numbers = {}
     for key in NUMBERS:
         try:
-            value = value_of(entry, key)
+            value = value_of(row, key)
         except (TypeError, ValueError, AttributeError, OverflowError):
             continue  # a stranger's report may hold anything where a number belongs
         if value is not None and abs(value) < 1e12:
@@ -57,24 +55,11 @@ def row_of(entry: Mapping[str, Any]) -> Row:
         name,
         _text(module_label(name)),
         layer_of(name),
-        role if isinstance(role, str) and role in _ORDER else Role.MATRIX.value,
-        _text(entry.get("rule")),
+        role if isinstance(role, str) and role in _ROLES else Role.MATRIX.value,
+        _text(row.get("rule")),
         numbers,
-        tuple(_unusual(entry, numbers)),
+        tuple(_text(reason) for reason in unusual(row)[:5]),
     )
-
-
-def _unusual(entry: Mapping[str, Any], numbers: Mapping[str, float]) -> Iterable[str]:
-    warnings = entry.get("warnings")
-    said = [_text(text) for text in warnings[:3]] if isinstance(warnings, list) else []
-    yield from said
-    branch = entry.get("branch")
-    if not said and isinstance(branch, str) and branch not in _USUAL:
-        yield f"fallback: {_text(branch)}"
-    if entry.get("rule") == "copy":
-        yield "no expert changed it"
-    if numbers.get("kept_cosine", 1.0) < _MOSTLY_LOST:
-        yield f"mostly lost in the cast (kept cosine below {_MOSTLY_LOST})"
 
 
 def _text(value: object) -> str:
@@ -88,7 +73,7 @@ def modules(rows: Iterable[Row], key: str) -> list[str]:
     for row in rows:
         if key in row.numbers:
             found.setdefault(row.label, row.role)
-    return sorted(found, key=lambda label: (_ORDER[found[label]], module_rank(label), label))
+    return sorted(found, key=lambda label: (family_rank(found[label]), module_rank(label), label))
 
 
 def cells(rows: Iterable[Row], key: str) -> dict[tuple[str, int | None], float]:
@@ -102,7 +87,7 @@ def cells(rows: Iterable[Row], key: str) -> dict[tuple[str, int | None], float]:
 
 def roles(rows: Iterable[Row]) -> list[str]:
     """Return the families that there are, in the order of a model's parts."""
-    return sorted({row.role for row in rows}, key=lambda role: _ORDER[role])
+    return sorted({row.role for row in rows}, key=family_rank)
 
 
 def families(rows: Iterable[Row], key: str) -> dict[str, list[float]]:
@@ -111,13 +96,4 @@ def families(rows: Iterable[Row], key: str) -> dict[str, list[float]]:
     for row in rows:
         if key in row.numbers:
             found.setdefault(row.role, []).append(row.numbers[key])
-    return dict(sorted(found.items(), key=lambda item: _ORDER[item[0]]))
-
-
-def unusual(rows: Iterable[Row]) -> list[tuple[str, list[str]]]:
-    """Return what is unusual with the tensors it is said of, the most frequent first."""
-    found: dict[str, list[str]] = {}
-    for row in rows:
-        for reason in row.unusual:
-            found.setdefault(reason, []).append(row.name)
-    return sorted(found.items(), key=lambda item: -len(item[1]))
+    return dict(sorted(found.items(), key=lambda item: family_rank(item[0])))

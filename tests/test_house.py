@@ -30,7 +30,8 @@ WITH_GRADIO = re.compile(r"page/(ui|fields|handlers|following|news)|endpoints|la
 LIGHT = ("errors", "specs", "units", "roles", "recipe", "recipe_file", "memory", "sources/__init__",
          "sources/checkpoint", "sources/format", "sources/files", "sources/local",
          "methods/__init__", "methods/base", "planning/*", "sinks/layout", "sinks/publication",
-         "sinks/journal", "run/events", "report/build", "report/rows", "report/values")  # fmt: skip
+         "sinks/journal", "run/events", "report/build", "report/rows", "report/unusual",
+         "report/values", "report/words")  # fmt: skip
 HUB = re.compile(r"hub/\w+|sources/hub|sinks/hub/\w+|report/card")
 HEAVY = {"torch", "numpy", "safetensors", "transformers", "gradio", "huggingface_hub", "accelerate"}
 

@@ -9,6 +9,7 @@ from ..errors import ResMergeError
 from ..experts.accuracy import Accuracy, mean_accuracy
 from ..planning.plan import Plan
 from ..report.values import median
+from ..report.words import NAMES, TERMINAL_COLUMNS
 from ..run.events import (
     Analysed,
     Counted,
@@ -21,15 +22,6 @@ from ..run.events import (
     TensorMerged,
 )
 from ..units import format_size
-
-_GATES = (
-    ("S_H", "S_H"),
-    ("c_R", "c_R"),
-    ("alpha_R", "alpha_R"),
-    ("update_norm", "‖ΔW‖"),
-    ("kept_norm", "kept norm"),
-    ("kept_cosine", "kept cosine"),
-)
 
 
 def say(text: str) -> None:
@@ -210,16 +202,16 @@ def show_summary(event: Finished) -> None:
 def gate_table(tensors: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return a table of the gates' medians by role, as lines of text."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for entry in tensors:
-        groups.setdefault((str(entry["role"]), str(entry["rule"])), []).append(entry)
-    rows = [["role", "rule", "tensors", *(label for _, label in _GATES)]]
-    for (role, rule), entries in sorted(groups.items()):
-        cells = [role, rule, str(len(entries))]
-        for key, _ in _GATES:
-            values = [entry[key] for entry in entries if entry.get(key) is not None]
+    for row in tensors:
+        groups.setdefault((str(row["role"]), str(row["rule"])), []).append(row)
+    lines = [["role", "rule", "tensors", *(NAMES[key] for key in TERMINAL_COLUMNS)]]
+    for (role, rule), rows in sorted(groups.items()):
+        cells = [role, rule, str(len(rows))]
+        for key in TERMINAL_COLUMNS:
+            values = [row[key] for row in rows if row.get(key) is not None]
             cells.append(f"{median(values):.3g}" if values else "-")
-        rows.append(cells)
-    return _columns(rows)
+        lines.append(cells)
+    return _columns(lines)
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -11,9 +11,10 @@ from ..planning.compat import KEPT_AS_IN_BASE, LEFT_OUT
 from ..planning.plan import Plan
 from ..planning.sidefiles import main_dtype
 from ..units import format_size
-from .card_tables import LISTED, code_list, escape, gate_tables, unusual
+from .card_tables import LISTED, code_list, escape, gate_tables, unusual_tensors
 from .gates_plot import gates_png
 from .public_names import PublicName, PublicNames
+from .words import rule_in_words
 
 # Below this cosine a reader should know that the file is not quite what was computed.
 KEPT_WARNING = 0.9
@@ -23,15 +24,6 @@ _REPO_ID = re.compile(r"^[\w.-]{1,96}(/[\w.-]{1,96})?$", re.ASCII)
 
 
 _LICENCE = re.compile(r"^[a-z0-9][a-z0-9.+-]{0,60}$")
-
-
-_RULES = {
-    "mean": "base + mean of the experts' updates",
-    "sum": "base + sum of the experts' updates",
-    "base": "the base's values",
-    "copy": "no expert differs from the base: the base's values",
-    "carried": "not merged: the base's bytes",
-}
 
 
 def render_card(
@@ -103,7 +95,7 @@ def _readme(plan: Plan, report: Mapping[str, Any], names: PublicNames, recipe: s
         f"## Recipe\n\n```yaml\n{recipe}```",
         gate_tables(report),
         _kept(plan, report),
-        unusual(plan, report, names),
+        unusual_tensors(plan, report, names),
         _tensors(plan, report, names),
         _sources(plan, report, names, same),
         _usage(plan, names),
@@ -198,7 +190,7 @@ def _tensors(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> str:
     counts = report["summary"]["by_rule"]
     lines = ["## Tensors and files", "| rule | tensors | meaning |\n|---|---:|---|"]
     for rule, count in counts.items():
-        lines[-1] += f"\n| {escape(rule)} | {count} | {_RULES.get(rule, 'as described above')} |"
+        lines[-1] += f"\n| {escape(rule)} | {count} | {rule_in_words(rule)} |"
     carried = [row["name"] for row in report["tensors"] if row["rule"] == "carried"]
     if carried:
         lines.append(f"Carried over from the base: {code_list(carried)}.")

@@ -1,46 +1,24 @@
 """The card's tables: gates by family and module, unusual tensors; text safe for Markdown."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..planning.plan import Plan
-from ..roles import Role
 from .public_names import PublicNames, printable
-from .values import median, module_label, module_rank, value_of
-
-# A tensor of which less than this is left is listed by name.
-_MOSTLY_LOST = 0.5
-
+from .unusual import NOTHING, by_reason, unusual
+from .values import family_rank, median, module_label, module_rank, value_of
+from .words import COLUMNS, NAMES
 
 LISTED = 20
 
 
-# Branches that are the normal way through, or that the recipe asked for.
-_USUAL = frozenset({None, "consensus", "head only", "residual only"})
-
-
-_COLUMNS = (
-    ("S_H", "S_H"),
-    ("c_R", "c_R"),
-    ("c_R_floor", "floor 1/√N"),
-    ("alpha_R", "α_R"),
-    ("head_share", "‖C‖/‖A‖"),
-    ("head_energy", "head energy"),
-    ("changed_fraction", "changed"),
-    ("kept_norm", "kept norm"),
-    ("kept_cosine", "kept cosine"),
-)
-
-
 def gate_tables(report: Mapping[str, Any]) -> str:
     """Return the section on what the gates decided: tables, picture, how to read them."""
-    order = {role.value: number for number, role in enumerate(Role)}
     by_family: dict[str, list[Mapping[str, Any]]] = {}
     by_module: dict[str, list[Mapping[str, Any]]] = {}
 
     def place(row: Mapping[str, Any]) -> tuple[int, int]:
-        return order.get(row.get("role") or "", 99), module_rank(module_label(row["name"]))
+        return family_rank(row.get("role")), module_rank(module_label(row["name"]))
 
     rows = sorted(report["tensors"], key=place)
     for row in rows:
@@ -66,9 +44,9 @@ def _table(heading: str, groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> s
     numbers = {
         (group, key): [v for row in rows if (v := value_of(row, key)) is not None]
         for group, rows in groups.items()
-        for key, _ in _COLUMNS
+        for key in COLUMNS
     }
-    columns = [(key, title) for key, title in _COLUMNS if any(numbers[g, key] for g in groups)]
+    columns = [(key, NAMES[key]) for key in COLUMNS if any(numbers[g, key] for g in groups)]
     lines = [
         "| " + " | ".join([heading, "tensors", *(title for _, title in columns)]) + " |",
         "|---|" + "---:|" * (len(columns) + 1),
@@ -90,15 +68,14 @@ def _spread(values: Sequence[float]) -> str:
     return low if low == high else f"{median(values):.3f} ({low} – {high})"
 
 
-def unusual(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> str:
+def unusual_tensors(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> str:
     """Return the tensors with warnings, fallbacks, other rules than planned, lost updates."""
-    groups: dict[str, list[str]] = {}
-    for row in report["tensors"]:
-        for reason in _reasons(plan, row):
-            groups.setdefault(reason, []).append(row["name"])
-    if not groups:
-        return "## Unusual tensors\n\nNone: every tensor went the planned way."
-    ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
+    ranked = by_reason(
+        (row["name"], unusual(row, planned=_rule_of(plan, row["name"])))
+        for row in report["tensors"]
+    )
+    if not ranked:
+        return f"## Unusual tensors\n\n{NOTHING}"
     each = max(1, LISTED // len(ranked))
     lines = ["| what | tensors | such as |", "|---|---:|---|"]
     for reason, found in ranked[:LISTED]:
@@ -109,26 +86,9 @@ def unusual(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> str:
     return "## Unusual tensors\n\n" + "\n".join(lines) + more + "\n\nAll are in the report."
 
 
-def _reasons(plan: Plan, row: Mapping[str, Any]) -> list[str]:
-    reasons = list(row.get("warnings") or ())
-    parts = row.get("slices") or [row]
-    branches = Counter(gates.get("branch") for gates in parts)
-    # A warning about a fallback already says what the branch repeats.
-    reasons += [
-        f"fallback: {branch}" + (" in some slices" if count < len(parts) else "")
-        for branch, count in branches.items()
-        if branch not in _USUAL and not reasons
-    ]
-    planned = plan.tensors.get(row["name"])
-    wanted = planned.rule.name if planned is not None and planned.rule else "carried"
-    if row["rule"] == "copy":
-        reasons.append("no expert changed it")
-    elif row["rule"] != wanted and not reasons:
-        reasons.append(f"{row['rule']} instead of {wanted}")
-    kept = row.get("kept_cosine")
-    if kept is not None and kept < _MOSTLY_LOST:
-        reasons.append(f"mostly lost in the cast (kept cosine below {_MOSTLY_LOST})")
-    return reasons
+def _rule_of(plan: Plan, name: str) -> str:
+    planned = plan.tensors.get(name)
+    return planned.rule.name if planned is not None and planned.rule else "carried"
 
 
 def escape(text: str) -> str:

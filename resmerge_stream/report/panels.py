@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ..roles import Role
 from .values import median, value_of
+from .words import Measure
 
 WIDTH, _LEFT, _PANEL, _BAR, _SECOND = 13.6, 2.25, 4.35, 0.14, 7.9  # inches
 ROW, TITLE, AXIS, TOP = 0.3, 0.68, 0.58, 0.6  # inches
@@ -31,23 +31,6 @@ _FAMILY_COLOURS: dict[str, str] = {
     Role.EMBEDDING: "#b64a4a",
     Role.HEAD: "#8a6d3b",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One heatmap.
-
-    Attributes:
-        key: as `value_of` takes it.
-        title, symbols: in plain words, and in the paper's.
-        scale: ``zero`` starts colours at 0, ``range`` at the least value, ``centre`` puts 0 in
-            the middle.
-    """
-
-    key: str
-    title: str
-    symbols: str
-    scale: str = "zero"
 
 
 def draw_heading(figure: Any, report: Mapping[str, Any], total: float, changed: bool) -> None:
@@ -85,7 +68,7 @@ def draw_heatmap(
     figure: Any,
     total: float,
     box: tuple[int, float, float],
-    panel: Panel,
+    panel: Measure,
     cells: Mapping[Cell, Any],
     modules: Sequence[str],
     layers: Sequence[int | None],
@@ -165,14 +148,15 @@ def draw_strip(
     figure: Any,
     total: float,
     box: tuple[int, float, float],
-    key: str,
-    title: str,
-    symbols: str,
+    measure: Measure,
     families: Mapping[str, Mapping[str, Sequence[float]]],
 ) -> None:
     """Draw one strip of dots a family, with its median."""
+    key = measure.key
     axes = _add_axes(figure, total, box)
-    _titles(axes, title, symbols)
+    _titles(
+        axes, f"{measure.title}, by family", f"{measure.symbols}; a dot is a module of one layer"
+    )
     everything = [v for strips in families.values() for v in strips.get(key, ())]
     low, high = min([0.9, *everything]), max([1.0, *everything])
     axes.set_xlim(low - 0.03 * (high - low), high + 0.03 * (high - low))
@@ -212,8 +196,8 @@ def _safe(text: str, limit: int) -> str:
 def cell_values(cells: Mapping[Cell, Sequence[Mapping[str, Any]]], key: str) -> dict[Cell, float]:
     """Return the median of each cell that has a value."""
     found = {}
-    for cell, entries in cells.items():
-        values = [v for entry in entries if (v := value_of(entry, key)) is not None]
+    for cell, rows in cells.items():
+        values = [v for row in rows if (v := value_of(row, key)) is not None]
         if values:
             found[cell] = median(values)
     return found

@@ -30,7 +30,7 @@ class Rows:
             return None
         spec = tensor.spec
         role = tensor.method.rule_for(spec, self._experts).role.value
-        return tensor_entry(
+        return tensor_row(
             name=spec.name, role=role, shape=list(spec.shape), rule="carried", changed_fraction=0.0
         )
 
@@ -58,7 +58,7 @@ class Rows:
         row = self._open or _Row()
         row.add(update, kept, remarks, is_copy=is_copy)
         self._open = None if is_last else row
-        return row.entry(tensor.spec, rule) if is_last else None
+        return row.finished(tensor.spec, rule) if is_last else None
 
 
 @dataclass(slots=True)
@@ -79,14 +79,14 @@ class _Row:
         if update.gates:
             self.gates.append(dict(update.gates))
 
-    def entry(self, spec: TensorSpec, rule: Rule) -> dict[str, Any]:
+    def finished(self, spec: TensorSpec, rule: Rule) -> dict[str, Any]:
         gates: dict[str, Any] = {}
         if len(self.gates) == 1 and len(self.rules) == 1:
             gates = self.gates[0]
         elif self.gates:
             gates = combine_slices(self.gates)
         applied = [name for name in self.rules if name != "copy"]
-        return tensor_entry(
+        return tensor_row(
             **gates,
             name=spec.name,
             role=rule.role.value,
@@ -109,30 +109,30 @@ TENSOR_KEYS = (
 )  # fmt: skip
 
 
-def tensor_entry(**values: Any) -> dict[str, Any]:
+def tensor_row(**values: Any) -> dict[str, Any]:
     """Return a tensor's row: every fixed key, null where not given, NaN-free."""
-    entry: dict[str, Any] = dict.fromkeys(TENSOR_KEYS)
-    entry["warnings"] = []
-    entry.update(values)
-    return {key: _plain(value) for key, value in entry.items()}
+    row: dict[str, Any] = dict.fromkeys(TENSOR_KEYS)
+    row["warnings"] = []
+    row.update(values)
+    return {key: _plain(value) for key, value in row.items()}
 
 
-def combine_slices(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def combine_slices(slices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return one set of gates for a stack of matrices: medians, and the slices' own.
 
     Args:
-        entries: the gates of each slice, in order.
+        slices: the gates of each slice, in order.
     """
     combined: dict[str, Any] = {}
-    keys = {key for entry in entries for key in entry}
+    keys = {key for gates in slices for key in gates}
     for key in sorted(keys):
-        values = [entry.get(key) for entry in entries]
+        values = [gates.get(key) for gates in slices]
         numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
         if numbers and len(numbers) == len(values):
             combined[key] = median(numbers)
         elif key == "branch":
             combined[key] = Counter(str(v) for v in values).most_common(1)[0][0]
-    combined["slices"] = [dict(entry) for entry in entries]
+    combined["slices"] = [dict(gates) for gates in slices]
     return combined
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..roles import module_of
+from ..roles import Role, module_of
 
 
 def median(values: Sequence[float]) -> float:
@@ -18,21 +18,22 @@ def median(values: Sequence[float]) -> float:
 
 # The order of the forward pass; other modules come after, as the files name them.
 _MODULE_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_FAMILY_ORDER = {role.value: number for number, role in enumerate(Role)}
 
 
-def value_of(entry: Mapping[str, Any], key: str) -> float | None:
+def value_of(row: Mapping[str, Any], key: str) -> float | None:
     """Return one number of a tensor's row, or None where it has none.
 
     Args:
-        entry: a row of the report. A stack of matrices that has no value of its own gives the
+        row: of a tensor in the report. A stack of matrices that has no value of its own gives the
             median of its slices'.
         key: a key of the report, or ``head_share`` (‖C‖/‖A‖), ``above_floor`` (c_R − 1/√N),
             ``update_rms``; ``head_energy`` is the mean over experts.
     """
-    own = _own_value(entry, key)
-    if own is not None or not entry.get("slices"):
+    own = _own_value(row, key)
+    if own is not None or not row.get("slices"):
         return own
-    values = [v for part in entry["slices"] if (v := _own_value(part, key)) is not None]
+    values = [v for part in row["slices"] if (v := _own_value(part, key)) is not None]
     return median(values) if values else None
 
 
@@ -44,6 +45,11 @@ def module_label(name: str) -> str:
 def module_rank(label: str) -> int:
     """Return where a module stands among those of its family."""
     return _MODULE_ORDER.index(label) if label in _MODULE_ORDER else len(_MODULE_ORDER)
+
+
+def family_rank(role: str | None) -> int:
+    """Return where a family stands in the order of a model's parts."""
+    return _FAMILY_ORDER.get(role or "", len(_FAMILY_ORDER))
 
 
 def _own_value(gates: Mapping[str, Any], key: str) -> float | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import StoppedError
 from ..maths.task_vectors import block_gram
 from ..report.values import median
+from ..report.words import NAMES
 from .analysis_plots import comparison_png
 
 
@@ -118,9 +119,9 @@ def _row(
     label: str, report: Mapping[str, Any], similarity: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     summary = report["summary"]
-    entries = report["tensors"]
-    norm = math.sqrt(sum((entry["update_norm"] or 0.0) ** 2 for entry in entries))
-    sizes = [(math.prod(e["shape"]), e["changed_fraction"]) for e in entries]
+    rows = report["tensors"]
+    norm = math.sqrt(sum((row["update_norm"] or 0.0) ** 2 for row in rows))
+    sizes = [(math.prod(row["shape"]), row["changed_fraction"]) for row in rows]
     changed = sum(size * (share or 0.0) for size, share in sizes)
     expert = similarity["mean_expert_norm"] if similarity else 0.0
     return {
@@ -140,25 +141,22 @@ def _row(
 def _families(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Return medians by role of what every method reports."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
-    for entry in report["tensors"]:
-        groups.setdefault(str(entry["role"]), []).append(entry)
+    for row in report["tensors"]:
+        groups.setdefault(str(row["role"]), []).append(row)
     keys = ("update_norm", "kept_norm", "kept_cosine", "changed_fraction")
     found = {}
-    for role, entries in sorted(groups.items()):
-        values = {key: [e[key] for e in entries if e.get(key) is not None] for key in keys}
+    for role, rows in sorted(groups.items()):
+        values = {key: [row[key] for row in rows if row.get(key) is not None] for key in keys}
         found[role] = {key: median(numbers) for key, numbers in values.items() if numbers}
     return found
 
 
 def _markdown(table: Mapping[str, Any]) -> str:
-    columns = (
-        ("update_norm", "‖ΔW‖"),
-        ("relative_norm", "of an expert's"),
-        ("kept_norm", "kept norm"),
-        ("kept_cosine", "kept cosine"),
-        ("changed_fraction", "changed"),
-        ("seconds", "seconds"),
-    )
+    titles = {**NAMES, "relative_norm": "of an expert's", "seconds": "seconds"}
+    keys = (
+        "update_norm", "relative_norm", "kept_norm", "kept_cosine", "changed_fraction", "seconds",
+    )  # fmt: skip
+    columns = [(key, titles[key]) for key in keys]
     lines = [
         "| method | " + " | ".join(title for _, title in columns) + " |",
         "|---|" + "---|" * len(columns),

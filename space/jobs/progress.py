@@ -105,7 +105,7 @@ def _finished(job: Job, live: Live, event: dict[str, Any]) -> dict[str, Any]:
     if job.asked.get("push_to"):
         job.url = str(event["where"])
     # A run that was continued only merged the rest; the report has every tensor.
-    live.rows = [row_of(entry) for entry in report["tensors"]]
+    live.rows = [row_of(row) for row in report["tensors"]]
     job.tensors_done = len(live.rows)
     job.message = (
         "An earlier run had finished this merge; nothing was left to do."

@@ -2,9 +2,11 @@
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-from ..rows import Row, cells, families, modules, unusual
+from resmerge_stream.report.unusual import NOTHING, by_reason
+from resmerge_stream.report.words import CHANGES, GATES, KEPT, Measure
+
+from ..rows import Row, cells, families, modules
 from .words import esc, table
 
 _CELL_H, _LEFT, _PLOT, _TOP, _BOTTOM = 21, 112, 420, 6, 42
@@ -13,42 +15,6 @@ _MOST_MODULES, _MOST_DOTS = 28, 300
 _VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 _BALANCE = ((33, 102, 172), (146, 197, 222), (247, 247, 247), (244, 165, 130), (178, 24, 43))
 _STEPS = 40
-
-
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """What a figure shows.
-
-    Attributes:
-        key: of `rows.NUMBERS`.
-        title: in plain words.
-        symbols: in the paper's, with how to read it.
-        centred: whether 0 is in the middle of the colours.
-        low, high: fixed ends of the colours, where there are natural ones.
-    """
-
-    key: str
-    title: str
-    symbols: str
-    centred: bool = False
-    low: float | None = None
-    high: float | None = None
-
-
-GATES = (
-    Gate("S_H", "How far the heads agree", "S_H: 0 unrelated or opposed, 1 the same", low=0.0),
-    Gate("above_floor", "Residuals aligned beyond chance", "c_R − 1/√N: 0 is chance", centred=True),
-    Gate("alpha_R", "Length given to the merged residual", "α_R: share of the mean residual's"),
-    Gate("head_energy", "Share of the update in its head", "‖head‖² / ‖update‖²", low=0.0),
-)
-CHANGES = (
-    Gate("update_rms", "Size of the merged update", "root mean square over the weights", low=0.0),
-    Gate("changed_fraction", "Weights that changed", "share that differs from the base", low=0.0),
-)
-KEPT = (
-    Gate("kept_cosine", "Direction kept by the cast", "cosine of kept and intended", high=1.0),
-    Gate("kept_norm", "Length kept by the cast", "‖kept‖ / ‖intended‖"),
-)
 
 
 def live_html(rows: Sequence[Row]) -> str:
@@ -82,7 +48,7 @@ def _section(title: str, figures: Sequence[str]) -> str:
     return f'<h3>{esc(title)}</h3><div class="rm-figures">{"".join(figures)}</div>'
 
 
-def heatmap(rows: Sequence[Row], gate: Gate, *, named: bool = False) -> str:
+def heatmap(rows: Sequence[Row], gate: Measure, *, named: bool = False) -> str:
     """Return one heatmap, layers across and modules down; empty where nothing has the value.
 
     Args:
@@ -138,15 +104,15 @@ def _layer_axis(columns: Sequence[int | None], width: float, height: int) -> str
     return f'{ticks}<text x="{middle}" y="{height + 35}" text-anchor="middle">layer</text>'
 
 
-def strip(rows: Sequence[Row], gate: Gate) -> str:
+def strip(rows: Sequence[Row], gate: Measure) -> str:
     """Return one strip of dots a family, with its median; empty where nothing has the value."""
     found = families(rows, gate.key)
     if not found:
         return ""
     everything = [value for values in found.values() for value in values]
     low, high = min(everything), max(everything)
-    low = low if gate.low is None else min(low, gate.low)
-    high = high if gate.high is None else max(high, gate.high)
+    low = min(low, 0.0) if gate.scale == "zero" else low
+    high = max(high, 1.0) if gate in KEPT else high
     span, plot = (high - low) or 1.0, _PLOT - 84
     parts = []
     for number, (family, values) in enumerate(found.items()):
@@ -176,10 +142,10 @@ def strip(rows: Sequence[Row], gate: Gate) -> str:
 
 def unusual_html(rows: Iterable[Row]) -> str:
     """Return the tensors that something unusual happened to."""
-    found = unusual(rows)
+    found = by_reason((row.name, row.unusual) for row in rows)
     title = "<h3>Unusual tensors</h3>"
     if not found:
-        return f"{title}<p>None: every tensor went the planned way.</p>"
+        return f"{title}<p>{esc(NOTHING)}</p>"
     lines = []
     for reason, names in found[:20]:
         shown = ", ".join(f"<code>{esc(name)}</code>" for name in names[:5])
@@ -188,19 +154,19 @@ def unusual_html(rows: Iterable[Row]) -> str:
     return title + table(("What", "Tensors", "Such as"), lines, "Unusual tensors")
 
 
-def _ends(gate: Gate, values: Sequence[float]) -> tuple[float, float]:
+def _ends(gate: Measure, values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    if gate.centred:
+    if gate.scale == "centre":
         reach = max(abs(low), abs(high), 1e-3)
         return -reach, reach
-    low = low if gate.low is None else min(low, gate.low)
+    low = min(low, 0.0) if gate.scale == "zero" else low
     # A spread narrower than this is noise, not a pattern to paint in full colours.
-    spare = max(0.0, 0.02 - (high - low)) / 2 if gate.low is None else 0.0
+    spare = 0.0 if gate.scale == "zero" else max(0.0, 0.02 - (high - low)) / 2
     return low - spare, max(high + spare, low + 1e-9)
 
 
-def _colour(gate: Gate, value: float, low: float, high: float) -> str:
-    stops = _BALANCE if gate.centred else _VIRIDIS
+def _colour(gate: Measure, value: float, low: float, high: float) -> str:
+    stops = _BALANCE if gate.scale == "centre" else _VIRIDIS
     share = round(min(max((value - low) / (high - low), 0.0), 1.0) * _STEPS) / _STEPS
     place = share * (len(stops) - 1)
     left = min(int(place), len(stops) - 2)
@@ -209,8 +175,8 @@ def _colour(gate: Gate, value: float, low: float, high: float) -> str:
     return "#" + "".join(f"{channel:02x}" for channel in mixed)
 
 
-def _scale(gate: Gate, low: float, high: float) -> str:
-    stops = _BALANCE if gate.centred else _VIRIDIS
+def _scale(gate: Measure, low: float, high: float) -> str:
+    stops = _BALANCE if gate.scale == "centre" else _VIRIDIS
     colours = ",".join(f"rgb({r},{g},{b})" for r, g, b in stops)
     return (
         f'<div class="rm-scale"><span>{low:.3g}</span>'
@@ -225,7 +191,7 @@ def _svg(height: float, said: str, inner: str) -> str:
     )
 
 
-def _figure(gate: Gate, svg: str, scale: str) -> str:
+def _figure(gate: Measure, svg: str, scale: str) -> str:
     return (
         f"<figure><figcaption><b>{esc(gate.title)}</b><br>{esc(gate.symbols)}</figcaption>"
         f"{svg}{scale}</figure>"

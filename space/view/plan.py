@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from resmerge_stream.report.words import rule_in_words
 from resmerge_stream.units import format_size
 
 from ..hardware import MODEL, Fit, Machine
@@ -57,18 +58,9 @@ def _tiles(plan: Mapping[str, Any]) -> str:
     return facts(tiles)
 
 
-_RULES = {
-    "carried": "copied from the base, byte for byte",
-    "copy": "copied from the base, no expert changed it",
-    "mean": "mean of the experts",
-    "sum": "sum of the experts' updates",
-    "base": "the base's",
-}
-
-
 def _rules(plan: Mapping[str, Any]) -> str:
     rows = [
-        (f"<code>{esc(rule)}</code>", f"{count:,}", esc(_RULES.get(rule, "the method's own rule")))
+        (f"<code>{esc(rule)}</code>", f"{count:,}", esc(rule_in_words(rule)))
         for rule, count in plan["by_rule"].items()
     ]
     return table(("Rule", "Tensors", "What it does"), rows, "What is done with each tensor")

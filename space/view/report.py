@@ -4,22 +4,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from resmerge_stream.report.words import COLUMNS, GATES, NAMES
 from resmerge_stream.units import format_size
 
 from ..explore import Opened
 from ..rows import Row, families, roles
-from .figures import GATES, heatmap
+from .figures import heatmap
 from .words import duration, esc, facts, table
-
-_SHOWN = (
-    ("S_H", "S_H"),
-    ("above_floor", "c_R above its floor"),
-    ("alpha_R", "α_R"),
-    ("head_energy", "head energy"),
-    ("changed_fraction", "changed"),
-    ("kept_norm", "kept norm"),
-    ("kept_cosine", "kept cosine"),
-)
 
 
 def summary_html(opened: Opened) -> str:
@@ -51,7 +42,7 @@ def summary_html(opened: Opened) -> str:
 
 
 def _medians(rows: Sequence[Row]) -> str:
-    columns = [(key, label) for key, label in _SHOWN if any(key in row.numbers for row in rows)]
+    columns = [(key, NAMES[key]) for key in COLUMNS if any(key in row.numbers for row in rows)]
     found = {key: families(rows, key) for key, _ in columns}
     lines = []
     for name in roles(rows):
@@ -65,7 +56,9 @@ def _medians(rows: Sequence[Row]) -> str:
 def compared_html(left: Opened, right: Opened) -> str:
     """Return two reports beside each other: medians, the largest differences, heatmaps."""
     lines = []
-    for key, label in _SHOWN:
+    for key in COLUMNS:
+        if key == "c_R_floor":
+            continue  # the same wherever there are as many experts
         a, b = families(left.rows, key), families(right.rows, key)
         for name in dict.fromkeys([*a, *b]):
             first, second = a.get(name, []), b.get(name, [])
@@ -74,7 +67,9 @@ def compared_html(left: Opened, right: Opened) -> str:
                 if first and second
                 else "–"
             )
-            lines.append((f"{esc(label)}, {esc(name)}", _spread(first), _spread(second), change))
+            lines.append(
+                (f"{esc(NAMES[key])}, {esc(name)}", _spread(first), _spread(second), change)
+            )
     head = ("Median", esc(left.name), esc(right.name), "Difference")
     figures = "".join(
         figure

@@ -2,6 +2,7 @@
 
 import re
 
+from resmerge_stream.report import words
 from resmerge_stream.run.events import Progressed
 from space.explore import Opened
 from space.hardware import MODEL, Fit, Machine
@@ -174,7 +175,7 @@ def gates(layers=4, modules=("q_proj", "up_proj")):
 
 def test_a_heatmap_tells_every_cell():
     """Each module and layer is a cell whose value a pointer reads, and the whole is described."""
-    html = figures.heatmap(gates(), figures.GATES[0], named=True)
+    html = figures.heatmap(gates(), words.GATES[0], named=True)
 
     assert html.count("<title>") == 8
     assert "q_proj, layer 3: 0.3" in html
