@@ -2,14 +2,18 @@
 
 import hashlib
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from resmerge_stream.errors import PublishError, Remedy, ResMergeError
 
-_REMEMBERED_S = 300.0
+_REMEMBERED_S, _REFUSED_S = 300.0, 60.0
+# What a header can carry; a token of anything else is refused before anything is asked.
+_TOKEN = re.compile(r"[!-~]{1,1000}")
 _LOOPBACK = ("", "127.0.0.1", "localhost", "::1")
 
 
@@ -37,8 +41,36 @@ class Visitor:
         return self.token or self.reading or False
 
 
+class _Answer:
+    """What the Hub said, or is about to say, of one token.
+
+    Args:
+        asked_at: when, in seconds of `time.monotonic`.
+    """
+
+    def __init__(self, asked_at: float) -> None:
+        self.found: Future[Visitor] = Future()
+        self._asked_at = asked_at
+
+    def settle(self, ask: Callable[[], Visitor]) -> None:
+        """Ask, and let everybody who waits have the answer."""
+        try:
+            self.found.set_result(ask())
+        except BaseException as exc:
+            self.found.set_exception(exc)
+
+    def is_stale(self, now: float) -> bool:
+        """Whether it is to be asked for again; an outage is not remembered."""
+        if not self.found.done():
+            return False
+        error = self.found.exception()
+        if error is None:
+            return now - self._asked_at > _REMEMBERED_S
+        return not isinstance(error, PublishError) or now - self._asked_at > _REFUSED_S
+
+
 class Visitors:
-    """Looks up accounts, and remembers them for some minutes.
+    """Looks up accounts, each once, and remembers them for some minutes.
 
     Args:
         whoami: asks the Hub whose token this is; for tests without one.
@@ -46,17 +78,21 @@ class Visitors:
 
     def __init__(self, whoami: Callable[[str], Visitor] | None = None) -> None:
         self._ask = whoami or _ask_hub
-        self._known: dict[str, tuple[float, Visitor]] = {}
+        self._known: dict[str, _Answer] = {}
         self._lock = threading.Lock()
 
     def who(self, token: str | None) -> Visitor:
         """Return whose token it is; without one, nobody, or the owner on their own machine.
 
         Raises:
-            PublishError: the Hub does not accept the token.
+            PublishError: the Hub does not accept the token, or it can be none.
             StoppedError: the Hub cannot be asked.
         """
         if token:
+            if not _TOKEN.fullmatch(token):
+                raise PublishError(
+                    "this is not a token of the Hub.", Remedy.SIGN_IN_AGAIN, kind="bad-token"
+                )
             return self._look_up(token)
         own = _own_token()
         if own is None:
@@ -91,16 +127,14 @@ class Visitors:
         # Never a token as a key: who dumps this table learns nothing.
         digest, now = hashlib.sha256(key.encode()).hexdigest(), time.monotonic()
         with self._lock:
-            known = self._known.get(digest)
-            if known is not None and now - known[0] < _REMEMBERED_S:
-                return known[1]
-        found = ask()
-        with self._lock:
-            old = [k for k, (asked, _) in self._known.items() if now - asked > _REMEMBERED_S]
-            for stale in old:
+            for stale in [k for k, answer in self._known.items() if answer.is_stale(now)]:
                 del self._known[stale]
-            self._known[digest] = (now, found)
-        return found
+            known = self._known.get(digest)
+            answer = known or self._known.setdefault(digest, _Answer(now))
+        if known is None:
+            answer.settle(ask)
+        # Whoever asks meanwhile with the same token waits for the one answer.
+        return answer.found.result()
 
 
 def on_space() -> bool:

@@ -90,20 +90,17 @@ class Service:
     def job(self, job_id: str, visitor: Visitor, *, key: str = "", change: bool = False) -> Job:
         """Return a job that a visitor may see, or change.
 
-        An account's job is for that account alone. One without an account is seen by whoever has
-        its link, and changed by the browser that started it.
+        `Job.may_see` and `Job.may_change` are the rule.
 
         Raises:
             RecipeError: there is none, or it is somebody else's; which of the two is not said.
         """
         found = self.jobs.get(job_id) if JOB_ID.fullmatch(job_id) else None
-        if found is not None and found.owner:
-            allowed = found.owner == visitor.name
-        else:
-            allowed = found is not None and (not change or found.key in ("", key))
-        if found is None or not allowed:
-            raise RecipeError(NO_JOB, Remedy.SIGN_IN_TO_SEE, kind="no-job")
-        return found
+        if found is not None:
+            name = visitor.name
+            if found.may_change(name, key) if change else found.may_see(name):
+                return found
+        raise RecipeError(NO_JOB, Remedy.SIGN_IN_TO_SEE, kind="no-job")
 
     def status(self, job: Job) -> dict[str, Any]:
         """Return a job's state as the endpoint tells it."""

@@ -184,21 +184,23 @@ class Crew:
             if fields is None:
                 busy.discard(rank)
                 continue
-            read, written, sent = (fields[f"bytes_{what}"] for what in ("read", "written", "sent"))
-            progress.others[rank] = (read, written, sent)
-            yield from self._retold(fields, progress)
+            event = Event.from_dict(fields)
+            if isinstance(event, Progressed):
+                done = (event.bytes_read, event.bytes_written, event.bytes_sent)
+                progress.others[rank] = done
+                yield from _retold(event, progress)
 
-    def _retold(self, fields: dict[str, Any], progress: Progress) -> Iterator[Event]:
-        """Yield another process's event as one of the whole run."""
-        name = fields.pop("event")
-        if name == TensorMerged.name:
-            progress.rows[fields["tensor"]] = fields["entry"]
-            yield dataclasses.replace(TensorMerged(**fields), **progress.now())
-        elif name == ShardFinished.name:
-            file = {"name": fields["shard"], "size": fields["bytes"], "sha256": fields["sha256"]}
-            progress.files[fields["shard"]] = file
-            done = len(progress.files)
-            yield dataclasses.replace(ShardFinished(**fields), **progress.now(), shards_done=done)
+
+def _retold(event: Progressed, progress: Progress) -> Iterator[Event]:
+    """Yield another process's event as one of the whole run."""
+    if isinstance(event, TensorMerged):
+        progress.rows[event.tensor] = event.entry
+        yield dataclasses.replace(event, **progress.now())
+    elif isinstance(event, ShardFinished):
+        file = {"name": event.shard, "size": event.bytes, "sha256": event.sha256}
+        progress.files[event.shard] = file
+        shards_done = len(progress.files)
+        yield dataclasses.replace(event, **progress.now(), shards_done=shards_done)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,19 @@ class Event:
         """Return the event as plain data."""
         return {"event": self.name, **dataclasses.asdict(self)}
 
+    @staticmethod
+    def from_dict(stored: Mapping[str, Any]) -> "Event | None":
+        """Return the event that `to_dict` wrote, or None: it is none of these.
+
+        Args:
+            stored: may hold more than the event, as a process adds what it knows of itself.
+        """
+        kind = _KINDS.get(str(stored.get("event")))
+        if kind is None:
+            return None
+        known = {field.name for field in dataclasses.fields(kind)}
+        return kind(**{key: value for key, value in stored.items() if key in known})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned(Event):
@@ -149,3 +162,11 @@ class Finished(Event):
     where: str
     report: Mapping[str, Any]
     already_there: bool = False
+
+
+_KINDS: dict[str, type[Event]] = {
+    kind.name: kind
+    for kind in (
+        Planned, Counted, Analysed, Progressed, TensorMerged, ShardFinished, Published, Finished,
+    )
+}  # fmt: skip

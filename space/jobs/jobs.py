@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,23 @@ _SAVE_S, _CLEAN_S = 3.0, 600.0
 _KEEP_RECORDS = 30
 
 
+@dataclass(slots=True)
+class _Run:
+    """What is known of a job beside its record.
+
+    Attributes:
+        live: what a running picture shows; it stays when the run has ended.
+        token: to read and publish with, until the run ends.
+        process: of the merge, while there is one.
+        is_cancelling: whether it was told to stop.
+    """
+
+    live: Live = field(default_factory=Live)
+    token: str | None = None
+    process: "subprocess.Popen[str] | None" = None
+    is_cancelling: bool = False
+
+
 class Jobs:
     """The merges of one Space. Every method may be called from any thread.
 
@@ -49,10 +67,7 @@ class Jobs:
         self._records = Records(settings.folder / "jobs")
         self._changed = threading.Condition()
         self._queue: list[str] = []
-        self._tokens: dict[str, str] = {}
-        self._processes: dict[str, subprocess.Popen[str]] = {}
-        self._cancelling: set[str] = set()
-        self._live: dict[str, Live] = {}
+        self._runs: dict[str, _Run] = {}
         self._runners: list[threading.Thread] = []
         self._closed = False
         self._jobs = {job.id: job for job in self._records.read_all()}
@@ -92,13 +107,14 @@ class Jobs:
         with self._changed:
             if job.state == QUEUED:
                 self._queue.remove(job.id)
-                self._tokens.pop(job.id, None)
+                self._runs[job.id].token = None
                 self._end(job, CANCELLED, "Cancelled before it started.")
-            elif job.state in ACTIVE and job.id not in self._cancelling:
-                self._cancelling.add(job.id)
+            elif job.state in ACTIVE and not self._runs[job.id].is_cancelling:
+                run = self._runs[job.id]
+                run.is_cancelling = True
                 job.message = "Stopping."
                 job.say("cancel was asked for")
-                self._tell_to_stop(job.id)
+                _tell_to_stop(run)
 
     def give_up(self, job: Job, removed: list[str]) -> None:
         """End a stopped job for good, after what it left was removed."""
@@ -120,12 +136,14 @@ class Jobs:
 
     def live(self, job: Job) -> Live:
         """Return what is known of a job beside its record."""
-        return self._live.get(job.id) or Live()
+        run = self._runs.get(job.id)
+        return run.live if run is not None else Live()
 
     def place(self, job: Job) -> int:
         """Return how many jobs are before a queued one, those that run included; never waits."""
         queue = list(self._queue)
-        return queue.index(job.id) + len(self._processes) if job.id in queue else 0
+        running = sum(run.process is not None for run in list(self._runs.values()))
+        return queue.index(job.id) + running if job.id in queue else 0
 
     def report(self, job: Job) -> bytes | None:
         """Return the report of a finished job as JSON, or None."""
@@ -139,8 +157,8 @@ class Jobs:
         """Stop every merge; their jobs are resumable when the Space comes back."""
         with self._changed:
             self._closed = True
-            for job_id in self._processes:
-                self._tell_to_stop(job_id)
+            for run in self._runs.values():
+                _tell_to_stop(run)
             self._changed.notify_all()
         for runner in self._runners:
             runner.join(timeout=15)
@@ -156,9 +174,7 @@ class Jobs:
     def _enqueue(self, job: Job, token: str | None) -> None:
         job.state, job.message = QUEUED, "Waiting for its turn."
         job.say("queued")
-        if token:
-            self._tokens[job.id] = token
-        self._live[job.id] = Live()
+        self._runs[job.id] = _Run(token=token)
         self._queue.append(job.id)
         self._save(job)
         if not self._runners:
@@ -186,15 +202,15 @@ class Jobs:
                 if not self._queue:
                     continue
                 job = self._jobs[self._queue.pop(0)]
-                token = self._tokens.get(job.id)
-                begin(job, self._live[job.id])
-                process = self._processes[job.id] = start_worker(self.settings)
-            self._run(job, process, token)
+                run = self._runs[job.id]
+                begin(job, run.live)
+                process = run.process = start_worker(self.settings)
+            self._run(job, run, process)
 
-    def _run(self, job: Job, process: "subprocess.Popen[str]", token: str | None) -> None:
+    def _run(self, job: Job, run: _Run, process: "subprocess.Popen[str]") -> None:
         request = {
             "asked": job.asked,
-            "token": token,
+            "token": run.token,
             "out": None if job.asked.get("push_to") else str(self.result(job)),
             "work_dir": str(self._work_dir(job)),
             "prompts": 0 if job.asked.get("push_to") else self.settings.prompts,
@@ -204,32 +220,29 @@ class Jobs:
             with process:
                 send(process, request)
                 for last in events(process):
-                    self._apply(job, last)
+                    self._apply(job, run.live, last)
                 let_end(process)
         finally:
             with self._changed:
-                # Before the state, so that a job that is continued at once keeps its new token.
-                self._tokens.pop(job.id, None)
-                self._processes.pop(job.id, None)
-                self._conclude(job, last, process.returncode)
-                self._cancelling.discard(job.id)
+                run.token = run.process = None
+                self._conclude(job, run, last, process.returncode)
 
-    def _apply(self, job: Job, event: dict[str, Any]) -> None:
+    def _apply(self, job: Job, live: Live, event: dict[str, Any]) -> None:
         with self._changed:
-            report = apply(job, self._live[job.id], event)
+            report = apply(job, live, event)
             if report is not None:
                 self._records.write_report(job.id, report)
             if report is not None or time.time() - job.updated > _SAVE_S:
                 self._save(job)
 
-    def _conclude(self, job: Job, last: dict[str, Any], code: int) -> None:
+    def _conclude(self, job: Job, run: _Run, last: dict[str, Any], code: int) -> None:
         kind = last.get("event")
         kept = "No file was finished"
         if job.shards_done:
             kept = f"{job.shards_done} of {job.plan.get('shards')} files are finished and kept"
         if kind == "finished":
             self._end(job, DONE, job.message)
-        elif job.id in self._cancelling:
+        elif run.is_cancelling:
             self._end(job, CANCELLED, f"Cancelled. {kept}. To go on, merge the same again.")
         elif kind == "refused":
             self._end(job, FAILED, said(error_from_dict(last)))
@@ -248,12 +261,6 @@ class Jobs:
         job.seconds_left = None
         job.say(f"{state}: {message}")
         self._save(job)
-
-    def _tell_to_stop(self, job_id: str) -> None:
-        process = self._processes.get(job_id)
-        if process is not None and process.stdin is not None:
-            with contextlib.suppress(OSError, ValueError):
-                process.stdin.close()
 
     def _work_dir(self, job: Job) -> Path:
         # Shards of one account are never picked up by a job of another.
@@ -274,7 +281,7 @@ class Jobs:
                     continue
                 if now - job.updated > keep:
                     shutil.rmtree(self.result(job).parent, ignore_errors=True)
-                    self._live.pop(job.id, None)
+                    self._runs.pop(job.id, None)
                 if now - job.updated > keep * _KEEP_RECORDS:
                     self._records.remove(job.id)
                     del self._jobs[job.id]
@@ -283,3 +290,9 @@ class Jobs:
             for folder in (self.settings.folder / "work").glob("*"):
                 if folder not in busy:
                     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tell_to_stop(run: _Run) -> None:
+    if run.process is not None and run.process.stdin is not None:
+        with contextlib.suppress(OSError, ValueError):
+            run.process.stdin.close()

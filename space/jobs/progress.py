@@ -1,9 +1,20 @@
 """What a merge's events change in its job."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from resmerge_stream.run.events import (
+    Counted,
+    Event,
+    Finished,
+    Planned,
+    Progressed,
+    Published,
+    ShardFinished,
+    TensorMerged,
+)
 from resmerge_stream.units import format_size
 
 from ..remedies import plan_said
@@ -38,37 +49,37 @@ def begin(job: Job, live: Live) -> None:
 
 def apply(job: Job, live: Live, event: dict[str, Any]) -> dict[str, Any] | None:
     """Take an event, as the worker prints it, into the job; return the report of the last one."""
-    kind = event.get("event")
     job.memory_bytes = int(event.get("memory_bytes") or 0)
-    if kind in ("progress", "tensor", "shard"):
+    told = Event.from_dict(event)
+    if isinstance(told, Progressed):
         for key in _PROGRESS:
-            setattr(job, key, event[key])
-    if kind == "planned":
-        _planned(job, event["plan"])
-    elif kind == "counted":
-        job.bytes_read = event["bytes_read"]
-        job.message = f"Counting pass {event['number']} of {event['passes']} over the whole model."
-    elif kind == "tensor":
+            setattr(job, key, getattr(told, key))
+    if isinstance(told, Planned):
+        _planned(job, told.plan)
+    elif isinstance(told, Counted):
+        job.bytes_read = told.bytes_read
+        job.message = f"Counting pass {told.number} of {told.passes} over the whole model."
+    elif isinstance(told, TensorMerged):
         job.tensors_done += 1
-        job.message = f"Merging {event['tensor'][-80:]}"
-        row = row_of(event["entry"])
+        job.message = f"Merging {told.tensor[-80:]}"
+        row = row_of(told.entry)
         live.rows.append(row)
-        for text in list(event["entry"].get("warnings") or ())[:1]:
+        for text in list(told.entry.get("warnings") or ())[:1]:
             job.say(f"{row.name}: {text}")
-    elif kind == "shard":
-        _shard(job, event)
-    elif kind == "published":
+    elif isinstance(told, ShardFinished):
+        _shard(job, told)
+    elif isinstance(told, Published):
         job.say("published" if job.asked.get("push_to") else "written")
-    elif kind == "asking":
+    elif isinstance(told, Finished):
+        return _finished(job, live, told)
+    elif event.get("event") == "asking":
         job.message = f"Asking held-out questions: {event['model']}"
-    elif kind == "accuracies":
+    elif event.get("event") == "accuracies":
         job.accuracies = event["accuracies"]
-    elif kind == "finished":
-        return _finished(job, live, event)
     return None
 
 
-def _planned(job: Job, plan: dict[str, Any]) -> None:
+def _planned(job: Job, plan: Mapping[str, Any]) -> None:
     job.state, job.started = RUNNING, time.time()
     job.message = "Merging."
     job.plan = {
@@ -87,32 +98,31 @@ def _planned(job: Job, plan: dict[str, Any]) -> None:
     )
 
 
-def _shard(job: Job, event: dict[str, Any]) -> None:
-    job.shards_done = event["shards_done"]
-    if event["resumed"]:
-        job.bytes_kept += event["bytes"]
-    how = "was finished before" if event["resumed"] else "finished"
+def _shard(job: Job, event: ShardFinished) -> None:
+    job.shards_done = event.shards_done
+    if event.resumed:
+        job.bytes_kept += event.bytes
+    how = "was finished before" if event.resumed else "finished"
     job.say(
-        f"file {event['shards_done']} of {event['shards']} {how}: {event['shard']}, "
-        f"{format_size(event['bytes'])}, sha256 {event['sha256'][:12]}"
+        f"file {event.shards_done} of {event.shards} {how}: {event.shard}, "
+        f"{format_size(event.bytes)}, sha256 {event.sha256[:12]}"
     )
-    if event["shards_done"] == event["shards"] and job.asked.get("push_to"):
+    if event.shards_done == event.shards and job.asked.get("push_to"):
         job.message = "Sending the last files to the Hub, then one commit shows everything."
 
 
-def _finished(job: Job, live: Live, event: dict[str, Any]) -> dict[str, Any]:
-    report: dict[str, Any] = event["report"]
+def _finished(job: Job, live: Live, event: Finished) -> dict[str, Any]:
     if job.asked.get("push_to"):
-        job.url = str(event["where"])
+        job.url = event.where
     # A run that was continued only merged the rest; the report has every tensor.
-    live.rows = [row_of(row) for row in report["tensors"]]
+    live.rows = [row_of(row) for row in event.report["tensors"]]
     job.tensors_done = len(live.rows)
     job.message = (
         "An earlier run had finished this merge; nothing was left to do."
-        if event["already_there"]
+        if event.already_there
         else f"Done in {_duration(time.time() - job.started)}."
     )
-    return report
+    return dict(event.report)
 
 
 def _duration(seconds: float) -> str:

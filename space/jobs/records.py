@@ -69,6 +69,14 @@ class Job:
     accuracies: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
 
+    def may_see(self, account: str) -> bool:
+        """Whether a visitor may see it: an account's job is that account's, others are a link's."""
+        return not self.owner or self.owner == account
+
+    def may_change(self, account: str, key: str = "") -> bool:
+        """Whether a visitor may change it: the account, or the browser that started it."""
+        return self.may_see(account) and bool(self.owner or self.key in ("", key))
+
     def say(self, text: str) -> None:
         """Add a line to the log, with the time."""
         clock = time.strftime("%H:%M:%S", time.gmtime())

@@ -162,13 +162,12 @@ class Following:
         return {**shown, "act_note": ""}
 
     def _shown(self, job: Job, visitor: Visitor, secret: str) -> Changes:
-        own = job.owner == visitor.name if job.owner else job.key in ("", secret_key(secret))
         changes: Changes = {
             "status": self._news.status(job),
             "log": "\n".join(job.log),
             "gates": self._news.picture(job)[1] if job.state != DONE else "",
             "done": gr.update(visible=job.state == DONE),
-            **_buttons(job, may_change=own),
+            **_buttons(job, may_change=job.may_change(visitor.name, secret_key(secret))),
         }
         return {**changes, **self._result(job)} if job.state == DONE else changes
 

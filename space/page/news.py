@@ -85,7 +85,8 @@ class News:
 
     async def _answer(self, request: Request) -> Response:
         job = self._service.jobs.get(request.path_params["job"])
-        if job is None or (job.owner and job.owner != await self._who(request)):
+        # Only an account's job is worth asking the Hub who looks.
+        if job is None or not job.may_see(await self._who(request) if job.owner else ""):
             return JSONResponse({}, status_code=404)
         asked = request.query_params
         news = self.since(job, asked.get("log", ""), asked.get("picture", ""))

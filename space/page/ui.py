@@ -255,9 +255,6 @@ def _signature(handler: Callable[..., Any], count: int) -> inspect.Signature:
     """Return a signature of so many plain values, then what gradio shall inject."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     plain = [inspect.Parameter(f"value{i}", kind, annotation=Any) for i in range(count)]
-    special = [
-        parameter.replace(kind=kind)
-        for name, parameter in inspect.signature(handler).parameters.items()
-        if name not in ("form", "number")
-    ]
+    _, *injected = inspect.signature(handler).parameters.values()
+    special = [parameter.replace(kind=kind) for parameter in injected]
     return inspect.Signature([*plain, *special])

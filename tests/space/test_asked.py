@@ -1,8 +1,11 @@
 """What a visitor may ask for, and what is refused before anything is requested."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
-from resmerge_stream.errors import PublishError, RecipeError
+from resmerge_stream.errors import PublishError, RecipeError, StoppedError
 from space import identity
 from space.asked import asked_from_dict, web_recipe
 from space.examples import built_in_folders, examples, is_built_in, web_names
@@ -203,6 +206,55 @@ def test_an_unknown_token_is_an_error_for_programs_and_nobody_on_the_page():
     with pytest.raises(PublishError):
         Visitors(ask).who("wrong")
     assert Visitors(ask).who_or_nobody("wrong") == Visitor()
+
+
+@pytest.mark.parametrize("token", ["x\n", "two words", "ü", "x" * 1001])
+def test_what_can_be_no_token_is_refused_without_asking(token):
+    """A text that no header can carry never reaches the Hub."""
+    asked = []
+
+    with pytest.raises(PublishError, match="not a token"):
+        Visitors(asked.append).who(token)
+
+    assert not asked
+
+
+def test_the_hub_is_asked_once_for_a_token():
+    """Eight requests with the same wrong token, side by side and later, are one question."""
+    asked, answer = [], threading.Event()
+
+    def slow(token):
+        asked.append(token)
+        answer.wait(10)
+        raise PublishError("no such token")
+
+    visitors = Visitors(slow)
+    with ThreadPoolExecutor(8) as pool:
+        found = [pool.submit(visitors.who, "wrong") for _ in range(8)]
+        answer.set()
+        errors = [each.exception() for each in found]
+
+    assert all(isinstance(error, PublishError) for error in errors)
+    with pytest.raises(PublishError):
+        visitors.who("wrong")
+    assert asked == ["wrong"]
+
+
+def test_an_outage_is_not_remembered():
+    """After the Hub could not be asked, the next request asks again."""
+    answers = [StoppedError("the network fails"), Visitor(name="alice", token="t")]
+
+    def ask_twice(token):
+        found = answers.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    visitors = Visitors(ask_twice)
+    with pytest.raises(StoppedError):
+        visitors.who("t")
+
+    assert visitors.who("t").name == "alice"
 
 
 def test_a_token_is_not_shown():
