@@ -24,9 +24,10 @@ def main() -> None:
     parser.add_argument("--group", choices=GROUPS, default="small", help="which group")
     parser.add_argument(
         "--only",
+        action="append",
         choices=(*KINDS, *model_names(KINDS[1:])),
         metavar="KIND",
-        help="train only these models of the group: base, rl, sft, or one expert such as rl-add",
+        help="train only these models: base, rl, sft, or one expert such as rl-add; repeat",
     )
     parser.add_argument(
         "--threads",
@@ -37,8 +38,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers_logging.disable_progress_bar()
-    kinds = (arguments.only,) if arguments.only in KINDS else KINDS
-    names = model_names(kinds) if arguments.only in (None, *KINDS) else [arguments.only]
+    chosen = arguments.only or KINDS
+    names = [name for name in model_names(KINDS) if {name, name.partition("-")[0]} & set(chosen)]
     train_group(GROUPS[arguments.group], arguments.out / arguments.group, names=names)
 
 

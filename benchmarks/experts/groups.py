@@ -1,6 +1,7 @@
-"""The two groups of experts: their seeds, widths and training settings.
+"""The groups of experts: their seeds, widths and training settings.
 
-The numbers were found by trial; docs/log.md says what was tried.
+The numbers of `small` and `wide` were found by trial; docs/log.md says what was tried. The others
+took them as they were.
 """
 
 from __future__ import annotations
@@ -78,4 +79,17 @@ WIDE = Group(
     sft=replace(FINE_TUNING, steps=24, learning_rate=0.05),
 )
 
-GROUPS = {group.name: group for group in (SMALL, WIDE)}
+# Groups that nothing was tuned on, of another width and depth: one base for each seed.
+_NARROW = replace(SMALL, shape=Shape(width=96, layers=7, feed_forward=288))
+_FRESH = tuple(replace(_NARROW, name=f"narrow-{seed}", seed=seed) for seed in (11, 12, 13))
+# The same, its experts trained for four times as long.
+_LONG = replace(
+    _NARROW, name="narrow-long", seed=14, rl=replace(REINFORCEMENT, steps=4 * REINFORCEMENT.steps)
+)
+
+FRESH = tuple(group.name for group in (*_FRESH, _LONG))
+
+GROUPS = {group.name: group for group in (SMALL, WIDE, *_FRESH, _LONG)}
+
+# Those of docs/quality.md's main tables.
+KNOWN = (SMALL.name, WIDE.name)

@@ -1,4 +1,7 @@
-"""Command line: `python -m benchmarks.quality` (or `make quality`) writes docs/quality.md."""
+"""Command line: `python -m benchmarks.quality` (or `make quality`) writes docs/quality.md.
+
+`python -m benchmarks.quality fresh` measures the methods in other regimes; see `fresh`.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.experts.groups import GROUPS
+from benchmarks.experts.groups import KNOWN
 
+from . import fresh
 from .asking import Asker
 from .groups import ensure_groups, retrain, training_log
 from .merges import share_of_equal_weights
@@ -39,13 +43,13 @@ def main() -> None:
         help="held-out prompts a task, half of it for the wide group",
     )
     parser.add_argument("--seed", type=int, default=2026, help="of the prompts")
-    parser.add_argument("--group", action="append", choices=GROUPS, help="only this group; repeat")
+    parser.add_argument("--group", action="append", choices=KNOWN, help="only this group; repeat")
     parser.add_argument("--page-only", action="store_true", help="write the page anew, no more")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     store = arguments.work / "results.json"
     if not arguments.page_only:
-        _measure(arguments, arguments.group or tuple(GROUPS), store)
+        _measure(arguments, arguments.group or KNOWN, store)
     write_page(json.loads(store.read_text("utf-8")), arguments.out)
 
 
@@ -83,4 +87,7 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["fresh"]:
+        fresh.main(sys.argv[2:])
+    else:
+        main()

@@ -10,22 +10,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experts.groups import GROUPS
+from benchmarks.experts.groups import KNOWN
 from benchmarks.experts.training import LOG, model_names
 from resmerge_stream.experts.group import builtin_group
 from resmerge_stream.experts.tasks import TASKS
 
-MODELS = tuple(model_names(("base", "rl", "sft")))
 RL = tuple(f"rl-{task}" for task in TASKS)
 SFT = tuple(f"sft-{task}" for task in TASKS)
 
 
-def ensure_groups(folder: Path, names: Sequence[str] = tuple(GROUPS)) -> dict[str, Path]:
+def ensure_groups(
+    folder: Path, names: Sequence[str] = KNOWN, kinds: Sequence[str] = ("base", "rl", "sft")
+) -> dict[str, Path]:
     """Return the folders of the groups, after training what is missing: one process a group.
 
     Args:
         folder: gets one folder a group; finished models in it are kept.
         names: of the groups.
+        kinds: which models of a group are needed.
 
     Raises:
         RuntimeError: a training failed.
@@ -36,7 +38,12 @@ def ensure_groups(folder: Path, names: Sequence[str] = tuple(GROUPS)) -> dict[st
         for name, source in bundled.items():
             shutil.copytree(source, small / name)
         shutil.copy(bundled["base"].parent / LOG, small / LOG)
-    running = [(name, _train(folder, name)) for name in names if not _complete(folder / name)]
+    models = model_names(kinds)
+    running = [
+        (name, _train(folder, name, *_only(kinds)))
+        for name in names
+        if not all((folder / name / model).is_dir() for model in models)
+    ]
     for name, process in running:
         if process.wait() != 0:
             raise RuntimeError(f"training the group {name!r} failed; its messages are above.")
@@ -63,8 +70,8 @@ def training_log(group: Path) -> dict[str, Any]:
     return found
 
 
-def _complete(group: Path) -> bool:
-    return all((group / name).is_dir() for name in MODELS)
+def _only(kinds: Sequence[str]) -> list[str]:
+    return [word for kind in kinds for word in ("--only", kind)]
 
 
 def _train(folder: Path, group: str, *options: str) -> subprocess.Popen[bytes]:

@@ -11,8 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from resmerge_stream.studies.advice import evidence
+
 from .figures import write_figures
 from .groups import RL, SFT
+from .regime_page import section
 from .results import Group, task_of
 from .tables import TABLES, number, percent, points, recovered
 
@@ -44,6 +47,8 @@ def fill(text: str, groups: Mapping[str, Group], results: Mapping[str, Any]) -> 
         what, *rest = blank[1].split()
         if what == "seed":
             return str(results[what])
+        if what == "regimes":
+            return section(evidence())
         if what == "again":
             return _again(groups["small"], results["again"])
         if not rest or rest[0] not in groups or what not in (TABLES.keys() | _NUMBERS.keys()):

@@ -19,7 +19,15 @@ from ..version import __version__
 from . import console
 from .lasting_imports import lasting_imports
 from .options import add_json, add_publication, add_recipe, options_of, publication_of, recipe_of
-from .studies import add_analyse, add_compare, analyse, compare
+from .studies import (
+    add_analyse,
+    add_compare,
+    add_sample,
+    advise,
+    analyse,
+    compare,
+    show_advice,
+)
 from .submit import add_submit, submit
 
 _EXIT = """\
@@ -96,6 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     plan = _command(commands, "plan", _plan, "show what a merge would do; reads headers only")
     add_recipe(plan)
     plan.add_argument("--out", metavar="DIR", help="also check this output folder and its disk")
+    plan.add_argument(
+        "--advice", action="store_true", help="read the weights: which methods to compare, and why"
+    )
+    add_sample(plan)
     add_publication(plan)
     merge = _command(commands, "merge", _merge, "merge, write, and report")
     add_recipe(merge)
@@ -155,10 +167,13 @@ def _plan_of(args: argparse.Namespace) -> Plan:
 
 def _plan(args: argparse.Namespace) -> int:
     plan = _plan_of(args)
+    advice = advise(plan, args.sample) if args.advice and not plan.refused else None
     if args.json:
-        print(json.dumps(plan.to_dict()))
-    else:
-        console.show_plan(plan)
+        print(json.dumps(plan.to_dict() | ({"advice": advice} if advice else {})))
+        return 2 if plan.refused else 0
+    console.show_plan(plan)
+    if advice:
+        show_advice(advice)
     return 2 if plan.refused else 0
 
 

@@ -1,9 +1,10 @@
 """The commands ``compare`` and ``analyse``: several methods, or spectra, in one pass."""
 
 import argparse
+import math
 import os
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 from ..errors import RecipeError
 from ..planning.plan import Plan, plan_merge
@@ -46,12 +47,62 @@ def add_analyse(parser: argparse.ArgumentParser) -> None:
         "--sft", metavar="ID", action="append", default=[], help="an SFT expert beside; repeat"
     )
     parser.add_argument("--rank", type=int, default=1, help="directions in the head (1)")
+    add_sample(parser)
     parser.add_argument(
         "--component",
         choices=("head", "residual"),
         help="write the model W0 + head (or residual) of one expert instead",
     )
     parser.add_argument("--of", metavar="EXPERT", help="which expert: its ID, or its number")
+
+
+def add_sample(parser: argparse.ArgumentParser) -> None:
+    """Add ``--sample``."""
+    parser.add_argument(
+        "--sample", metavar="SHARE", default="100%", help="of the layers to read, such as 20%%"
+    )
+
+
+def share_of(text: str) -> float:
+    """Return a share of the layers, above 0 and up to 1.
+
+    Raises:
+        RecipeError: the text is no such share.
+    """
+    number = text.strip().removesuffix("%")
+    try:
+        share = float(number) / (100 if number != text.strip() else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise RecipeError(f"the sample must be a share of the layers, such as 20%, not {text!r}.")
+    return share
+
+
+def advise(plan: Plan, sample: str) -> dict[str, Any]:
+    """Return regime and advice of a plan's experts as plain data; reads their weights.
+
+    Raises:
+        ResMergeError: the share is none, or a weight is not finite.
+    """
+    share = share_of(sample)
+    with lasting_imports():
+        from ..studies.advice import advise as advise_on
+        from ..studies.advice import read_regime
+
+    *_, (_, nbytes, regime) = read_regime(plan, share)
+    if regime is None:
+        raise RuntimeError("the last of what is read must be the regime")
+    advice = advise_on(regime)
+    return {"regime": regime.to_dict(), "advice": advice.to_dict(), "bytes_read": nbytes}
+
+
+def show_advice(found: Mapping[str, Any]) -> None:
+    """Print regime and advice."""
+    from ..studies.analysis_report import advice_lines
+
+    for line in advice_lines(found["regime"], found["advice"]):
+        print(line.replace("`", ""))
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -100,7 +151,8 @@ def analyse(args: argparse.Namespace, run_plan: RunPlan) -> int:
         )
     sft = [ModelRef.parse(text) for text in args.sft]
     plan = plan_analysis(recipe, sft, options_of(args), rank=args.rank)
-    _show(run_analysis(plan, out=args.out, sft=len(sft)), args, table="analysis.md")
+    share = share_of(args.sample)
+    _show(run_analysis(plan, out=args.out, sft=len(sft), share=share), args, table="analysis.md")
     plan.close()
     return 0
 

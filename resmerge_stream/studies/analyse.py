@@ -34,9 +34,12 @@ from ..run.merging import Merger
 from ..run.pieces import Piece
 from ..run.pipeline import worked_ahead, workers
 from ..run.reading import READ_AHEAD_BYTES, reading_ahead_of, reads
+from ..specs import DTYPES
 from ..units import format_size
+from .advice import advise
 from .analysis_report import analysis_files
 from .compare_report import write_files
+from .regime import Pairs, sampled
 
 _GATES = ("c_R", "c_R_floor", "s_R", "S_H", "ret_H", "ret_R", "pair_cosines_H", "pair_cosines_R")
 
@@ -72,13 +75,16 @@ def plan_analysis(
     return plan
 
 
-def run_analysis(plan: Plan, *, out: str | Path, sft: int = 0) -> Iterator[Event]:
+def run_analysis(
+    plan: Plan, *, out: str | Path, sft: int = 0, share: float = 1.0
+) -> Iterator[Event]:
     """Run an analysis, and yield what happens; the last event carries ``analysis.json``.
 
     Args:
         plan: from `plan_analysis`.
         out: the folder for tables and figures; earlier ones are replaced.
         sft: how many of the last experts are the SFT group.
+        share: of the layers that are read, evenly spaced; 1 is everything.
 
     Raises:
         PlanRefusedError: the plan has problems.
@@ -89,7 +95,10 @@ def run_analysis(plan: Plan, *, out: str | Path, sft: int = 0) -> Iterator[Event
     """
     plan.raise_if_refused()
     out = Path(os.path.expanduser(out))
-    yield Planned(plan=plan.to_dict())
+    merged = [tensor for tensor in plan.tensors.values() if tensor.rule]
+    tensors = sampled(merged, share)
+    to_read = sum(nbytes for nbytes, _ in reads(plan, tensors))
+    yield Planned(plan=plan.to_dict() | {"read_bytes": to_read})
     started = time.monotonic()
     count = len(plan.experts)
     groups = {"RL": list(range(count - sft)), "SFT": list(range(count - sft, count))}
@@ -97,20 +106,25 @@ def run_analysis(plan: Plan, *, out: str | Path, sft: int = 0) -> Iterator[Event
     merger = Merger(plan, choose_device(plan.options.device))
     bytes_read, entries = 0, []
     pieces: list[dict[str, Any]] = []
-    tensors = [tensor for tensor in plan.tensors.values() if tensor.rule]
+    pairs = Pairs(count - sft)
     with (
         reading_ahead_of(plan, tensors),
         contextlib.closing(_analysed(plan, tensors, merger, groups)) as analysed,
     ):
         for piece, found in filter(None, analysed):
             bytes_read += piece.nbytes
+            pairs.absorb(found.pop("pairs"))
             pieces.append(found)
             if piece.is_last:
                 entries.append(_entry(piece, pieces, count))
                 pieces = []
                 yield Analysed(tensor=piece.tensor.spec.name, bytes_read=bytes_read)
+    weights = sum(math.prod(tensor.spec.shape) for tensor in merged)
+    regime = pairs.regime(pairs.numel / max(weights, 1))
     report = {
         "version": 1,
+        "regime": regime.to_dict(),
+        "advice": advise(regime).to_dict(),
         "rank": plan.opened[1].parameters()["rank"],
         "base": str(plan.recipe.base),
         "experts": [
@@ -185,13 +199,21 @@ def _measure(merger: Merger, piece: Piece, groups: Mapping[str, list[int]]) -> d
     """Return what is known of one matrix, or of some rows of a tensor without SVD."""
     with merger.naming(piece.tensor):
         _, vectors = merger.open(piece)
+        # Advice is on the experts to merge: the SFT group stands beside them.
+        among = [i for i, e in enumerate(piece.tensor.experts) if e in groups["RL"]]
+        members, pairs = [piece.tensor.experts[i] for i in among], Pairs(len(groups["RL"]))
+        dtype = DTYPES[piece.tensor.spec.dtype].torch_name
         unchanged = torch.zeros(vectors.count, dtype=torch.int64)
         for block in vectors.blocks():
-            for i, delta in enumerate(vectors.stack(block)):
+            stack = vectors.stack(block)
+            for i, delta in enumerate(stack):
                 unchanged[i] += delta.numel() - int(torch.count_nonzero(delta))
+            pairs.add_block(vectors.base(block), stack[among], members, dtype)
             piece.release(block)
         D = vectors.gram()
+        pairs.add_gram(D[among][:, among], members)
     found: dict[str, Any] = {
+        "pairs": pairs,
         "unchanged": unchanged.tolist(),
         "numel": math.prod(vectors.shape),
         "energy": D.diagonal().tolist(),

@@ -79,6 +79,7 @@ def _markdown(document: Mapping[str, Any]) -> str:
     lines = [f"Base: `{document['base']}`; head rank k = {document['rank']}. Medians.", ""]
     for number, expert in enumerate(document["experts"], start=1):
         lines.append(f"{number}. `{expert['id']}` ({expert['group']})")
+    lines += ["", *advice_lines(document["regime"], document["advice"])]
     titles = (
         "head energy", "stable rank", "… of residual", "effective rank", "… of residual",
         "unchanged", "c_R", "floor", "s_R", "S_H", "Ret_H", "Ret_R",
@@ -91,6 +92,39 @@ def _markdown(document: Mapping[str, Any]) -> str:
                 cells = [_number(row[name]) for name in (*EXPERT_KEYS, *GROUP_KEYS)]
                 lines.append(f"| {key} | {group} | {row['tensors']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def advice_lines(regime: Mapping[str, Any], advice: Mapping[str, Any]) -> list[str]:
+    """Return what the weights say of the experts as a group, and what to compare, as Markdown.
+
+    Args:
+        regime: as `Regime.to_dict`.
+        advice: as `Advice.to_dict`.
+    """
+    lengths = [length for length in regime["lengths"] if length > 0]
+    cosines = regime["cosines"]
+    lines = [f"- Read: {100 * regime['share']:.0f} % of the weights."]
+    if cosines:
+        lines += [
+            f"- Cosines of the updates: {min(cosines):.2f} to {max(cosines):.2f}; "
+            f"the longest is {max(lengths) / min(lengths):.1f} times the shortest.",
+            f"- Changed weights: {100 * min(regime['changed']):.0f} to "
+            f"{100 * max(regime['changed']):.0f} % an expert; of what one changed, another "
+            f"changed {100 * regime['overlap']:.0f} % too.",
+        ]
+    if regime["kept_cosine"] is not None:
+        lines.append(
+            f"- Rounding leaves {regime['kept_norm']:.2f} of the length of the experts' mean, "
+            f"with a cosine of {regime['kept_cosine']:.2f}."
+        )
+    reason = advice["reason"]
+    lines.append(f"- {reason[0].upper()}{reason[1:]}")
+    for found in advice["candidates"]:
+        lines.append(
+            f"  - `{found['method']}`: {found['points']:+.1f} points from the best of each group, "
+            f"{found['worst']:+.1f} where it was worst"
+        )
+    return lines
 
 
 def _number(value: float | None) -> str:

@@ -8,11 +8,14 @@ import pytest
 from benchmarks.quality.groups import RL, SFT
 from benchmarks.quality.merges import share_of_equal_weights, trimmed
 from benchmarks.quality.page import fill, write_page
+from benchmarks.quality.regime_page import section
 from benchmarks.quality.results import Group
 from benchmarks.quality.studies import BUDGETS, FEW, MAIN, RANKS, SCALES, SHARES, UNGATED
 from benchmarks.quality.studies import all_methods as every_method
 from resmerge_stream.experts.group import builtin_group
 from resmerge_stream.experts.tasks import TASKS
+from resmerge_stream.studies.advice import evidence
+from tests.support.checkpoints import ROOT
 
 SPECTRUM = ("head_energy", "stable_rank", "stable_rank_residual")
 GATES = ("c_R", "c_R_floor", "S_H", "s_R")
@@ -103,3 +106,8 @@ def test_a_trimmed_expert_keeps_its_largest_changes(tmp_path):
 
     assert share_of_equal_weights(group["base"], out) == pytest.approx(0.9, abs=1e-5)
     assert share_of_equal_weights(group["base"], group["rl-sort"]) < 0.75
+
+
+def test_the_regimes_on_the_page_are_those_that_the_advice_goes_by():
+    """The tables of docs/quality.md are made of the evidence in the package, no more, no less."""
+    assert section(evidence()) in (ROOT / "docs" / "quality.md").read_text("utf-8")
