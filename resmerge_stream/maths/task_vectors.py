@@ -189,6 +189,16 @@ class TaskVectors:
         """Return W0 of some rows, float32, shape (b, n), on the device."""
         return self._stored(self._base, rows).to(torch.float32)
 
+    def expert(self, i: int, rows: slice) -> Tensor:
+        """Return W_i of some rows, float32, shape (b, n), on the device."""
+        change = self._changes[i]
+        if isinstance(change, Stored):
+            return self._stored(change.values, rows).to(torch.float32)
+        delta = torch.empty(rows.stop - rows.start, self.shape[1], device=self.device)
+        base = self.base(rows)
+        change.subtract(base, rows, delta)
+        return delta.add_(base)
+
     def stack(self, rows: slice) -> Tensor:
         """Return all Δ_i of some rows, float32, shape (N, b, n).
 
@@ -329,6 +339,8 @@ def block_gram(stack: Tensor) -> Tensor:
     Products are float32 over chunks of 4,096 elements, summed in float64: `torch.dot` over a
     whole FFN matrix is off by up to 1 % on a CPU (docs/log.md).
     """
+    if len(stack) == 0:
+        return torch.zeros(0, 0, dtype=torch.float64)
     flat = stack.flatten(1)
     whole = flat.shape[1] // _DOT_CHUNK * _DOT_CHUNK
     chunks = flat[:, :whole].view(len(flat), -1, _DOT_CHUNK).transpose(0, 1)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import RecipeError, listed, shown
-from .base import MergeMethod, Rule, Site, Update
+from .base import MergeMethod, Rule, Site, Update, key_of
 
 __all__ = ["MergeMethod", "Rule", "Site", "Update", "build_method", "find_methods"]
 
@@ -36,36 +36,87 @@ def build_method(name: str, parameters: Mapping[str, Any]) -> MergeMethod:
 
     Args:
         name: as in a recipe.
-        parameters: by name; text is converted, so that ``--set k=2`` works.
+        parameters: by name; ``preset`` names settings of a paper, over which the others win. Text
+            is converted, so that ``--set k=2`` works; a tuple is one number for each expert.
 
     Raises:
         RecipeError: no such method, no such parameter, or a value out of its range.
     """
-    methods = find_methods()
-    if name not in methods:
-        raise RecipeError(_unknown("method", name, methods))
-    method = methods[name]
-    fields = {field.name: field for field in dataclasses.fields(method)}
-    values = {}
-    for key, value in parameters.items():
-        if key not in fields:
-            raise RecipeError(_unknown(f"parameter of {name}", key, fields))
-        values[key] = _checked(key, value, fields[key])
+    method = method_class(name)
+    fields = parameter_fields(method)
+    values: dict[str, Any] = {}
+    for key, value in settled(method, parameters).items():
+        field = fields[key]
+        if isinstance(value, tuple) and field.metadata["each"]:
+            values[field.name] = tuple(checked_value(key, item, field) for item in value)
+        else:
+            values[field.name] = checked_value(key, value, field)
     return method(**values)
 
 
+def method_class(name: str) -> type[MergeMethod]:
+    """Return a method by name.
+
+    Raises:
+        RecipeError: there is none of this name.
+    """
+    methods = find_methods()
+    if name not in methods:
+        raise RecipeError(_unknown("method", name, methods))
+    return methods[name]
+
+
+def parameter_fields(method: type[MergeMethod]) -> dict[str, dataclasses.Field[Any]]:
+    """Return a method's parameters by the names that recipes have for them."""
+    return {key_of(item): item for item in dataclasses.fields(method)}
+
+
+def settled(method: type[MergeMethod], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters under today's names, a preset's among them.
+
+    Args:
+        method: whose they are.
+        parameters: as a recipe has them, gradients and filters included.
+
+    Raises:
+        RecipeError: there is no such parameter, or no such preset.
+    """
+    fields = parameter_fields(method)
+    values: dict[str, Any] = {}
+    preset = parameters.get("preset")
+    if preset is not None:
+        if not isinstance(preset, str) or preset not in method.presets:
+            raise RecipeError(_unknown(f"preset of {method.name}", str(preset), method.presets))
+        values |= method.presets[preset]
+    for key, value in parameters.items():
+        if key in fields:
+            values[key] = value
+        elif key in method.aliases:
+            alias = method.aliases[key]
+            is_known = isinstance(value, str | bool | int) and value in alias.values
+            values[alias.key] = alias.values[value] if is_known else value
+        elif key != "preset":
+            known = [*fields, *(["preset"] if method.presets else [])]
+            raise RecipeError(_unknown(f"parameter of {method.name}", key, dict.fromkeys(known)))
+    return values
+
+
 def parse_method(text: str) -> tuple[str, dict[str, str]]:
-    """Return name and parameters of ``name`` or ``name:key=value:key=value``.
+    """Return name and parameters of ``name``, ``name:preset`` or ``name:key=value:key=value``.
 
     Raises:
         RecipeError: the text is not of this form.
     """
     name, *rest = text.strip().split(":")
     parameters = {}
-    for part in rest:
+    for number, part in enumerate(rest):
         key, equals, value = part.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"{text[:80]!r} must be NAME or NAME:KEY=VALUE:KEY=VALUE.")
+        if not equals and number == 0 and part.strip():
+            key, value = "preset", part
+        elif not equals or not key:
+            raise RecipeError(
+                f"{text[:80]!r} must be NAME, NAME:PRESET or NAME:KEY=VALUE:KEY=VALUE."
+            )
         parameters[key.strip()] = value.strip()
     return name, parameters
 
@@ -80,15 +131,19 @@ def describe_methods() -> list[dict[str, Any]]:
             "url": method.url,
             "weighted": method.weighted,
             "summary": (method.__doc__ or "").strip(),
+            "base": method.base,
+            "models": list(method.models),
+            "presets": {name: dict(values) for name, values in method.presets.items()},
             "parameters": [
                 {
-                    "name": field.name,
+                    "name": key_of(field),
                     "type": type(field.default).__name__,
                     "default": field.default,
                     "label": field.metadata["label"],
                     "minimum": field.metadata["minimum"],
                     "maximum": field.metadata["maximum"],
                     "choices": list(field.metadata["choices"]),
+                    "each": field.metadata["each"],
                 }
                 for field in dataclasses.fields(method)
             ],
@@ -97,10 +152,18 @@ def describe_methods() -> list[dict[str, Any]]:
     ]
 
 
-def _checked(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
+def checked_value(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
+    """Return a parameter's value with its type.
+
+    Raises:
+        RecipeError: it is of another type, or out of its range.
+    """
     kind: type = type(field.default)
     meta = field.metadata
     if kind is str:
+        spoken = {"true": True, "false": False}
+        word = spoken.get(value.lower(), value) if isinstance(value, str) else value
+        value = meta["words"].get(word, value) if isinstance(word, bool) else value
         if not isinstance(value, str) or (meta["choices"] and value not in meta["choices"]):
             raise RecipeError(
                 f"{key} must be one of {listed(meta['choices'])}, not {shown(value)}."

@@ -2,8 +2,9 @@
 
 A method is one file in this folder that ends in ``METHOD = TheClass``. The class is a frozen
 dataclass whose fields are its parameters; from them come the recipe keys, the command line, the
-Space's controls and the card. Files here import torch only inside their functions, so that
-planning and ``--help`` stay light.
+Space's controls and the card. A recipe may give a number by layer, by module or by model: the plan
+makes one instance for each combination, so a method sees plain numbers. Files here import torch
+only inside their functions, so that planning and ``--help`` stay light.
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ class Update:
         gates: what the report keeps about the decision.
         warnings: what a reader of the report must know.
         combination: the same ΔW in closed form, where it has one.
+        moves_base: whether rows that no expert changed are merged too; otherwise they keep the
+            base's bytes.
     """
 
     rows: Callable[[slice, Tensor], Tensor]
@@ -95,6 +98,7 @@ class Update:
     gates: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     combination: Combination | None = None
+    moves_base: bool = False
 
 
 NO_TENSOR = TensorSpec("", "F32", ())
@@ -145,6 +149,9 @@ class Counter(Protocol):
         ...
 
 
+Each = float | tuple[float, ...]
+
+
 def param(
     default: Any,
     label: str,
@@ -152,6 +159,9 @@ def param(
     minimum: float | None = None,
     maximum: float | None = None,
     choices: tuple[str, ...] = (),
+    each: bool = False,
+    key: str = "",
+    words: Mapping[Any, str] | None = None,
 ) -> Any:
     """Return a dataclass field that is a method's parameter.
 
@@ -160,9 +170,44 @@ def param(
         label: one line for people.
         minimum, maximum: inclusive bounds of a number.
         choices: the allowed words of a str.
+        each: whether every model may have its own number; the field is then that number, or a
+            tuple with one for each expert (`of_each` reads both).
+        key: what recipes call it, where Python cannot (``lambda``).
+        words: other spellings of a choice, such as mergekit's true and false.
     """
-    metadata = {"label": label, "minimum": minimum, "maximum": maximum, "choices": choices}
+    metadata = {
+        "label": label,
+        "minimum": minimum,
+        "maximum": maximum,
+        "choices": choices,
+        "each": each,
+        "key": key,
+        "words": dict(words or {}),
+    }
     return field(default=default, metadata=metadata)
+
+
+def of_each(value: Each, count: int) -> tuple[float, ...]:
+    """Return a parameter's number for each of `count` experts."""
+    return value if isinstance(value, tuple) else (value,) * count
+
+
+def key_of(parameter: dataclasses.Field[Any]) -> str:
+    """Return what recipes call a parameter."""
+    return str(parameter.metadata["key"]) or parameter.name
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """An earlier name of a parameter.
+
+    Attributes:
+        key: today's name.
+        values: what earlier values are called today; others are taken as they are.
+    """
+
+    key: str
+    values: Mapping[Any, Any] = field(default_factory=dict)
 
 
 OTHER_CHOICES = ("mean", "sum", "base")
@@ -178,6 +223,13 @@ class MergeMethod(ABC):
         paper: citation, with the public code that it follows.
         url: of the paper.
         weighted: whether a weight for each expert is understood.
+        weight_key: what recipes call that weight.
+        base: ``required`` (task vectors are differences to it), ``optional`` (they are, where the
+            recipe has one) or ``input`` (it is one model among the others).
+        models: how many models beside the base, at least and at most.
+        presets: settings of a paper or of public code, by name.
+        aliases: earlier names of parameters.
+        earlier: defaults of the releases before 0.2, where they were others.
     """
 
     name: ClassVar[str]
@@ -185,6 +237,12 @@ class MergeMethod(ABC):
     paper: ClassVar[str]
     url: ClassVar[str]
     weighted: ClassVar[bool] = False
+    weight_key: ClassVar[str] = "weight"
+    base: ClassVar[str] = "required"
+    models: ClassVar[tuple[int, int | None]] = (1, None)
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    aliases: ClassVar[Mapping[str, Alias]] = {}
+    earlier: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
@@ -207,7 +265,11 @@ class MergeMethod(ABC):
         """
 
     def check_weights(self, weights: tuple[float, ...]) -> str | None:
-        """Return what is wrong with the experts' weights, or None."""
+        """Return what is wrong with the weights, or with parameters of one tensor; None if nothing.
+
+        Args:
+            weights: of the base, where it takes part itself, then of the experts.
+        """
         return None
 
     def counting_passes(self) -> int:
@@ -238,8 +300,8 @@ class MergeMethod(ABC):
         return (type(self).__doc__ or "").strip()
 
     def parameters(self) -> dict[str, Any]:
-        """Return the parameters by name."""
-        return dataclasses.asdict(self)
+        """Return the parameters by the names that recipes have for them."""
+        return {key_of(item): getattr(self, item.name) for item in dataclasses.fields(self)}
 
 
 def is_matrix(spec: TensorSpec, role: Role) -> bool:

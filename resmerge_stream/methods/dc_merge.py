@@ -63,7 +63,7 @@ class DcMerge(SpectralMethod):
             mask[own, own] = True
             start += width
         weights = [1.0] * vectors.count
-        merged = disjoint_merge(coordinates, weights, reduce="mean", scale=self.scale)
+        merged = disjoint_merge(coordinates, weights, normalize=True, scale=self.scale)
         gates = {
             "directions": U.shape[1],
             "kept_coordinates": int(torch.count_nonzero(merged * mask)),

@@ -1,100 +1,134 @@
-"""Karcher mean: the mean of the task vectors' directions on the sphere, for any number of experts.
+"""Karcher mean: the mean of the models' directions on the sphere, for any number of them.
 
-Karcher 1977; public code mergekit ``karcher`` (on whole weights; here on the differences to the
-base, tensor by tensor). The direction u solves Σ wᵢ log_u(uᵢ) = 0 with uᵢ = Δᵢ/‖Δᵢ‖, by the
-iteration u ← exp_u(Σ wᵢ log_u(uᵢ)); the length is Σ wᵢ‖Δᵢ‖. Everything is a function of the Gram
-matrix, so the iteration runs on N numbers and goes on to convergence (mergekit: 10 steps, 1e-5).
-For two experts it is SLERP's direction at t = w₂. ResMerge's consensus direction is its chordal
-cousin: the normalised sum of the uᵢ.
+Karcher 1977; name, parameters and meaning are mergekit's ``karcher`` (0.1.5): whole weights, the
+base one model among them, all with the same weight. The direction u solves Σ log_u(uᵢ) = 0 with
+uᵢ = Wᵢ/‖Wᵢ‖, by the iteration u ← exp_u(mean log_u(uᵢ)); the length is the mean ‖Wᵢ‖. Everything
+is a function of the inner products, so the iteration runs on N numbers. With ``around: base`` it
+is the mean of the task vectors, as in releases before 0.2 (preset ``task_vectors``); ResMerge's
+consensus direction is that one's chordal cousin, the normalised sum of the uᵢ.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..specs import TensorSpec
 from .base import MergeMethod, Rule, Site, Update, default_role, param
 from .parts.elementwise import cancelling, linear
+from .parts.whole import of_weights, whole_gram
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..maths.task_vectors import TaskVectors
 
-_STEPS = 200
-_TOLERANCE = 1e-13
-
 
 @dataclass(frozen=True, kw_only=True)
 class Karcher(MergeMethod):
-    """The experts' changes are averaged as directions on a sphere and get their mean length, so
-    that disagreement does not shrink the result."""
+    """The models are averaged as directions on a sphere and get their mean length, so that
+    disagreement does not shrink the result."""
 
     name: ClassVar[str] = "karcher"
     title: ClassVar[str] = "Karcher mean"
     paper: ClassVar[str] = "Karcher 1977; mergekit"
-    url: ClassVar[str] = "https://github.com/arcee-ai/mergekit"
+    url: ClassVar[str] = "https://arxiv.org/abs/2603.04972"
     weighted: ClassVar[bool] = True
+    base: ClassVar[str] = "input"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "task_vectors": {"around": "base", "max_iter": 200, "tol": 1e-13},
+    }
+    earlier: ClassVar[Mapping[str, Any]] = {"around": "base", "max_iter": 200, "tol": 1e-13}
 
-    scale: float = param(1.0, "Factor of the result", minimum=-10.0, maximum=10.0)
+    max_iter: int = param(10, "Steps at most", minimum=1, maximum=1000)
+    tol: float = param(1e-5, "Angle at which to stop", minimum=0.0, maximum=1.0)
+    around: str = param(
+        "origin", "Average whole weights, or differences to the base", choices=("origin", "base")
+    )
+    scale: float = param(1.0, "Factor of the task vectors' mean", minimum=-10.0, maximum=10.0)
 
     def check_weights(self, weights: tuple[float, ...]) -> str | None:
         """Return a problem when the weights cancel where their sum divides."""
-        return cancelling(weights)
+        return cancelling(weights) if self.around == "base" else None
 
     def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
         """Return the one rule; directions are those of whole tensors."""
         return Rule("karcher", default_role(spec), in_pieces=False)
 
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
-        """Return Σ aᵢ Δᵢ, the Karcher mean's direction times the mean length."""
-        D = vectors.gram()
-        norms = D.diagonal().clamp_min(0).sqrt()
-        changed = [i for i, norm in enumerate(norms.tolist()) if norm > 0]
-        a = [0.0] * vectors.count
-        if not changed:
-            return linear(a, "karcher")
-        n = norms[changed]
-        w = n.new_tensor([site.weights[i] for i in changed])
+        """Return the Karcher mean's direction times the mean length."""
+        if self.around == "base":
+            a, warnings = self._coefficients(vectors.gram(), list(site.weights))
+            return linear([self.scale * value for value in a], "karcher", warnings)
+        gram = whole_gram(vectors)
+        if site.base_weight is None:
+            gram = gram[1:, 1:]
+        # mergekit's takes no weights.
+        a, warnings = self._coefficients(gram, [1.0] * len(gram))
+        base = a.pop(0) if site.base_weight is not None else 0.0
+        return of_weights(vectors, base, a, "karcher", warnings=warnings)
+
+    def _coefficients(
+        self, gram: Tensor, weights: list[float]
+    ) -> tuple[list[float], tuple[str, ...]]:
+        """Return the factor of each vector in the mean.
+
+        Args:
+            gram: inner products, float64, shape (N, N).
+            weights: w, one a vector.
+        """
+        is_whole = self.around == "origin"
+        lengths = gram.diagonal().clamp_min(0).sqrt()
+        floor = self.tol if is_whole else 0.0
+        alive = [i for i, length in enumerate(lengths.tolist()) if length > floor]
+        a = [0.0] * len(weights)
+        if not alive:
+            return a, ()
+        n = lengths[alive]
+        w = n.new_tensor([weights[i] for i in alive])
         w = w / w.sum()
-        c = _direction(D[changed][:, changed] / n[:, None] / n[None, :], w)
-        warnings: tuple[str, ...] = ()
-        if c is None:
-            warnings = ("the directions cancel: no Karcher mean, weighted mean used",)
-            coefficients = w
-        else:
-            coefficients = c / n * float(w @ n)
-        for i, value in zip(changed, coefficients.tolist(), strict=True):
-            a[i] = self.scale * value
-        return linear(a, "karcher", warnings)
+        C = gram[alive][:, alive] / n[:, None] / n[None, :]
+        start = w.clone()
+        if float(w @ C @ w) < max(self.tol**2, 1e-20):
+            if not is_whole:
+                cancelled = "the directions cancel: no Karcher mean, weighted mean used"
+                return _placed(a, alive, w), (cancelled,)
+            start = w.new_tensor([1.0] + [0.0] * (len(w) - 1))
+        # mergekit divides by the number of all models, those of no length among them.
+        length = float(lengths.mean()) if is_whole else float(w @ n)
+        return _placed(a, alive, self._walk(C, w, start) / n * length), ()
 
+    def _walk(self, C: Tensor, w: Tensor, c: Tensor) -> Tensor:
+        """Return coefficients of u in the uᵢ.
 
-def _direction(C: Tensor, w: Tensor) -> Tensor | None:
-    """Return coefficients of u in the uᵢ, or None where the start is undefined.
+        Args:
+            C: cosines of the uᵢ, float64, shape (N, N).
+            w: weights, summing to 1.
+            c: of the start.
+        """
+        import torch
 
-    Args:
-        C: cosines of the uᵢ, float64, shape (N, N).
-        w: weights, summing to 1.
-    """
-    import torch
-
-    c = w.clone()
-    if float(c @ C @ c) < 1e-20:
-        return None
-    for _ in range(_STEPS):
         c = c / (c @ C @ c).clamp_min(1e-300).sqrt()
-        cosine = (C @ c).clamp(-1.0, 1.0)
-        theta = cosine.acos()
-        factor = w * torch.where(theta > 1e-8, theta / theta.sin().clamp_min(1e-300), 1.0)
-        # log_u(uᵢ) = θ/sin θ · (uᵢ − cos θ · u)
-        tangent = factor - float(factor @ cosine) * c
-        length = float((tangent @ C @ tangent).clamp_min(0).sqrt())
-        if length < _TOLERANCE:
-            break
-        step = torch.tensor(length, dtype=torch.float64)
-        c = step.cos() * c + step.sin() / length * tangent
-    return c
+        for _ in range(self.max_iter):
+            theta = (C @ c).clamp(-1.0, 1.0).acos()
+            cosine = theta.cos()
+            factor = w * torch.where(theta > 1e-8, theta / theta.sin().clamp_min(1e-300), 1.0)
+            # log_u(uᵢ) = θ/sin θ · (uᵢ − cos θ · u)
+            tangent = factor - float(factor @ cosine) * c
+            length = float((tangent @ C @ tangent).clamp_min(0).sqrt())
+            if length < self.tol:
+                break
+            step = torch.tensor(length, dtype=torch.float64)
+            c = step.cos() * c + step.sin() / length * tangent
+            c = c / (c @ C @ c).clamp_min(1e-300).sqrt()
+        return c
+
+
+def _placed(a: list[float], places: list[int], values: Tensor) -> list[float]:
+    for i, value in zip(places, values.tolist(), strict=True):
+        a[i] = value
+    return a
 
 
 METHOD = Karcher

@@ -75,7 +75,7 @@ class Lines(Wrapped):
 
     def _is_plain_sum(self) -> bool:
         inner = self.wrapped
-        return isinstance(inner, TaskArithmetic) and inner.reduce == "sum" and inner.scale == 1.0
+        return isinstance(inner, TaskArithmetic) and not inner.normalize and inner.lambda_ == 1
 
 
 class _Norms:

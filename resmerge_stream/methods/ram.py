@@ -1,17 +1,19 @@
 """RAM: average what several experts changed, keep what one expert alone changed.
 
 Yuan et al. 2026, merging RL-trained agentic models; public code xiangchi-yuan/mrl and mergekit
-``ram``. An entry counts as changed where |Δ| > τ, τ = 1e-5 (the ResMerge paper's setting). τ is
-absolute: one bf16 step of a weight below 2⁻⁹ is smaller and is dropped.
+``ram``. An entry counts as changed where |Δ| > ε, ε = 1e-5 (mergekit's name and default, the
+ResMerge paper's setting). ε is absolute: one bf16 step of a weight below 2⁻⁹ is smaller and is
+dropped.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ..specs import TensorSpec
-from .base import MergeMethod, Rule, Site, Update, default_role, param
+from .base import Alias, MergeMethod, Rule, Site, Update, default_role, param
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,19 +29,20 @@ class Ram(MergeMethod):
     name: ClassVar[str] = "ram"
     title: ClassVar[str] = "RAM"
     paper: ClassVar[str] = "Yuan et al. 2026, RAM"
-    url: ClassVar[str] = "https://github.com/xiangchi-yuan/mrl"
+    url: ClassVar[str] = "https://arxiv.org/abs/2601.13572"
+    aliases: ClassVar[Mapping[str, Alias]] = {"threshold": Alias("epsilon")}
 
-    threshold: float = param(1e-5, "Smaller changes count as none", minimum=0.0, maximum=1.0)
+    epsilon: float = param(1e-5, "Smaller changes count as none", minimum=0.0, maximum=1.0)
 
     def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
         """Return the one rule for every tensor."""
         return Rule("ram", default_role(spec))
 
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
-        """Return Σ mᵢ Δᵢ / max(Σ mᵢ, 1) with mᵢ = |Δᵢ| > τ."""
+        """Return Σ mᵢ Δᵢ / max(Σ mᵢ, 1) with mᵢ = |Δᵢ| > ε."""
 
         def rows(block: slice, stack: Tensor) -> Tensor:
-            return shared_mean(stack, self.threshold, [1.0] * len(stack))
+            return shared_mean(stack, self.epsilon, [1.0] * len(stack))
 
         return Update(rows, "ram")
 

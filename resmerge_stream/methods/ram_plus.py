@@ -55,13 +55,13 @@ class RamPlus(MergeMethod):
 
     def counter(self, number: int, counted: Mapping[str, Any], experts: int) -> Counter:
         """Return the counter of changed and shared entries."""
-        return _Overlap(experts, self.threshold)
+        return Overlap(experts, self.threshold)
 
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Return the shared mean, lone changes times ρᵢ."""
         gates: dict[str, Any] = {}
         if self.variant == "ramplus_tl":
-            overlap = _Overlap(vectors.count, self.threshold)
+            overlap = Overlap(vectors.count, self.threshold)
             overlap.count(vectors, range(vectors.count))
             factors = self._factors(overlap.result())
             gates = {"unique_factors": factors}
@@ -84,7 +84,7 @@ class RamPlus(MergeMethod):
         return factors
 
 
-class _Overlap:
+class Overlap:
     """Counts changed entries and those that another expert changed too, for each expert."""
 
     def __init__(self, experts: int, threshold: float) -> None:

@@ -1,64 +1,57 @@
-"""SLERP of two task vectors: walk the arc between them instead of the chord.
+"""SLERP of the base and one model: walk the arc between their weights instead of the chord.
 
-Shoemake 1985; as in WARP (Ramé et al. 2024, https://arxiv.org/abs/2406.16768), on the differences
-to the base, tensor by tensor: [sin((1−t)θ)·Δ₁ + sin(tθ)·Δ₂] / sin θ. Public code: mergekit
-``slerp``, MergeLLM, fusion_bench; those interpolate whole weights, where the cosine of two experts
-of one base is close to 1 and the rule falls back to the weighted mean (|cos| > 0.9995, kept here).
+Shoemake 1985; name, parameter and meaning are mergekit's ``slerp`` (0.1.5), tensor by tensor:
+[sin((1−t)θ)·W0 + sin(tθ)·W1] / sin θ with θ the angle between whole weights; where they are nearly
+parallel (|cos| > 0.9995) the line between them. Releases before 0.2 meant by it the arc between two
+experts' task vectors (WARP, Ramé et al. 2024): that is `nuslerp` with a base.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ..specs import TensorSpec
 from .base import MergeMethod, Rule, Site, Update, default_role, param
-from .parts.elementwise import linear
+from .parts.whole import of_weights, whole_gram
 
 if TYPE_CHECKING:
     from ..maths.task_vectors import TaskVectors
 
 _NEARLY_PARALLEL = 0.9995
+_NO_LENGTH = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slerp(MergeMethod):
-    """Two experts' changes are interpolated along the arc between their directions, which keeps
-    their length where a mean would shrink it."""
+    """Every tensor lies on the arc between the base's and one model's, which keeps its length where
+    a mean would shrink it."""
 
     name: ClassVar[str] = "slerp"
-    title: ClassVar[str] = "SLERP (two experts)"
-    paper: ClassVar[str] = "Ramé et al. 2024, WARP; Shoemake 1985"
-    url: ClassVar[str] = "https://arxiv.org/abs/2406.16768"
+    title: ClassVar[str] = "SLERP (base and one model)"
+    paper: ClassVar[str] = "Shoemake 1985; mergekit"
+    url: ClassVar[str] = "https://en.wikipedia.org/wiki/Slerp"
+    models: ClassVar[tuple[int, int | None]] = (1, 1)
 
-    t: float = param(
-        0.5, "Where between the first (0) and the second (1)", minimum=0.0, maximum=1.0
-    )
-    scale: float = param(1.0, "Factor η of the result", minimum=-10.0, maximum=10.0)
-
-    def check_weights(self, weights: tuple[float, ...]) -> str | None:
-        """Refuse anything but two experts."""
-        if len(weights) == 2:
-            return None
-        return f"slerp merges exactly 2 experts, not {len(weights)}. Use karcher for any number."
+    t: float = param(0.5, "Where between base (0) and model (1)", minimum=0.0, maximum=1.0)
 
     def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
         """Return the one rule; the angle is that of whole tensors."""
         return Rule("slerp", default_role(spec), in_pieces=False)
 
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
-        """Return a₁Δ₁ + a₂Δ₂ with a from the angle between them."""
-        D = vectors.gram()
-        norms = math.sqrt(float(D[0, 0]) * float(D[1, 1]))
-        cosine = min(max(float(D[0, 1]) / norms, -1.0), 1.0) if norms > 0 else 1.0
-        a = (1 - self.t, self.t)
-        if abs(cosine) <= _NEARLY_PARALLEL:
-            theta = math.acos(cosine)
-            a = (math.sin((1 - self.t) * theta), math.sin(self.t * theta))
-            a = (a[0] / math.sin(theta), a[1] / math.sin(theta))
-        update = linear([self.scale * x for x in a], "slerp")
-        return replace(update, gates={"cosine": cosine if norms > 0 else None})
+        """Return a·W0 + b·W1 less W0, with a and b from the angle between them."""
+        gram = whole_gram(vectors)
+        lengths = [math.sqrt(max(float(x), 0.0)) for x in gram.diagonal()]
+        lengths = [length if length > _NO_LENGTH else 1.0 for length in lengths]
+        cosine = min(max(float(gram[0, 1]) / lengths[0] / lengths[1], -1.0), 1.0)
+        if abs(cosine) > _NEARLY_PARALLEL:
+            return of_weights(vectors, None, [self.t], "slerp", {"cosine": cosine})
+        theta = math.acos(cosine)
+        a = math.sin((1 - self.t) * theta) / math.sin(theta)
+        b = math.sin(self.t * theta) / math.sin(theta)
+        return of_weights(vectors, a, [b], "slerp", {"cosine": cosine})
 
 
 METHOD = Slerp

@@ -1,22 +1,29 @@
 """TIES: trim small changes, elect a sign for every weight, average what agrees with it.
 
-Yadav et al. 2023, https://arxiv.org/abs/2306.01708. Keep 20 % of the entries by magnitude (the
-ResMerge paper's baseline, its A.2), then the elected sign and the disjoint mean. Public code
-differs in what "20 %" is taken of: prateeky2806/ties-merging, fusion_bench and MergeBench rank the
-whole model (``trim: model``, exact here by two counting passes), mergekit and MergeLLM each tensor
-(``trim: tensor``). Entries equal to the threshold are all kept, as in the original; mergekit cuts
-them in the order of a sort. fusion_bench adds instead of averaging (``reduce: sum``, scale 0.3).
+Yadav et al. 2023, https://arxiv.org/abs/2306.01708. Name, parameters and defaults are mergekit's
+``ties`` (0.1.5): density 1, which trims nothing; each tensor ranked by itself. The paper keeps 20 %
+of the whole model (preset ``paper``: exact here, by two counting passes), and so do
+prateeky2806/ties-merging and MergeBench; MergeLLM ranks each tensor (``mergellm``); fusion_bench
+adds instead of averaging, λ = 0.3 (``fusion_bench``). Entries equal to the threshold are all kept,
+as in the original; mergekit cuts them in the order of a sort.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..specs import TensorSpec
-from .base import Counter, MergeMethod, Rule, Site, Update, default_role, param
-from .parts.elementwise import cancelling
+from .base import Counter, Site, param
+from .parts.sparsified import (
+    RESCALE_WORDS,
+    Sparse,
+    Sparsified,
+    all_ones,
+    density_param,
+    lambda_param,
+    normalize_param,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ties(MergeMethod):
+class Ties(Sparsified):
     """Of each expert's changes the largest are kept; every weight then takes the mean of those
     that have the sign with more total weight."""
 
@@ -33,24 +40,38 @@ class Ties(MergeMethod):
     title: ClassVar[str] = "TIES"
     paper: ClassVar[str] = "Yadav et al. 2023, TIES-Merging"
     url: ClassVar[str] = "https://arxiv.org/abs/2306.01708"
-    weighted: ClassVar[bool] = True
+    elects: ClassVar[bool] = True
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {"density": 0.2, "trim": "model", "normalize": True},
+        "mergellm": {"density": 0.2, "trim": "tensor", "normalize": True},
+        "fusion_bench": {"density": 0.2, "trim": "model", "normalize": False, "lambda": 0.3},
+    }
+    earlier: ClassVar[Mapping[str, Any]] = {"density": 0.2, "trim": "model"}
 
-    density: float = param(0.2, "Share of entries to keep", minimum=0.0, maximum=1.0)
-    trim: str = param("model", "Rank entries in each tensor or all", choices=("model", "tensor"))
-    reduce: str = param("mean", "Average or add what agrees", choices=("mean", "sum"))
-    scale: float = param(1.0, "Factor λ of the result", minimum=-10.0, maximum=10.0)
+    density: float | tuple[float, ...] = density_param()
+    normalize: bool = normalize_param(True)
+    rescale: str = param(
+        "none", "Enlarge what is kept to the whole norm", choices=("none", "l1"),
+        words=RESCALE_WORDS,
+    )  # fmt: skip
+    lambda_: float = lambda_param()
+    trim: str = param("tensor", "Rank entries in each tensor or all", choices=("tensor", "model"))
 
-    def check_weights(self, weights: tuple[float, ...]) -> str | None:
-        """Return a problem when the weights cancel where their sum divides."""
-        return cancelling(weights) if self.reduce == "mean" else None
+    def dense(self) -> bool:
+        """Return whether nothing is trimmed."""
+        return all_ones(self.density)
 
-    def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
-        """Return the one rule for every tensor."""
-        return Rule("ties", default_role(spec), in_pieces=self.trim == "model")
+    def rescale_to_norm(self) -> bool:
+        """Return whether what is kept is enlarged."""
+        return self.rescale == "l1"
+
+    def is_local(self) -> bool:
+        """Return whether the thresholds are known before a tensor is read."""
+        return self.trim == "model"
 
     def counting_passes(self) -> int:
         """Return 2 for thresholds of the whole model."""
-        return 2 if self.trim == "model" else 0
+        return 2 if self.trim == "model" and not self.dense() else 0
 
     def counter(self, number: int, counted: Mapping[str, Any], experts: int) -> Counter:
         """Return the counter of |Δ| over all tensors."""
@@ -58,9 +79,8 @@ class Ties(MergeMethod):
 
         return ModelThresholds(number, counted, experts, self.density)
 
-    def merge(self, vectors: TaskVectors, site: Site) -> Update:
-        """Trim, elect, merge."""
-        from .parts.election import disjoint_merge
+    def sparse(self, vectors: TaskVectors, site: Site) -> tuple[Sparse, Mapping[str, Any]]:
+        """Return the trimmed task vectors."""
         from .parts.trimming import keep, tensor_thresholds
 
         gates: dict[str, Any] = {}
@@ -70,11 +90,10 @@ class Ties(MergeMethod):
             thresholds = tensor_thresholds(vectors, self.density)
             gates = {"trim_thresholds": thresholds}
 
-        def rows(block: slice, stack: Tensor) -> Tensor:
-            trimmed = [keep(delta, tau) for delta, tau in zip(stack, thresholds, strict=True)]
-            return disjoint_merge(trimmed, site.weights, reduce=self.reduce, scale=self.scale)
+        def trimmed(block: slice, stack: Tensor) -> Sequence[Tensor]:
+            return [keep(delta, tau) for delta, tau in zip(stack, thresholds, strict=True)]
 
-        return Update(rows, "ties", gates)
+        return trimmed, gates
 
 
 METHOD = Ties

@@ -58,7 +58,7 @@ class Decided:
     @property
     def is_copy(self) -> bool:
         """Whether no expert differs from the base, so that its bytes stay."""
-        return self.piece.tensor.base_weight is None and self.vectors.is_zero()
+        return self.vectors.is_zero() and not self.update.moves_base
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +255,7 @@ class Merger:
         spec = decided.piece.tensor.spec
         dtype: torch.dtype = getattr(torch, DTYPES[spec.dtype].torch_name)
         delta = decided.update.rows(rows, stack)
-        if decided.piece.tensor.base_weight is None and decided.vectors.is_zero(rows):
+        if decided.vectors.is_zero(rows) and not decided.update.moves_base:
             merged = decided.base[rows].to(dtype)  # signed zeros included
         else:
             merged = cast(base + delta, dtype, seed=self._cast_seed(decided.piece, rows))

@@ -1,6 +1,7 @@
 """Sign election and disjoint merge (TIES), shared by the methods that end in it. Not a method.
 
-Yadav et al. 2023, https://arxiv.org/abs/2306.01708, steps 2 and 3.
+Yadav et al. 2023, https://arxiv.org/abs/2306.01708, steps 2 and 3, with weights as in mergekit: the
+sign that counts is that of the weighted change.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ if TYPE_CHECKING:
 
 
 def disjoint_merge(
-    deltas: Sequence[Tensor], weights: Sequence[float], *, reduce: str, scale: float
+    deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bool, scale: float
 ) -> Tensor:
-    """Return the merge of the entries whose sign is the elected one.
+    """Return the merge of the entries whose weighted sign is the elected one.
 
-    The elected sign is that of Σ wᵢ Δᵢ, + where the sum is zero (as mergekit). The entries that
-    have it are averaged, Σ wᵢ Δᵢ / Σ wᵢ over them, or added.
+    The elected sign is that of Σ wᵢ Δᵢ, + where the sum is zero. The wᵢ Δᵢ that have it are added,
+    and divided by the sum of their wᵢ where they are normalised and that sum is not zero.
 
     Args:
         deltas: trimmed Δᵢ, float32, one shape.
         weights: w, one an expert.
-        reduce: ``mean`` or ``sum``.
+        normalize: average instead of adding.
         scale: factor λ of the result.
     """
     import torch
@@ -39,11 +40,14 @@ def disjoint_merge(
     merged = torch.zeros_like(deltas[0])
     share = torch.zeros_like(deltas[0])
     for delta, weight in zip(deltas, weights, strict=True):
-        agreeing = (delta * sign).clamp_min_(0)
-        merged.add_(agreeing, alpha=weight)
-        if reduce == "mean":
+        if weight == 0:
+            continue
+        agreeing = delta * sign
+        agreeing = agreeing.clamp_min_(0) if weight > 0 else agreeing.neg_().clamp_min_(0)
+        merged.add_(agreeing, alpha=abs(weight))
+        if normalize:
             share.add_(agreeing.sign_(), alpha=weight)
-    if reduce == "mean":
+    if normalize:
         nobody = 1 - share.sign().abs_()
         merged.div_(share.add_(nobody))
     return merged.mul_(sign).mul_(scale)

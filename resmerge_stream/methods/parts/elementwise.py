@@ -20,12 +20,17 @@ def linear(coefficients: Sequence[float], rule: str, warnings: tuple[str, ...] =
     """
 
     def rows(block: slice, stack: Tensor) -> Tensor:
-        total = stack[0] * coefficients[0]
-        for delta, coefficient in zip(stack[1:], coefficients[1:], strict=True):
-            total.add_(delta, alpha=coefficient)
-        return total
+        return combined(stack, coefficients)
 
     return Update(rows, rule, warnings=warnings, combination=Combination(tuple(coefficients)))
+
+
+def combined(stack: Sequence[Tensor] | Tensor, coefficients: Sequence[float]) -> Tensor:
+    """Return Σ aᵢ Δᵢ, a new tensor."""
+    total = stack[0] * coefficients[0]
+    for delta, coefficient in zip(stack[1:], coefficients[1:], strict=True):
+        total.add_(delta, alpha=coefficient)
+    return total
 
 
 def cancelling(weights: Sequence[float]) -> str | None:

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..base import Site
+from ..base import Each, Site, of_each
 from .running_rank import RunningRank
 
 if TYPE_CHECKING:
@@ -99,38 +99,66 @@ def keep(delta: Tensor, threshold: float) -> Tensor:
 
 def tensor_thresholds(
     vectors: TaskVectors,
-    density: float,
+    density: Each,
     change: Callable[[slice, Tensor], Sequence[Tensor]] | None = None,
 ) -> list[float]:
     """Return for each expert the ⌊density · numel⌋-th largest |Δ| of one tensor.
 
+    A density of 1 or more keeps everything (threshold 0), one of 0 nothing (infinity).
+
     Args:
         vectors: the task vectors of the whole tensor.
-        density: share to keep.
+        density: share to keep, of all experts or of each.
         change: what to count of a row block instead of its Δ.
     """
+    m, n = vectors.shape
+    densities = of_each(density, vectors.count)
+    ranks = [keep_count(m * n, share) if 0 < share < 1 and m * n else None for share in densities]
+    found = magnitudes_at(vectors, ranks, change)
+    edges = [math.inf if share <= 0 else 0.0 for share in densities]
+    return [edge if tau is None else tau for tau, edge in zip(found, edges, strict=True)]
 
-    def changed() -> Iterator[Sequence[Tensor] | Tensor]:
+
+def magnitudes_at(
+    vectors: TaskVectors,
+    ranks: Sequence[int | None],
+    change: Callable[[slice, Tensor], Sequence[Tensor]] | None = None,
+) -> list[float | None]:
+    """Return the magnitude at a rank, counted from the largest, of each of several streams.
+
+    Args:
+        vectors: the task vectors of a whole tensor.
+        ranks: one a stream; None asks for nothing.
+        change: the streams' parts of a row block, (b, n) each; the experts' Δ when None.
+    """
+    asked = [number for number, rank in enumerate(ranks) if rank is not None]
+    wanted = [rank for rank in ranks if rank is not None]
+    found: list[float | None] = [None] * len(ranks)
+    if not asked:
+        return found
+
+    def streams() -> Iterator[list[Tensor]]:
         for rows in _scattered(vectors.blocks()):
             stack = vectors.stack(rows)
-            yield stack if change is None else change(rows, stack)
+            parts = stack if change is None else change(rows, stack)
+            yield [parts[number] for number in asked]
 
     m, n = vectors.shape
-    if m * n == 0:
-        return [0.0] * vectors.count
-    rank = keep_count(m * n, density)
+    values = None
     if vectors.device.type == "cpu":
-        found = _running_thresholds(changed(), vectors.count, rank, m * n)
-        if found is not None:
-            return found
-    upper = Tally(vectors.count)
-    for stack in changed():
-        upper.add(stack)
-    bins, ranks = upper.find([rank] * vectors.count)
-    lower = Tally(vectors.count, bins)
-    for stack in changed():
-        lower.add(stack)
-    return _thresholds(bins, lower, ranks)
+        values = _running_thresholds(streams(), wanted, m * n)
+    if values is None:
+        upper = Tally(len(asked))
+        for stack in streams():
+            upper.add(stack)
+        bins, inside = upper.find(wanted)
+        lower = Tally(len(asked), bins)
+        for stack in streams():
+            lower.add(stack)
+        values = _thresholds(bins, lower, inside)
+    for number, value in zip(asked, values, strict=True):
+        found[number] = value
+    return found
 
 
 def _scattered(blocks: Sequence[slice]) -> list[slice]:
@@ -143,18 +171,18 @@ def _scattered(blocks: Sequence[slice]) -> list[slice]:
 
 
 def _running_thresholds(
-    stacks: Iterable[Sequence[Tensor] | Tensor], experts: int, rank: int, total: int
+    stacks: Iterable[Sequence[Tensor]], ranks: Sequence[int], total: int
 ) -> list[float] | None:
     """Return the thresholds from one pass, or None where it does not suffice."""
     import numpy as np
     import torch
 
-    finders = [RunningRank(rank, total) for _ in range(experts)]
+    finders = [RunningRank(rank, total) for rank in ranks]
     for stack in stacks:
         for finder, delta in zip(finders, stack, strict=True):
             finder.add(delta.abs().view(torch.int32).flatten().numpy().view(np.uint32))
     patterns = [finder.result() for finder in finders]
-    return None if None in patterns else [_magnitude(p) for p in patterns if p is not None]
+    return None if None in patterns else [magnitude(p) for p in patterns if p is not None]
 
 
 class ModelThresholds:
@@ -164,13 +192,13 @@ class ModelThresholds:
         number: of the pass, 0 or 1.
         counted: the first pass's results, for the second.
         experts: N.
-        density: share to keep.
+        density: share to keep, of all experts or of each.
     """
 
     def __init__(
-        self, number: int, counted: Mapping[str, Any], experts: int, density: float
+        self, number: int, counted: Mapping[str, Any], experts: int, density: Each
     ) -> None:
-        self._density = density
+        self._densities = of_each(density, experts)
         self._bins: list[int] | None = counted["trim_bins"] if number else None
         self._ranks: list[int] = counted["trim_ranks"] if number else []
         self._tally = Tally(experts, self._bins)
@@ -187,7 +215,9 @@ class ModelThresholds:
         totals = self._tally.counts.sum(1).tolist()
         if not all(totals):
             return {"trim_bins": [0] * len(totals), "trim_ranks": []}
-        bins, ranks = self._tally.find([keep_count(total, self._density) for total in totals])
+        bins, ranks = self._tally.find(
+            [keep_count(total, share) for total, share in zip(totals, self._densities, strict=True)]
+        )
         return {"trim_bins": bins, "trim_ranks": ranks}
 
 
@@ -195,8 +225,9 @@ def _thresholds(bins: Sequence[int], lower: Tally, ranks: Sequence[int]) -> list
     if not len(ranks):
         return [0.0] * len(bins)
     slots, _ = lower.find(ranks)
-    return [_magnitude((upper << 16) + slot) for upper, slot in zip(bins, slots, strict=True)]
+    return [magnitude((upper << 16) + slot) for upper, slot in zip(bins, slots, strict=True)]
 
 
-def _magnitude(pattern: int) -> float:
+def magnitude(pattern: int) -> float:
+    """Return the non-negative float32 number with a bit pattern."""
     return float(struct.unpack("<f", struct.pack("<I", pattern))[0])

@@ -1,0 +1,29 @@
+"""DELLA, linear: drop small changes more often than large ones, enlarge the rest, add.
+
+Deep et al. 2024, https://arxiv.org/abs/2406.11617; name, parameters and defaults are mergekit's
+``della_linear`` (0.1.5): density 1, which drops nothing; what is kept gets the L1 norm of the
+whole. The paper divides each kept entry by its probability (preset ``paper``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .parts.della_method import MagnitudeDropped
+
+
+@dataclass(frozen=True, kw_only=True)
+class DellaLinear(MagnitudeDropped):
+    """Each expert keeps a random share of its changes, of the large ones more, enlarged to make up
+    for the rest; the results are added."""
+
+    name: ClassVar[str] = "della_linear"
+    title: ClassVar[str] = "DELLA, linear"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {"rescale": "inverse"},
+    }
+
+
+METHOD = DellaLinear

@@ -1,0 +1,52 @@
+"""DARE before a sum and before an election, for `dare_linear` and `dare_ties`. Not a method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..base import Site, of_each, param
+from .dare import dropper
+from .sparsified import (
+    RESCALE_WORDS,
+    Sparse,
+    Sparsified,
+    all_ones,
+    density_param,
+    lambda_param,
+    normalize_param,
+)
+
+if TYPE_CHECKING:
+    from ...maths.task_vectors import TaskVectors
+
+RESCALES = ("l1", "inverse", "none")
+RESCALE_LABEL = "How kept entries grow: to the tensor's L1 norm, by 1/density, or not"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropped(Sparsified):
+    """Each expert keeps a random share of its changes, enlarged to make up for the rest."""
+
+    paper: ClassVar[str] = "Yu et al. 2024, DARE"
+    url: ClassVar[str] = "https://arxiv.org/abs/2311.03099"
+    earlier: ClassVar[Mapping[str, Any]] = {"density": 0.2, "rescale": "inverse"}
+
+    density: float | tuple[float, ...] = density_param()
+    normalize: bool = normalize_param(False)
+    rescale: str = param("l1", RESCALE_LABEL, choices=RESCALES, words=RESCALE_WORDS)
+    lambda_: float = lambda_param()
+
+    def dense(self) -> bool:
+        """Return whether nothing is dropped."""
+        return all_ones(self.density)
+
+    def rescale_to_norm(self) -> bool:
+        """Return whether the L1 norm of the whole is restored."""
+        return self.rescale == "l1"
+
+    def sparse(self, vectors: TaskVectors, site: Site) -> tuple[Sparse, Mapping[str, Any]]:
+        """Return the dropped task vectors."""
+        densities = of_each(self.density, vectors.count)
+        return dropper(site, densities, inverse=self.rescale == "inverse"), {}

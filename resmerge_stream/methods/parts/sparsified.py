@@ -1,0 +1,146 @@
+"""Task vectors made sparse, weighted, added or elected: what a dozen methods are. Not a method.
+
+ΔW = λ Σ wᵢ Δ̂ᵢ, with Δ̂ᵢ some entries of Δᵢ. Where signs are elected only the wᵢ Δ̂ᵢ of the elected
+sign are added; where the sum is normalised it is divided by the weights that went into it. Names,
+defaults and formulas are those of mergekit 0.1.5, which calls it generalised task arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...specs import TensorSpec
+from ..base import Alias, Each, MergeMethod, Rule, Site, Update, default_role, of_each, param
+from .election import disjoint_merge
+from .elementwise import combined, linear
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...maths.task_vectors import TaskVectors
+
+# What is true and false in mergekit.
+RESCALE_WORDS = {True: "l1", False: "none"}
+# Weights and norms that small count as none.
+_NO_WEIGHT = 1e-8
+_NO_NORM = 1e-7
+
+Sparse = Callable[[slice, "Tensor"], Sequence["Tensor"]]
+
+
+def lambda_param() -> Any:
+    """Return the parameter λ."""
+    return param(1.0, "Factor λ of the result", minimum=-10.0, maximum=10.0, key="lambda")
+
+
+def normalize_param(default: bool) -> Any:
+    """Return the parameter that divides by the weights."""
+    return param(default, "Divide by the sum of the weights")
+
+
+def density_param(default: float = 1.0) -> Any:
+    """Return the parameter that says how many entries are kept."""
+    return param(default, "Share of entries to keep", minimum=0.0, maximum=1.0, each=True)
+
+
+# Names of releases before 0.2.
+OLD_NAMES: Mapping[str, Alias] = {
+    "scale": Alias("lambda"),
+    "reduce": Alias("normalize", {"mean": True, "sum": False}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparsified(MergeMethod):
+    """The base of the methods; a subclass says which entries stay, and has the fields.
+
+    Class attributes:
+        elects: whether signs are elected.
+    """
+
+    weighted: ClassVar[bool] = True
+    aliases: ClassVar[Mapping[str, Alias]] = OLD_NAMES
+    elects: ClassVar[bool] = False
+
+    normalize: bool
+    lambda_: float
+
+    def dense(self) -> bool:
+        """Return whether every entry of every expert stays as it is."""
+        return True
+
+    def rescale_to_norm(self) -> bool:
+        """Return whether what stays is enlarged to the L1 norm of the whole."""
+        return False
+
+    def sparse(self, vectors: TaskVectors, site: Site) -> tuple[Sparse, Mapping[str, Any]]:
+        """Return a function of a row block that gives the Δ̂ᵢ, and what the report keeps."""
+        return (lambda block, stack: stack), {}
+
+    def is_local(self) -> bool:
+        """Return whether an entry is kept or dropped without looking at other rows."""
+        return True
+
+    def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
+        """Return the one rule for every tensor."""
+        in_pieces = self.dense() or (self.is_local() and not self.rescale_to_norm())
+        return Rule(self.name, default_role(spec), in_pieces=in_pieces)
+
+    def merge(self, vectors: TaskVectors, site: Site) -> Update:
+        """Make the task vectors sparse, then add what is left, or what agrees."""
+        gates: Mapping[str, Any] = {}
+        weights = list(site.weights)
+        sparse: Sparse | None = None
+        if not self.dense():
+            sparse, gates = self.sparse(vectors, site)
+            if self.rescale_to_norm():
+                # w·(f·Δ̂) = (w·f)·Δ̂, but the division below is by the w alone.
+                factors = l1_factors(vectors, sparse)
+                sparse = _times(sparse, factors)
+
+        total = sum(weights)
+        divisor = total if self.normalize and abs(total) >= _NO_WEIGHT else 1.0
+        coefficients = [self.lambda_ * weight / divisor for weight in weights]
+
+        if sparse is None and not self.elects:
+            return linear(coefficients, site.rule.name)
+
+        def rows(block: slice, stack: Tensor) -> Tensor:
+            deltas = stack if sparse is None else sparse(block, stack)
+            if self.elects:
+                return disjoint_merge(
+                    list(deltas), weights, normalize=self.normalize, scale=self.lambda_
+                )
+            return combined(deltas, coefficients)
+
+        return Update(rows, site.rule.name, gates)
+
+
+def _times(sparse: Sparse, factors: Sequence[float]) -> Sparse:
+    def scaled(block: slice, stack: Tensor) -> list[Tensor]:
+        return [x * f for x, f in zip(sparse(block, stack), factors, strict=True)]
+
+    return scaled
+
+
+def l1_factors(vectors: TaskVectors, sparse: Sparse) -> list[float]:
+    """Return ‖Δᵢ‖₁ / ‖Δ̂ᵢ‖₁ over the whole tensor, 1 where either is nearly nothing."""
+    import torch
+
+    before, after = [0.0] * vectors.count, [0.0] * vectors.count
+    for block in vectors.blocks():
+        stack = vectors.stack(block)
+        for i, kept in enumerate(sparse(block, stack)):
+            before[i] += float(stack[i].abs().sum(dtype=torch.float64))
+            after[i] += float(kept.abs().sum(dtype=torch.float64))
+    return [
+        x / y if x >= _NO_NORM and y >= _NO_NORM else 1.0
+        for x, y in zip(before, after, strict=True)
+    ]
+
+
+def all_ones(density: Each) -> bool:
+    """Return whether a density keeps everything of every expert."""
+    return all(share >= 1 for share in of_each(density, 1))

@@ -1,0 +1,71 @@
+"""Whole weights instead of task vectors: sums of the models themselves, and their products.
+
+Wᵢ = W0 + Δᵢ, so what mergekit computes of whole weights is a function of W0 and the Δᵢ, where W0 is
+the model that gives the layout: the base, or the first model. Not a method itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..base import Combination, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...maths.task_vectors import TaskVectors
+
+
+def of_weights(
+    vectors: TaskVectors,
+    base: float | None,
+    experts: Sequence[float],
+    rule: str,
+    gates: Mapping[str, Any] | None = None,
+    warnings: tuple[str, ...] = (),
+) -> Update:
+    """Return the update to c₀ W0 + Σ cᵢ Wᵢ.
+
+    Args:
+        vectors: read again, for W0, where the coefficients don't add up to 1.
+        base: c₀; None where all coefficients add up to 1.
+        experts: cᵢ.
+        rule: what the report calls it.
+        gates, warnings: of the report.
+    """
+    excess = 0.0 if base is None else base + sum(experts) - 1.0
+
+    def rows(block: slice, stack: Tensor) -> Tensor:
+        import torch
+
+        b, n = block.stop - block.start, vectors.shape[1]
+        total = torch.zeros(b, n, device=vectors.device)
+        for delta, coefficient in zip(stack, experts, strict=True):
+            total.add_(delta, alpha=coefficient)
+        if excess:
+            total.add_(vectors.base(block), alpha=excess)
+        return total
+
+    exact = None if excess else Combination(tuple(experts))
+    return Update(rows, rule, gates or {}, warnings, exact, moves_base=excess != 0)
+
+
+def whole_gram(vectors: TaskVectors) -> Tensor:
+    """Return ⟨Wᵢ, Wⱼ⟩ of the base and the experts, in this order: float64, shape (N + 1, N + 1)."""
+    import torch
+
+    from ...maths.task_vectors import block_gram
+
+    count = vectors.count + 1
+    total = torch.zeros(count, count, dtype=torch.float64)
+    for block in vectors.blocks():
+        base = vectors.base(block)
+        # As ⟨W0, W0⟩, ⟨W0, Δⱼ⟩ and ⟨Δᵢ, Δⱼ⟩: the small ones keep their digits.
+        total += block_gram(torch.cat([base[None], vectors.stack(block)]))
+    inner = total[0, 1:].clone()
+    square = total[0, 0].clone()
+    total[1:, 1:] += square + inner[:, None] + inner[None, :]
+    total[0, 1:] += square
+    total[1:, 0] += square
+    return total

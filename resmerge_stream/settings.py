@@ -1,0 +1,155 @@
+"""What a recipe may say about a parameter: one value, a gradient over the layers, or by filter.
+
+mergekit's language, with its meaning. A list of plain values is a gradient: numbers are
+interpolated from the first layer to the last, words and switches change over in steps; tensors
+outside the layers take the first value. A list of ``{filter, value}`` goes by the tensor's name:
+the first entry whose filter is part of it counts, an entry without a filter fits all; `value` may
+be a gradient.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from .errors import RecipeError, shown
+
+# How many values a setting may hold, and how long a filter may be.
+MAX_VALUES = 1024
+MAX_FILTER = 200
+_NUMBERED = re.compile(r"^(.*?)\.(\d+)(?:\.|$)")
+
+Scalar = bool | int | float | str
+
+
+def check_setting(key: str, setting: object) -> None:
+    """Check the form of a setting; its values are the method's business.
+
+    Raises:
+        RecipeError: it is neither a value, nor a gradient, nor a list of filters.
+    """
+    if _is_scalar(setting):
+        return
+    conditions: Any = [setting] if isinstance(setting, Mapping) else setting
+    if not _is_list(conditions) or not conditions or len(conditions) > MAX_VALUES:
+        raise RecipeError(
+            f"{key} must be one value, a list of values from the first layer to the last, or a "
+            f"list of '- filter: …, value: …', not {shown(setting)}."
+        )
+    if all(_is_scalar(value) for value in conditions):
+        return
+    for condition in conditions:
+        if not isinstance(condition, Mapping) or "value" not in condition:
+            raise RecipeError(
+                f"an entry of {key} must be '- filter: …, value: …' like the others, "
+                f"not {shown(condition)}."
+            )
+        unknown = [name for name in condition if name not in ("filter", "value")]
+        if unknown:
+            raise RecipeError(
+                f"unknown key {shown(unknown[0])} beside a filter of {key}; "
+                "there are 'filter' and 'value'."
+            )
+        pattern, value = condition.get("filter"), condition["value"]
+        if pattern is not None and (not isinstance(pattern, str) or len(pattern) > MAX_FILTER):
+            raise RecipeError(
+                f"a filter of {key} must be part of a tensor's name, such as self_attn, "
+                f"not {shown(pattern)}."
+            )
+        if _is_scalar(value):
+            continue
+        if not _is_list(value) or not value or not all(_is_scalar(item) for item in value):
+            raise RecipeError(
+                f"the value of a filter of {key} must be one value or a list of them, "
+                f"not {shown(value)}."
+            )
+
+
+def evaluate(
+    setting: Any, tensor: str, t: float, convert: Callable[[Any], Scalar]
+) -> Scalar | None:
+    """Return the value that a setting has for a tensor, or None where no filter fits.
+
+    Args:
+        setting: of a form that `check_setting` passes.
+        tensor: its name.
+        t: how deep in the model it is, from 0 (also outside the layers) to 1.
+        convert: checks a value and gives it its type.
+
+    Raises:
+        RecipeError: from `convert`.
+    """
+    if _is_scalar(setting):
+        return convert(setting)
+    conditions = [setting] if isinstance(setting, Mapping) else setting
+    if _is_scalar(conditions[0]):
+        return _at(conditions, t, convert)
+    for condition in conditions:
+        pattern = condition.get("filter")
+        if pattern in (None, "*") or pattern in tensor:
+            return evaluate(condition["value"], tensor, t, convert)
+    return None
+
+
+def _at(values: Sequence[Any], t: float, convert: Callable[[Any], Scalar]) -> Scalar:
+    """Return a gradient's value at t."""
+    found = [convert(value) for value in values]
+    place = t * (len(found) - 1)
+    low = int(place)
+    first, second = found[low], found[min(low + 1, len(found) - 1)]
+    if any(isinstance(value, bool | str) for value in found):
+        return first
+    mixed = (1 - (place - low)) * float(first) + (place - low) * float(second)
+    # A whole number stays one: half a rank is none.
+    return convert(round(mixed) if all(isinstance(value, int) for value in found) else mixed)
+
+
+def values_of(setting: Any) -> Iterator[Any]:
+    """Yield every plain value in a setting."""
+    if isinstance(setting, Mapping):
+        yield from values_of(setting["value"])
+    elif _is_list(setting):
+        for item in setting:
+            yield from values_of(item)
+    else:
+        yield setting
+
+
+def is_plain(setting: object) -> bool:
+    """Return whether a setting is one value, the same for all tensors."""
+    return _is_scalar(setting)
+
+
+def before(first: Any, second: Any) -> Any:
+    """Return the setting that is `first` where that has a value, else `second`."""
+    conditions = first if _is_list(first) else [first]
+    if not isinstance(conditions[0], Mapping):
+        return first
+    rest = second if _is_list(second) else [second]
+    if not isinstance(rest[0], Mapping):
+        rest = [{"value": second}]
+    return [*conditions, *rest]
+
+
+def depths(names: Iterable[str]) -> dict[str, float]:
+    """Return for each tensor how deep in its stack of layers it is, from 0 to 1.
+
+    The first number in a name is that of its layer; tensors without one are at 0, those of a
+    stack of one layer at 1, as in mergekit.
+    """
+    found = {name: match for name in names if (match := _NUMBERED.match(name))}
+    last: dict[str, int] = {}
+    for match in found.values():
+        stack, number = match.group(1), int(match.group(2))
+        last[stack] = max(last.get(stack, 0), number)
+    return {
+        name: int(match.group(2)) / last[match.group(1)] if last[match.group(1)] else 1.0
+        for name, match in found.items()
+    }
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, bool | int | float | str)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
