@@ -20,7 +20,7 @@ from .measure import alternate, machine, median_seconds, merge_command, run, scr
 MB = 1_000_000
 _BY_ROWS = {
     "mean": ("mean",), "task_arithmetic": ("task_arithmetic",),
-    "ties, trim: tensor": ("ties", "--set", "trim=tensor"),
+    "ties, density: 0.2": ("ties", "--set", "density=0.2"),
     "ram": ("ram",), "karcher": ("karcher",), "consensus": ("consensus",),
 }  # fmt: skip
 

@@ -23,8 +23,8 @@ SMALL = Shape(
 ELEMENTWISE: tuple[tuple[str, tuple[str, ...], float | None], ...] = (
     ("mean", (), 3.0),
     ("task_arithmetic", (), 3.0),
-    ("ties", ("trim=tensor",), 5.0),
-    ("ties", ("trim=model",), None),
+    ("ties", ("density=0.2",), 5.0),
+    ("ties", ("preset=paper",), None),
     ("ram", (), 3.0),
     ("ram_plus", (), None),
     ("consensus", (), 3.0),
@@ -34,8 +34,8 @@ ELEMENTWISE: tuple[tuple[str, tuple[str, ...], float | None], ...] = (
     ("dare_ties", (), None),
 )
 SETS = (
-    ("resmerge", "ties:trim=tensor", "ram", "task_arithmetic"),
-    ("resmerge", "tsv_m", "iso_c", "ties:trim=tensor"),
+    ("resmerge", "ties:density=0.2", "ram", "task_arithmetic"),
+    ("resmerge", "tsv_m", "iso_c", "ties:density=0.2"),
     ("tsv_m", "star", "dc_merge", "iso_cts"),
 )
 

@@ -15,7 +15,7 @@ from .tables import recovered
 
 _BLUE, _ORANGE, _GREY = "#3b6fb6", "#d9822b", "#888888"
 # Methods that the picture of lengths names.
-_NAMED = ("resmerge", "mean", "ties", "tsv_m", "iso_c", "ram", "star")
+_NAMED = ("resmerge", "mean", "ties:paper", "tsv_m", "iso_c", "ram", "star")
 
 
 def write_figures(groups: Mapping[str, Group], folder: Path) -> None:

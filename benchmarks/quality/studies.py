@@ -25,19 +25,31 @@ ABLATIONS = tuple(
 )
 RELEASES = tuple(f"resmerge:variant=release-2026-{month}" for month in ("06", "07"))
 # The methods of the paper's Table 1 and its neighbours: asked where all would take too long.
-MAIN = ("resmerge", "task_arithmetic", "mean", "ties", "tsv_m", "iso_c", "ram", *ABLATIONS[:2])
+MAIN = (
+    "resmerge",
+    "task_arithmetic",
+    "mean",
+    "ties:paper",
+    "tsv_m",
+    "iso_c",
+    "ram",
+    *ABLATIONS[:2],
+)
 RANKS = tuple(f"resmerge:rank={k}" for k in (1, 2, 4, 8, 16))
 BUDGETS = tuple(f"resmerge:rho={rho}" for rho in (0, 0.1, 0.5, 1, 10))
 UNGATED = tuple(f"resmerge:ablation=ungated:rho={rho}" for rho in (0.1, 0.5, 1))
-SCALES = tuple(f"task_arithmetic:scale={scale}" for scale in (0.25, 0.4, 0.55, 0.7, 0.85, 1, 1.3))
+SCALES = tuple(f"task_arithmetic:lambda={scale}" for scale in (0.25, 0.4, 0.55, 0.7, 0.85, 1, 1.3))
 FEW = ("mean", "task_arithmetic", "resmerge", "ram", "tsv_m")
 SHARES = (0.1, 0.03, 0.01)
 
 
 def all_methods() -> tuple[str, ...]:
     """Return every method for any number of experts, with ResMerge's releases and ablations."""
-    # slerp is for two experts.
-    return (*(name for name in find_methods() if name != "slerp"), *RELEASES, *ABLATIONS)
+    methods = find_methods().values()
+    several = [method for method in methods if method.models[1] is None]
+    # As in the ResMerge paper, where public defaults are others.
+    names = (f"{m.name}:paper" if "paper" in m.presets else m.name for m in several)
+    return (*names, *RELEASES, *ABLATIONS)
 
 
 @dataclass(slots=True)
@@ -107,8 +119,8 @@ def scales(study: Study) -> None:
     """The sum of the task vectors at several lengths, and at the length of ResMerge's update."""
     merged = study.merge(("resmerge", *SCALES), output="float32")
     norm = {method: merge.facts["relative_norm"] for method, merge in merged.items()}
-    same = norm["resmerge"] / norm["task_arithmetic:scale=1"]
-    label = f"task_arithmetic:scale={same:.6f}"
+    same = norm["resmerge"] / norm["task_arithmetic:lambda=1"]
+    label = f"task_arithmetic:lambda={same:.6f}"
     found = study.merge((label,), output="float32")[label]
     study.answers["same-length|float32"] = study.answers.pop(f"{label}|float32")
     study.facts["same-length|float32"] = found.facts

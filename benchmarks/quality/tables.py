@@ -163,7 +163,7 @@ def scales(group: Group) -> str:
 
 def _scale_row(group: Group, label: str, name: str) -> list[str]:
     gap = points(*group.gap(label, "resmerge|float32"))
-    name = name.replace("task_arithmetic:scale=", "the sum × ")
+    name = name.replace("task_arithmetic:lambda=", "the sum × ")
     return [name, number(group.facts[label]["relative_norm"]), percent(group.mean(label)), gap]
 
 

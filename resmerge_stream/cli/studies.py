@@ -30,7 +30,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         "--methods",
         metavar="A,B,C",
         required=True,
-        help="methods, with parameters behind colons: resmerge,ties:trim=tensor",
+        help="methods, with parameters behind colons: resmerge,ties:density=0.2,ties:paper",
     )
     parser.add_argument("--out", metavar="DIR", required=True, help="one folder a method below")
     parser.add_argument(

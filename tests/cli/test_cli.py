@@ -238,7 +238,7 @@ class TestTypos:
             ({"out_dtype": "float32"}, ["'out_dtype'", "dtype"]),
             ({"dtype": "int8"}, ["int8", "bfloat16"]),
             ({"parameters": {"normalize": True}}, ["'normalize'", "rank"]),
-            ({"merge_method": "passthrough"}, ["'passthrough'", "resmerge"]),
+            ({"merge_method": "resmrge"}, ["'resmrge'", "Did you mean 'resmerge'?"]),
             ({"base_model": None}, ["base_model"]),
             ({"models": []}, ["models"]),
         ],
@@ -407,7 +407,7 @@ class TestRecipesAndOptions:
             tmp_path / "recipe.yml", group, parameters={"rank": 2}, dtype="float16"
         )
         options = ["--expert", str(group.experts[1]), "--method", "task_arithmetic"]
-        options += ["--set", "scale=0.5", "--dtype", "float32"]
+        options += ["--set", "lambda=0.5", "--dtype", "float32"]
 
         assert main(["plan", str(recipe), *options, "--json"]) == 0
 
@@ -420,7 +420,7 @@ class TestRecipesAndOptions:
         merged(out, recipe, *options)
         assert {tensor.dtype for tensor in read_tensors(out).values()} == {torch.float32}
         report = json.loads((out / "resmerge/report.json").read_text())
-        assert report["method"]["parameters"]["scale"] == 0.5
+        assert report["method"]["parameters"]["lambda"] == 0.5
 
     def test_set_reads_numbers_and_words(self, group, tmp_path):
         """--set converts to the parameter's own type, and the last one of a key counts."""

@@ -92,5 +92,5 @@ def test_a_tensor_whose_first_rows_are_unlike_the_others_has_exact_thresholds_to
 
     found = trimming.tensor_thresholds(vectors, 0.2)
 
-    assert trimming._running_thresholds(stacks, 1, rank, delta.numel()) is None
+    assert trimming._running_thresholds(stacks, [rank], delta.numel()) is None
     assert found == [float(delta.abs().flatten().sort(descending=True).values[rank - 1])]

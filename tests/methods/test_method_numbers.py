@@ -15,6 +15,8 @@ from resmerge_stream.methods.parts.trimming import ModelThresholds, tensor_thres
 from resmerge_stream.specs import TensorSpec
 from tests.support.method_tools import MATRIX, experts_of, made_up, relative, run_method
 
+AROUND_BASE = build_method("karcher", {"preset": "task_vectors"})
+
 
 def polar64(matrix):
     """Return the orthogonal polar factor."""
@@ -50,12 +52,16 @@ def ties64(deltas, thresholds):
     density=st.floats(0.0, 1.0),
 )
 def test_thresholds_are_those_of_a_sort(values, density):
-    """Counting bits finds exactly the K-th largest magnitude, subnormals and ties included."""
+    """Counting bits finds exactly the K-th largest magnitude, subnormals and ties included; at
+    density 1 everything stays, at 0 nothing."""
     delta = torch.tensor(values, dtype=torch.float32).reshape(-1, 1)
     rank = max(int(density * delta.numel()), 1)
 
     found = tensor_thresholds(vectors_of(torch.zeros_like(delta), [delta]), density)
 
+    if density in (0, 1):
+        assert found == [math.inf if density == 0 else 0.0]
+        return
     assert found == [float(delta.abs().flatten().sort(descending=True).values[rank - 1])]
 
 
@@ -83,7 +89,7 @@ def test_ties_is_its_three_steps(trim):
     rank = int(0.2 * base.numel())
     thresholds = [float(d.abs().flatten().sort(descending=True).values[rank - 1]) for d in deltas]
 
-    method = build_method("ties", {"trim": trim})
+    method = build_method("ties", {"preset": "paper", "trim": trim})
     update, _ = run_method(method, base, experts_of(base, deltas))
 
     assert relative(update, ties64(deltas, thresholds)) < 1e-6
@@ -93,7 +99,7 @@ def test_trimming_sparse_updates_keeps_all_that_changed():
     """Where fewer entries changed than are to be kept, the threshold is zero and nothing goes."""
     base, deltas = made_up(20, 12, 3, share=0.9)
 
-    update, _ = run_method(build_method("ties", {"trim": "tensor"}), base, experts_of(base, deltas))
+    update, _ = run_method(build_method("ties", {"density": 0.2}), base, experts_of(base, deltas))
 
     assert relative(update, ties64(deltas, [0.0] * 3)) < 1e-6
 
@@ -101,7 +107,7 @@ def test_trimming_sparse_updates_keeps_all_that_changed():
 def test_ties_counts_weights():
     """Weights move the election and the mean."""
     base, deltas = made_up(6, 4, 2)
-    method = build_method("ties", {"density": 1.0, "trim": "tensor"})
+    method = build_method("ties", {})
 
     update, _ = run_method(method, base, experts_of(base, deltas), weights=(3.0, 1.0))
 
@@ -116,7 +122,8 @@ def test_dare_keeps_a_share_and_the_expectation():
     """About p of the entries are kept, each divided by p; the others are zero."""
     base, deltas = made_up(200, 300, 1)
 
-    update, _ = run_method("dare_linear", base, experts_of(base, deltas))
+    method = build_method("dare_linear", {"preset": "paper"})
+    update, _ = run_method(method, base, experts_of(base, deltas))
 
     kept = update != 0
     assert abs(float(kept.float().mean()) - 0.2) < 0.01
@@ -140,7 +147,7 @@ def test_dare_can_match_the_l1_norm():
     """mergekit's rescaling gives the kept entries the L1 norm of the whole tensor."""
     base, deltas = made_up(40, 30, 1)
 
-    method = build_method("dare_linear", {"rescale": "l1"})
+    method = build_method("dare_linear", {"density": 0.2, "rescale": "l1"})
     update, _ = run_method(method, base, experts_of(base, deltas))
 
     assert float(update.abs().sum()) == pytest.approx(float(deltas[0].abs().sum()), rel=1e-5)
@@ -183,7 +190,7 @@ def test_slerp_walks_the_arc():
     _base, deltas = made_up(10, 9, 2)
     units = [d / d.norm() for d in deltas]
 
-    update, _ = run_method("slerp", torch.zeros(10, 9), units)
+    update, _ = run_method("nuslerp", torch.zeros(10, 9), units)
 
     assert float(update.norm()) == pytest.approx(1.0, abs=1e-5)
     assert relative(update, polar_middle(*units)) < 1e-5
@@ -199,8 +206,8 @@ def test_karcher_of_two_is_slerp():
     _base, deltas = made_up(10, 9, 2)
     units = [d / d.norm() for d in deltas]
 
-    slerp, _ = run_method("slerp", torch.zeros(10, 9), units)
-    karcher, _ = run_method("karcher", torch.zeros(10, 9), units)
+    slerp, _ = run_method("nuslerp", torch.zeros(10, 9), units)
+    karcher, _ = run_method(AROUND_BASE, torch.zeros(10, 9), units)
 
     assert relative(karcher, slerp) < 1e-5
 
@@ -210,7 +217,7 @@ def test_karcher_solves_its_equation():
     base, deltas = made_up(10, 9, 4)
     units = [(d / d.norm()).double() for d in deltas]
 
-    update, _ = run_method("karcher", base, experts_of(base, deltas))
+    update, _ = run_method(AROUND_BASE, base, experts_of(base, deltas))
 
     u = update.double() / update.double().norm()
     logs = []
@@ -226,7 +233,7 @@ def test_opposite_experts_have_no_karcher_mean():
     """Where the directions cancel, the weighted mean is used and said."""
     _base, deltas = made_up(6, 5, 1)
 
-    update, decided = run_method("karcher", torch.zeros(6, 5), [deltas[0], -deltas[0]])
+    update, decided = run_method(AROUND_BASE, torch.zeros(6, 5), [deltas[0], -deltas[0]])
 
     assert float(update.norm()) == 0
     assert "cancel" in decided.warnings[0]
@@ -400,7 +407,7 @@ def test_lines_measures_other_methods():
     base, deltas = made_up(8, 6, 2)
     mean = sum(d.double() for d in deltas) / 2
 
-    method = build_method("lines", {"inner": "task_arithmetic:reduce=mean"})
+    method = build_method("lines", {"inner": "task_arithmetic:normalize=true"})
     update, _ = run_method(method, base, experts_of(base, deltas), name="model.layers.0.a.weight")
 
     assert relative(update, mean) < 1e-6  # α = 2 / 2

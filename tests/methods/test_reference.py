@@ -150,7 +150,7 @@ def test_opposed_residuals_take_each_variants_own_branch(variant):
         ("resmerge-release-2026-06.k1", "resmerge", {"variant": "release-2026-06"}),
         ("resmerge-release-2026-07.k1", "resmerge", {"variant": "release-2026-07"}),
         ("resmerge-release-2026-07.k2", "resmerge", {"variant": "release-2026-07", "rank": 2}),
-        ("task_arithmetic.mean", "task_arithmetic", {"reduce": "mean"}),
+        ("task_arithmetic.mean", "task_arithmetic", {"normalize": True}),
         ("task_arithmetic.mean", "mean", {}),
     ],
 )

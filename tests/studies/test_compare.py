@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from benchmarks.synthetic import Shape, Updates, write_group
 from resmerge_stream import Recipe, plan_merge, run_merge
 from resmerge_stream.errors import PlanRefusedError, RecipeError
+from resmerge_stream.methods import parse_method
 from resmerge_stream.planning.plan import Options
 from resmerge_stream.recipe import ModelRef
 from resmerge_stream.sources.local import LocalCheckpoint
@@ -19,7 +20,16 @@ from resmerge_stream.studies.compare_plan import plan_comparison
 from tests.support.checkpoints import read_tensors
 
 SMALL = Shape(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=64)
-METHODS = ("resmerge", "ties", "tsv_m", "star", "svc:inner=ties", "ram_plus", "dare_ties", "mean")
+METHODS = (
+    "resmerge",
+    "ties:paper",
+    "tsv_m",
+    "star",
+    "svc:inner=ties",
+    "ram_plus",
+    "dare_ties:paper",
+    "mean",
+)
 
 
 @pytest.fixture
@@ -42,9 +52,8 @@ def test_every_method_gives_the_bytes_of_its_own_merge(recipe, tmp_path):
     compared(recipe, METHODS, tmp_path / "out", tmp_path / "work")
 
     for text in METHODS:
-        name, _, rest = text.partition(":")
-        key, _, value = rest.partition("=")
-        alone = Recipe(recipe.base, recipe.experts, name, {key: value} if key else {})
+        name, given = parse_method(text)
+        alone = Recipe(recipe.base, recipe.experts, name, given)
         folder = tmp_path / "alone" / name
         list(run_merge(plan_merge(alone, out=folder), out=folder, work_dir=tmp_path / "work"))
         label = text.replace(":", "-")
@@ -79,7 +88,7 @@ def test_each_tensor_is_read_once(recipe, tmp_path, monkeypatch):
 
     monkeypatch.setattr(LocalCheckpoint, "read", counting)
 
-    compared(recipe, ["resmerge", "ties:trim=tensor", "tsv_m", "ram"], tmp_path / "o", tmp_path)
+    compared(recipe, ["resmerge", "ties:density=0.2", "tsv_m", "ram"], tmp_path / "o", tmp_path)
 
     assert set(asked.values()) == {1}
 
@@ -190,7 +199,7 @@ def test_memory_is_stated_and_kept(recipe, tmp_path):
 
 @pytest.mark.parametrize(
     ("methods", "message"),
-    [(["ties", "ties"], "twice"), ([], "no method"), (["ties:trim"], "KEY=VALUE")],
+    [(["ties", "ties"], "twice"), ([], "no method"), (["ties:trim"], "preset")],
 )
 def test_wrong_lists_of_methods_are_refused(recipe, tmp_path, methods, message):
     """Nothing, the same twice, or a parameter without a value."""
