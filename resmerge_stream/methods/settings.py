@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .errors import RecipeError, shown
+from ..errors import RecipeError, shown
 
 # How many values a setting may hold, and how long a filter may be.
 MAX_VALUES = 1024
