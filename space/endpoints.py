@@ -9,7 +9,7 @@ import gradio as gr
 from resmerge_stream.errors import ResMergeError
 from resmerge_stream.methods import describe_methods
 
-from .asked import asked_from_dict
+from .asked import web_request
 from .identity import Visitor
 from .jobs.records import Job
 from .remedies import said
@@ -81,7 +81,7 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
         with _told():
             visitor = visitor_of(oauth_token, x_hf_token)
             document = {"recipe": recipe, "push_to": push_to, "public": not private}
-            asked = asked_from_dict(document, service.settings)
+            asked = web_request(document, service.settings)
             return {"job": service.submit(asked, visitor).id}
 
     def found(

@@ -9,8 +9,9 @@ from typing import Any
 from resmerge_stream.device import available_memory, free_disk, usable_cores
 from resmerge_stream.errors import RecipeError, Remedy
 from resmerge_stream.planning.plan import Plan, plan_merge
+from resmerge_stream.planning.request import Request
 
-from .asked import Asked
+from .asked import needs_account
 from .examples import on_this_machine, web_names
 from .hardware import Machine, fits
 from .identity import Visitor
@@ -43,7 +44,7 @@ class Allowance:
 
 
 def plan_for(
-    asked: Asked, visitor: Visitor, settings: Settings, allowance: Allowance
+    asked: Request, visitor: Visitor, settings: Settings, allowance: Allowance
 ) -> dict[str, Any]:
     """Return a plan as `Plan.to_dict` gives it, and beside it what the page shows of hardware.
 
@@ -57,7 +58,7 @@ def plan_for(
         RecipeError: too many plans without an account at the moment.
         StoppedError: the network or the Hub kept failing.
     """
-    if not visitor.name and asked.needs_account and not allowance.take():
+    if not visitor.name and needs_account(asked) and not allowance.take():
         raise RecipeError(
             "too many plans without an account at the moment. Try again in a minute.",
             Remedy.SIGN_IN,
@@ -65,7 +66,7 @@ def plan_for(
         )
     publication = asked.publication if visitor.token else None
     # Never made: only its disk is looked at.
-    out = None if asked.push_to else settings.folder / "results" / "planned" / "merged"
+    out = None if asked.publication else settings.folder / "results" / "planned" / "merged"
     plan = plan_merge(
         on_this_machine(asked.recipe),
         asked.options,

@@ -6,8 +6,9 @@ from typing import Any
 
 from resmerge_stream.errors import PublishError, RecipeError, Remedy, ResMergeError
 from resmerge_stream.planning.planned import refused_plan
+from resmerge_stream.planning.request import Request
 
-from .asked import Asked, asked_from_dict
+from .asked import needs_account, web_request
 from .explore import Opened, open_report, read_report
 from .identity import Visitor, Visitors
 from .jobs.jobs import Jobs
@@ -47,13 +48,13 @@ class Service:
     def plan(self, document: Mapping[str, Any], visitor: Visitor) -> dict[str, Any]:
         """Return the plan of what a mapping asks for; a wrong recipe is a refused plan."""
         try:
-            asked = asked_from_dict(document, self.settings)
+            asked = web_request(document, self.settings)
             return plan_for(asked, visitor, self.settings, self.allowance)
         except ResMergeError as exc:
             refused = plan_said(refused_plan(*exc.notices))
             return {**refused, "hardware": [], "target_checked": False}
 
-    def submit(self, asked: Asked, visitor: Visitor, *, key: str = "") -> Job:
+    def submit(self, asked: Request, visitor: Visitor, *, key: str = "") -> Job:
         """Queue a merge.
 
         Args:
@@ -65,11 +66,11 @@ class Service:
             PublishError: an account is needed.
             RecipeError: nowhere to publish, or too many jobs.
         """
-        if asked.needs_account and not visitor.name:
+        if needs_account(asked) and not visitor.name:
             raise PublishError(
                 "only the built-in example is merged without an account.", Remedy.SIGN_IN
             )
-        if asked.needs_account and not asked.push_to:
+        if needs_account(asked) and not asked.publication:
             raise RecipeError(
                 "say where to publish: namespace/name. Only the built-in example can be downloaded "
                 "as files."

@@ -18,7 +18,7 @@ from ..run.opening import discard_unfinished
 from ..version import __version__
 from . import console
 from .lasting_imports import lasting_imports
-from .options import add_json, add_publication, add_recipe, options_of, publication_of, recipe_of
+from .options import add_json, add_publication, add_recipe, publication_of, request_of
 from .studies import (
     add_analyse,
     add_compare,
@@ -156,11 +156,12 @@ def _command(
 
 
 def _plan_of(args: argparse.Namespace) -> Plan:
+    asked = request_of(args)
     return plan_merge(
-        recipe_of(args),
-        options_of(args),
+        asked.recipe,
+        asked.options,
         out=args.out,
-        publication=publication_of(args),
+        publication=asked.publication,
         work_dir=args.work_dir,
     )
 

@@ -3,7 +3,8 @@
 import argparse
 
 from ..errors import RecipeError
-from ..planning.plan import Options
+from ..planning.options import Options, declared
+from ..planning.request import Request
 from ..recipe import Recipe, override
 from ..recipe_file import load_recipe
 from ..sinks.publication import Publication
@@ -48,19 +49,11 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
     how = parser.add_argument_group("output")
     how.add_argument("--dtype", metavar="TYPE", help=f"{', '.join(OUTPUT_DTYPES)} (the base's)")
-    how.add_argument("--rounding", metavar="HOW", default="nearest", help="nearest or stochastic")
-    how.add_argument("--seed", metavar="N", type=int, default=0, help="of random numbers (0)")
-    how.add_argument(
-        "--max-shard-size", metavar="SIZE", help="such as 5GB (default: the base's shards, cut)"
-    )
-    how.add_argument("--tokenizer-from", metavar="ID", help="take the tokenizer from there")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    machine.add_argument(
-        "--memory-budget",
-        metavar="SIZE",
-        help="of all processes here, such as 4GB (default: 80%% of what is free)",
-    )
+    for known in declared():
+        group = machine if known.changes == "nothing" else how
+        kind = int if type(known.default) is int else str
+        group.add_argument(known.flag, metavar=known.metavar, type=kind, help=known.help)
     add_json(parser)
 
 
@@ -84,14 +77,13 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 def options_of(args: argparse.Namespace) -> Options:
     """Return how to run it."""
-    shard, budget = args.max_shard_size, args.memory_budget
-    return Options(
-        rounding=args.rounding,
-        seed=args.seed,
-        max_shard_bytes=parse_size(shard, name="max-shard-size") if shard else None,
-        tokenizer_from=args.tokenizer_from,
-        device=args.device,
-        memory_budget=parse_size(budget, name="memory-budget") if budget else None,
+    return Options.parsed(vars(args))
+
+
+def request_of(args: argparse.Namespace) -> Request:
+    """Return the merge that the arguments ask for."""
+    return Request(
+        recipe=recipe_of(args), options=options_of(args), publication=publication_of(args)
     )
 
 

@@ -1,4 +1,4 @@
-"""A merge as a Job: its command, its labels, how it ended by its log; and the line that submits it.
+"""A merge as a Job: its command, its labels, how it ended by its log.
 
 No network, and no token: a Job gets that as a secret, beside its command.
 """
@@ -6,17 +6,14 @@ No network, and no token: a Job gets that as a secret, beside its command.
 import hashlib
 import os
 import re
-import shlex
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..errors import PlanRefusedError, RecipeError, listed
 from ..hub.flavors import Flavor
-from ..planning.options import Options
 from ..planning.planned import Plan
+from ..planning.request import Request
 from ..recipe import Recipe
 from ..sinks.publication import Publication
-from ..units import dollars
 from .wheel import WHEEL_NAME, build_wheel
 
 # Where the Job finds the files that `job_files` names.
@@ -27,14 +24,14 @@ _EXIT = re.compile(r"resmerge-stream job: exit code (\d+)")
 _NOT_IN_LABELS = re.compile(r"[^A-Za-z0-9_-]+")
 
 
-def refuse_folders(recipe: Recipe, options: Options) -> None:
+def refuse_folders(asked: Request) -> None:
     """Refuse sources on this machine: a Job cannot see them.
 
     Raises:
         PlanRefusedError: a source is a folder here.
     """
-    names = [ref.id for ref in recipe.models]
-    names += [options.tokenizer_from] if options.tokenizer_from else []
+    names = [ref.id for ref in asked.recipe.models]
+    names += [asked.options.tokenizer_from] if asked.options.tokenizer_from else []
     folders = [name for name in names if os.path.isdir(os.path.expanduser(name))]
     if folders:
         raise PlanRefusedError(
@@ -69,13 +66,13 @@ def job_files(recipe: Recipe) -> JobFiles:
     )
 
 
-def job_command(plan: Plan, files: JobFiles, flavor: Flavor) -> list[str]:
+def job_command(asked: Request, files: JobFiles, flavor: Flavor) -> list[str]:
     """Return what a Job runs: the package installed by uv, and the same merge.
 
     torch comes without CUDA where there is no GPU: a tenth of the download.
     """
-    publication = _publication(plan)
-    merge = ["resmerge-stream", "merge", files.recipe, *_options(plan.options, publication)]
+    publish = _publication(asked).words()
+    merge = ["resmerge-stream", "merge", files.recipe, *publish, *asked.options.words()]
     return [
         *("sh", "-c", _WRAPPER, "sh"),
         *("uv", "tool", "run", "--python", "3.12"),
@@ -87,51 +84,12 @@ def job_command(plan: Plan, files: JobFiles, flavor: Flavor) -> list[str]:
 
 def job_labels(plan: Plan) -> dict[str, str]:
     """Return what tells this merge's Jobs from others: the plan and the target."""
-    target = _publication(plan).repo_id
+    target = _publication(plan.request).repo_id
     return {
         "name": f"resmerge-{_NOT_IN_LABELS.sub('-', target.partition('/')[2])}"[:100],
         "resmerge-plan": plan.plan_hash,
         "resmerge-target": _digest(target.encode()),
     }
-
-
-def submit_command(
-    recipe: Recipe | str | Path,
-    push_to: str,
-    flavor: str | None = None,
-    *,
-    options: Options | None = None,
-    public: bool = False,
-    price: float | None = None,
-) -> str:
-    """Return the command line that submits a merge, ready to copy into a shell.
-
-    Args:
-        recipe: what to merge, or the name of a recipe file. A recipe with a weight for each model
-            cannot be said in options: then the line names ``recipe.yml``, which is to be saved.
-        push_to: the target, ``namespace/name``.
-        flavor: the machine; None lets the command choose.
-        options: how to merge.
-        public: whether the model is to be public.
-        price: estimated dollars, added as a comment.
-    """
-    words = ["resmerge-stream", "submit"]
-    if not isinstance(recipe, Recipe):
-        words.append(str(recipe))
-    elif any(expert.weight is not None for expert in recipe.experts):
-        words.append("recipe.yml")
-    else:
-        words += ["--base", str(recipe.base)] if recipe.base is not None else []
-        for expert in recipe.experts:
-            words += ["--expert", str(expert)]
-        words += ["--method", recipe.method]
-        for key, value in recipe.parameters.items():
-            words += ["--set", f"{key}={value}"]
-        words += ["--dtype", recipe.dtype] if recipe.dtype else []
-    publication = Publication(repo_id=push_to, public=True if public else None)
-    words += _options(options or Options(), publication)
-    words += ["--flavor", flavor] if flavor else []
-    return shlex.join(words) + (f"  # about {dollars(price)}" if price is not None else "")
 
 
 @dataclass(slots=True)
@@ -192,30 +150,10 @@ class JobLog:
         return 3, f"the merge stopped in the Job; its log above says why{why}. {again}"
 
 
-def _publication(plan: Plan) -> Publication:
-    if plan.publication is None:
+def _publication(asked: Request) -> Publication:
+    if asked.publication is None:
         raise RecipeError("a Job publishes its result: give --push-to NAMESPACE/NAME.")
-    return plan.publication
-
-
-def _options(options: Options, publication: Publication) -> list[str]:
-    """Return the command-line options that stand for these, without those at their defaults."""
-    words = ["--push-to", publication.repo_id]
-    if publication.public is not None:
-        words.append("--public" if publication.public else "--private")
-    words += ["--update"] if publication.update else []
-    valued = {
-        "--max-disk": publication.max_disk,
-        "--rounding": options.rounding if options.rounding != "nearest" else None,
-        "--seed": options.seed or None,
-        "--max-shard-size": options.max_shard_bytes,
-        "--tokenizer-from": options.tokenizer_from,
-        "--device": options.device if options.device != "auto" else None,
-        "--memory-budget": options.memory_budget,
-    }
-    for name, value in valued.items():
-        words += [name, str(value)] if value is not None else []
-    return words
+    return asked.publication
 
 
 def _digest(data: bytes) -> str:

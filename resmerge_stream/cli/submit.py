@@ -12,7 +12,7 @@ from ..planning.machines import Estimate, estimates, largest, shortage, timeout_
 from ..planning.plan import Plan, plan_merge
 from ..units import dollars, duration, format_size
 from . import console
-from .options import add_publication, add_recipe, options_of, publication_of, recipe_of
+from .options import add_publication, add_recipe, request_of
 from .submission import MOUNT, JobLog, job_command, job_files, job_labels, refuse_folders
 
 if TYPE_CHECKING:
@@ -52,12 +52,12 @@ def submit(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    recipe, options = recipe_of(args), options_of(args)
-    refuse_folders(recipe, options)
+    asked = request_of(args)
+    refuse_folders(asked)
     plan = plan_merge(
-        recipe,
-        options,
-        publication=publication_of(args),
+        asked.recipe,
+        asked.options,
+        publication=asked.publication,
         work_dir=args.work_dir,
         machine=largest(),
     )
@@ -83,7 +83,7 @@ def _submit(args: argparse.Namespace, plan: Plan, timeout: int | None, show: "_S
     _ask(_offer(plan, chosen, seconds, show), yes=args.yes)
     files = job_files(plan.recipe)
     started = jobs.start(
-        job_command(plan, files, chosen.flavor),
+        job_command(plan.request, files, chosen.flavor),
         labels=labels,
         flavor=chosen.flavor.name,
         timeout=seconds,

@@ -1,13 +1,77 @@
-"""How to run a merge; the recipe says what to merge."""
+"""How to run a merge: each option declared once, for the command line, the page and records."""
 
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Literal, Self
 
 from ..device import DEVICE
 from ..errors import RecipeError, shown
+from ..units import parse_size
 
-if TYPE_CHECKING:
-    pass
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Declared:
+    """What is said of an option, beside its default.
+
+    Attributes:
+        name: of the attribute in `Options`.
+        key: the user's word: ``max_shard_size`` in data and forms, ``--max-shard-size`` as a flag.
+        default: when it is left out.
+        changes: ``values`` of tensors (a report says it), ``files`` alone, or ``nothing`` that is
+            written: such an option belongs to a machine and is not part of a request.
+        parse: makes the value from what a user gave, text or plain data.
+        help: a few words for ``--help``.
+        metavar: what stands for the value there.
+    """
+
+    name: str
+    key: str
+    default: Any
+    changes: Literal["values", "files", "nothing"]
+    parse: Callable[[str, object], Any]
+    help: str
+    metavar: str
+
+    @property
+    def flag(self) -> str:
+        """The command line's name."""
+        return f"--{self.key.replace('_', '-')}"
+
+
+def option(
+    default: Any,
+    *,
+    changes: Literal["values", "files", "nothing"],
+    parse: Callable[[str, object], Any],
+    help: str,
+    metavar: str,
+    key: str = "",
+) -> Any:
+    """Return a field of `Options`; the arguments are those of `Declared`."""
+    said = {"changes": changes, "parse": parse, "help": help, "metavar": metavar, "key": key}
+    return dataclasses.field(default=default, metadata=said)
+
+
+def _text(key: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise RecipeError(f"{key} must be text, not {shown(value)}.", field=key)
+    return value.strip()
+
+
+def _whole(key: str, value: object) -> int:
+    try:
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            return int(value)
+    except ValueError:
+        pass
+    raise RecipeError(f"{key} must be a whole number, not {shown(value)}.", field=key)
+
+
+def _size(key: str, value: object) -> int:
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise RecipeError(f"{key} must be a size such as 5GB, not {shown(value)}.", field=key)
+    return parse_size(value, name=key.replace("_", "-"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,15 +87,29 @@ class Options:
         memory_budget: bytes of private memory on this machine, likewise; processes of one run
             share it. None keeps to what the largest matrix calls for, and to 80 % of what is free.
         max_header_bytes: of indexes and headers that are read of one repository, where those who
-            name it are not trusted; None leaves it at the format's limit for each file.
+            name it are not trusted; None leaves it at the format's limit for each file. Nobody
+            asks for it, so it is not declared as an option.
     """
 
-    rounding: str = "nearest"
-    seed: int = 0
-    max_shard_bytes: int | None = None
-    tokenizer_from: str | None = None
-    device: str = "auto"
-    memory_budget: int | None = None
+    rounding: str = option(
+        "nearest", changes="values", parse=_text, metavar="HOW", help="nearest or stochastic"
+    )
+    seed: int = option(0, changes="values", parse=_whole, metavar="N", help="of random numbers (0)")
+    max_shard_bytes: int | None = option(
+        None, key="max_shard_size", changes="files", parse=_size, metavar="SIZE",
+        help="such as 5GB (default: the base's shards, cut)",
+    )  # fmt: skip
+    tokenizer_from: str | None = option(
+        None, changes="files", parse=_text, metavar="ID", help="take the tokenizer from there"
+    )
+    device: str = option(
+        "auto", changes="nothing", parse=_text, metavar="DEVICE",
+        help="auto, cpu, cuda, cuda:N or mps",
+    )  # fmt: skip
+    memory_budget: int | None = option(
+        None, changes="nothing", parse=_size, metavar="SIZE",
+        help="of all processes here, such as 4GB (default: 80%% of what is free)",
+    )  # fmt: skip
     max_header_bytes: int | None = None
 
     def __post_init__(self) -> None:
@@ -48,3 +126,73 @@ class Options:
             raise RecipeError(
                 "a shard's size must be more than zero, such as 5GB.", field="max_shard_size"
             )
+
+    @classmethod
+    def parsed(cls, given: Mapping[str, object]) -> Self:
+        """Return the options that a user gave, by key; None leaves the default.
+
+        Raises:
+            RecipeError: a value is wrong.
+        """
+        return cls(
+            **{
+                known.name: known.parse(known.key, given[known.key])
+                for known in declared()
+                if given.get(known.key) is not None
+            }
+        )
+
+    @classmethod
+    def from_dict(cls, document: object) -> Self:
+        """Return the options in plain data, as `to_dict` writes them.
+
+        Raises:
+            RecipeError: a key is none of an option that changes the output, or a value is wrong.
+        """
+        if not isinstance(document, Mapping):
+            raise RecipeError(f"options must be a mapping, not {shown(document)}.")
+        keys = [known.key for known in declared() if known.changes != "nothing"]
+        unknown = [key for key in document if key not in keys]
+        if unknown:
+            raise RecipeError(f"unknown option {shown(unknown[0])}; there are: {', '.join(keys)}.")
+        for known in declared():
+            if known.default is not None and document.get(known.key, known.default) is None:
+                raise RecipeError(f"{known.key} must have a value.", field=known.key)
+        return cls.parsed(document)
+
+    def to_dict(self, *changes: str) -> dict[str, Any]:
+        """Return as plain data, by key, the options that change what is written.
+
+        Args:
+            changes: only those that change this; see `Declared`.
+        """
+        wanted = changes or ("values", "files")
+        return {
+            known.key: getattr(self, known.name) for known in declared() if known.changes in wanted
+        }
+
+    def words(self, *changes: str) -> list[str]:
+        """Return the command line's words for them, without those at their defaults.
+
+        Args:
+            changes: only those that change this; see `Declared`. All where none is given.
+        """
+        words: list[str] = []
+        for known in declared():
+            value = getattr(self, known.name)
+            if value != known.default and (not changes or known.changes in changes):
+                words += [known.flag, str(value)]
+        return words
+
+
+def declared() -> tuple[Declared, ...]:
+    """Return what is declared of every option that a user has, in the order of `Options`."""
+    return tuple(
+        Declared(
+            name=field.name,
+            default=field.default,
+            **{**field.metadata, "key": field.metadata["key"] or field.name},
+        )
+        for field in dataclasses.fields(Options)
+        if field.metadata
+    )

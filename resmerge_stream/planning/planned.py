@@ -21,6 +21,7 @@ from ..sources import Checkpoint
 from ..specs import DTYPES, TensorSpec
 from ..version import __version__
 from .options import Options
+from .request import Request
 from .sidefiles import side_files
 
 if TYPE_CHECKING:
@@ -79,6 +80,11 @@ class Plan:
     publication: Publication | None = None
     target: "HubTarget | None" = None
     token: str | bool | None = field(default=None, repr=False)
+
+    @property
+    def request(self) -> Request:
+        """What was asked for."""
+        return Request(recipe=self.recipe, options=self.options, publication=self.publication)
 
     @property
     def refused(self) -> bool:
@@ -171,15 +177,7 @@ class Plan:
             recipe["base_model"] = _lasting_name(self.recipe.base)
         if self.method is not None:
             recipe["parameters"] = self.method.parameters()
-        options = self.options
-        key = [
-            recipe,
-            options.rounding,
-            options.seed,
-            options.max_shard_bytes,
-            options.tokenizer_from,
-            __version__,
-        ]
+        key = [recipe, *self.options.to_dict().values(), __version__]
         text = json.dumps(key, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

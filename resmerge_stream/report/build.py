@@ -45,7 +45,7 @@ def build_report(
             "parameters": plan.method.parameters() if plan.method else {},
         },
         "counted": dict(counted),
-        "options": {"rounding": plan.options.rounding, "seed": plan.options.seed},
+        "options": plan.options.to_dict("values"),
         "sources": [
             {
                 "id": source.id,

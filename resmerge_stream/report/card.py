@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..planning.compat import KEPT_AS_IN_BASE, LEFT_OUT
@@ -74,14 +75,8 @@ def _recipe_yaml(plan: Plan, names: PublicNames) -> str:
 
 def _command(plan: Plan, names: PublicNames, recipe: str) -> str:
     """Return the command that makes the same bytes."""
-    options = plan.options
-    words = ["resmerge-stream merge", recipe, "--out merged"]
-    if options.rounding != "nearest":
-        words.append(f"--rounding {options.rounding}")
-    if options.seed:
-        words.append(f"--seed {options.seed}")
-    if options.max_shard_bytes is not None:
-        words.append(f"--max-shard-size {options.max_shard_bytes}")
+    options = replace(plan.options, tokenizer_from=None)  # said by the name that all may see
+    words = ["resmerge-stream merge", recipe, "--out merged", *options.words("values", "files")]
     if names.tokenizer is not None:
         words.append(f'--tokenizer-from "{names.tokenizer.pinned}"')
     return " ".join(words)

@@ -3,10 +3,11 @@
 import json
 from typing import Any, NoReturn
 
-from ..errors import VerificationError, shown
+from ..errors import RecipeError, VerificationError, shown
+from ..planning.options import Options
 
 MAX_REPORT_BYTES = 256_000_000
-_MAX_SEED = 1 << 63
+_MAX_COUNT = 1 << 63
 
 
 def parse_report(data: bytes, *, where: str) -> dict[str, Any]:
@@ -47,10 +48,10 @@ def _check_options(report: dict[str, Any], where: str) -> None:
     options = report.get("options", {})
     if not isinstance(options, dict) or not isinstance(report.get("counted", {}), dict):
         _refuse(where, "has 'options' or 'counted' that are no mapping")
-    if options.get("rounding", "nearest") not in ("nearest", "stochastic"):
-        _refuse(where, f"has the unknown rounding {shown(options['rounding'])}")
-    if not _is_count(options.get("seed", 0), least=-_MAX_SEED):
-        _refuse(where, f"has a seed that is no whole number: {shown(options['seed'])}")
+    try:
+        Options.from_dict(options)
+    except RecipeError as exc:
+        _refuse(where, f"has an option that cannot be used: {exc}")
 
 
 def _is_file(row: object) -> bool:
@@ -73,8 +74,8 @@ def _is_tensor(row: object) -> bool:
     )
 
 
-def _is_count(value: object, *, least: int = 0) -> bool:
-    return type(value) is int and least <= value < _MAX_SEED
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < _MAX_COUNT
 
 
 def _refuse(where: str, problem: str) -> NoReturn:

@@ -103,21 +103,9 @@ def discard_unfinished(out: str | None, publication: Publication | None) -> list
 
 def _asked(plan: Plan) -> dict[str, Any] | None:
     """Return what somebody without the recipe needs to continue; None with folders in it."""
-    publication, options = plan.publication, plan.options
-    if publication is None or any(source.folder is not None for source in plan.checkpoints):
+    if plan.publication is None or any(source.folder is not None for source in plan.checkpoints):
         return None
-    return {
-        "recipe": plan.recipe.to_dict(),
-        "options": {
-            "rounding": options.rounding,
-            "seed": options.seed,
-            "max_shard_bytes": options.max_shard_bytes,
-            "tokenizer_from": options.tokenizer_from,
-        },
-        "push_to": publication.repo_id,
-        "public": publication.public,
-        "update": publication.update,
-    }
+    return plan.request.to_dict()
 
 
 def read_report(out: Path) -> dict[str, Any]:

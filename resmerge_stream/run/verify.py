@@ -178,12 +178,7 @@ def check_sample(
 
 
 def _plan_again(report: Mapping[str, Any], recipe: Recipe, token: str | None) -> Plan:
-    options = report.get("options", {})
-    return plan_merge(
-        recipe,
-        Options(rounding=options.get("rounding", "nearest"), seed=options.get("seed", 0)),
-        token=token,
-    )
+    return plan_merge(recipe, Options.from_dict(report.get("options", {})), token=token)
 
 
 def _merge_again(plan: Plan, merger: Merger, name: str) -> bytes:

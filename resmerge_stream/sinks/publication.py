@@ -24,6 +24,15 @@ class Publication:
     update: bool = False
     max_disk: int | None = None
 
+    def words(self) -> list[str]:
+        """Return the command line's words for it, without those at their defaults."""
+        words = ["--push-to", self.repo_id]
+        if self.public is not None:
+            words.append("--public" if self.public else "--private")
+        words += ["--update"] if self.update else []
+        words += ["--max-disk", str(self.max_disk)] if self.max_disk is not None else []
+        return words
+
     def __post_init__(self) -> None:
         if not REPO_ID.fullmatch(self.repo_id):
             raise RecipeError(

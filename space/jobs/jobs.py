@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from resmerge_stream.errors import RecipeError, error_from_dict
+from resmerge_stream.planning.request import Request
 
-from ..asked import Asked
 from ..remedies import said
 from ..settings import Settings
 from .process import events, let_end, send, start_worker
@@ -77,7 +77,7 @@ class Jobs:
                 job.message = "The Space was restarted. What was finished is kept."
                 self._save(job)
 
-    def submit(self, asked: Asked, *, owner: str, key: str, token: str | None) -> Job:
+    def submit(self, asked: Request, *, owner: str, key: str, token: str | None) -> Job:
         """Queue a merge and return its job.
 
         Raises:

@@ -28,7 +28,7 @@ class Job:
         owner: the account's name; empty for a job without an account.
         key: SHA-256 of the browser's secret that an anonymous job was started with; empty for one
             started by a program, which its id alone controls.
-        asked: as `Asked.to_dict`.
+        asked: as `Request.to_dict`.
         state: one of the states above.
         created, updated: seconds since 1970.
         message: one sentence about the state.

@@ -20,7 +20,7 @@ from resmerge_stream.errors import ResMergeError, StoppedError
 from resmerge_stream.planning.plan import plan_merge
 from resmerge_stream.run.events import Event, Finished
 
-from ..asked import asked_from_dict
+from ..asked import web_request
 from ..examples import on_this_machine, web_names
 from ..settings import read_settings
 
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def _events(request: dict[str, Any]) -> Iterator[Event]:
-    asked = asked_from_dict(request["asked"], read_settings())
+    asked = web_request(request["asked"], read_settings())
     # Without a token a visitor is nobody: never whoever runs this Space.
     token = request.get("token") or False
     out = Path(request["out"]) if request.get("out") else None

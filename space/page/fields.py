@@ -10,7 +10,7 @@ from resmerge_stream.specs import OUTPUT_DTYPES
 
 from ..examples import examples
 from ..view.jobs import method_html
-from .forms import AS_IT_IS, PRIVATE, PUBLIC, ROWS, SAME_AS_BASE, field_name
+from .forms import AS_IT_IS, PRIVATE, PUBLIC, ROWS, SAME_AS_BASE, field_name, output_options
 from .texts import step
 
 Parts = dict[str, Any]
@@ -75,7 +75,7 @@ def names() -> list[str]:
         for name, method in find_methods().items()
         for field in dataclasses.fields(method)
     ]
-    output = ["dtype", "rounding", "seed", "shard_size", "tokenizer_from"]
+    output = ["dtype", *output_options()]
     goal = ["as_files", "namespace", "name", "visibility", "update"]
     return ["base", "base_revision", *rows, "method", *controls, *output, *goal]
 
@@ -163,7 +163,7 @@ def _output(parts: Parts) -> None:
                 0, label="Seed", info="of random numbers", precision=0, minimum=0, min_width=140
             )
         with gr.Row():
-            parts["shard_size"] = gr.Textbox(
+            parts["max_shard_size"] = gr.Textbox(
                 label="File size, at most", placeholder="as the base's files, cut at 5GB",
                 info="such as 5GB or 800MB", max_length=40, min_width=200,
             )  # fmt: skip

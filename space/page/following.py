@@ -9,7 +9,7 @@ import gradio as gr
 from resmerge_stream.errors import ResMergeError
 from resmerge_stream.sinks.hub.unfinished import Unfinished, unfinished_merges
 
-from ..asked import asked_from_dict
+from ..asked import web_request
 from ..explore import Opened, open_report
 from ..identity import Visitor, secret_key
 from ..jobs.downloads import downloads
@@ -135,7 +135,7 @@ class Following:
                 found = self._on_hub(visitor)
                 if not name.isdigit() or int(name) >= len(found):
                     return {"go_on_note": notice("Choose a merge from the list.", "plain")}
-                asked = asked_from_dict(found[int(name)].asked, self._service.settings)
+                asked = web_request(found[int(name)].asked, self._service.settings)
                 job = self._service.submit(asked, visitor)
         except ResMergeError as exc:
             return {"go_on_note": notice(said(exc))}

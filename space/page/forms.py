@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from resmerge_stream.methods import find_methods
+from resmerge_stream.planning.options import Options
 from resmerge_stream.recipe import Recipe
 
 # Rows of experts in the form; a pasted recipe may have more.
@@ -18,14 +19,19 @@ def field_name(method: str, parameter: str) -> str:
     return f"{method}.{parameter}"
 
 
+def output_options() -> list[str]:
+    """Return the keys of the options that change the output; the form's fields are called so."""
+    return list(Options().to_dict())
+
+
 def document_of(form: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a form asks for, as `asked_from_dict` takes it.
+    """Return what a form asks for, as `web_request` takes it.
 
     Args:
         form: values by field: ``base``, ``base_revision``, ``expert0`` … with ``revision0`` …
             and ``weight0`` …, ``count``, ``method``, the method's parameters as
-            ``method.parameter``, ``dtype``, ``rounding``, ``seed``, ``shard_size``,
-            ``tokenizer_from``, ``namespace``, ``name``, ``visibility``, ``update``.
+            ``method.parameter``, ``dtype``, the output options by their keys,
+            ``namespace``, ``name``, ``visibility``, ``update``.
     """
     method = str(form.get("method") or "resmerge")
     kind = find_methods().get(method)
@@ -55,12 +61,7 @@ def document_of(form: Mapping[str, Any]) -> dict[str, Any]:
         recipe["dtype"] = form["dtype"]
     return {
         "recipe": recipe,
-        "options": {
-            "rounding": form.get("rounding") or "nearest",
-            "seed": int(form.get("seed") or 0),
-            "max_shard_size": str(form.get("shard_size") or "").strip() or None,
-            "tokenizer_from": str(form.get("tokenizer_from") or "").strip() or None,
-        },
+        "options": {key: form[key] for key in output_options() if form.get(key) not in (None, "")},
         "push_to": target_of(form),
         "public": {PRIVATE: False, PUBLIC: True}.get(str(form.get("visibility"))),
         "update": bool(form.get("update")),

@@ -9,7 +9,7 @@ import gradio as gr
 from resmerge_stream.errors import ResMergeError
 from resmerge_stream.methods import build_method, find_methods
 
-from ..asked import asked_from_dict, web_recipe
+from ..asked import needs_account, web_recipe, web_request
 from ..examples import examples, is_built_in
 from ..identity import Visitor, on_space, secret_key
 from ..remedies import said
@@ -137,7 +137,7 @@ class Handlers:
         remembered = dict(form.get("remembered") or {})
         remembered.setdefault("secret", secrets.token_urlsafe(32))
         try:
-            asked = asked_from_dict(document, self._service.settings)
+            asked = web_request(document, self._service.settings)
             job = self._service.submit(asked, visitor, key=secret_key(remembered["secret"]))
         except ResMergeError as exc:
             return {"merge_note": notice(said(exc))}
@@ -169,7 +169,7 @@ class Handlers:
         return bool(visitor.name) or not self._asked_needs_account(document)
 
     def _asked_needs_account(self, document: Form) -> bool:
-        return asked_from_dict(document, self._service.settings).needs_account
+        return needs_account(web_request(document, self._service.settings))
 
     def _merge_note(self, document: Form, visitor: Visitor) -> str:
         if self._may_merge(document, visitor):

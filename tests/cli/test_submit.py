@@ -9,7 +9,6 @@ import json
 import os
 import pty
 import select
-import shlex
 import signal
 import subprocess
 import sys
@@ -19,13 +18,9 @@ from collections.abc import Iterator
 import pytest
 from huggingface_hub import HfApi
 
-from resmerge_stream.cli.main import _parser
-from resmerge_stream.cli.options import options_of, publication_of, recipe_of
-from resmerge_stream.cli.submission import JobLog, submit_command
+from resmerge_stream.cli.submission import JobLog
 from resmerge_stream.errors import RecipeError
 from resmerge_stream.hub import jobs as hub_jobs
-from resmerge_stream.planning.plan import Options
-from resmerge_stream.recipe import ModelRef, Recipe
 from resmerge_stream.units import dollars, duration
 from tests.loopback_hub import Answer, Hook
 from tests.loopback_hub.job_runner import JobRecord
@@ -554,41 +549,6 @@ def test_how_a_job_ended_is_told_by_its_log(lines: list[str], stage: str, code: 
 
 
 # The line to copy
-
-
-def parsed(line: str) -> tuple[Recipe, Options, str]:
-    """Return what a command line means: recipe, options, target."""
-    words = shlex.split(line, comments=True)
-    assert words[0] == "resmerge-stream"
-    args = _parser().parse_args(words[1:])
-    publication = publication_of(args)
-    assert publication is not None
-    return recipe_of(args), options_of(args), publication.repo_id
-
-
-def test_the_line_to_copy_means_the_same_merge() -> None:
-    """Read by the command line again, it gives the recipe and the options that it was made of."""
-    experts = (ModelRef("org/math", "0123abc"), ModelRef("org/code"))
-    recipe = Recipe(ModelRef("org/base"), experts, "resmerge", {"rho": "0.2"}, "float32")
-    options = Options(seed=3, rounding="stochastic", max_shard_bytes=10**9)
-
-    line = submit_command(
-        recipe, "me/merged", "cpu-upgrade", options=options, public=True, price=0.5
-    )
-
-    assert parsed(line) == (recipe, options, "me/merged")
-    assert "--flavor cpu-upgrade" in line
-    assert line.endswith("# about $0.50")
-
-
-def test_what_options_cannot_say_is_left_to_a_file() -> None:
-    """A weight for each model has no option: the line names a recipe file instead."""
-    recipe = Recipe(ModelRef("org/base"), (ModelRef("org/math", weight=0.5),), "task_arithmetic")
-
-    assert submit_command(recipe, "me/merged") == (
-        "resmerge-stream submit recipe.yml --push-to me/merged"
-    )
-    assert submit_command("mine.yml", "me/merged").startswith("resmerge-stream submit mine.yml ")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from resmerge_stream.errors import PublishError, RecipeError, StoppedError
 from space import identity
-from space.asked import asked_from_dict, web_recipe
+from space.asked import needs_account, web_recipe, web_request
 from space.examples import built_in_folders, examples, is_built_in, web_names
 from space.identity import Visitor, Visitors
 from space.page.forms import document_of, form_of, without_row
@@ -33,7 +33,7 @@ def test_no_path_is_accepted(name, settings):
     with pytest.raises(RecipeError):
         web_recipe({"base_model": "org/base", "models": [{"model": name}]}, settings)
     with pytest.raises(RecipeError):
-        asked_from_dict(
+        web_request(
             {"recipe": {"base_model": "o/b", "models": ["o/e"]},
              "options": {"tokenizer_from": name or "/"}},
             settings,
@@ -66,7 +66,7 @@ def test_a_wrong_recipe_is_refused(document, settings):
 def test_wrong_options_are_refused(extra, settings):
     """Targets, visibility and options are checked like the recipe."""
     with pytest.raises(RecipeError):
-        asked_from_dict({"recipe": {"base_model": "o/b", "models": ["o/e"]}, **extra}, settings)
+        web_request({"recipe": {"base_model": "o/b", "models": ["o/e"]}, **extra}, settings)
 
 
 def test_what_was_asked_survives_its_record(settings):
@@ -77,9 +77,9 @@ def test_what_was_asked_survives_its_record(settings):
         "push_to": "me/m", "public": True, "update": True,
     }  # fmt: skip
 
-    asked = asked_from_dict(document, settings)
+    asked = web_request(document, settings)
 
-    assert asked_from_dict(asked.to_dict(), settings) == asked
+    assert web_request(asked.to_dict(), settings) == asked
     assert asked.options.max_shard_bytes == 2_000_000_000
     assert asked.publication is not None
     assert asked.publication.update
@@ -90,10 +90,10 @@ def test_only_the_built_in_group_needs_no_account(settings):
     first = examples()[0]
     free = {"recipe": {"base_model": first.base, "models": list(first.experts)[:3]}}
 
-    assert not asked_from_dict(free, settings).needs_account
-    assert asked_from_dict({**free, "push_to": "me/m"}, settings).needs_account
+    assert not needs_account(web_request(free, settings))
+    assert needs_account(web_request({**free, "push_to": "me/m"}, settings))
     mixed = {"recipe": {"base_model": first.base, "models": ["org/e"]}}
-    assert asked_from_dict(mixed, settings).needs_account
+    assert needs_account(web_request(mixed, settings))
 
 
 def test_the_web_never_sees_where_built_in_models_lie():

@@ -12,7 +12,7 @@ import pytest
 import space.jobs.jobs
 from resmerge_stream.errors import PublishError, RecipeError
 from resmerge_stream.sinks.hub.unfinished import Unfinished
-from space.asked import asked_from_dict
+from space.asked import web_request
 from space.examples import examples
 from space.identity import Visitor, Visitors
 from space.jobs.downloads import downloads
@@ -81,7 +81,7 @@ def on_hub(town, monkeypatch, tmp_path):
 
 def asked(jobs, document, **more):
     """Return what a document asks for."""
-    return asked_from_dict({**document, **more}, jobs.settings)
+    return web_request({**document, **more}, jobs.settings)
 
 
 def test_a_merge_runs_by_itself_and_leaves_files(jobs):
@@ -217,7 +217,7 @@ def test_cancel_stops_a_merge_that_hangs_and_it_goes_on_later(jobs, on_hub):
     go.set()
     found = {item.repo_id: item for item in _unfinished(on_hub)}
     assert found["alice/hung"].asked["push_to"] == "alice/hung"
-    assert asked_from_dict(found["alice/hung"].asked, jobs.settings).to_dict() == job.asked
+    assert web_request(found["alice/hung"].asked, jobs.settings).to_dict() == job.asked
     jobs.resume(job, on_hub.token)
     assert ended(job) == "done", job.log
     assert job.bytes_kept > 0
