@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 from resmerge_stream.errors import PublishError, Remedy, ResMergeError
 
+from .doorway import LOOPBACK
+
 _REMEMBERED_S, _REFUSED_S = 300.0, 60.0
 # What a header can carry; a token of anything else is refused before anything is asked.
 _TOKEN = re.compile(r"[!-~]{1,1000}")
-_LOOPBACK = ("", "127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,18 @@ def on_space() -> bool:
     return bool(os.environ.get("SPACE_ID"))
 
 
+def at_home() -> bool:
+    """Whether this runs where only the machine's own users can reach it."""
+    shared = os.environ.get("GRADIO_SHARE", "").lower() in ("1", "true")
+    here = os.environ.get("GRADIO_SERVER_NAME", "") in ("", *LOOPBACK)
+    return here and not shared and not on_space()
+
+
+def has_login() -> bool:
+    """Whether whoever reaches this machine's page is signed in as its owner."""
+    return at_home() and _own_token() is not None
+
+
 def secret_key(secret: str) -> str:
     """Return what a record keeps of the secret that an anonymous visitor's browser holds."""
     return hashlib.sha256(secret.encode()).hexdigest() if secret else ""
@@ -151,8 +164,7 @@ def _own_token() -> str | None:
     """Return the token of whoever runs this: a Space's secret, or the login of this machine."""
     if on_space():
         return os.environ.get("HF_TOKEN") or None
-    shared = os.environ.get("GRADIO_SHARE", "").lower() in ("1", "true")
-    if shared or os.environ.get("GRADIO_SERVER_NAME", "") not in _LOOPBACK:
+    if not at_home():
         return None  # others can reach this machine: its login is not theirs
     from huggingface_hub import get_token
 

@@ -1,7 +1,10 @@
 """Starts the server with everything closed that a Space does not need."""
 
 import gradio as gr
+from starlette.middleware import Middleware
 
+from .doorway import Doorway, address_with, new_key
+from .identity import at_home, has_login
 from .page.news import News
 from .page.ui import CSS, build_page
 from .service import Service
@@ -44,6 +47,8 @@ def launch(settings: Settings | None = None, *, block: bool = True, port: int | 
         block: whether to serve until interrupted.
         port: any free one from 7860 when None.
     """
+    key = new_key()
+    guard = [Middleware(Doorway, key=key, is_locked=has_login)] if at_home() else []
     service = Service.of(settings or read_settings())
     news = News(service)
     app = build_page(service, news)
@@ -52,7 +57,7 @@ def launch(settings: Settings | None = None, *, block: bool = True, port: int | 
             theme=theme(),
             css_paths=[CSS],
             server_port=port,
-            app_kwargs={"routes": [news.route()]},
+            app_kwargs={"routes": [news.route()], "middleware": guard},
             mcp_server=True,
             run_history=False,  # it would keep what is typed here in the browser
             allowed_paths=[],
@@ -61,9 +66,13 @@ def launch(settings: Settings | None = None, *, block: bool = True, port: int | 
             ssr_mode=False,
             show_error=False,
             quiet=True,
-            prevent_thread_lock=not block,
+            prevent_thread_lock=True,
         )
+        address = address_with(address, key) if has_login() else str(address)
+        if block:
+            print(f"ResMerge Stream is at {address}", flush=True)
+            app.block_thread()
     finally:
         if block:
             service.jobs.close()
-    return str(address)
+    return address

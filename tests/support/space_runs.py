@@ -54,8 +54,8 @@ class Space:
         """What it printed, over all its lives."""
         return self.folder / "app.log"
 
-    def start(self) -> None:
-        """Start it, and wait until it answers."""
+    def start(self, *, locked: bool = False) -> None:
+        """Start it, and wait until it answers; where it is locked, until it prints its address."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.port = self.port or free_port()
         log = self.log.open("ab")
@@ -64,7 +64,13 @@ class Space:
             env=self._env(), cwd=self.folder, stdout=log, stderr=log,
         )  # fmt: skip
         log.close()
-        wait_for(self._answers, "the app to answer", patience_s=120.0)
+        there = self._prints if locked else self._answers
+        wait_for(there, "the app to answer", patience_s=120.0)
+
+    def _prints(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, self.log.read_text()
+        return "?key=" in self.log.read_text()
 
     def _answers(self) -> bool:
         assert self.process is not None
