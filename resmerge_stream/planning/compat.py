@@ -3,17 +3,20 @@
 Every check returns problems (the merge is refused) or warnings (it goes on, and says so).
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import Findings, Remedy, listed, shown
-from ..roles import Role, role_of
+from ..errors import Findings, Notice, Remedy, listed, shown
+from ..roles import Role, layer_of, role_of
 from ..sources.checkpoint import Checkpoint, StoredTensor
+from ..sources.quantised import dequantised, inspect
 from ..specs import DTYPES
 
 # Kinds of warnings that the report says in numbers of its own.
 KEPT_AS_IN_BASE, LEFT_OUT = "kept-as-in-base", "left-out"
+DEQUANTISED, MATCHED, MISSING, BARELY = "dequantised", "matched", "missing", "barely-touched"
 # Config keys that change what the weights mean; any other difference is a warning.
 STRUCTURE = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
@@ -34,36 +37,44 @@ _STRUCTURE_KEYS = {key: part for part, keys in STRUCTURE.items() for key in keys
 # Bookkeeping that says nothing about the model.
 _IGNORED = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache",
             "architectures", "auto_map", "name_or_path", "vocab_size"}  # fmt: skip
-_SCALE_SUFFIXES = ("_scale", "_scale_inv", ".scales", ".qweight", ".qzeros", ".absmax", ".SCB",
-                   ".quant_map", ".g_idx", ".weight_packed", ".weight_shape")  # fmt: skip
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 
 
-def check_quantised(checkpoint: Checkpoint, found: Findings) -> None:
-    """Refuse weights that are codes of a quantisation rather than numbers."""
+def readable(checkpoint: Checkpoint, found: Findings) -> Checkpoint:
+    """Return a checkpoint with numbers where it stores codes of a quantisation.
+
+    What is quantised is told by stored dtypes, by companions of the right shape, and by the config;
+    names or a config alone decide nothing.
+    """
+    codes = inspect(checkpoint)
+    for problem in codes.problems:
+        found.problem(f"{checkpoint.id} {problem}.")
+    if codes.problems:
+        return checkpoint
+    if codes.sources:
+        found.warning(
+            f"{checkpoint.id} is quantised ({codes.in_words}): its values are read as float32, and "
+            "the merge is stored unquantised",
+            kind=DEQUANTISED,
+        )
+        return dequantised(checkpoint, codes)
     if checkpoint.config.get("quantization_config"):
-        method = checkpoint.config["quantization_config"]
-        name = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
-        found.problem(
-            f"{checkpoint.id} is quantised ({str(name)[:40]}): its tensors are codes, not weights. "
-            "Give the original checkpoint in bfloat16, float16 or float32."
+        found.warning(
+            f"the config of {checkpoint.id} speaks of a quantisation, but its weights are plain "
+            "numbers; the config is not believed"
         )
-        return
-    codes = [
-        name
-        for name, tensor in checkpoint.tensors.items()
-        if tensor.spec.dtype.startswith("F8") or name.endswith(_SCALE_SUFFIXES)
-    ]
-    if codes:
-        found.problem(
-            f"{checkpoint.id} holds quantised tensors ({listed(codes, limit=2)}). "
-            "Give the original checkpoint in bfloat16, float16 or float32."
-        )
+        return dequantised(checkpoint, codes)
+    return checkpoint
 
 
 def check_configs(base: Checkpoint, expert: Checkpoint, found: Findings) -> None:
     """Compare two configs: structure must agree, other differences are named."""
-    for key, (left, right) in sorted(_differences(base.config, expert.config).items()):
+    ours: Mapping[str, Any] = base.config
+    theirs: Mapping[str, Any] = expert.config
+    if isinstance(ours.get("text_config"), dict) != isinstance(theirs.get("text_config"), dict):
+        # A text model alone, and the same one inside a multimodal model.
+        ours, theirs = text_part(ours), text_part(theirs)
+    for key, (left, right) in sorted(_differences(ours, theirs).items()):
         leaf = key.rsplit(".", 1)[-1]
         part = _STRUCTURE_KEYS.get(leaf)
         shown_key = key if len(key) <= 120 else f"{key[:117]}..."
@@ -75,6 +86,12 @@ def check_configs(base: Checkpoint, expert: Checkpoint, found: Findings) -> None
                 f"{text} ({part}). These are not weights of one base; give experts that were "
                 "trained from it."
             )
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a config that describes the text model; all of it where it is alone."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
 
 
 def check_small_files(base: Checkpoint, tokenizer: Checkpoint, found: Findings) -> None:
@@ -117,46 +134,38 @@ class TensorSets:
     """Which tensors of the base go which way.
 
     Attributes:
-        merged: names that the base and all experts have, floating point.
+        merged: floating-point tensors of the base → which of the experts have them, from 0.
         carried: names that no expert has, or that hold no floats: the base's bytes are kept.
         left_out: names that are not written, with the reason.
     """
 
-    merged: tuple[str, ...]
+    merged: Mapping[str, tuple[int, ...]]
     carried: Mapping[str, str]
     left_out: Mapping[str, str]
 
 
 def match_tensors(base: Checkpoint, experts: Sequence[Checkpoint], found: Findings) -> TensorSets:
     """Decide for every tensor: merged, carried or left out; what fits nothing is refused."""
-    merged: list[str] = []
+    merged: dict[str, tuple[int, ...]] = {}
     carried: dict[str, str] = {}
     left_out = _tied_heads(base, experts, found)
-    partial: dict[str, list[str]] = {}
     shapes: dict[str, list[str]] = {}
     for name, stored in base.tensors.items():
         if name in left_out:
             continue
-        having = [expert for expert in experts if name in expert.tensors]
+        having = tuple(i for i, expert in enumerate(experts) if name in expert.tensors)
         if not having:
             carried[name] = "no expert has it"
-        elif len(having) < len(experts):
-            lacking = [expert.id for expert in experts if name not in expert.tensors]
-            partial.setdefault(listed(lacking), []).append(name)
         elif not DTYPES[stored.spec.dtype].is_merged:
             carried[name] = f"it holds {stored.spec.dtype}, not floating point"
         else:
-            merged.append(name)
-            _check_shapes(stored, having, shapes)
+            merged[name] = having
+            _check_shapes(stored, [experts[i] for i in having], shapes)
     for expert in experts:
         for name in expert.tensors:
             if name not in base.tensors and name not in left_out:
                 left_out[name] = f"the base lacks it (seen in {expert.id})"
-    for experts_without, names in partial.items():
-        found.problem(
-            f"{len(names)} tensor(s) are in the base and some experts but not in "
-            f"{experts_without}: {listed(names)}. Give complete checkpoints of one architecture."
-        )
+    _report_missing(base, experts, {**merged, **dict.fromkeys(carried, ())}, found)
     for problem, names in shapes.items():
         found.problem(f"{listed(names)} {problem}")
     for reason, names in _grouped(carried).items():
@@ -166,7 +175,83 @@ def match_tensors(base: Checkpoint, experts: Sequence[Checkpoint], found: Findin
         )
     for reason, names in _grouped(left_out).items():
         found.warning(f"{len(names)} tensor(s) left out, {reason}: {listed(names)}", kind=LEFT_OUT)
-    return TensorSets(tuple(merged), carried, left_out)
+    _check_touched(base, merged, carried, found)
+    return TensorSets(merged, carried, left_out)
+
+
+def _report_missing(
+    base: Checkpoint,
+    experts: Sequence[Checkpoint],
+    having: Mapping[str, tuple[int, ...]],
+    found: Findings,
+) -> None:
+    """Refuse experts that lack what their config says they have; list what they lack on purpose."""
+    for number, expert in enumerate(experts):
+        lacking = [name for name, who in having.items() if number not in who]
+        required = [
+            name
+            for name in lacking
+            if role_of(name, base.tensors[name].spec.shape) is not Role.BUFFER
+            and _must_have(name, expert.config)
+        ]
+        if required:
+            found.problem(
+                f"{len(required)} tensor(s) of the base are not in {expert.id}, whose config says "
+                f"that it has them: {listed(required)}. Give a complete checkpoint of the base's "
+                "architecture."
+            )
+        elsewhere = [name for name in lacking if having[name] and name not in required]
+        if elsewhere:
+            found.warning(
+                f"{len(elsewhere)} tensor(s) are merged without {expert.id}, which lacks them: "
+                f"{listed(elsewhere)}",
+                kind=MISSING,
+            )
+
+
+_OTHER_TOWER = re.compile(
+    r"(^|\.)(vision|visual|image|audio|speech|vit|multi_modal|mm_)", re.IGNORECASE
+)
+_EXTRA_LAYERS = re.compile(r"(^|[._])(mtp|nextn|eagle)", re.IGNORECASE)
+
+
+def _must_have(name: str, config: Mapping[str, Any]) -> bool:
+    """Return whether a model of such a config has a tensor: its layers, norms and embeddings."""
+    if _EXTRA_LAYERS.search(name):
+        return False
+    if _OTHER_TOWER.search(name):
+        return any(_OTHER_TOWER.search(key) and isinstance(config[key], dict) for key in config)
+    if name.endswith("lm_head.weight"):
+        return text_part(config).get("tie_word_embeddings") is False
+    layer = layer_of(name)
+    count = text_part(config).get("num_hidden_layers")
+    return layer is None or type(count) is not int or layer < count
+
+
+def _check_touched(
+    base: Checkpoint,
+    merged: Mapping[str, tuple[int, ...]],
+    carried: Mapping[str, str],
+    found: Findings,
+) -> None:
+    """Say first where most of the base stays as it is: a merge in name only."""
+    touched = sum(base.tensors[name].spec.nbytes for name in merged)
+    kept = sum(base.tensors[name].spec.nbytes for name in carried)
+    if not merged:
+        found.problem(
+            "no tensor of the base is in any expert: there is nothing to merge. Give experts that "
+            "were trained from this base."
+        )
+    elif touched < kept:
+        share = touched / (touched + kept)
+        found.warnings.insert(
+            0,
+            Notice(
+                f"only {share:.0%} of the base's bytes are touched by any expert; the rest stays "
+                "as it is",
+                kind=BARELY,
+            ),
+        )
 
 
 def _tied_heads(base: Checkpoint, experts: Sequence[Checkpoint], found: Findings) -> dict[str, str]:

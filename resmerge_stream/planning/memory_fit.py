@@ -113,14 +113,16 @@ def _matrices(plan: Plan) -> list[PlannedTensor]:
 
 
 def _read_ahead_bytes(plan: Plan, room: int, *, elsewhere: bool) -> int:
-    """Return bytes for what is on its way from the Hub: the largest piece, and a window ahead."""
+    """Return bytes of private memory for what is read ahead: the largest piece, and a window.
+
+    Pages of mapped files are not private; what comes from the Hub is, and what is made when it is
+    read (dequantised, put together).
+    """
     remote = [
         source
         for source in plan.checkpoints
         if source.is_remote or (elsewhere and source.folder is None)
     ]
-    if not remote:
-        return 0
     largest = 0
     for name, tensor in plan.tensors.items():
         rows, _ = tensor.spec.matrix_shape
@@ -128,7 +130,13 @@ def _read_ahead_bytes(plan: Plan, room: int, *, elsewhere: bool) -> int:
             rows = min(rows, rows * PIECE_BYTES // max(tensor.spec.nbytes, 1) + 1)
         elif len(tensor.spec.shape) == 3:
             rows = 1
-        sources = [source for source in plan.sources_of(tensor) if source in remote]
-        largest = max(largest, sum(source.read_cost(name, 0, rows) for source in sources))
+        fetched = sum(
+            source.read_cost(name, 0, rows)
+            for source in plan.sources_of(tensor)
+            if source in remote
+        )
+        largest = max(largest, fetched + plan.made_bytes_of(tensor))
+    if not largest:
+        return 0
     window = min(HUB_WINDOW_BYTES, max(LEAST_HUB_WINDOW_BYTES, (room - largest) // 3))
     return largest + window

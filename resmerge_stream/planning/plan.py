@@ -5,22 +5,26 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..device import Machine
-from ..errors import Findings, Remedy, ResMergeError, StoppedError, shown
+from ..errors import Findings, Remedy, ResMergeError, StoppedError, listed, shown
 from ..methods import build_method
 from ..recipe import ModelRef, Recipe
 from ..roles import Role
 from ..sinks.layout import DEFAULT_SHARD_BYTES, Shard, plan_shards
 from ..sinks.publication import Publication
 from ..sources import Checkpoint, open_checkpoint
+from ..sources.assembly import Rounded, Stored
+from ..sources.view import View
 from ..specs import OUTPUT_DTYPES, TensorSpec
 from .compat import (
+    MATCHED,
     TensorSets,
     check_configs,
-    check_quantised,
     check_small_files,
     check_tokenizers,
     match_tensors,
+    readable,
 )
+from .matching import Matched, match
 from .memory_fit import fit_memory
 from .options import Options
 from .planned import Plan, PlannedTensor, matrix_of
@@ -77,17 +81,17 @@ def plan_merge(
     _open_all(plan, found, commits, like)
     if plan.refused:
         return plan
+    _see_in_one_layout(plan, found)
     layout, others = plan.layout, plan.experts[plan.base is None :]
-    for source in plan.checkpoints:
-        check_quantised(source, found)
     for expert in others:
         check_configs(layout, expert, found)
         check_tokenizers(layout, expert, found)
     sets = match_tensors(layout, others, found)
     plan.left_out = sets.left_out
+    _round_carried(plan, sets)
     plan.tensors = _tensors(plan, sets)
     plan.shards = _shards(plan)
-    plan.config = output_config(layout, recipe.dtype)
+    plan.config = output_config(layout, recipe.dtype or _unquantised_dtype(layout))
     check_small_files(layout, plan.tokenizer or layout, found)
     _check_code(plan, found)
     _estimate(plan)
@@ -162,22 +166,82 @@ def _opened_by(plan: Plan) -> dict[tuple[str, str | None], Checkpoint]:
     return {(ref.id, ref.revision): source for ref, source in zip(refs, sources, strict=True)}
 
 
+def _see_in_one_layout(plan: Plan, found: Findings) -> None:
+    """Have every checkpoint read as numbers, and every expert in the layout of the output."""
+    sources = [readable(source, found) for source in plan.checkpoints]
+    layout = sources[0]
+    matched = [Matched(layout), *(match(layout, source) for source in sources[1:])]
+    for source, one in zip(sources[1:], matched[1:], strict=True):
+        if one.renamed:
+            found.warning(
+                f"{len(one.renamed)} tensor(s) of {source.id} have other names or another layout "
+                f"than the base's, and were matched: {listed(one.in_words, limit=2)}",
+                kind=MATCHED,
+            )
+        if one.pairs:
+            shown_pairs = [f"{ours} ↔ {theirs}" for ours, theirs in one.pairs]
+            found.problem(
+                f"{len(one.pairs)} tensor(s) of {source.id} look like tensors of the base under "
+                f"other names: {listed(shown_pairs, limit=3)}. Nothing says that they are the "
+                "same; rename them in that checkpoint."
+            )
+    plan.matched = tuple(one.renamed for one in matched[plan.base is not None :])
+    checkpoints = [one.checkpoint for one in matched]
+    if plan.base is not None:
+        plan.base = checkpoints.pop(0)
+    plan.experts = tuple(checkpoints)
+
+
+def _unquantised_dtype(layout: Checkpoint) -> str | None:
+    """Return the output dtype of a layout that was quantised; None for what the layout stores."""
+    made = isinstance(layout, View) and any(
+        not isinstance(source, Stored) for source in layout.sources.values()
+    )
+    return "bfloat16" if made else None
+
+
+def _round_carried(plan: Plan, sets: TensorSets) -> None:
+    """Have dequantised tensors that no expert has written in the output's dtype."""
+    base = plan.base
+    if not isinstance(base, View):
+        return
+    dtype = OUTPUT_DTYPES[plan.recipe.dtype or "bfloat16"]
+    plan.base = View(
+        base.of,
+        {
+            name: Rounded(source, dtype)
+            if name in sets.carried and not isinstance(source, Stored) and source.dtype != dtype
+            else source
+            for name, source in base.sources.items()
+        },
+        config=base.config,
+    )
+
+
 def _tensors(plan: Plan, sets: TensorSets) -> dict[str, PlannedTensor]:
     layout, method = plan.opened
     own = plan.weights[0] if plan.base is None else None
-    experts = tuple(range(plan.base is None, len(plan.experts)))
-    weights = tuple(plan.weights[i] for i in experts)
-    dtype = OUTPUT_DTYPES[plan.recipe.dtype] if plan.recipe.dtype else None
-    merged = set(sets.merged)
+    first = int(plan.base is None)
+    named = plan.recipe.dtype
     planned = {}
     for name, stored in layout.tensors.items():
-        if name in merged:
+        if name in sets.merged:
+            experts = tuple(number + first for number in sets.merged[name])
+            weights = tuple(plan.weights[number] for number in experts)
             rule = method.rule_for(stored.spec, len(experts))
-            spec = TensorSpec(name, dtype or stored.spec.dtype, stored.spec.shape)
+            dtype = OUTPUT_DTYPES[named] if named else _stored_dtype(layout, name)
+            spec = TensorSpec(name, dtype, stored.spec.shape)
             planned[name] = PlannedTensor(spec, rule, method, experts, weights, own)
         elif name in sets.carried:
             planned[name] = PlannedTensor(stored.spec, None, method)
     return planned
+
+
+def _stored_dtype(layout: Checkpoint, name: str) -> str:
+    """Return a tensor's dtype as stored; bfloat16 where it was dequantised."""
+    if isinstance(layout, View) and not isinstance(layout.sources[name], Stored):
+        return OUTPUT_DTYPES["bfloat16"]
+    return layout.tensors[name].spec.dtype
 
 
 def _shards(plan: Plan) -> tuple[Shard, ...]:

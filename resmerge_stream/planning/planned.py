@@ -18,6 +18,7 @@ from ..roles import layer_of
 from ..sinks.layout import Shard, index_json
 from ..sinks.publication import Publication
 from ..sources import Checkpoint
+from ..sources.view import made_bytes
 from ..specs import DTYPES, TensorSpec
 from ..version import __version__
 from .options import Options
@@ -65,6 +66,8 @@ class Plan:
     tensors: Mapping[str, PlannedTensor] = field(default_factory=dict)
     shards: tuple[Shard, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
+    # Of each expert: the base's tensors → what stands for them under other names, where it differs.
+    matched: tuple[Mapping[str, tuple[str, ...]], ...] = ()
     problems: list[Notice] = field(default_factory=list)
     warnings: list[Notice] = field(default_factory=list)
     machine: Machine | None = None  # where it will run; None: here
@@ -187,13 +190,23 @@ class Plan:
         count = len(tensor.experts)
         if tensor.rule is None:
             return 0
-        block = block_bytes(count, m, n)
+        block = block_bytes(count, m, n) + self.made_bytes_of(tensor)
         output = m * n * DTYPES[tensor.spec.dtype].nbytes
         if not tensor.rule.needs_matrix:
             held = PIECE_BYTES if tensor.rule.in_pieces else HELD_BYTES
             return block + (min(output, held) if self.is_held(tensor) else 0)
         scratch = tensor.method.scratch_bytes(m, n, count)
         return block + output + matrix_bytes(m, n, count, scratch, resident=tensor.resident)
+
+    def made_bytes_of(self, tensor: PlannedTensor) -> int:
+        """Return bytes of one piece that are made when it is read: dequantised, or put together."""
+        rows, _ = tensor.spec.matrix_shape
+        if tensor.rule is None or not tensor.rule.needs_matrix:
+            rows = min(rows, rows * PIECE_BYTES // max(tensor.spec.nbytes, 1) + 1)
+        elif len(tensor.spec.shape) == 3:
+            rows = 1
+        name = tensor.spec.name
+        return sum(made_bytes(source, name, 0, rows) for source in self.sources_of(tensor))
 
     def is_held(self, tensor: PlannedTensor) -> bool:
         """Return whether a piece of a tensor is merged in one go, its output held until it is due.

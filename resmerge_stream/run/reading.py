@@ -8,6 +8,7 @@ from ..planning.plan import Plan, PlannedTensor
 from ..sources import Checkpoint
 from ..sources.ahead import Followed, reading_ahead
 from ..sources.fetch import THREADS
+from ..sources.view import made_bytes
 from .pieces import Piece, row_ranges
 
 # Bytes of sources that may be read ahead; from a folder these are mapped pages, not private memory.
@@ -34,7 +35,12 @@ def reads(plan: Plan, tensors: list[PlannedTensor]) -> Iterator[tuple[int, Calla
                 close = _closer(name, sources, start, stop)
                 return Piece(tensor, start, stop, is_last, buffers, release, close)
 
-            yield sum(source.read_cost(name, start, stop) for source in sources), read
+            # A view's rows take their own size once they are made, often more than what is read.
+            held = (
+                max(source.read_cost(name, start, stop), made_bytes(source, name, start, stop))
+                for source in sources
+            )
+            yield sum(held), read
 
 
 def _releaser(

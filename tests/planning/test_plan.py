@@ -321,35 +321,6 @@ def test_an_untied_head_is_merged(tmp_path):
     assert plan.warnings == []
 
 
-@pytest.mark.parametrize("which", ["base", "expert"])
-def test_a_quantised_config_is_refused(which, group):
-    """A quantisation config means that tensors are codes, not weights."""
-    folder = group.base if which == "base" else group.experts[0]
-    edit_config(folder, quantization_config={"quant_method": "gptq"})
-
-    plan = plan_group(group)
-
-    assert any("gptq" in text and str(folder) in text for text in plan.problems)
-
-
-@pytest.mark.parametrize(
-    "extra",
-    [
-        {Q.replace("weight", "weight_scale"): torch.ones(1)},
-        {Q.replace("weight", "qweight"): torch.ones(2, 2, dtype=torch.int32)},
-        {"model.x.weight": torch.ones(2, 2).to(torch.float8_e4m3fn)},
-    ],
-    ids=["scale", "codes", "8-bit floats"],
-)
-def test_quantised_tensors_are_refused_without_a_config(extra, group):
-    """Scales, packed codes and 8-bit floats give a quantised checkpoint away."""
-    edit_tensors(group.experts[0], lambda tensors: tensors.update(extra))
-
-    plan = plan_group(group)
-
-    assert any("quantised" in text and str(group.experts[0]) in text for text in plan.problems)
-
-
 def test_an_adapter_is_refused(group):
     """A LoRA adapter is told from a model, with how to make one of it."""
     write_json(group.experts[0] / "adapter_config.json", {"peft_type": "LORA"})

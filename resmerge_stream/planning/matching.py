@@ -1,0 +1,133 @@
+"""Which tensors of an expert stand for which of the base: by name, by what the ecosystem renames
+and fuses, or not at all. One place decides; who reads an expert afterwards sees the base's layout.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..roles import module_of
+from ..sources.assembly import Joined, Source, Turned
+from ..sources.checkpoint import Checkpoint
+from ..sources.view import View, source_of
+
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """An expert in the base's layout.
+
+    Attributes:
+        checkpoint: with the base's names, as far as they were found; the expert itself where
+            every name is the same.
+        renamed: base's tensor → the expert's tensors that stand for it, where these differ.
+        pairs: base's and expert's tensors that nothing pairs, though they look alike.
+    """
+
+    checkpoint: Checkpoint
+    renamed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    pairs: Sequence[tuple[str, str]] = ()
+
+    @property
+    def in_words(self) -> list[str]:
+        """What stands for what, base's name first; tensors that differ by numbers only once."""
+        patterns = {
+            f"{_NUMBER.sub('.*', ours)} ← {_NUMBER.sub('.*', theirs[0])}"
+            + (f" and {len(theirs) - 1} more" if len(theirs) > 1 else "")
+            for ours, theirs in self.renamed.items()
+        }
+        return sorted(patterns)
+
+
+def match(base: Checkpoint, expert: Checkpoint) -> Matched:
+    """Return an expert in the base's layout.
+
+    Headers and configs alone are looked at. Where all names agree this is a comparison of two
+    sets; where they do not, transformers' tables are imported, which takes seconds.
+    """
+    missing = [name for name in base.tensors if name not in expert.tensors]
+    extra = [name for name in expert.tensors if name not in base.tensors]
+    if not missing or not extra:
+        return Matched(expert)
+    found = _found(base, expert, set(missing))
+    if not found:
+        return Matched(expert, pairs=_pairs(base, expert, missing, extra))
+    sources: dict[str, Source] = {}
+    for name in base.tensors:
+        if name in expert.tensors:
+            sources[name] = source_of(expert, name)
+        elif name in found:
+            sources[name] = found[name]
+    view = View(expert, sources)
+    renamed = {name: view.stored_names(name) for name in found}
+    used = {stored for names in renamed.values() for stored in names}
+    rest = {name: source_of(expert, name) for name in extra if name not in used}
+    view = View(expert, {**sources, **rest})
+    left = [name for name in missing if name not in found]
+    return Matched(view, renamed, _pairs(base, view, left, list(rest)))
+
+
+def _found(base: Checkpoint, expert: Checkpoint, missing: set[str]) -> dict[str, Source]:
+    """Return what stands in the expert for tensors of the base that it has under no such name."""
+    from ..sources.runtime import runtime_tensors, taken_apart, transforms_of
+
+    found: dict[str, Source] = {}
+    # Plain renaming first: it needs no table, and no torch.
+    for known in (False, True):
+        transforms = transforms_of(base.config, expert.config) if known else []
+        theirs = runtime_tensors(expert, transforms)
+        parts: dict[str, dict[int, tuple[int, Source]]] = {}
+        for name, tree in runtime_tensors(base, transforms).items():
+            whole = _like(theirs.get(name), tree)
+            if whole is None:
+                continue
+            for leaf, source, (start, size) in taken_apart(tree, whole):
+                stored = _name_of(leaf)
+                if stored not in missing or stored in found:
+                    continue
+                if size:
+                    parts.setdefault(stored, {})[start] = (size, source)
+                else:
+                    found[stored] = source
+        for stored, pieces in parts.items():
+            rows = base.tensors[stored].spec.shape[0]
+            if sum(size for size, _ in pieces.values()) == rows:
+                found[stored] = Joined([pieces[start][1] for start in sorted(pieces)], 0)
+        if missing <= set(found):
+            break
+    return found
+
+
+def _like(source: Source | None, tree: Source) -> Source | None:
+    """Return a tensor in another one's shape: as it is, or with a stack's matrices turned."""
+    if source is None or len(source.shape) != len(tree.shape):
+        return None
+    if source.shape != tree.shape and len(tree.shape) == 3:
+        experts, m, n = source.shape
+        if (experts, n, m) == tree.shape:
+            return Turned(source, (0, 2, 1))
+    # Tables with other numbers of rows are the vocabulary's business.
+    return source if source.shape[1:] == tree.shape[1:] else None
+
+
+def _name_of(leaf: Source) -> str:
+    name = getattr(leaf, "name", None)
+    return name if isinstance(name, str) else ""
+
+
+def _pairs(
+    base: Checkpoint, expert: Checkpoint, missing: Sequence[str], extra: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Return tensors without a counterpart on both sides that have one module and one shape."""
+    waiting: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for name in extra:
+        key = (module_of(name), expert.tensors[name].spec.shape)
+        waiting.setdefault(key, []).append(name)
+    pairs = []
+    for name in missing:
+        spec = base.tensors[name].spec
+        others = waiting.get((module_of(name), spec.shape))
+        if others and spec.shape:
+            pairs.append((name, others.pop(0)))
+    return pairs
