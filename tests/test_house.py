@@ -20,7 +20,7 @@ HOUSE = [*FILES, *SPACE, ROOT / "app.py"]
 ROOMS = {
     "resmerge_stream": (
         "", "maths", "methods", "hub", "sources", "sinks", "planning", "report", "run", "studies",
-        "experts", "cli",
+        "experts", "evaluation", "cli",
     ),
     "space": ("", "jobs", "view", "service", "endpoints", "page", "launch"),
 }  # fmt: skip
@@ -32,7 +32,7 @@ LIGHT = ("errors", "specs", "units", "roles", "recipe", "recipe_file", "memory",
          "methods/__init__", "methods/base", "planning/*", "sinks/layout", "sinks/publication",
          "sinks/journal", "run/events", "report/build", "report/rows", "report/unusual",
          "report/values", "report/words")  # fmt: skip
-HUB = re.compile(r"hub/\w+|sources/hub|sinks/hub/\w+|report/card")
+HUB = re.compile(r"hub/\w+|sources/hub|sinks/hub/\w+|report/card|evaluation/card")
 HEAVY = {"torch", "numpy", "safetensors", "transformers", "gradio", "huggingface_hub", "accelerate"}
 
 

@@ -17,12 +17,12 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from resmerge_stream.experts.accuracy import paired_difference
 from resmerge_stream.experts.tasks import TASKS
 from resmerge_stream.planning.plan import plan_merge
 from resmerge_stream.studies.advice import read_regime
 
 from .asking import Answers, Asker
-from .differences import paired_difference
 from .merges import merge_by, recipe_of, trimmed
 
 METHODS = (

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.quality.differences import paired_difference
-from resmerge_stream.experts.accuracy import Accuracy, mean_accuracy, wilson
+from resmerge_stream.experts.accuracy import Accuracy, mean_accuracy, paired_difference, wilson
 from resmerge_stream.experts.tasks import TASKS
 
 

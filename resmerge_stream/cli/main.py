@@ -17,6 +17,7 @@ from ..run.group import launched
 from ..run.opening import discard_unfinished
 from ..version import __version__
 from . import console
+from .evaluate import add_evaluate, evaluate
 from .lasting_imports import lasting_imports
 from .options import add_json, add_publication, add_recipe, publication_of, request_of
 from .studies import (
@@ -41,6 +42,7 @@ _EXAMPLES = {
     "verify": "resmerge-stream verify merged",
     "compare": "resmerge-stream compare recipe.yml --methods resmerge,ties,tsv_m --out compared",
     "analyse": "resmerge-stream analyse recipe.yml --out analysis",
+    "evaluate": "resmerge-stream evaluate models/base models/math merged --tasks questions.jsonl",
     "submit": "resmerge-stream submit recipe.yml --push-to me/merged",
     "methods": "resmerge-stream methods",
     "demo": "resmerge-stream demo --out demo-merge",
@@ -127,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     add_json(verify)
     add_compare(_command(commands, "compare", compare, "merge by several methods in one pass"))
     add_analyse(_command(commands, "analyse", _analyse, "measure the experts' spectra; no merging"))
+    add_evaluate(_command(commands, "evaluate", evaluate, "ask models the same questions"))
     add_submit(
         _command(commands, "submit", submit, "merge as a Job on the Hub; asks before it spends")
     )

@@ -4,8 +4,7 @@ import random
 
 import pytest
 
-from benchmarks.quality.differences import paired_difference
-from resmerge_stream.experts.accuracy import Accuracy, mean_accuracy, wilson
+from resmerge_stream.experts.accuracy import Accuracy, mean_accuracy, paired_difference, wilson
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,68 @@
+"""The command ``evaluate``: models asked the same questions."""
+
+import argparse
+import json
+from pathlib import Path
+
+from . import console
+from .lasting_imports import lasting_imports
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``evaluate``."""
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help="folder or namespace/name[@revision]; base first"
+    )
+    parser.add_argument(
+        "--tasks",
+        required=True,
+        metavar="A,B,C",
+        help="built-in tasks (add, sort, reverse, close), files FILE.jsonl or FILE.yaml, or tasks "
+        "of lm-evaluation-harness",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", default="evaluation", help="results, and answers so far"
+    )
+    parser.add_argument(
+        "--limit", metavar="N", type=int, default=500, help="questions a task (500)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument(
+        "--card", metavar="MERGE", help="one of the models: put the results into its card"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Run ``evaluate`` and return its exit code.
+
+    Raises:
+        ResMergeError: it was refused, or stopped.
+    """
+    from ..errors import RecipeError
+
+    if args.limit < 1:
+        raise RecipeError(f"a task needs at least one question, not {args.limit}.")
+    if args.card and args.card not in args.models:
+        raise RecipeError(f"{args.card} is none of the models that are asked.")
+    with lasting_imports():
+        from ..evaluation.card import into_card
+        from ..evaluation.run import evaluate_models
+
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    document = evaluate_models(
+        args.models,
+        names,
+        out=args.out,
+        limit=args.limit,
+        device=args.device,
+        say=console.say,
+    )
+    if args.card:
+        into_card(args.card, args.card, document)
+    if args.json:
+        print(json.dumps({"event": "evaluated", **document}))
+        return 0
+    table = Path(args.out).expanduser() / "evaluation.md"
+    print(table.read_text(encoding="utf-8"), end="")
+    return 0

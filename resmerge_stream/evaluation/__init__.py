@@ -1,0 +1,1 @@
+"""EVALUATE: models asked the same questions, and how they differ, in pairs."""
