@@ -246,7 +246,7 @@ def test_ctrl_c_leaves_the_job_running(bench: Bench) -> None:
     ("arguments", "words"),
     [
         (["--flavor", "cpu-huge"], "none of the Hub's machines"),
-        (["--flavor", "cpu-basic", "--device", "cuda"], "no such device"),
+        (["--flavor", "cpu-basic", "--device", "cuda"], "no device of the kind cuda"),
         (["--memory-budget", "900GB"], "no machine of the Hub fits"),
         (["--timeout", "soon"], "is not a time"),
         (["--expert", "alice/nobody"], "no such repository"),

@@ -1,6 +1,7 @@
 """Several methods in one pass: the same bytes as alone, each tensor read once, one SVD for all."""
 
 import json
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -11,10 +12,13 @@ from safetensors.torch import save_file
 from benchmarks.synthetic import Shape, Updates, write_group
 from resmerge_stream import Recipe, plan_merge, run_merge
 from resmerge_stream.errors import PlanRefusedError, RecipeError
+from resmerge_stream.maths import task_vectors
 from resmerge_stream.methods import parse_method
 from resmerge_stream.planning.plan import Options
 from resmerge_stream.recipe import ModelRef
+from resmerge_stream.run.merging import Merger
 from resmerge_stream.sources.local import LocalCheckpoint
+from resmerge_stream.studies import compare_shard
 from resmerge_stream.studies.compare import run_comparison
 from resmerge_stream.studies.compare_plan import plan_comparison
 from tests.support.checkpoints import read_tensors
@@ -91,6 +95,33 @@ def test_each_tensor_is_read_once(recipe, tmp_path, monkeypatch):
     compared(recipe, ["resmerge", "ties:density=0.2", "tsv_m", "ram"], tmp_path / "o", tmp_path)
 
     assert set(asked.values()) == {1}
+
+
+def test_row_blocks_are_merged_side_by_side(recipe, tmp_path, monkeypatch):
+    """While one row block of a tensor is merged, another thread merges the next one."""
+    monkeypatch.setattr(task_vectors, "BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(compare_shard, "usable_cores", lambda: 2)
+    merge_rows, together = Merger.merge_rows, threading.Event()
+    active, lock = [], threading.Lock()
+
+    def watched(self, decided, rows, stack, base):
+        with lock:
+            active.append(rows)
+            if len(active) > 1:
+                together.set()
+        if rows.start == 0 and rows.stop < decided.vectors.shape[0]:
+            together.wait(10)
+        try:
+            return merge_rows(self, decided, rows, stack, base)
+        finally:
+            with lock:
+                active.remove(rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Merger, "merge_rows", watched)
+        compared(recipe, ["mean"], tmp_path / "out", tmp_path / "work")
+
+    assert together.is_set()
 
 
 def test_counting_passes_are_shared(recipe, tmp_path, monkeypatch):
