@@ -21,11 +21,17 @@ class ModelRef:
         id: a folder, or ``namespace/name`` on the Hub.
         revision: branch, tag or commit, or None for the default branch.
         weight: factor of this expert, for methods that declare one; None when not given.
+        parameters: its other parameters, and a weight that differs between tensors, as written.
     """
 
     id: str
     revision: str | None = None
     weight: float | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def own(self) -> dict[str, Any]:
+        """Return the model's own parameters, ready for YAML or JSON."""
+        return {**({} if self.weight is None else {"weight": self.weight}), **self.parameters}
 
     @classmethod
     def parse(cls, text: object, *, weight: float | None = None) -> "ModelRef":
@@ -65,6 +71,9 @@ class Recipe:
         method: a name that `resmerge_stream.methods` knows.
         parameters: the method's parameters, as written.
         dtype: output dtype (``bfloat16``, ``float16``, ``float32``), or None for the base's.
+        base_listed: whether the base is one of the models, for methods where it may take part.
+        layers: how many blocks the recipe says that the models have; None: it doesn't.
+        notes: what of the recipe has no effect here.
     """
 
     base: ModelRef | None
@@ -72,6 +81,9 @@ class Recipe:
     method: str = "resmerge"
     parameters: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
+    base_listed: bool = False
+    layers: int | None = None
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def models(self) -> tuple[ModelRef, ...]:
@@ -81,10 +93,11 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe in mergekit's vocabulary, ready for YAML or JSON."""
         models = []
-        for expert in self.experts:
-            entry: dict[str, Any] = {"model": str(expert)}
-            if expert.weight is not None:
-                entry["parameters"] = {"weight": expert.weight}
+        # The base last, so that experts keep their places.
+        for ref in (*self.experts, *([self.base] if self.base and self.base_listed else [])):
+            entry: dict[str, Any] = {"model": str(ref)}
+            if own := ref.own():
+                entry["parameters"] = own
             models.append(entry)
         recipe: dict[str, Any] = {"merge_method": self.method}
         if self.base is not None:

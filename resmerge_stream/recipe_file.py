@@ -1,28 +1,33 @@
 """Recipe files: YAML in mergekit's vocabulary, every key checked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .errors import RecipeError, Remedy, listed, shown
+from .methods import find_methods, parse_method
+from .methods.settings import check_setting, is_plain
 from .recipe import ModelRef, Recipe, checked_dtype
 
 MAX_RECIPE_BYTES = 32 * 1024
 
 
-_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype")
+_KEYS = (
+    "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype",
+    "name", "tokenizer_source", "tokenizer",
+)  # fmt: skip
+# Parameters of mergekit's that have no effect here, with the reason.
+_IDLE = {"int8_mask": "masks are not stored here"}
 
 
 # What mergekit knows and this tool does not, with what to write instead.
 _ELSEWHERE: dict[str, tuple[str, *tuple[Remedy, ...]]] = {
-    "slices": ("merging whole models only: list them under 'models'",),
-    "modules": ("merging whole models only: list them under 'models'",),
-    "tokenizer": ("the base's tokenizer is kept", Remedy.TOKENIZER_FROM),
     "tokenizer_source": ("the base's tokenizer is kept", Remedy.TOKENIZER_FROM),
+    "tokenizer": ("the base's tokenizer is kept", Remedy.TOKENIZER_FROM),
     "chat_template": ("the base's chat template is kept", Remedy.TOKENIZER_FROM),
-    "out_dtype": ("write 'dtype' (the arithmetic is always float32)",),
-    "name": ("the output is named elsewhere", Remedy.GIVE_TARGET),
     "merge": ("this is a mergekit multi-merge entry; write one recipe a merge",),
+    "experts": ("building mixtures of experts is left to mergekit-moe",),
 }
 
 
@@ -87,27 +92,93 @@ def recipe_from_dict(document: object, *, where: str = "recipe") -> Recipe:
             f"not {type(document).__name__}."
         )
     _check_keys(document, where)
-    if document.get("base_model") is None:
+    document, layers = _unsliced(document, where)
+    method, preset = _method(document.get("merge_method", "resmerge"))
+    found = find_methods().get(method)
+    base = None
+    if document.get("base_model") is not None:
+        base = ModelRef.parse(document["base_model"])
+    elif found is None or found.base == "required":
         raise RecipeError(
             f"{where} has no base_model: the model that the experts were trained from."
         )
-    base = ModelRef.parse(document["base_model"])
-    experts = tuple(_experts(document.get("models"), base, where))
-    method = document.get("merge_method", "resmerge")
-    if not isinstance(method, str):
-        raise RecipeError(f"merge_method must be a name, not {shown(method)}.")
-    parameters = document.get("parameters") or {}
-    if not isinstance(parameters, Mapping) or not all(isinstance(key, str) for key in parameters):
+    notes = [f"name has no effect: {shown(document['name'])}"] if document.get("name") else []
+    models = list(_models(document.get("models"), where, notes))
+    experts = tuple(ref for ref in models if not _is_base(ref, base))
+    if not experts:
         raise RecipeError(
-            f"parameters must be a mapping of names to values, not {shown(parameters)}."
+            f"{where} lists no expert: every model under 'models' is the base itself."
         )
-    return Recipe(base, experts, method, dict(parameters), checked_dtype(document.get("dtype")))
+    listed_base = next((ref for ref in models if _is_base(ref, base)), None)
+    takes_part = listed_base is not None and found is not None and found.base == "input"
+    dtype = document.get("out_dtype") or document.get("dtype")
+    return Recipe(
+        listed_base if takes_part else base,
+        experts,
+        method,
+        preset | _settings(document.get("parameters"), notes),
+        checked_dtype(dtype),
+        base_listed=takes_part,
+        layers=layers,
+        notes=tuple(dict.fromkeys(notes)),
+    )
 
 
-def _experts(models: object, base: ModelRef, where: str) -> list[ModelRef]:
+def _method(name: object) -> tuple[str, dict[str, str]]:
+    """Return name and preset of a method."""
+    if not isinstance(name, str):
+        raise RecipeError(f"merge_method must be a name, not {shown(name)}.")
+    return parse_method(name)
+
+
+def _is_base(ref: ModelRef, base: ModelRef | None) -> bool:
+    return base is not None and (ref.id, ref.revision) == (base.id, base.revision)
+
+
+def _unsliced(document: Mapping[Any, Any], where: str) -> tuple[Mapping[Any, Any], int | None]:
+    """Return a recipe with its one slice over the whole depth as models, and that depth."""
+    modules = document.get("modules")
+    if modules is not None:
+        only = next(iter(modules.values())) if isinstance(modules, Mapping) and modules else None
+        if (
+            not isinstance(only, Mapping)
+            or len(modules) != 1
+            or not set(only) & {"slices", "models"}
+        ):
+            raise RecipeError(f"{where}: 'modules' must name one module with its slices or models.")
+        document = {**{k: v for k, v in document.items() if k != "modules"}, **only}
+    slices = document.get("slices")
+    if slices is None:
+        return document, None
+    one = slices[0] if isinstance(slices, list) and len(slices) == 1 else None
+    sources = one.get("sources") if isinstance(one, Mapping) else None
+    if not isinstance(one, Mapping) or not isinstance(sources, list) or document.get("models"):
+        raise RecipeError(
+            f"{where}: 'slices' must be one slice over the whole depth; list the models under "
+            "'models' otherwise. Stacking layers is left to mergekit."
+        )
+    ranges = [source.get("layer_range") for source in sources if isinstance(source, Mapping)]
+    whole = ranges[0] if ranges else None
+    if (
+        len(ranges) != len(sources)
+        or not isinstance(whole, list)
+        or [type(number) for number in whole] != [int, int]
+        or whole[0] != 0
+        or any(other != whole for other in ranges)
+    ):
+        raise RecipeError(
+            f"{where}: every source of 'slices' must have the same layer_range [0, LAYERS]. "
+            "Stacking layers is left to mergekit."
+        )
+    models = [{k: v for k, v in source.items() if k != "layer_range"} for source in sources]
+    shared = {**(document.get("parameters") or {}), **(one.get("parameters") or {})}
+    rest = {k: v for k, v in document.items() if k != "slices"}
+    return {**rest, "models": models, "parameters": shared}, whole[1]
+
+
+def _models(models: object, where: str, notes: list[str]) -> Iterator[ModelRef]:
     if not isinstance(models, Sequence) or isinstance(models, str) or not models:
         raise RecipeError(f"{where} needs a list under 'models', one '- model: ID' an expert.")
-    experts = []
     for entry in models:
         if isinstance(entry, str):
             entry = {"model": entry}
@@ -116,25 +187,30 @@ def _experts(models: object, base: ModelRef, where: str) -> list[ModelRef]:
         unknown = [key for key in entry if key not in ("model", "parameters")]
         if unknown:
             raise RecipeError(f"unknown key {shown(unknown[0])} in an entry of 'models'.")
-        ref = ModelRef.parse(entry["model"], weight=_weight(entry.get("parameters")))
-        if (ref.id, ref.revision) != (base.id, base.revision):
-            experts.append(ref)
-    if not experts:
-        raise RecipeError(
-            f"{where} lists no expert: every model under 'models' is the base itself."
-        )
-    return experts
+        own = _settings(entry.get("parameters"), notes)
+        weight = _weight(own.pop("weight")) if _is_number(own) else None
+        yield replace(ModelRef.parse(entry["model"], weight=weight), parameters=own)
 
 
-def _weight(parameters: object) -> float | None:
-    if parameters is None:
-        return None
-    if not isinstance(parameters, Mapping) or set(parameters) - {"weight"}:
+def _settings(parameters: object, notes: list[str]) -> dict[str, Any]:
+    """Return parameters whose form is right; their values are the method's business."""
+    parameters = {} if parameters is None else parameters
+    if not isinstance(parameters, Mapping) or not all(isinstance(key, str) for key in parameters):
         raise RecipeError(
-            f"a model's parameters can only hold 'weight' here, not {shown(parameters)}; "
-            "the method's own parameters go under the recipe's 'parameters'."
+            f"parameters must be a mapping of names to values, not {shown(parameters)}."
         )
-    weight = parameters.get("weight")
+    notes += [f"{key} has no effect: {_IDLE[key]}" for key in parameters if key in _IDLE]
+    kept = {key: value for key, value in parameters.items() if key not in _IDLE}
+    for key, value in kept.items():
+        check_setting(key, value)
+    return kept
+
+
+def _is_number(own: Mapping[str, Any]) -> bool:
+    return "weight" in own and is_plain(own["weight"])
+
+
+def _weight(weight: object) -> float:
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < 1e6:
         raise RecipeError(f"a model's weight must be one number, not {shown(weight)}.")
     return float(weight)
@@ -144,7 +220,10 @@ def _check_keys(document: Mapping[Any, Any], where: str) -> None:
     import difflib
 
     for key in document:
-        if key in _KEYS:
+        is_own = key in ("tokenizer_source", "tokenizer") and document[key] not in (
+            None, "base", {"source": "base"},
+        )  # fmt: skip
+        if key in _KEYS and not is_own:
             continue
         if key in _ELSEWHERE:
             instead, *remedies = _ELSEWHERE[key]

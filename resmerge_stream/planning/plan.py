@@ -5,10 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..device import Machine
-from ..errors import Findings, Remedy, ResMergeError, StoppedError, listed, shown
-from ..methods import build_method
+from ..errors import Findings, RecipeError, Remedy, ResMergeError, StoppedError, listed, shown
 from ..recipe import ModelRef, Recipe
-from ..roles import Role
+from ..roles import Role, layer_of
 from ..sinks.layout import DEFAULT_SHARD_BYTES, Shard, plan_shards
 from ..sinks.publication import Publication
 from ..sources import Checkpoint, open_checkpoint
@@ -28,6 +27,7 @@ from .matching import Matched, match
 from .memory_fit import fit_memory
 from .options import Options
 from .planned import Plan, PlannedTensor, matrix_of
+from .resolve import Resolver, check_count
 from .sidefiles import output_config
 from .target import check_folder, check_publication, look_at_targets
 
@@ -89,7 +89,17 @@ def plan_merge(
     sets = match_tensors(layout, others, found)
     plan.left_out = sets.left_out
     _round_carried(plan, sets)
-    plan.tensors = _tensors(plan, sets)
+    if recipe.layers is not None and recipe.layers != (depth := _depth(layout)):
+        found.problem(
+            f"the recipe takes layers 0 to {recipe.layers} of models that have {depth}. Dropping "
+            "or stacking layers is left to mergekit."
+        )
+        return plan
+    try:
+        plan.tensors = _tensors(plan, sets)
+    except RecipeError as exc:
+        found.problems += exc.notices
+        return plan
     plan.shards = _shards(plan)
     plan.config = output_config(layout, recipe.dtype or _unquantised_dtype(layout))
     check_small_files(layout, plan.tokenizer or layout, found)
@@ -105,18 +115,14 @@ def plan_merge(
 
 def _build_method(plan: Plan, found: Findings) -> None:
     recipe = plan.recipe
+    for note in recipe.notes:
+        found.warning(note)
     try:
-        plan.method = build_method(recipe.method, recipe.parameters)
+        resolver = Resolver(recipe)
+        check_count(recipe, resolver.kind)
+        plan.method = resolver.at().method
     except ResMergeError as exc:
         found.problems += exc.notices
-        return
-    if not plan.method.weighted and any(ref.weight is not None for ref in recipe.experts):
-        found.problem(
-            f"{plan.method.name} takes no weight for each model: it measures how far the experts "
-            "agree. Leave 'weight' out, or use task_arithmetic or mean."
-        )
-    elif problem := plan.method.check_weights(plan.weights):
-        found.problem(problem)
 
 
 def _open_all(plan: Plan, found: Findings, commits: list[str | None], like: Plan | None) -> None:
@@ -220,18 +226,20 @@ def _round_carried(plan: Plan, sets: TensorSets) -> None:
 
 def _tensors(plan: Plan, sets: TensorSets) -> dict[str, PlannedTensor]:
     layout, method = plan.opened
-    own = plan.weights[0] if plan.base is None else None
     first = int(plan.base is None)
+    chosen = Resolver(plan.recipe).each(layout.tensors)
     named = plan.recipe.dtype
     planned = {}
     for name, stored in layout.tensors.items():
         if name in sets.merged:
+            found = chosen[name]
+            own = found.weights[0] if first else found.base_weight
             experts = tuple(number + first for number in sets.merged[name])
-            weights = tuple(plan.weights[number] for number in experts)
-            rule = method.rule_for(stored.spec, len(experts))
+            weights = tuple(found.weights[number] for number in experts)
+            rule = found.method.rule_for(stored.spec, len(experts))
             dtype = OUTPUT_DTYPES[named] if named else _stored_dtype(layout, name)
             spec = TensorSpec(name, dtype, stored.spec.shape)
-            planned[name] = PlannedTensor(spec, rule, method, experts, weights, own)
+            planned[name] = PlannedTensor(spec, rule, found.method, experts, weights, own)
         elif name in sets.carried:
             planned[name] = PlannedTensor(stored.spec, None, method)
     return planned
@@ -242,6 +250,12 @@ def _stored_dtype(layout: Checkpoint, name: str) -> str:
     if isinstance(layout, View) and not isinstance(layout.sources[name], Stored):
         return OUTPUT_DTYPES["bfloat16"]
     return layout.tensors[name].spec.dtype
+
+
+def _depth(layout: Checkpoint) -> int:
+    """Return how many blocks a model has."""
+    numbers = [layer_of(name) for name in layout.tensors]
+    return 1 + max((number for number in numbers if number is not None), default=-1)
 
 
 def _shards(plan: Plan) -> tuple[Shard, ...]:

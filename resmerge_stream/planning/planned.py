@@ -23,6 +23,7 @@ from ..specs import DTYPES, TensorSpec
 from ..version import __version__
 from .options import Options
 from .request import Request
+from .resolve import Resolver
 from .sidefiles import side_files
 
 if TYPE_CHECKING:
@@ -165,6 +166,13 @@ class Plan:
         return tuple(1.0 if ref.weight is None else ref.weight for ref in self.recipe.experts)
 
     @property
+    def parameters(self) -> dict[str, Any]:
+        """Every parameter, as written where it differs between tensors."""
+        if self.method is None:
+            return dict(self.recipe.parameters)
+        return Resolver(self.recipe).parameters(self.method)
+
+    @property
     def layers(self) -> int:
         """How many blocks the model has, by its tensors' names."""
         numbers = [layer_of(name) for name in self.tensors]
@@ -174,12 +182,14 @@ class Plan:
     def plan_hash(self) -> str:
         """16 hex digits of what makes a run the same run: recipe, output options, version."""
         recipe = self.recipe.to_dict()
-        for model, ref in zip(recipe["models"], self.recipe.experts, strict=True):
-            model["model"] = _lasting_name(ref)
+        refs = [*self.recipe.experts, *([self.recipe.base] if self.recipe.base_listed else [])]
+        for model, ref in zip(recipe["models"], refs, strict=True):
+            if ref is not None:
+                model["model"] = _lasting_name(ref)
         if self.recipe.base is not None:
             recipe["base_model"] = _lasting_name(self.recipe.base)
         if self.method is not None:
-            recipe["parameters"] = self.method.parameters()
+            recipe["parameters"] = self.parameters
         key = [recipe, *self.options.to_dict().values(), __version__]
         text = json.dumps(key, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -56,9 +56,10 @@ def _recipe_yaml(plan: Plan, names: PublicNames) -> str:
     base, experts = names.base, names.experts
     if base is not None:
         recipe["base_model"] = base.pinned
-    for model, source in zip(recipe["models"], experts, strict=True):
+    sources = [*experts, *([base] if base is not None and plan.recipe.base_listed else [])]
+    for model, source in zip(recipe["models"], sources, strict=True):
         model["model"] = source.pinned
-    parameters = plan.method.parameters() if plan.method else dict(plan.recipe.parameters)
+    parameters = plan.parameters
     recipe.pop("parameters", None)
     dtype = recipe.pop("dtype", None)
     recipe |= {"parameters": parameters} if parameters else {}

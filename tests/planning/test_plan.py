@@ -387,7 +387,11 @@ def test_weights_for_each_expert_are_refused_by_resmerge(group):
         ({"rank": "many"}, "whole number"),
         ({"rho": -1}, "rho"),
         ({"rho": math.nan}, "rho"),
-        ({"rho": [0.2]}, "rho"),
+        ({"rho": [0.2, -1]}, "rho"),
+        ({"rho": []}, "rho"),
+        ({"rho": [{"filter": "mlp"}]}, "filter: …, value: …"),
+        ({"rho": [{"filtr": "mlp", "value": 1}]}, "'filtr'"),
+        ({"rho": {"value": "many"}}, "rho"),
         ({"variant": "papr"}, "release-2026-07"),
         ({"variant": 3}, "release-2026-07"),
     ],
@@ -553,3 +557,36 @@ def test_missing_small_files_are_a_warning(tmp_path):
     assert not plan.refused
     assert any("no tokenizer files" in warning for warning in plan.warnings)
     assert any("generation_config.json" in warning for warning in plan.warnings)
+
+
+def test_a_parameter_may_differ_by_layer_and_by_module(group):
+    """A list is interpolated over the layers, a filter goes by the name; reports say it as given.
+
+    SMALL has two layers, so a list of three ends at its first and its last value.
+    """
+    rho = [{"filter": "self_attn", "value": [0.1, 9, 0.5]}, {"value": 0.3}]
+
+    plan = plan_group(group, parameters={"rho": rho})
+
+    found = {name: tensor.method.rho for name, tensor in plan.tensors.items()}
+    assert found["model.layers.0.self_attn.q_proj.weight"] == 0.1
+    assert found["model.layers.1.self_attn.q_proj.weight"] == 0.5
+    assert found["model.layers.1.mlp.up_proj.weight"] == 0.3
+    assert plan.parameters["rho"] == rho
+    assert plan.plan_hash != plan_group(group, parameters={"rho": 0.3}).plan_hash
+
+
+def test_numbers_of_the_whole_model_do_not_differ_between_tensors(group):
+    """A threshold that is counted in the whole model has one density."""
+    parameters = {"preset": "paper", "density": [0.1, 0.9]}
+
+    only_problem(plan_group(group, method="ties", parameters=parameters), "density")
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [("slerp", "1 model beside the base"), ("nuslerp", "2 models"), ("passthrough", "1 model")],
+)
+def test_a_method_for_fewer_models_says_how_many(method, words, group):
+    """Models are not left out quietly."""
+    only_problem(plan_group(group, method=method), words)

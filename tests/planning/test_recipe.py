@@ -97,10 +97,12 @@ def test_a_recipe_survives_yaml(base, experts, parameters, dtype):
         ("text", "mapping"),
         (LEAST | {"base_modle": "x"}, "'base_modle'.*Did you mean 'base_model'"),
         (LEAST | {"zzz": 1}, "unknown key 'zzz'.*Known keys"),
-        (LEAST | {"slices": []}, "whole models only"),
-        (LEAST | {"tokenizer_source": "base"}, "--tokenizer-from"),
+        (LEAST | {"slices": []}, "one slice over the whole depth"),
+        (LEAST | {"modules": {}}, "one module"),
+        (LEAST | {"experts": []}, "mergekit-moe"),
+        (LEAST | {"tokenizer_source": "union"}, "--tokenizer-from"),
         (LEAST | {"tokenizer": {}}, "--tokenizer-from"),
-        (LEAST | {"out_dtype": "float32"}, "write 'dtype'"),
+        (LEAST | {"chat_template": "auto"}, "--tokenizer-from"),
         (LEAST | {7: 1}, "unknown key 7"),
         ({"models": ["o/one"]}, "no base_model"),
         ({"base_model": 5, "models": ["o/one"]}, "not 5"),
@@ -134,9 +136,9 @@ def test_a_wrong_key_or_value_is_refused_by_name(document, reason):
     assert len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize("weight", [True, "1", [1], None, float("nan"), float("inf"), 1e9])
-def test_a_weight_is_one_finite_number(weight):
-    """Words, lists, truth values and the infinite are not weights."""
+@pytest.mark.parametrize("weight", [True, "1", [], None, float("nan"), float("inf"), 1e9])
+def test_a_weight_is_a_finite_number(weight):
+    """Words, empty lists, truth values and the infinite are not weights."""
     models = [{"model": "o/one", "parameters": {"weight": weight}}]
 
     with pytest.raises(RecipeError, match="weight"):
@@ -224,3 +226,61 @@ def test_a_new_base_among_the_experts_is_skipped():
     changed = override(recipe, base="hkust-nlp/Qwen-2.5-7B-SimpleRL-Zoo")
 
     assert changed.base not in changed.experts
+
+
+def test_one_slice_over_the_whole_depth_is_read_as_models():
+    """The slice's own parameters count before the recipe's; the depth is kept to be checked."""
+    sources = [{"model": "o/one", "layer_range": [0, 4], "parameters": {"density": 0.4}}]
+    document = {
+        "merge_method": "ties",
+        "base_model": "o/base",
+        "slices": [{"sources": sources, "parameters": {"lambda": 2}}],
+        "parameters": {"lambda": 1, "normalize": True},
+    }
+
+    recipe = recipe_from_dict(document)
+
+    assert recipe.layers == 4
+    assert recipe.parameters == {"lambda": 2, "normalize": True}
+    assert recipe.experts == (ModelRef("o/one", parameters={"density": 0.4}),)
+
+
+@pytest.mark.parametrize("ranges", [[[1, 4]], [[0, 4], [0, 3]], [[0, 4.0]], [None]])
+def test_slices_that_are_not_the_whole_depth_are_refused(ranges):
+    """Stacking layers is left to mergekit, which the message names."""
+    sources = [{"model": f"o/{i}", "layer_range": pair} for i, pair in enumerate(ranges)]
+
+    with pytest.raises(RecipeError, match="left to mergekit"):
+        recipe_from_dict({"base_model": "o/base", "slices": [{"sources": sources}]})
+
+
+def test_a_base_that_is_listed_takes_part_where_a_method_merges_whole_models():
+    """In `linear` it counts with its weight, elsewhere it is skipped; both survive YAML."""
+    models = [{"model": "o/base", "parameters": {"weight": 2}}, "o/one"]
+    document = {"base_model": "o/base", "models": models}
+
+    linear = recipe_from_dict(document | {"merge_method": "linear"})
+    mean = recipe_from_dict(document | {"merge_method": "mean"})
+
+    assert linear.base_listed
+    assert linear.base == ModelRef("o/base", weight=2.0)
+    assert mean.base == ModelRef("o/base")
+    assert parse_recipe(linear.to_yaml()) == linear
+    assert parse_recipe(mean.to_yaml()) == mean
+
+
+def test_what_has_no_effect_is_said_once():
+    """mergekit's hints about storage and names are accepted; the plan's warnings say them."""
+    models = [{"model": f"o/{i}", "parameters": {"int8_mask": True}} for i in range(2)]
+
+    recipe = recipe_from_dict(LEAST | {"models": models, "name": "my merge"})
+
+    assert [note.split()[0] for note in recipe.notes] == ["name", "int8_mask"]
+    assert recipe.experts[0].parameters == {}
+
+
+def test_a_preset_may_stand_behind_the_methods_name():
+    """`ties:paper` is `ties` with the settings of its paper."""
+    recipe = recipe_from_dict(LEAST | {"merge_method": "ties:paper"})
+
+    assert (recipe.method, recipe.parameters) == ("ties", {"preset": "paper"})
