@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ResMergeError, StoppedError
 from .planning.plan import Options, Plan, plan_merge
+from .planning.recipe_file import load_recipe
 from .recipe import Recipe
-from .recipe_file import load_recipe
 from .version import __version__
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from resmerge_stream.errors import RecipeError, shown
+from resmerge_stream.planning.recipe_file import MAX_RECIPE_BYTES
 from resmerge_stream.planning.request import Request
 from resmerge_stream.recipe import ModelRef, Recipe
-from resmerge_stream.recipe_file import MAX_RECIPE_BYTES
 from resmerge_stream.sources import REPO_ID
 
 from .examples import PREFIX, built_in_folders, is_built_in

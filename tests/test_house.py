@@ -27,7 +27,7 @@ ROOMS = {
 # What may import gradio in the Space; its words, numbers and jobs do not know it.
 WITH_GRADIO = re.compile(r"page/(ui|fields|handlers|following|news)|endpoints|launch")
 # Rooms and modules that plan: they import no torch and nothing like it at the top level.
-LIGHT = ("errors", "specs", "units", "roles", "recipe", "recipe_file", "memory", "sources/__init__",
+LIGHT = ("errors", "specs", "units", "roles", "recipe", "memory", "sources/__init__",
          "sources/checkpoint", "sources/format", "sources/files", "sources/local",
          "methods/__init__", "methods/base", "planning/*", "sinks/layout", "sinks/publication",
          "sinks/journal", "run/events", "report/build", "report/rows", "report/unusual",

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from ..errors import RecipeError, Remedy, ResMergeError, StoppedError
 from ..planning.plan import Plan, plan_merge
 from ..planning.planned import refused_plan
-from ..recipe_file import load_recipe
+from ..planning.recipe_file import load_recipe
 from ..run.crew import Crew, ToldError, crew_of_launcher
 from ..run.group import launched
 from ..run.opening import discard_unfinished

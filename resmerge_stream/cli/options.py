@@ -4,9 +4,9 @@ import argparse
 
 from ..errors import RecipeError
 from ..planning.options import Options, declared
+from ..planning.recipe_file import load_recipe
 from ..planning.request import Request
 from ..recipe import Recipe, override
-from ..recipe_file import load_recipe
 from ..sinks.publication import Publication
 from ..specs import OUTPUT_DTYPES
 from ..units import parse_size

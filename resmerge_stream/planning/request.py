@@ -6,9 +6,9 @@ from typing import Any, Self
 
 from ..errors import RecipeError, shown
 from ..recipe import Recipe
-from ..recipe_file import parse_recipe, recipe_from_dict
 from ..sinks.publication import Publication
 from .options import Options
+from .recipe_file import parse_recipe, recipe_from_dict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,8 +14,8 @@ from ..errors import RecipeError, VerificationError, listed
 from ..maths.stored_bytes import as_tensor
 from ..maths.task_vectors import block_rows
 from ..planning.plan import Options, Plan, plan_merge
+from ..planning.recipe_file import load_recipe
 from ..recipe import ModelRef, Recipe
-from ..recipe_file import load_recipe
 from ..report.schema import MAX_REPORT_BYTES, parse_report
 from ..sinks.folder import REPORT
 from ..sources import Checkpoint, open_checkpoint

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import VerificationError, listed
+from ..planning.recipe_file import parse_recipe
 from ..recipe import ModelRef, Recipe
-from ..recipe_file import parse_recipe
 from ..report.schema import parse_report
 from ..sinks.folder import REPORT
 from ..sources import REPO_ID, Checkpoint, open_checkpoint

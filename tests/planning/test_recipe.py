@@ -5,13 +5,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from resmerge_stream.errors import RecipeError
-from resmerge_stream.recipe import ModelRef, Recipe, override
-from resmerge_stream.recipe_file import (
+from resmerge_stream.planning.recipe_file import (
     MAX_RECIPE_BYTES,
     load_recipe,
     parse_recipe,
     recipe_from_dict,
 )
+from resmerge_stream.recipe import ModelRef, Recipe, override
 
 FULL = """
 merge_method: resmerge

@@ -17,8 +17,8 @@ from torch import Tensor
 from resmerge_stream import Options, Plan, Recipe, plan_merge, run_merge
 from resmerge_stream.errors import Notice
 from resmerge_stream.methods import find_methods
+from resmerge_stream.planning.recipe_file import parse_recipe
 from resmerge_stream.recipe import ModelRef
-from resmerge_stream.recipe_file import parse_recipe
 from resmerge_stream.report.card import render_card
 from resmerge_stream.run.events import Finished
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .errors import RecipeError, Remedy, listed, shown
-from .methods import find_methods, parse_method
-from .methods.settings import check_setting, is_plain
-from .recipe import ModelRef, Recipe, checked_dtype
+from ..errors import RecipeError, Remedy, listed, shown
+from ..methods import find_methods, parse_method
+from ..methods.settings import check_setting, is_plain
+from ..recipe import ModelRef, Recipe, checked_dtype
 
 MAX_RECIPE_BYTES = 32 * 1024
 
