@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from resmerge_stream.methods import build_method, find_methods
+from resmerge_stream.methods import build_method, find_methods, parameter_fields
 from tests.support.checkpoints import (
     Group,
+    as_many_as,
     edit_tensors,
     make_group,
     merge,
@@ -23,8 +24,11 @@ pytestmark = pytest.mark.usefixtures("without_picture")
 
 VARIANTS = ("paper", "release-2026-06", "release-2026-07")
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
-# slerp is for two experts; its own tests have two.
-every_method = pytest.mark.parametrize("method", sorted(set(find_methods()) - {"slerp"}))
+# Passthrough has no base; its own tests have none.
+every_method = pytest.mark.parametrize("method", sorted(set(find_methods()) - {"passthrough"}))
+any_number = pytest.mark.parametrize(
+    "method", sorted(name for name, kind in find_methods().items() if kind.models[1] is None)
+)
 sizes = st.tuples(st.integers(5, 40), st.integers(5, 40))
 seeds = st.integers(0, 2**31)
 
@@ -155,14 +159,14 @@ def test_one_changed_expert_gets_the_whole_head_budget_in_the_releases(variant):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_experts_equal_to_the_base_give_its_bytes(method, dtype, tmp_path):
     """Where no expert differs, every tensor is the base's bit for bit, negative zeros included."""
-    group = make_group(tmp_path, dtype=dtype, experts=2)
+    group = make_group(tmp_path, dtype=dtype, experts=1)
 
     def with_negative_zeros(tensors):
         for tensor in tensors.values():
             tensor.view(-1)[:3] = -0.0
 
     edit_tensors(group.base, with_negative_zeros)
-    same = Group(group.base, (group.base, group.base))
+    same = as_many_as(method, Group(group.base, (group.base, group.base)))
 
     merged = merge(same, tmp_path / "out", method=method)
 
@@ -175,7 +179,7 @@ def test_experts_equal_to_the_base_give_its_bytes(method, dtype, tmp_path):
 @every_method
 def test_rows_that_no_expert_changed_keep_the_bases_zeros(method, tmp_path):
     """A negative zero that no expert changed stays negative where the update is zero there."""
-    group = make_group(tmp_path, experts=2)
+    group = as_many_as(method, make_group(tmp_path, experts=2))
     name = "model.layers.0.input_layernorm.weight"
     for folder in group.folders:
         edit_tensors(folder, lambda tensors: tensors[name].__setitem__(slice(4), -0.0))
@@ -248,7 +252,7 @@ def test_one_expert_in_a_release_gets_the_heads_budget(variant):
     assert relative(got, R + 0.2 * torch.linalg.vector_norm(R) * head) <= 1e-5
 
 
-@every_method
+@any_number
 @pytest.mark.parametrize("count", [2, 5])
 def test_any_number_of_experts_merges(method, count, tmp_path):
     """Two and five experts merge to finite weights with one report row a tensor."""
@@ -284,7 +288,7 @@ def test_inputs_are_not_modified(method, group, tmp_path):
     paths = [path for folder in group.folders for path in sorted(folder.iterdir())]
     before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in paths]
 
-    merge(group, tmp_path / "out", method=method)
+    merge(as_many_as(method, group), tmp_path / "out", method=method)
 
     assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in paths] == before
 
@@ -302,6 +306,7 @@ def test_a_merge_of_a_matrix_leaves_the_stored_tensors_alone():
 @every_method
 def test_a_merge_is_deterministic(method, group, tmp_path):
     """The same plan into two folders writes the same weight bytes and the same gates."""
+    group = as_many_as(method, group)
     one = merge(group, tmp_path / "one", method=method)
     two = merge(group, tmp_path / "two", method=method)
 
@@ -453,13 +458,11 @@ def test_ungated_heads_come_back_with_their_whole_budget():
 @every_method
 def test_every_parameter_of_a_method_is_described(method):
     """A parameter has a label, a default inside its bounds, and is understood as text."""
-    import dataclasses
-
     built = build_method(method, {})
 
-    for field in dataclasses.fields(built):
+    for key, field in parameter_fields(type(built)).items():
         assert field.metadata["label"]
-        assert build_method(method, {field.name: str(field.default)}) == built
+        assert build_method(method, {key: str(field.default)}) == built
 
 
 def test_report_gates_obey_the_identity_of_coherence(group, tmp_path):

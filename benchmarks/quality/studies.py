@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from resmerge_stream.experts.tasks import TASKS
-from resmerge_stream.methods import find_methods
+from resmerge_stream.methods import MergeMethod, build_method, find_methods
 
 from .asking import Answers, Asker
 from .groups import RL, SFT
@@ -47,9 +47,15 @@ def all_methods() -> tuple[str, ...]:
     """Return every method for any number of experts, with ResMerge's releases and ablations."""
     methods = find_methods().values()
     several = [method for method in methods if method.models[1] is None]
-    # As in the ResMerge paper, where public defaults are others.
-    names = (f"{m.name}:paper" if "paper" in m.presets else m.name for m in several)
-    return (*names, *RELEASES, *ABLATIONS)
+    return (*(_as_in_its_paper(method) for method in several), *RELEASES, *ABLATIONS)
+
+
+def _as_in_its_paper(method: type[MergeMethod]) -> str:
+    """Return the name of a method's settings in its paper: a preset, where the defaults differ."""
+    preset = {"preset": "paper"}
+    if "paper" in method.presets and method() != build_method(method.name, preset):
+        return f"{method.name}:paper"
+    return method.name
 
 
 @dataclass(slots=True)

@@ -165,7 +165,7 @@ def match_tensors(base: Checkpoint, experts: Sequence[Checkpoint], found: Findin
         for name in expert.tensors:
             if name not in base.tensors and name not in left_out:
                 left_out[name] = f"the base lacks it (seen in {expert.id})"
-    _report_missing(base, experts, {**merged, **dict.fromkeys(carried, ())}, found)
+    _report_missing(base, experts, merged, carried, found)
     for problem, names in shapes.items():
         found.problem(f"{listed(names)} {problem}")
     for reason, names in _grouped(carried).items():
@@ -182,12 +182,13 @@ def match_tensors(base: Checkpoint, experts: Sequence[Checkpoint], found: Findin
 def _report_missing(
     base: Checkpoint,
     experts: Sequence[Checkpoint],
-    having: Mapping[str, tuple[int, ...]],
+    merged: Mapping[str, tuple[int, ...]],
+    carried: Mapping[str, str],
     found: Findings,
 ) -> None:
     """Refuse experts that lack what their config says they have; list what they lack on purpose."""
-    for number, expert in enumerate(experts):
-        lacking = [name for name, who in having.items() if number not in who]
+    for expert in experts:
+        lacking = [name for name in (*merged, *carried) if name not in expert.tensors]
         required = [
             name
             for name in lacking
@@ -200,7 +201,7 @@ def _report_missing(
                 f"that it has them: {listed(required)}. Give a complete checkpoint of the base's "
                 "architecture."
             )
-        elsewhere = [name for name in lacking if having[name] and name not in required]
+        elsewhere = [name for name in lacking if name in merged and name not in required]
         if elsewhere:
             found.warning(
                 f"{len(elsewhere)} tensor(s) are merged without {expert.id}, which lacks them: "

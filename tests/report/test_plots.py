@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from resmerge_stream.methods import find_methods
+from resmerge_stream.methods import find_methods, method_class
 from resmerge_stream.report.card import render_card
 from resmerge_stream.report.gates_plot import gates_png
 from resmerge_stream.report.values import module_label, value_of
@@ -50,10 +50,11 @@ def spread(report: dict[str, Any], *, layers: int, experts: int = 1) -> dict[str
     return {**report, "tensors": rows}
 
 
-@pytest.mark.parametrize("method", sorted(find_methods()))
+@pytest.mark.parametrize("method", sorted(set(find_methods()) - {"passthrough"}))
 def test_every_method_has_a_picture(tmp_path: Path, method: str) -> None:
-    """Any method's report gives a PNG at most 1600 pixels wide."""
-    _, report = merge(write_group(tmp_path / "group"), method)
+    """The report of any method that merges gives a PNG at most 1600 pixels wide."""
+    base, *experts = write_group(tmp_path / "group")
+    _, report = merge([base, *experts[: method_class(method).models[1]]], method)
 
     width, height = size_of(gates_png(report))
 

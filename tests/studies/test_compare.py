@@ -135,7 +135,7 @@ def test_counting_passes_are_shared(recipe, tmp_path, monkeypatch):
 
     monkeypatch.setattr(LocalCheckpoint, "read", counting)
 
-    compared(recipe, ["ties", "ram_plus"], tmp_path / "out", tmp_path / "work")
+    compared(recipe, ["ties:paper", "ram_plus"], tmp_path / "out", tmp_path / "work")
 
     assert set(asked.values()) == {3}
 
@@ -230,7 +230,7 @@ def test_memory_is_stated_and_kept(recipe, tmp_path):
 
 @pytest.mark.parametrize(
     ("methods", "message"),
-    [(["ties", "ties"], "twice"), ([], "no method"), (["ties:trim"], "preset")],
+    [(["ties", "ties"], "twice"), ([], "no method"), (["ties:density=1:trim"], "PRESET")],
 )
 def test_wrong_lists_of_methods_are_refused(recipe, tmp_path, methods, message):
     """Nothing, the same twice, or a parameter without a value."""

@@ -217,6 +217,13 @@ def recipe_of(
     return Recipe(ModelRef(str(group.base)), experts, method, dict(parameters or {}), dtype)
 
 
+def as_many_as(method: str, group: Group) -> Group:
+    """Return a group of as many experts as a method merges, the first of them where too many."""
+    from resmerge_stream.methods import method_class
+
+    return Group(group.base, group.experts[: method_class(method).models[1]])
+
+
 def plan_group(group: Group, *, out: Path | None = None, options: Any = None, **recipe: Any):
     """Plan the merge of a group."""
     from resmerge_stream.planning.plan import plan_merge
