@@ -73,6 +73,7 @@ class Remedy(Enum):
     MORE_DISK = "allow at least one shard on the disk (--max-disk 5GB)"
     MORE_MEMORY = "give --memory-budget {needed} or more on a machine that has it"
     FEWER_PROCESSES = "start fewer processes"
+    MISSING_BASE = "leave --missing at base"
     WIDER_DTYPE = "give --dtype bfloat16 or float32"
     ON_CPU = "use --device cpu, or auto"
 

@@ -28,6 +28,7 @@ PAGE_WORDS: Mapping[Remedy, str] = {
     Remedy.MORE_DISK: "",
     Remedy.MORE_MEMORY: "use larger hardware, with {needed} of memory or more",
     Remedy.FEWER_PROCESSES: "",
+    Remedy.MISSING_BASE: "choose “Tensors that some lack: base”",
     Remedy.WIDER_DTYPE: "choose the output type bfloat16 or float32",
     Remedy.ON_CPU: "",
 }

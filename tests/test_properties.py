@@ -1,6 +1,7 @@
 """What must hold for every method and variant, whatever the numbers."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -166,7 +167,10 @@ def test_experts_equal_to_the_base_give_its_bytes(method, dtype, tmp_path):
             tensor.view(-1)[:3] = -0.0
 
     edit_tensors(group.base, with_negative_zeros)
-    same = as_many_as(method, Group(group.base, (group.base, group.base)))
+    copies = (tmp_path / "copy", tmp_path / "other copy")
+    for copy in copies:
+        shutil.copytree(group.base, copy)
+    same = as_many_as(method, Group(group.base, copies))
 
     merged = merge(same, tmp_path / "out", method=method)
 

@@ -6,6 +6,7 @@ Every check returns problems (the merge is refused) or warnings (it goes on, and
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import Findings, Notice, Remedy, listed, shown
@@ -144,8 +145,17 @@ class TensorSets:
     left_out: Mapping[str, str]
 
 
-def match_tensors(base: Checkpoint, experts: Sequence[Checkpoint], found: Findings) -> TensorSets:
-    """Decide for every tensor: merged, carried or left out; what fits nothing is refused."""
+def match_tensors(
+    base: Checkpoint, experts: Sequence[Checkpoint], found: Findings, *, missing: str = "base"
+) -> TensorSets:
+    """Decide for every tensor: merged, carried or left out; what fits nothing is refused.
+
+    Args:
+        base, experts: in one layout.
+        found: gets what was found.
+        missing: of a tensor that only some experts have: ``base`` (merged among those) or
+            ``refuse``.
+    """
     merged: dict[str, tuple[int, ...]] = {}
     carried: dict[str, str] = {}
     left_out = _tied_heads(base, experts, found)
@@ -165,7 +175,7 @@ def match_tensors(base: Checkpoint, experts: Sequence[Checkpoint], found: Findin
         for name in expert.tensors:
             if name not in base.tensors and name not in left_out:
                 left_out[name] = f"the base lacks it (seen in {expert.id})"
-    _report_missing(base, experts, merged, carried, found)
+    _report_missing(base, experts, merged, carried, found, refused=missing == "refuse")
     for problem, names in shapes.items():
         found.problem(f"{listed(names)} {problem}")
     for reason, names in _grouped(carried).items():
@@ -185,6 +195,8 @@ def _report_missing(
     merged: Mapping[str, tuple[int, ...]],
     carried: Mapping[str, str],
     found: Findings,
+    *,
+    refused: bool,
 ) -> None:
     """Refuse experts that lack what their config says they have; list what they lack on purpose."""
     for expert in experts:
@@ -202,7 +214,13 @@ def _report_missing(
                 "architecture."
             )
         elsewhere = [name for name in lacking if name in merged and name not in required]
-        if elsewhere:
+        if elsewhere and refused:
+            found.problem(
+                f"{len(elsewhere)} tensor(s) are not in {expert.id}: {listed(elsewhere)}. They "
+                "can be merged among the experts that have them.",
+                Remedy.MISSING_BASE,
+            )
+        elif elsewhere:
             found.warning(
                 f"{len(elsewhere)} tensor(s) are merged without {expert.id}, which lacks them: "
                 f"{listed(elsewhere)}",
@@ -253,6 +271,24 @@ def _check_touched(
                 kind=BARELY,
             ),
         )
+
+
+def check_different(layout: Checkpoint, experts: Sequence[Checkpoint], found: Findings) -> None:
+    """Refuse a merge in which every expert is the base itself, file by file."""
+    files = _contents(layout)
+    if experts and files is not None and all(_contents(expert) == files for expert in experts):
+        found.problem(
+            f"every expert has the weight files of {layout.id}: nothing differs, so there is "
+            "nothing to merge. Give experts that were trained from it."
+        )
+
+
+def _contents(checkpoint: Checkpoint) -> object:
+    """Return what tells weight files' contents apart without reading them; None if unknown."""
+    if checkpoint.folder is not None:
+        return Path(checkpoint.folder).resolve()
+    hashes = sorted((file.sha256 or "", file.size) for file in checkpoint.files)
+    return hashes if all(known for known, _ in hashes) else None
 
 
 def _tied_heads(base: Checkpoint, experts: Sequence[Checkpoint], found: Findings) -> dict[str, str]:

@@ -82,6 +82,8 @@ class Options:
         rounding: ``nearest`` or ``stochastic``.
         seed: of stochastic rounding and of methods that draw random numbers.
         max_shard_bytes: None mirrors the base's shards, cut at 5 GB.
+        missing: what to do with a tensor that only some experts have: ``base`` merges it among
+            those that have it, beside the base's; ``refuse`` makes it a problem.
         tokenizer_from: where tokenizer files come from instead of the base.
         device: as ``--device``; not part of what makes a run the same run.
         memory_budget: bytes of private memory on this machine, likewise; processes of one run
@@ -98,6 +100,10 @@ class Options:
     max_shard_bytes: int | None = option(
         None, key="max_shard_size", changes="files", parse=_size, metavar="SIZE",
         help="such as 5GB (default: the base's shards, cut)",
+    )  # fmt: skip
+    missing: str = option(
+        "base", changes="values", parse=_text, metavar="HOW",
+        help="tensors that only some experts have: base (merged among those) or refuse",
     )  # fmt: skip
     tokenizer_from: str | None = option(
         None, changes="files", parse=_text, metavar="ID", help="take the tokenizer from there"
@@ -116,6 +122,10 @@ class Options:
         if self.rounding not in ("nearest", "stochastic"):
             raise RecipeError(
                 f"rounding must be nearest or stochastic, not {self.rounding!r}.", field="rounding"
+            )
+        if self.missing not in ("base", "refuse"):
+            raise RecipeError(
+                f"missing must be base or refuse, not {self.missing!r}.", field="missing"
             )
         if not DEVICE.fullmatch(self.device):
             raise RecipeError(

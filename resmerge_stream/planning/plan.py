@@ -18,6 +18,7 @@ from .compat import (
     MATCHED,
     TensorSets,
     check_configs,
+    check_different,
     check_small_files,
     check_tokenizers,
     match_tensors,
@@ -86,7 +87,8 @@ def plan_merge(
     for expert in others:
         check_configs(layout, expert, found)
         check_tokenizers(layout, expert, found)
-    sets = match_tensors(layout, others, found)
+    check_different(layout, others, found)
+    sets = match_tensors(layout, others, found, missing=plan.options.missing)
     plan.left_out = sets.left_out
     _round_carried(plan, sets)
     if recipe.layers is not None and recipe.layers != (depth := _depth(layout)):

@@ -71,6 +71,9 @@ def build_report(
             "warnings": warnings,
             "left_out": dict(plan.left_out),
         },
+        "matched": [
+            {name: list(stored) for name, stored in renamed.items()} for renamed in plan.matched
+        ],
         "files": list(files),
         "tensors": list(entries),
     }

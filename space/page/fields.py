@@ -171,3 +171,7 @@ def _output(parts: Parts) -> None:
                 label="Tokenizer from", placeholder="the base", info="namespace/name",
                 max_length=200, min_width=200,
             )  # fmt: skip
+            parts["missing"] = gr.Dropdown(
+                ["base", "refuse"], value="base", label="Tensors that some lack",
+                info="base: merged among the experts that have them", min_width=200,
+            )  # fmt: skip

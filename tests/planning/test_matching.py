@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from resmerge_stream.planning.options import Options
 from tests.support.checkpoints import (
     Group,
     edit_config,
@@ -113,6 +114,46 @@ def test_layers_that_some_experts_lack_are_merged_among_the_others(tmp_path):
     assert any("are merged without" in text for text in plan.warnings)
     merged = read_tensors(tmp_path / "merged")["model.mtp.proj.weight"]
     assert torch.equal(merged, theirs["model.mtp.proj.weight"])
+
+
+def test_a_partial_expert_can_be_refused(tmp_path):
+    """Who wants every tensor from every expert says so, and is told what lacks."""
+    group = make_group(tmp_path / "group", experts=2)
+    extra = {"model.mtp.proj.weight": torch.eye(32, dtype=torch.bfloat16)}
+    for folder in (group.base, group.experts[1]):
+        edit_tensors(folder, lambda tensors: tensors.update(extra))
+
+    plan = plan_group(group, options=Options(missing="refuse"))
+
+    (problem,) = plan.problems
+    assert "model.mtp.proj.weight" in problem
+    assert str(group.experts[0]) in problem
+
+
+@pytest.mark.parametrize("how", ["itself", "link"])
+def test_experts_that_are_the_base_are_refused(tmp_path, how):
+    """Where every expert is the base's own folder, under whatever name, nothing differs."""
+    group = make_group(tmp_path / "group", experts=1)
+    expert = group.base
+    if how == "link":
+        expert = tmp_path / "expert"
+        expert.symlink_to(group.base)
+
+    plan = plan_group(Group(group.base, (expert, group.base)))
+
+    assert any("nothing differs" in text for text in plan.problems)
+
+
+def test_the_report_says_what_was_matched(tmp_path):
+    """Each expert's tensors with other names stand in the report beside the base's."""
+    group = make_group(tmp_path / "group", experts=2)
+    inside_a_multimodal_model(group.experts[1])
+
+    merged = merge(group, tmp_path / "merged", method="mean")
+
+    same, other = merged.report["matched"]
+    assert same == {}
+    assert other[Q] == [Q.replace("model.", "model.language_model.", 1)]
 
 
 def test_a_layer_that_the_config_promises_is_missed(tmp_path):

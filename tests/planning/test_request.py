@@ -19,6 +19,7 @@ OTHER = {
     "rounding": ("stochastic", "stochastic"),
     "seed": ("7", 7),
     "max_shard_size": ("2GB", 2_000_000_000),
+    "missing": ("refuse", "refuse"),
     "tokenizer_from": ("org/math", "org/math"),
     "device": ("cuda:1", "cuda:1"),
     "memory_budget": ("3GB", 3_000_000_000),
@@ -85,7 +86,7 @@ def test_what_changes_the_output_makes_another_run(key, tmp_path):
     ("key", "value"),
     [("seed", None), ("seed", "many"), ("seed", True), ("seed", 1.5), ("rounding", "up"),
      ("rounding", ["nearest"]), ("max_shard_size", "5XB"), ("max_shard_size", {}),
-     ("tokenizer_from", 5)],
+     ("missing", "drop"), ("tokenizer_from", 5)],
 )  # fmt: skip
 def test_a_wrong_value_is_refused(key, value):
     """A value of the wrong kind is refused by its name, wherever it comes from."""
