@@ -1,0 +1,144 @@
+"""How long a plan takes, by names that agree and names that do not: ``python -m benchmarks.plans``.
+
+The checkpoints are headers over holes: a plan reads nothing else of a folder's weights. FP8 is
+merged for real, and its peak of private memory stands beside the planned one.
+"""
+
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from resmerge_stream.planning.plan import plan_merge
+from resmerge_stream.recipe import ModelRef, Recipe
+from resmerge_stream.sinks.layout import plan_shards
+from resmerge_stream.specs import TensorSpec
+
+from .measure import run
+from .synthetic import QWEN25_05B, Shape, tensor_shapes, write_group
+
+_TIMES = 5
+_EXPERTS, _LAYERS, _HIDDEN, _MIDDLE = 256, 58, 128, 64
+# A mixture of 45,000 tensors in the form that is published, and in the one that transformers runs.
+_MIXTURE = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"],
+            "hidden_size": _HIDDEN, "num_hidden_layers": _LAYERS, "num_experts": _EXPERTS,
+            "moe_intermediate_size": _MIDDLE, "tie_word_embeddings": False}  # fmt: skip
+_QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896,
+          "num_hidden_layers": 24, "tie_word_embeddings": True}  # fmt: skip
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def main() -> None:
+    """Print a table of plans, then a row on a merge from FP8."""
+    print("| base, 3 experts | tensors | first s | median s |\n|---|---:|---:|---:|")
+    small = dict(tensor_shapes(QWEN25_05B))
+    wrapped = {name.replace("model.", "model.language_model.", 1): s for name, s in small.items()}
+    inside = {"model_type": "qwen2_vl", "text_config": _QWEN2}
+    split, fused = _mixture(is_fused=False), _mixture(is_fused=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for label, base, experts, configs in (
+            ("Qwen2.5-0.5B, equal names", small, small, (_QWEN2, _QWEN2)),
+            ("the same, experts inside a multimodal model", small, wrapped, (_QWEN2, inside)),
+            ("a mixture, equal names", split, split, (_MIXTURE, _MIXTURE)),
+            ("the same, experts fused", split, fused, (_MIXTURE, _MIXTURE)),
+        ):
+            models = folder / label.replace(" ", "-")
+            for name, shapes in (("base", base), *((f"expert{i}", experts) for i in range(3))):
+                _write_headers(models / name, shapes, configs[name != "base"])
+            first, *others = [_plan_seconds(models) for _ in range(_TIMES)]
+            print(f"| {label} | {len(base):,} | {first:.2f} | {statistics.median(others):.2f} |")
+            shutil.rmtree(models)
+        _fp8(folder / "fp8")
+
+
+def _mixture(*, is_fused: bool) -> Shapes:
+    return dict(_mixture_tensors(is_fused=is_fused))
+
+
+def _mixture_tensors(*, is_fused: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "model.embed_tokens.weight", (512, _HIDDEN)
+    for layer in range(_LAYERS):
+        at = f"model.layers.{layer}"
+        yield f"{at}.input_layernorm.weight", (_HIDDEN,)
+        for name in "qkvo":
+            yield f"{at}.self_attn.{name}_proj.weight", (_HIDDEN, _HIDDEN)
+        yield f"{at}.mlp.gate.weight", (_EXPERTS, _HIDDEN)
+        if is_fused:
+            yield f"{at}.mlp.experts.gate_up_proj", (_EXPERTS, 2 * _MIDDLE, _HIDDEN)
+            yield f"{at}.mlp.experts.down_proj", (_EXPERTS, _HIDDEN, _MIDDLE)
+            continue
+        for expert in range(_EXPERTS):
+            for name in ("gate", "up"):
+                yield f"{at}.mlp.experts.{expert}.{name}_proj.weight", (_MIDDLE, _HIDDEN)
+            yield f"{at}.mlp.experts.{expert}.down_proj.weight", (_HIDDEN, _MIDDLE)
+    yield "model.norm.weight", (_HIDDEN,)
+    yield "lm_head.weight", (512, _HIDDEN)
+
+
+def _write_headers(folder: Path, shapes: Shapes, config: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True)
+    specs = [TensorSpec(name, "BF16", shape) for name, shape in shapes.items()]
+    (shard,) = plan_shards([specs], 1 << 62)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(shard.header)
+        file.truncate(len(shard.header) + sum(spec.nbytes for spec in specs))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _plan_seconds(models: Path) -> float:
+    experts = tuple(ModelRef(str(models / f"expert{i}")) for i in range(3))
+    started = time.perf_counter()
+    plan = plan_merge(Recipe(ModelRef(str(models / "base")), experts))
+    seconds = time.perf_counter() - started
+    plan.raise_if_refused()
+    plan.close()
+    return seconds
+
+
+def _fp8(folder: Path) -> None:
+    """Merge FP8 experts of a small model, and print planned and sampled memory."""
+    shape = Shape(hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, vocab_size=32_000)
+    write_group(folder, shape)
+    for model in ("expert0", "expert1", "expert2"):
+        _quantise(folder / model)
+    command = [sys.executable, "-m", "resmerge_stream", "merge", "--base", str(folder / "base")]
+    for number in range(3):
+        command += ["--expert", str(folder / f"expert{number}")]
+    plan = plan_merge(Recipe(ModelRef(command[5]), tuple(ModelRef(name) for name in command[7::2])))
+    planned = plan.peak_memory_bytes
+    plan.close()
+    done = run([*command, "--out", str(folder / "merged")])
+    print(
+        f"\nFP8 experts with scales of 128 × 128, {plan.read_bytes / 1e6:.0f} MB read: planned "
+        f"{planned / 1e6:.0f} MB of private memory, sampled {done.peak_private / 1e6:.0f} MB, "
+        f"{done.seconds:.1f} s."
+    )
+
+
+def _quantise(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = {}
+    for name, value in load_file(path).items():
+        if value.ndim != 2 or "embed" in name:
+            tensors[name] = value.clone()
+            continue
+        m, n = value.shape
+        blocks = value.float().reshape(m // 128, 128, n // 128, 128)
+        scale = blocks.abs().amax((1, 3)) / 448
+        codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        tensors[name], tensors[f"{name}_scale_inv"] = codes.reshape(m, n), scale
+    save_file(tensors, path, {"format": "pt"})
+
+
+if __name__ == "__main__":
+    main()
