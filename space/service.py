@@ -54,13 +54,12 @@ class Service:
             refused = plan_said(refused_plan(*exc.notices))
             return {**refused, "hardware": [], "target_checked": False}
 
-    def submit(self, asked: Request, visitor: Visitor, *, key: str = "") -> Job:
-        """Queue a merge.
+    def check(self, asked: Request, visitor: Visitor) -> None:
+        """Refuse what `submit` would not queue for this visitor now; the plan's verdict too.
 
         Args:
             asked: what to merge.
             visitor: who asks; only the built-in example goes without an account.
-            key: what tells the browser of somebody without an account, see `secret_key`.
 
         Raises:
             PublishError: an account is needed.
@@ -72,9 +71,24 @@ class Service:
             )
         if needs_account(asked) and not asked.publication:
             raise RecipeError(
-                "say where to publish: namespace/name. Only the built-in example can be downloaded "
-                "as files."
+                "a merge of these models is published. Only the built-in example can be downloaded "
+                "as files.",
+                Remedy.GIVE_TARGET,
             )
+        self.jobs.check_caps(visitor.name)
+
+    def submit(self, asked: Request, visitor: Visitor, *, key: str = "") -> Job:
+        """Queue a merge.
+
+        Args:
+            asked: what to merge.
+            visitor: who asks.
+            key: what tells the browser of somebody without an account, see `secret_key`.
+
+        Raises:
+            ResMergeError: as `check`.
+        """
+        self.check(asked, visitor)
         owner = visitor.name
         return self.jobs.submit(
             asked, owner=owner, key="" if owner else key, token=visitor.token if owner else None

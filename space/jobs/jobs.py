@@ -84,7 +84,7 @@ class Jobs:
             RecipeError: this visitor, or all of them, have too many jobs.
         """
         with self._changed:
-            self._check_caps(owner)
+            self.check_caps(owner)
             job = new_job(asked.to_dict(), owner, key)
             self._jobs[job.id] = job
             self._enqueue(job, token)
@@ -99,7 +99,7 @@ class Jobs:
         with self._changed:
             if job.state not in CONTINUABLE:
                 raise RecipeError(f"this job is {job.state}, so there is nothing to continue.")
-            self._check_caps(job.owner)
+            self.check_caps(job.owner)
             self._enqueue(job, token)
 
     def cancel(self, job: Job) -> None:
@@ -163,10 +163,17 @@ class Jobs:
         for runner in self._runners:
             runner.join(timeout=15)
 
-    def _check_caps(self, owner: str) -> None:
+    def check_caps(self, owner: str) -> None:
+        """Refuse an account, or all without one, that has too many jobs already.
+
+        Raises:
+            RecipeError: as many as are allowed are queued or running.
+        """
         settings = self.settings
         cap = settings.jobs_per_user if owner else settings.anonymous_jobs
-        active = sum(job.state in ACTIVE and job.owner == owner for job in self._jobs.values())
+        active = sum(
+            job.state in ACTIVE and job.owner == owner for job in list(self._jobs.values())
+        )
         if active >= cap:
             whose = f"you have {active} jobs" if owner else f"visitors have {active} jobs"
             raise RecipeError(f"{whose} queued or running, and {cap} are allowed at a time. Wait.")

@@ -6,10 +6,10 @@ from typing import Any
 
 import gradio as gr
 
-from resmerge_stream.errors import ResMergeError
+from resmerge_stream.errors import PublishError, ResMergeError
 from resmerge_stream.methods import build_method, find_methods
 
-from ..asked import needs_account, web_recipe, web_request
+from ..asked import web_recipe, web_request
 from ..examples import examples, is_built_in
 from ..identity import Visitor, on_space, secret_key
 from ..remedies import said
@@ -120,11 +120,12 @@ class Handlers:
         plan = self._service.plan(document, visitor)
         push_to = str(document["push_to"])
         ready = not plan["refused"]
+        hindrance = self._hindrance(document, visitor) if ready else ""
         return {
             "planned": document if ready else None,
-            "plan_html": plan_html(plan, signed_in=bool(visitor.name), push_to=push_to),
-            "merge": gr.update(interactive=ready and self._may_merge(document, visitor)),
-            "merge_note": "" if not ready else self._merge_note(document, visitor),
+            "plan_html": plan_html(plan, push_to=push_to, hindrance=hindrance),
+            "merge": gr.update(interactive=ready and not hindrance),
+            "merge_note": "",
         }
 
     def merge(self, form: Form, token: Token) -> Changes:
@@ -165,18 +166,16 @@ class Handlers:
         first = examples()[0]
         return [first.base, *first.experts]
 
-    def _may_merge(self, document: Form, visitor: Visitor) -> bool:
-        return bool(visitor.name) or not self._asked_needs_account(document)
-
-    def _asked_needs_account(self, document: Form) -> bool:
-        return needs_account(web_request(document, self._service.settings))
-
-    def _merge_note(self, document: Form, visitor: Visitor) -> str:
-        if self._may_merge(document, visitor):
-            return ""
-        where = "with the button at the top" if on_space() else "by setting HF_TOKEN and restarting"
-        text = f"Sign in {where} to merge this; the built-in example needs no account."
-        return notice(text, "plain")
+    def _hindrance(self, document: Form, visitor: Visitor) -> str:
+        """Return why Merge would not start what can be planned, and what to do; or nothing."""
+        try:
+            self._service.check(web_request(document, self._service.settings), visitor)
+        except PublishError as exc:
+            at_home = "" if on_space() else " Log in with “hf auth login”, and start this again."
+            return said(exc) + at_home
+        except ResMergeError as exc:
+            return said(exc)
+        return ""
 
     def _filled(self, fields: Changes) -> Changes:
         changes: Changes = {**fields, **_visible_rows(fields["count"])}

@@ -7,11 +7,17 @@ from resmerge_stream.report.words import rule_in_words
 from resmerge_stream.units import format_size
 
 from ..hardware import MODEL, Fit, Machine
-from .words import duration, esc, facts, notice, table
+from .words import duration, esc, facts, table
 
 
-def plan_html(plan: Mapping[str, Any], *, signed_in: bool, push_to: str) -> str:
-    """Return a plan: problems first, then what will be done, costs, hardware and sources."""
+def plan_html(plan: Mapping[str, Any], *, push_to: str, hindrance: str = "") -> str:
+    """Return a plan: problems first, then what will be done, costs, hardware and sources.
+
+    Args:
+        plan: as the service gives it.
+        push_to: where it is to be published; empty for files.
+        hindrance: why Merge would not start it for this visitor, and what to do.
+    """
     parts = []
     if plan["problems"]:
         items = "".join(f"<li>{esc(text)}</li>" for text in plan["problems"])
@@ -22,13 +28,10 @@ def plan_html(plan: Mapping[str, Any], *, signed_in: bool, push_to: str) -> str:
             f"<ul>{items}</ul></div>"
         )
     else:
-        parts.append(_verdict(plan, push_to))
+        parts.append(_verdict(plan, push_to, hindrance))
     if plan["warnings"]:
         items = "".join(f"<li>{esc(text)}</li>" for text in plan["warnings"])
         parts.append(f'<div class="rm-note rm-warn"><b>Good to know</b><ul>{items}</ul></div>')
-    if push_to and not signed_in and not plan["refused"]:
-        text = "Sign in, and plan again, to have the target checked before anything moves."
-        parts.append(notice(text, "plain"))
     if plan["tensors"] and not plan["refused"]:
         parts += [_tiles(plan), _rules(plan)]
         parts.append(hardware_html(plan.get("hardware") or ()))
@@ -37,7 +40,12 @@ def plan_html(plan: Mapping[str, Any], *, signed_in: bool, push_to: str) -> str:
     return '<div class="rm">' + "".join(parts) + "</div>"
 
 
-def _verdict(plan: Mapping[str, Any], push_to: str) -> str:
+def _verdict(plan: Mapping[str, Any], push_to: str, hindrance: str) -> str:
+    if hindrance:
+        return (
+            '<div class="rm-note rm-warn" role="status"><b>These models can be merged, but not '
+            f"yet:</b> {esc(hindrance)}</div>"
+        )
     where = f"into <code>{esc(push_to)}</code>" if push_to else "into files to download"
     seconds = duration(plan["seconds_estimate"])
     return (

@@ -11,7 +11,6 @@ import pytest
 from resmerge_stream.methods import find_methods
 from space import launch
 from space.examples import examples
-from space.identity import Visitor
 from space.jobs.records import ACTIVE, new_job
 from space.page import fields
 from space.page.forms import document_of
@@ -87,13 +86,45 @@ def test_what_changed_since_the_plan_is_planned_again(handlers):
     assert "job" not in changes
 
 
-def test_without_an_account_the_hubs_models_are_not_merged(handlers):
-    """The page says what to do instead, and the button stays off."""
-    document = {"recipe": {"base_model": "o/b", "models": ["o/e"]}, "push_to": "o/m"}
+@pytest.mark.parametrize(
+    ("token", "push_to", "busy", "says"),
+    [
+        (None, "o/m", 0, "Sign in"),
+        (ALICE, "", 0, "Name the result"),
+        (ALICE, "alice/m", 3, "you have 3 jobs"),
+        (ALICE, "alice/m", 2, ""),
+    ],
+    ids=["nobody", "no name", "too many jobs", "ready"],
+)
+def test_the_plans_verdict_is_what_merge_would_say(
+    service, handlers, monkeypatch, token, push_to, busy, says
+):
+    """The headline is green and the button on only where pressing it starts the merge."""
+    recipe = {"base_model": "o/b", "models": ["o/e"]}
+    for _ in range(busy):
+        job = new_job({"recipe": recipe, "push_to": "alice/x"}, "alice", "")
+        service.jobs._jobs[job.id] = job
+    ready = {"refused": False, "problems": [], "warnings": [], "tensors": 0, "sources": [],
+             "seconds_estimate": 9.0}  # fmt: skip
+    monkeypatch.setattr(type(service), "plan", lambda self, document, visitor: ready)
+    monkeypatch.setattr(service.jobs, "submit", lambda *asked, **known: job_of_nobody())
+    namespace, _, name = push_to.partition("/")
+    form = form_after({}, base="o/b", expert0="o/e", count=1, method="resmerge", name=name)
+    form |= {"namespace": namespace}
 
-    assert not handlers._may_merge(document, Visitor())
-    assert "Sign in" in handlers._merge_note(document, Visitor())
-    assert handlers._may_merge(document, Visitor("alice", "t-alice"))
+    planned = handlers.plan(form, NOBODY, token)
+    merged = handlers.merge({**form, "planned": planned["planned"], "remembered": {}}, token)
+
+    assert planned["merge"]["interactive"] is not bool(says)
+    assert ("This can be merged</b>" in planned["plan_html"]) is not bool(says)
+    assert says in planned["plan_html"]
+    assert says in merged["merge_note"]
+    assert bool(merged["merge_note"]) is bool(says)
+
+
+def job_of_nobody():
+    """Return a job that no queue knows."""
+    return new_job({"recipe": {"base_model": "o/b", "models": ["o/e"]}}, "", "")
 
 
 def test_a_refused_plan_cannot_be_merged(handlers):

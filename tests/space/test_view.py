@@ -34,9 +34,7 @@ def plan(**values):
 
 def test_a_refused_plan_shows_its_problems_first():
     """Problems stand before everything else, escaped, and nothing is promised."""
-    html = view_plan.plan_html(
-        plan(refused=True, problems=["org/<x> is gated"]), signed_in=True, push_to="me/m"
-    )
+    html = view_plan.plan_html(plan(refused=True, problems=["org/<x> is gated"]), push_to="me/m")
 
     assert html.index("cannot be merged") < html.index("org/base")
     assert "org/&lt;x&gt; is gated" in html
@@ -45,7 +43,7 @@ def test_a_refused_plan_shows_its_problems_first():
 
 def test_a_plan_says_what_it_takes():
     """Bytes in and out, memory, disk, time, rules, and each source's commit, licence and access."""
-    html = view_plan.plan_html(plan(), signed_in=True, push_to="me/m")
+    html = view_plan.plan_html(plan(), push_to="me/m")
 
     for text in ("61 GB", "15 GB", "2 GB", "10 GB", "20 min", "0123456789", "apache-2.0", "gated"):
         assert text in html
