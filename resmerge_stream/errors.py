@@ -6,6 +6,7 @@
     │   ├── CheckpointNotFoundError    (FileNotFoundError)  nothing there, or not a model
     │   ├── CheckpointFormatError      (ValueError)         the bytes break the format's rules
     │   ├── UnsupportedCheckpointError (ValueError)         readable, but not something to merge
+    │   │   └── PickledWeightsError                         weights that can run code
     │   └── NonFiniteError             (ArithmeticError)    NaN or infinity among the weights
     ├── PlanRefusedError               (ValueError)         the plan has problems; it lists them
     ├── NotEnoughMemoryError           (MemoryError)        the budget cannot hold a matrix
@@ -249,6 +250,12 @@ class UnsupportedCheckpointError(CheckpointError, ValueError):
     """A readable checkpoint of a kind that must not be merged (pickled, quantised, an adapter)."""
 
     kind = "unsupported"
+
+
+class PickledWeightsError(UnsupportedCheckpointError):
+    """The weights are pickles, which can run code when they are read."""
+
+    kind = "pickled"
 
 
 class NonFiniteError(CheckpointError, ArithmeticError):

@@ -5,12 +5,19 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import unquote
 
 from .errors import RecipeError, Remedy, listed, shown
 from .specs import OUTPUT_DTYPES
 
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}
 _REVISION = re.compile(r"[A-Za-z0-9._/\-]{1,200}")
+_SUBFOLDER = re.compile(r"(?![./])[^\x00-\x1f\\:@]{1,200}")
+_IN_REPO = re.compile(r"[\w.-]+/[\w.-]+:")
+_PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>[\w.-]+/[\w.-]+)"
+    r"(?:/(?:tree|blob)/(?P<revision>[^/?#]+)(?:/(?P<folder>[^?#]+))?)?/?(?:[?#].*)?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +29,19 @@ class ModelRef:
         revision: branch, tag or commit, or None for the default branch.
         weight: factor of this expert, for methods that declare one; None when not given.
         parameters: its other parameters, and a weight that differs between tensors, as written.
+        subfolder: of the repository, where the model does not lie at its top.
     """
 
     id: str
     revision: str | None = None
     weight: float | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    subfolder: str | None = None
+
+    @property
+    def place(self) -> tuple[str, str | None, str | None]:
+        """Where the model is: id, revision and subfolder."""
+        return self.id, self.revision, self.subfolder
 
     def own(self) -> dict[str, Any]:
         """Return the model's own parameters, ready for YAML or JSON."""
@@ -35,29 +49,39 @@ class ModelRef:
 
     @classmethod
     def parse(cls, text: object, *, weight: float | None = None) -> "ModelRef":
-        """Return the reference that ``ID`` or ``ID@revision`` names.
+        """Return the reference that ``ID[@revision][:subfolder]`` names, or a page of the Hub.
 
         A name that exists as a folder is a folder, even with an @ in it.
 
         Raises:
-            RecipeError: the text is empty, not text, or its revision is malformed.
+            RecipeError: the text is empty, not text, or its revision or subfolder is malformed.
         """
         if not isinstance(text, str) or not text.strip() or "\x00" in text:
             raise RecipeError(
                 f"a model must be a folder or a repo id such as org/name, not {shown(text)}."
             )
         text = text.strip()
-        if os.path.isdir(os.path.expanduser(text)) or "@" not in text:
+        if os.path.isdir(os.path.expanduser(text)):
             return cls(text, None, weight)
-        name, _, revision = text.rpartition("@")
-        if not name or not _REVISION.fullmatch(revision):
+        if page := _PAGE.fullmatch(text):
+            name, revision, subfolder = page["id"], page["revision"], page["folder"]
+            revision = revision and unquote(revision)
+            subfolder = (subfolder and unquote(subfolder).strip("/")) or None
+        else:
+            name, revision, subfolder = _taken_apart(text)
+        if revision is not None and not (name and _REVISION.fullmatch(revision)):
             raise RecipeError(
                 f"{shown(text)} has a malformed revision. Write org/name@branch-or-commit."
             )
-        return cls(name, revision, weight)
+        if subfolder is not None and not _is_inside(subfolder):
+            raise RecipeError(
+                f"{shown(text)} has a malformed subfolder. Write org/name@revision:folder."
+            )
+        return cls(name, revision, weight, subfolder=subfolder)
 
     def __str__(self) -> str:
-        return self.id if self.revision is None else f"{self.id}@{self.revision}"
+        named = self.id if self.revision is None else f"{self.id}@{self.revision}"
+        return named if self.subfolder is None else f"{named}:{self.subfolder}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +162,8 @@ def override(
         recipe = replace(recipe, base=ModelRef.parse(base))
     refs = tuple(ModelRef.parse(text) for text in experts) or recipe.experts
     if recipe.base is not None:
-        named = (recipe.base.id, recipe.base.revision)
-        refs = tuple(ref for ref in refs if (ref.id, ref.revision) != named)
+        base_place = recipe.base.place
+        refs = tuple(ref for ref in refs if ref.place != base_place)
     recipe = replace(recipe, experts=refs)
     if method is not None:
         # The parameters of another method would only be refused one by one.
@@ -168,3 +192,20 @@ def checked_dtype(value: object) -> str | None:
             f"dtype {shown(value)} is not an output dtype; choose {listed(OUTPUT_DTYPES)}."
         )
     return name
+
+
+def _taken_apart(text: str) -> tuple[str, str | None, str | None]:
+    """Return id, revision and subfolder of ``ID[@revision][:subfolder]``."""
+    name, at, rest = text.rpartition("@")
+    if at:
+        revision, colon, subfolder = rest.partition(":")
+        return name, revision, subfolder if colon else None
+    if found := _IN_REPO.match(text):
+        return found[0][:-1], None, text[found.end() :]
+    return text, None, None
+
+
+def _is_inside(subfolder: str) -> bool:
+    """Return whether a path stays below the top of a repository."""
+    parts = subfolder.split("/")
+    return bool(_SUBFOLDER.fullmatch(subfolder)) and all(parts) and ".." not in parts

@@ -62,7 +62,7 @@ def check_id(ref: ModelRef) -> None:
         RecipeError: it is such.
     """
     if ref.id.startswith(PREFIX):
-        if ref.id not in built_in_folders() or ref.revision is not None:
+        if ref.id not in built_in_folders() or ref.place != (ref.id, None, None):
             known = ", ".join(built_in_folders())
             raise RecipeError(f"{shown(str(ref))} is not a built-in model. There are: {known}.")
     elif not REPO_ID.fullmatch(ref.id) or os.path.exists(ref.id):

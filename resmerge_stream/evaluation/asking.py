@@ -86,10 +86,16 @@ def _load(text: str, device: str) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     try:
         made: Any = AutoModelForCausalLM.from_pretrained(
-            ref.id, revision=ref.revision or "main", dtype=dtype, output_loading_info=True
+            ref.id,
+            revision=ref.revision or "main",
+            subfolder=ref.subfolder or "",
+            dtype=dtype,
+            output_loading_info=True,
         )
         model, info = made
-        tokenizer: Any = AutoTokenizer.from_pretrained(ref.id, revision=ref.revision or "main")
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            ref.id, revision=ref.revision or "main", subfolder=ref.subfolder or ""
+        )
     except Exception as exc:  # transformers raises whatever its parts raise
         reason = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
         raise CheckpointFormatError(f"{shown(text)} cannot be loaded: {reason}") from exc

@@ -138,7 +138,7 @@ def _open_all(plan: Plan, found: Findings, commits: list[str | None], like: Plan
     known = {} if like is None else _opened_by(like)
 
     def attempt(ref: ModelRef, commit: str | None) -> Checkpoint | ResMergeError:
-        there = known.get((ref.id, ref.revision))
+        there = known.get(ref.place)
         if there is not None and commit in (None, there.revision):
             return there
         try:
@@ -166,12 +166,12 @@ def _open_all(plan: Plan, found: Findings, commits: list[str | None], like: Plan
         found.warning(f"listed more than once, and counted so: {', '.join(twice)}")
 
 
-def _opened_by(plan: Plan) -> dict[tuple[str, str | None], Checkpoint]:
-    """Return the checkpoints of a plan by id and revision as written."""
+def _opened_by(plan: Plan) -> dict[tuple[str, str | None, str | None], Checkpoint]:
+    """Return the checkpoints of a plan by id, revision and subfolder as written."""
     refs, sources = plan.recipe.models, list(plan.checkpoints)
     if len(refs) != len(sources):
         return {}  # some could not be opened
-    return {(ref.id, ref.revision): source for ref, source in zip(refs, sources, strict=True)}
+    return {ref.place: source for ref, source in zip(refs, sources, strict=True)}
 
 
 def _see_in_one_layout(plan: Plan, found: Findings) -> None:

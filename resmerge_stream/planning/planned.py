@@ -266,6 +266,7 @@ class Plan:
                 {
                     "id": source.id,
                     "revision": source.revision,
+                    "subfolder": source.subfolder,
                     "bytes": sum(file.size for file in source.files),
                     "license": source.license,
                     "gated": source.gated,

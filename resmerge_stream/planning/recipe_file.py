@@ -132,7 +132,7 @@ def _method(name: object) -> tuple[str, dict[str, str]]:
 
 
 def _is_base(ref: ModelRef, base: ModelRef | None) -> bool:
-    return base is not None and (ref.id, ref.revision) == (base.id, base.revision)
+    return base is not None and ref.place == base.place
 
 
 def _unsliced(document: Mapping[Any, Any], where: str) -> tuple[Mapping[Any, Any], int | None]:

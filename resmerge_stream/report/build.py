@@ -50,6 +50,7 @@ def build_report(
             {
                 "id": source.id,
                 "revision": source.revision,
+                "subfolder": source.subfolder,
                 "license": source.license,
                 "private": source.is_private,
                 "files": [

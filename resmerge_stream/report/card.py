@@ -212,6 +212,7 @@ def _sources(plan: Plan, report: Mapping[str, Any], names: PublicNames, same: bo
     rows = zip(plan.parts, plan.checkpoints, names.sources, strict=True)
     for part, source, public in rows:
         commit = f"`{public.revision}`" if public.revision else "–"
+        commit += f", {escape(public.subfolder)}" if public.subfolder else ""
         size = format_size(sum(file.size for file in source.files))
         licence = escape(source.license or "unknown")
         lines.append(f"| {part} | {_link(public)} | {commit} | {size} | {licence} |")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..planning.plan import Plan
+from ..recipe import ModelRef
 from ..sources import Checkpoint
 
 
@@ -22,11 +23,13 @@ class PublicName:
         name: what it is called; unique among the sources of a merge.
         kind: ``hub``, ``local`` or ``private``.
         revision: the commit, where it may be told.
+        subfolder: of the repository, likewise.
     """
 
     name: str
     kind: str
     revision: str | None = None
+    subfolder: str | None = None
 
     def __str__(self) -> str:
         return f"{self.name} (local folder)" if self.kind == "local" else self.name
@@ -34,7 +37,7 @@ class PublicName:
     @property
     def pinned(self) -> str:
         """As a recipe writes it."""
-        return f"{self.name}@{self.revision}" if self.revision else self.name
+        return str(ModelRef(self.name, self.revision, subfolder=self.subfolder))
 
 
 class PublicNames:
@@ -99,6 +102,7 @@ class PublicNames:
             entry["id"] = source.name
             if source.kind != "hub":
                 place[key], entry["revision"] = source.name, None
+                entry["subfolder"] = None
         return {key: tensors if key == "tensors" else cleaned[key] for key in report}
 
     def _hide(self, source: Checkpoint, public: PublicName) -> None:
@@ -120,7 +124,7 @@ def _public_name(
         kind, name = "local", os.path.basename(os.path.abspath(source.folder or source.id))
         name = printable(name).strip() or "folder"
     elif name_private or not (source.is_private or source.gated):
-        return PublicName(source.id, "hub", source.revision)
+        return PublicName(source.id, "hub", source.revision, source.subfolder)
     else:
         kind, name = "private", f"a private model ({part})"
     wanted, number = name, 2

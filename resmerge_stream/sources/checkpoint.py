@@ -44,6 +44,7 @@ class Checkpoint(Protocol):
     Attributes:
         id: how the user named it.
         revision: the commit hash that everything is read from, or None for a folder.
+        subfolder: of the repository, where it does not lie at the top.
         tensors: every tensor by name, in the order of the files and of their bytes.
         files: the weight files.
         config: the parsed ``config.json``.
@@ -58,6 +59,7 @@ class Checkpoint(Protocol):
 
     id: str
     revision: str | None
+    subfolder: str | None
     tensors: Mapping[str, StoredTensor]
     files: tuple[SourceFile, ...]
     config: dict[str, Any]

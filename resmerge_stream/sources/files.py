@@ -1,6 +1,11 @@
 """Which of a model's files are its weights, and which go along."""
 
-from ..errors import CheckpointFormatError, CheckpointNotFoundError, UnsupportedCheckpointError
+from ..errors import (
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    PickledWeightsError,
+    UnsupportedCheckpointError,
+)
 
 WEIGHTS = "model.safetensors"
 
@@ -45,7 +50,7 @@ def _refuse_other_formats(shown: str, names: list[str]) -> None:
         return
     pickled = [name for name in names if name.endswith(_PICKLED)]
     if pickled:
-        raise UnsupportedCheckpointError(
+        raise PickledWeightsError(
             f"{shown!r} has its weights in {pickled[0]!r}, a pickle, which can run code when "
             "it is read. Convert it: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) "
             "writes safetensors."

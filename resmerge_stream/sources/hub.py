@@ -1,5 +1,6 @@
 """A checkpoint on the Hub: pinned to a commit, headers and tensors read in ranges."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +10,14 @@ from typing import Any
 from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.hf_api import HfApi, ModelInfo, RepoSibling
 
-from ..errors import CheckpointFormatError, CheckpointNotFoundError, Remedy
+from ..errors import (
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    PickledWeightsError,
+    Remedy,
+    ResMergeError,
+    listed,
+)
 from ..hub.client import TokenRefusedError, client, patiently
 from ..hub.ranges import CachedFile, RemoteFile
 from ..recipe import ModelRef
@@ -50,7 +58,17 @@ class HubCheckpoint:
         self.is_remote = True
         self.ahead: Ahead | None = None
         self._api = api
-        self._listed = {s.rfilename: s for s in info.siblings or () if "/" not in s.rfilename}
+        self.subfolder = ref.subfolder
+        self._asked = ref.revision
+        self._top = f"{ref.subfolder}/" if ref.subfolder else ""
+        self._shown = f"{ref.id}/{self._top}"
+        self._everything = {s.rfilename for s in info.siblings or ()}
+        self._listed = {
+            name: s
+            for s in info.siblings or ()
+            if s.rfilename.startswith(self._top)
+            and "/" not in (name := s.rfilename.removeprefix(self._top))
+        }
         self._opened: dict[str, RemoteFile | CachedFile] = {}
         self._header_bytes_left: int | None = None
         self._counting = Lock()
@@ -162,15 +180,15 @@ class HubCheckpoint:
         names = sorted(self._listed)
         if "config.json" not in names:
             raise CheckpointNotFoundError(
-                f"{self.id!r} on the Hub has no config.json, so it is not a model that can be "
-                "merged. Give the repository that transformers would load."
+                f"{self._shown.rstrip('/')!r} on the Hub has no config.json, so it is not a model "
+                f"that can be merged. {self._models_below()}"
             )
-        weights = choose_weights(self.id, names)
-        where = f"{self.id}/config.json"
+        weights = self._weights(names)
+        where = f"{self._shown}config.json"
         self.config = parse_config(self._download("config.json", MAX_CONFIG_BYTES), where=where)
         weight_map = None
         if weights is None:
-            where = f"{self.id}/{INDEX}"
+            where = f"{self._shown}{INDEX}"
             size = self._size(INDEX)
             if size > MAX_JSON_BYTES:
                 raise CheckpointFormatError(f"{where} is larger than {MAX_JSON_BYTES} bytes.")
@@ -196,8 +214,49 @@ class HubCheckpoint:
             name for name in names if name.endswith(SMALL_SUFFIXES) and name not in weights
         )
 
+    def _models_below(self) -> str:
+        """Say where in the repository models are, where this place has none."""
+        ending = "/config.json"
+        folders = sorted(p.removesuffix(ending) for p in self._everything if p.endswith(ending))
+        if not folders:
+            return "Give the repository that transformers would load."
+        at = f"{self.id}@{self._asked}" if self._asked else self.id
+        return f"There are models in its folders {listed(folders)}; write {at}:{folders[0]}."
+
+    def _weights(self, names: list[str]) -> list[str] | None:
+        """Return what `choose_weights` does; of pickles, say where they were converted."""
+        try:
+            return choose_weights(self.id, names)
+        except PickledWeightsError as exc:
+            found = self._converted()
+            if found is None:
+                raise
+            raise PickledWeightsError(
+                f"{self.id!r} has its weights in pickles, which can run code when they are read. "
+                f"An open pull request has them as safetensors: give {self.id}@{found}."
+            ) from exc
+
+    def _converted(self) -> str | None:
+        """Return the revision of an open pull request that has the weights as safetensors."""
+
+        def look() -> str | None:
+            for request in self._api.get_repo_discussions(
+                self.id, discussion_type="pull_request", discussion_status="open"
+            ):
+                revision = f"refs/pr/{request.num}"
+                if "safetensors" not in request.title.lower():
+                    continue
+                info = self._api.model_info(self.id, revision=revision, timeout=30)
+                if any(s.rfilename.endswith(".safetensors") for s in info.siblings or ()):
+                    return revision
+            return None
+
+        with contextlib.suppress(ResMergeError):  # advice alone: without it the error stands
+            return patiently(look, what=f"look for pull requests of {self.id}")
+        return None
+
     def _read_header(self, name: str) -> dict[str, StoredTensor]:
-        size, where = self._size(name), f"{self.id}/{name}"
+        size, where = self._size(name), f"{self._shown}{name}"
         first = bytes(self._read_range(name, 0, min(_FIRST_BYTES, size)))
         length = header_length(first[:8], size, where=where)
         if 8 + length > len(first):
@@ -225,33 +284,34 @@ class HubCheckpoint:
         return file
 
     def _open_file(self, name: str) -> RemoteFile | CachedFile:
-        shown, size = f"{self.id}/{name}", self._size(name)
-        cached = try_to_load_from_cache(self.id, name, revision=self.revision)
+        path = self._top + name
+        shown, size = f"{self._shown}{name}", self._size(name)
+        cached = try_to_load_from_cache(self.id, path, revision=self.revision)
         if isinstance(cached, str) and Path(cached).stat().st_size == size:
             return CachedFile(shown, Path(cached))
-        url = hf_hub_url(self.id, name, revision=self.revision, endpoint=self._api.endpoint)
+        url = hf_hub_url(self.id, path, revision=self.revision, endpoint=self._api.endpoint)
         return RemoteFile(shown, url, self._api._build_hf_headers(), size)
 
     def _download(self, name: str, limit: int) -> bytes:
         if self._size(name) > limit:
-            raise CheckpointFormatError(f"{self.id}/{name} is larger than {limit} bytes.")
+            raise CheckpointFormatError(f"{self._shown}{name} is larger than {limit} bytes.")
         path = patiently(
             lambda: hf_hub_download(
                 self.id,
-                name,
+                self._top + name,
                 revision=self.revision,
                 token=self._api.token,
                 endpoint=self._api.endpoint,
                 library_name="resmerge-stream",
             ),
-            what=f"read {self.id}/{name} on the Hub",
+            what=f"read {self._shown}{name} on the Hub",
         )
         return Path(path).read_bytes()
 
     def _size(self, name: str) -> int:
         size = self._listed[name].size
         if size is None:
-            raise CheckpointFormatError(f"the Hub does not tell the size of {self.id}/{name}.")
+            raise CheckpointFormatError(f"the Hub does not tell the size of {self._shown}{name}.")
         return size
 
 

@@ -36,6 +36,7 @@ class LocalCheckpoint:
     ) -> None:
         self.id = ref.id
         self.revision: str | None = None
+        self.subfolder: str | None = None
         self.tensors = tensors
         self.files = files
         self.identity = identity

@@ -35,6 +35,7 @@ class View:
         self.of = of
         self.sources = sources
         self.id, self.revision, self.folder = of.id, of.revision, of.folder
+        self.subfolder = of.subfolder
         self.files: tuple[SourceFile, ...] = of.files
         self.config = of.config if config is None else config
         self.small_files, self.identity, self.license = of.small_files, of.identity, of.license

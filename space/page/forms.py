@@ -6,7 +6,7 @@ from typing import Any
 
 from resmerge_stream.methods import find_methods
 from resmerge_stream.planning.options import Options
-from resmerge_stream.recipe import Recipe
+from resmerge_stream.recipe import ModelRef, Recipe
 
 # Rows of experts in the form; a pasted recipe may have more.
 ROWS = 8
@@ -78,10 +78,11 @@ def target_of(form: Mapping[str, Any]) -> str:
 
 def form_of(recipe: Recipe) -> dict[str, Any]:
     """Return the fields that show a recipe."""
+    base, revision = ("", "") if recipe.base is None else _fields(recipe.base)
     form: dict[str, Any] = {
-        "base": recipe.base.id if recipe.base is not None else "",
-        "base_revision": (recipe.base.revision if recipe.base is not None else None) or "",
-        **_rows([(ref.id, ref.revision or "", ref.weight or 1.0) for ref in recipe.experts]),
+        "base": base,
+        "base_revision": revision,
+        **_rows([(*_fields(ref), ref.weight or 1.0) for ref in recipe.experts]),
         "method": recipe.method,
         "dtype": recipe.dtype or SAME_AS_BASE,
     }
@@ -106,6 +107,12 @@ def _rows(rows: Sequence[tuple[str, str, float]]) -> dict[str, Any]:
         name, revision, weight = rows[number] if number < len(rows) else ("", "", 1.0)
         form |= {f"expert{number}": name, f"revision{number}": revision, f"weight{number}": weight}
     return form
+
+
+def _fields(ref: ModelRef) -> tuple[str, str]:
+    """Return what stands in a model's two fields: its id, and where in the repository it is."""
+    where = str(ref).removeprefix(ref.id)
+    return (ref.id, where[1:]) if ref.revision else (ref.id + where, "")
 
 
 def _model(name: object, revision: object) -> str:

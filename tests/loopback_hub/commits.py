@@ -116,6 +116,27 @@ async def refs(call: Call) -> Response:
     )
 
 
+async def discussions(call: Call) -> Response:
+    """List the open pull requests, each by the title of its last commit."""
+    repo = call.repo()
+    numbers = sorted(
+        int(ref.rpartition("/")[2]) for ref in repo.refs() if ref.startswith("refs/pr/")
+    )
+    found = [
+        {
+            "num": number,
+            "title": repo.at(f"refs/pr/{number}").title,
+            "author": {"name": repo.at(f"refs/pr/{number}").author},
+            "createdAt": repo.at(f"refs/pr/{number}").date,
+            "status": "open",
+            "isPullRequest": True,
+            "repo": {"name": repo.id, "type": "model"},
+        }
+        for number in numbers
+    ]
+    return JSONResponse({"discussions": found, "count": len(found), "start": 0})
+
+
 async def history(call: Call) -> Response:
     """List the commits behind a revision, newest first."""
     repo = call.repo()
@@ -186,6 +207,7 @@ ROUTES: tuple[Route, ...] = (
     route("POST", f"{REPO}/preupload{REVISION}", preupload),
     route("POST", f"{REPO}/commit{REVISION}", commit),
     route("GET", f"{REPO}/refs", refs),
+    route("GET", f"{REPO}/discussions", discussions),
     route("GET", f"{REPO}/commits{REVISION}", history),
     route("POST", f"{REPO}/branch/(?P<branch>[^/]+)", create_branch),
     route("DELETE", f"{REPO}/branch/(?P<branch>[^/]+)", delete_ref),

@@ -284,3 +284,35 @@ def test_a_preset_may_stand_behind_the_methods_name():
     recipe = recipe_from_dict(LEAST | {"merge_method": "ties:paper"})
 
     assert (recipe.method, recipe.parameters) == ("ties", {"preset": "paper"})
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("org/name:runs/step-100", ("org/name", None, "runs/step-100")),
+        ("org/name@v1:step 100", ("org/name", "v1", "step 100")),
+        ("org/name@refs/pr/7", ("org/name", "refs/pr/7", None)),
+        ("https://huggingface.co/org/name", ("org/name", None, None)),
+        ("https://huggingface.co/org/name/tree/main", ("org/name", "main", None)),
+        ("https://hf.co/org/name/tree/refs%2Fpr%2F7", ("org/name", "refs/pr/7", None)),
+        (
+            "https://huggingface.co/org/name/tree/main/a%20b/c/?x=1",
+            ("org/name", "main", "a b/c"),
+        ),
+    ],
+)
+def test_a_place_on_the_hub_is_read_and_written(text, place):
+    """Revision, folder and page of the Hub are taken apart, and the words made of them agree."""
+    ref = ModelRef.parse(text)
+
+    assert ref.place == place
+    assert ModelRef.parse(str(ref)) == ref
+
+
+@pytest.mark.parametrize(
+    "text", ["org/name@main:../other", "org/name:", "org/name@main:/etc", "org/name@main:a//b"]
+)
+def test_a_folder_outside_of_the_repository_is_refused(text):
+    """A folder is a path below the repository's top."""
+    with pytest.raises(RecipeError, match="subfolder"):
+        ModelRef.parse(text)
