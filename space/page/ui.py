@@ -255,6 +255,8 @@ def _signature(handler: Callable[..., Any], count: int) -> inspect.Signature:
     """Return a signature of so many plain values, then what gradio shall inject."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     plain = [inspect.Parameter(f"value{i}", kind, annotation=Any) for i in range(count)]
-    _, *injected = inspect.signature(handler).parameters.values()
+    _, *others = inspect.signature(handler).parameters.values()
+    # What a partial has given already is keyword-only, and not for gradio to inject.
+    injected = [parameter for parameter in others if parameter.kind is kind]
     special = [parameter.replace(kind=kind) for parameter in injected]
     return inspect.Signature([*plain, *special])

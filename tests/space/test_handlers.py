@@ -1,6 +1,7 @@
 """The page's handlers as plain functions, and the page that they are wired to."""
 
 import dataclasses
+import functools
 import json
 import time
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from resmerge_stream.methods import find_methods
 from space import launch
 from space.examples import examples
 from space.jobs.records import ACTIVE, new_job
-from space.page import fields
+from space.page import fields, ui
 from space.page.forms import document_of
 from space.page.handlers import Handlers
 from space.page.news import News
@@ -125,6 +126,13 @@ def test_the_plans_verdict_is_what_merge_would_say(
 def job_of_nobody():
     """Return a job that no queue knows."""
     return new_job({"recipe": {"base_model": "o/b", "models": ["o/e"]}}, "", "")
+
+
+def test_gradio_gives_no_value_that_a_button_has_already():
+    """A button of its own number calls its handler with that number, and what gradio injects."""
+    called = functools.partial(lambda form, token, number: {}, number=2)
+
+    assert list(ui._signature(called, 1).parameters) == ["value0", "token"]
 
 
 def test_a_refused_plan_cannot_be_merged(handlers):
