@@ -73,7 +73,7 @@ def fit(plan: Plan, budget: int, *, elsewhere: bool = False) -> Fit:
     )
 
 
-def fit_memory(plan: Plan, found: Findings) -> None:
+def fit_memory(plan: Plan, found: Findings) -> Plan:
     """Choose for every matrix how many float32 copies live at once; refuse what cannot fit.
 
     What may be in work at once (`working_bytes`) is bounded by the largest matrix, not by what the
@@ -82,30 +82,35 @@ def fit_memory(plan: Plan, found: Findings) -> None:
     asked = plan.options.memory_budget
     free = plan.machine.memory_bytes if plan.machine is not None else available_memory()
     sharing = machine_share()[1] if plan.machine is None else 1
-    plan.memory_budget = (asked if asked is not None else int(free * SHARE)) // sharing
-    fitted = fit(plan, plan.memory_budget, elsewhere=plan.machine is not None)
-    plan.read_ahead_bytes = fitted.read_ahead_bytes
-    plan.tensors = {
-        name: replace(tensor, resident=name in fitted.resident)
-        for name, tensor in plan.tensors.items()
-    }
+    budget = (asked if asked is not None else int(free * SHARE)) // sharing
+    fitted = fit(plan, budget, elsewhere=plan.machine is not None)
     largest = max((math.prod(matrix_of(t.spec)) for t in _matrices(plan)), default=0)
     ample = SPARE_BYTES + 4 * (len(plan.experts) + 2) * largest
     room = fitted.room
-    plan.working_bytes = max(fitted.worst, min(room, ample) if asked is None else room)
-    plan.peak_memory_bytes = plan.memory_budget - room + plan.working_bytes
+    working = max(fitted.worst, min(room, ample) if asked is None else room)
     if fitted.worst > room:
         needed = fitted.needed_bytes
         which = "the memory budget" if asked is not None else "80 % of the free memory"
         each = "" if sharing == 1 else f" for each of the {sharing} processes here"
         found.problem(
             f"merging {fitted.worst_name} needs {format_size(needed)} of memory, but {which} is "
-            f"{format_size(plan.memory_budget)}{each}.",
+            f"{format_size(budget)}{each}.",
             Remedy.MORE_MEMORY,
             *([Remedy.FEWER_PROCESSES] if each else []),
             kind=NotEnoughMemoryError.kind,
             needed=f"{-(-needed * sharing // 1_000_000)}MB",
         )
+    return replace(
+        plan,
+        tensors={
+            name: replace(tensor, resident=name in fitted.resident)
+            for name, tensor in plan.tensors.items()
+        },
+        memory_budget=budget,
+        read_ahead_bytes=fitted.read_ahead_bytes,
+        working_bytes=working,
+        peak_memory_bytes=budget - room + working,
+    )
 
 
 def _matrices(plan: Plan) -> list[PlannedTensor]:

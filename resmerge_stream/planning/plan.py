@@ -1,7 +1,9 @@
 """PLAN: decide everything before anything big moves, from headers and configs alone. No torch."""
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from ..device import Machine
@@ -30,7 +32,7 @@ from .options import Options
 from .planned import Plan, PlannedTensor, matrix_of
 from .resolve import Resolver, check_count
 from .sidefiles import output_config
-from .target import check_folder, check_publication, look_at_targets
+from .target import check_folder, check_publication, look_at_repository, pinned_commits
 
 # Seconds an element and expert on two cores, measured (docs/performance.md).
 _SECONDS_START = 3.0
@@ -72,25 +74,40 @@ def plan_merge(
     a tied config says is redundant.
     """
     plan = Plan(recipe, options or Options(), publication=publication, token=token, machine=machine)
-    found = Findings(plan.problems, plan.warnings)
+    found = Findings()
+    plan = _planned(plan, found, out, work_dir, like)
+    return replace(plan, problems=tuple(found.problems), warnings=tuple(found.warnings))
+
+
+def _planned(
+    plan: Plan,
+    found: Findings,
+    out: str | Path | None,
+    work_dir: str | Path | None,
+    like: Plan | None,
+) -> Plan:
+    """Return the plan with all that could be decided: up to the first step that had to give up."""
+    recipe = plan.recipe
     folder = Path(os.path.expanduser(out)) if out is not None else None
     if folder is not None and ("\x00" in str(folder) or len(os.fsencode(folder.name)) > 255):
         found.problem(f"{shown(str(out))} cannot be a folder's name.", Remedy.ANOTHER_FOLDER)
         return plan
-    _build_method(plan, found)
-    commits = look_at_targets(plan, folder, work_dir, found) if plan.method is not None else []
-    _open_all(plan, found, commits, like)
-    if plan.refused:
+    plan = _with_method(plan, found)
+    commits: Sequence[str | None] = ()
+    if plan.method is not None:
+        plan = look_at_repository(plan, found)
+        commits = pinned_commits(plan, folder, work_dir)
+    plan = _opened(plan, found, commits, like)
+    if found.problems:
         return plan
-    _see_in_one_layout(plan, found)
+    plan = _in_one_layout(plan, found)
     layout, others = plan.layout, plan.experts[plan.base is None :]
     for expert in others:
         check_configs(layout, expert, found)
         check_tokenizers(layout, expert, found)
     check_different(layout, others, found)
     sets = match_tensors(layout, others, found, missing=plan.options.missing)
-    plan.left_out = sets.left_out
-    _round_carried(plan, sets)
+    plan = _with_carried_rounded(replace(plan, left_out=sets.left_out), sets)
     if recipe.layers is not None and recipe.layers != (depth := _depth(layout)):
         found.problem(
             f"the recipe takes layers 0 to {recipe.layers} of models that have {depth}. Dropping "
@@ -98,16 +115,15 @@ def plan_merge(
         )
         return plan
     try:
-        plan.tensors = _tensors(plan, sets)
+        plan = replace(plan, tensors=_tensors(plan, sets))
     except RecipeError as exc:
         found.problems += exc.notices
         return plan
-    plan.shards = _shards(plan)
-    plan.config = output_config(layout, recipe.dtype or _unquantised_dtype(layout))
+    config = output_config(layout, recipe.dtype or _unquantised_dtype(layout))
+    plan = replace(plan, shards=_shards(plan), config=config)
     check_small_files(layout, plan.tokenizer or layout, found)
     _check_code(plan, found)
-    _estimate(plan)
-    fit_memory(plan, found)
+    plan = fit_memory(_estimated(plan, folder), found)
     if folder is not None:
         check_folder(plan, folder, found)
     if plan.target is not None:
@@ -115,19 +131,20 @@ def plan_merge(
     return plan
 
 
-def _build_method(plan: Plan, found: Findings) -> None:
+def _with_method(plan: Plan, found: Findings) -> Plan:
     recipe = plan.recipe
     for note in recipe.notes:
         found.warning(note)
     try:
         resolver = Resolver(recipe)
         check_count(recipe, resolver.kind)
-        plan.method = resolver.at().method
+        return replace(plan, method=resolver.at().method)
     except ResMergeError as exc:
         found.problems += exc.notices
+        return plan
 
 
-def _open_all(plan: Plan, found: Findings, commits: list[str | None], like: Plan | None) -> None:
+def _opened(plan: Plan, found: Findings, commits: Sequence[str | None], like: Plan | None) -> Plan:
     recipe, limit = plan.recipe, plan.options.max_header_bytes
     refs = list(recipe.models)
     if plan.options.tokenizer_from is not None:
@@ -154,16 +171,18 @@ def _open_all(plan: Plan, found: Findings, commits: list[str | None], like: Plan
     for failed in opened:
         if isinstance(failed, ResMergeError):
             found.problems += failed.notices
-    plan.base = None if recipe.base is None else sources[0]
     first = len(recipe.models) - len(recipe.experts)
     experts = sources[first : first + len(recipe.experts)]
-    plan.experts = tuple(expert for expert in experts if expert is not None)
-    if plan.options.tokenizer_from is not None:
-        plan.tokenizer = sources[-1]
     names = [str(ref) for ref in recipe.experts]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         found.warning(f"listed more than once, and counted so: {', '.join(twice)}")
+    return replace(
+        plan,
+        base=None if recipe.base is None else sources[0],
+        experts=tuple(expert for expert in experts if expert is not None),
+        tokenizer=None if plan.options.tokenizer_from is None else sources[-1],
+    )
 
 
 def _opened_by(plan: Plan) -> dict[tuple[str, str | None, str | None], Checkpoint]:
@@ -174,7 +193,7 @@ def _opened_by(plan: Plan) -> dict[tuple[str, str | None, str | None], Checkpoin
     return {ref.place: source for ref, source in zip(refs, sources, strict=True)}
 
 
-def _see_in_one_layout(plan: Plan, found: Findings) -> None:
+def _in_one_layout(plan: Plan, found: Findings) -> Plan:
     """Have every checkpoint read as numbers, and every expert in the layout of the output."""
     sources = [readable(source, found) for source in plan.checkpoints]
     layout = sources[0]
@@ -193,11 +212,13 @@ def _see_in_one_layout(plan: Plan, found: Findings) -> None:
                 f"other names: {listed(shown_pairs, limit=3)}. Nothing says that they are the "
                 "same; rename them in that checkpoint."
             )
-    plan.matched = tuple(one.renamed for one in matched[plan.base is not None :])
-    checkpoints = [one.checkpoint for one in matched]
-    if plan.base is not None:
-        plan.base = checkpoints.pop(0)
-    plan.experts = tuple(checkpoints)
+    first = int(plan.base is not None)
+    return replace(
+        plan,
+        base=matched[0].checkpoint if first else None,
+        experts=tuple(one.checkpoint for one in matched[first:]),
+        matched=tuple(one.renamed for one in matched[first:]),
+    )
 
 
 def _unquantised_dtype(layout: Checkpoint) -> str | None:
@@ -208,22 +229,19 @@ def _unquantised_dtype(layout: Checkpoint) -> str | None:
     return "bfloat16" if made else None
 
 
-def _round_carried(plan: Plan, sets: TensorSets) -> None:
+def _with_carried_rounded(plan: Plan, sets: TensorSets) -> Plan:
     """Have dequantised tensors that no expert has written in the output's dtype."""
     base = plan.base
     if not isinstance(base, View):
-        return
+        return plan
     dtype = OUTPUT_DTYPES[plan.recipe.dtype or "bfloat16"]
-    plan.base = View(
-        base.of,
-        {
-            name: Rounded(source, dtype)
-            if name in sets.carried and not isinstance(source, Stored) and source.dtype != dtype
-            else source
-            for name, source in base.sources.items()
-        },
-        config=base.config,
-    )
+    sources = {
+        name: Rounded(source, dtype)
+        if name in sets.carried and not isinstance(source, Stored) and source.dtype != dtype
+        else source
+        for name, source in base.sources.items()
+    }
+    return replace(plan, base=View(base.of, sources, config=base.config))
 
 
 def _tensors(plan: Plan, sets: TensorSets) -> dict[str, PlannedTensor]:
@@ -278,21 +296,28 @@ def _check_code(plan: Plan, found: Findings) -> None:
         )
 
 
-def _estimate(plan: Plan) -> None:
+def _estimated(plan: Plan, out: Path | None) -> Plan:
+    """Say what the merge reads, how long it takes, and what it holds on the disk at most."""
     count = len(plan.experts)
-    seconds = _SECONDS_START
+    seconds, read = _SECONDS_START, 0
     passes = 1 + plan.opened[1].counting_passes()
     for name, tensor in plan.tensors.items():
         stored = sum(source.read_cost(name) for source in plan.sources_of(tensor))
-        plan.read_bytes += stored * (passes if tensor.rule else 1)
+        read += stored * (passes if tensor.rule else 1)
         seconds += tensor.spec.numel * (count + 1) * _SECONDS_ROWS * passes
         if tensor.rule and tensor.rule.needs_matrix:
             seconds += tensor.spec.numel * len(tensor.experts) * _SECONDS_MATRIX
     sources = list(plan.checkpoints)
     share = sum(source.is_remote for source in sources) / len(sources)
     sent = plan.write_bytes if plan.publication is not None else 0
-    plan.compute_seconds = seconds
-    plan.seconds_estimate = max(seconds, plan.read_bytes * share / HUB_RATE, sent / HUB_RATE)
+    disk = plan.unsent_bytes if plan.publication is not None else 0
+    return replace(
+        plan,
+        read_bytes=read,
+        compute_seconds=seconds,
+        seconds_estimate=max(seconds, read * share / HUB_RATE, sent / HUB_RATE),
+        peak_disk_bytes=plan.write_bytes if out is not None else disk,
+    )
 
 
 __all__ = ["Options", "Plan", "PlannedTensor", "Role", "matrix_of", "plan_merge"]

@@ -54,9 +54,12 @@ class PlannedTensor:
     resident: bool = True
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that a merge will do. Made by `plan_merge`, run by `run_merge`."""
+    """Everything that a merge will do. Made by `plan_merge`, run by `run_merge`.
+
+    Each step of planning makes a new one; nothing changes it afterwards.
+    """
 
     recipe: Recipe
     options: Options
@@ -69,8 +72,8 @@ class Plan:
     left_out: Mapping[str, str] = field(default_factory=dict)
     # Of each expert: the base's tensors → what stands for them under other names, where it differs.
     matched: tuple[Mapping[str, tuple[str, ...]], ...] = ()
-    problems: list[Notice] = field(default_factory=list)
-    warnings: list[Notice] = field(default_factory=list)
+    problems: tuple[Notice, ...] = ()
+    warnings: tuple[Notice, ...] = ()
     machine: Machine | None = None  # where it will run; None: here
     memory_budget: int = 0
     working_bytes: int = 0
@@ -304,6 +307,5 @@ def _lasting_name(ref: ModelRef) -> str:
 
 def refused_plan(*problems: Notice) -> dict[str, Any]:
     """Return what `Plan.to_dict` would, for a recipe that is none."""
-    plan = Plan(Recipe(ModelRef(""), ()), Options())
-    plan.problems += problems
+    plan = Plan(Recipe(ModelRef(""), ()), Options(), problems=problems)
     return {**plan.to_dict(), "plan_hash": None}

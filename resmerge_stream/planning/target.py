@@ -1,5 +1,6 @@
 """A plan's target: what stands there, whether it fits, what earlier starts pinned. No torch."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,18 +15,21 @@ if TYPE_CHECKING:
     from ..sinks.hub.target import HubTarget
 
 
-def look_at_targets(
-    plan: Plan, out: Path | None, work_dir: str | Path | None, found: Findings
-) -> list[str | None]:
-    """Return the commits that an earlier start pinned the sources to; those win over any branch."""
-    commits: list[str | None] = []
-    if plan.publication is not None:
-        from ..sinks.hub.target import look_at_target
+def look_at_repository(plan: Plan, found: Findings) -> Plan:
+    """Ask the Hub what stands where the merge is to be published, if it is."""
+    if plan.publication is None:
+        return plan
+    from ..sinks.hub.target import look_at_target
 
-        plan.target = look_at_target(plan.publication, plan.plan_hash, plan.token)
-        found.problems += plan.target.found.problems
-        if plan.target.staged is not None:
-            commits = plan.target.staged.commits
+    target = look_at_target(plan.publication, plan.plan_hash, plan.token)
+    found.problems += target.found.problems
+    return replace(plan, target=target)
+
+
+def pinned_commits(plan: Plan, out: Path | None, work_dir: str | Path | None) -> list[str | None]:
+    """Return the commits that an earlier start pinned the sources to; those win over any branch."""
+    staged = plan.target.staged if plan.target is not None else None
+    commits = staged.commits if staged is not None else []
     here = work_folder(plan.plan_hash, out, plan.publication, work_dir)
     return commits or known_commits(here, plan.plan_hash)
 
@@ -39,7 +43,6 @@ def check_folder(plan: Plan, out: Path, found: Findings) -> None:
     if state.problem is not None:
         found.problem(state.problem)
         return
-    plan.peak_disk_bytes = plan.write_bytes
     needed = plan.write_bytes - state.bytes_there
     free = free_disk(out)
     if needed > free:
@@ -102,8 +105,7 @@ def _check_work_disk(
     work_dir: str | Path | None,
     found: Findings,
 ) -> None:
-    """Say how much disk the shards take that wait: two a process at most, none when streamed."""
-    plan.peak_disk_bytes = plan.unsent_bytes
+    """Refuse a disk too small for the shards that wait on it: one for each process, if any."""
     folder = work_folder(plan.plan_hash, None, plan.publication, work_dir)
     free = plan.machine.disk_bytes if plan.machine is not None else free_disk(folder)
     sharing = machine_share()[1] if plan.machine is None else 1

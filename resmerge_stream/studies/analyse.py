@@ -61,18 +61,23 @@ def plan_analysis(
     )
     matrices = [matrix_of(t.spec) for t in plan.tensors.values() if t.rule and t.rule.needs_matrix]
     spectrum = max((svd_bytes(m, n, 0) for m, n in matrices), default=0)
-    plan.working_bytes += spectrum
-    plan.peak_memory_bytes += spectrum
-    if not plan.problems and plan.peak_memory_bytes > plan.memory_budget:
-        plan.problems.append(
+    needed = plan.peak_memory_bytes + spectrum
+    problems = plan.problems
+    if not problems and needed > plan.memory_budget:
+        problems = (
             Notice(
-                f"the analysis needs {format_size(plan.peak_memory_bytes)} of memory, but the "
-                f"budget is {format_size(plan.memory_budget)}.",
+                f"the analysis needs {format_size(needed)} of memory, but the budget is "
+                f"{format_size(plan.memory_budget)}.",
                 Remedy.MORE_MEMORY,
-                needed=f"{-(-plan.peak_memory_bytes // 1_000_000)}MB",
-            )
+                needed=f"{-(-needed // 1_000_000)}MB",
+            ),
         )
-    return plan
+    return replace(
+        plan,
+        working_bytes=plan.working_bytes + spectrum,
+        peak_memory_bytes=needed,
+        problems=problems,
+    )
 
 
 def run_analysis(

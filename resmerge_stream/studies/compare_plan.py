@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..recipe import Recipe
 from ..units import format_size
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """What a comparison will do. Made by `plan_comparison`, run by `run_comparison`.
 
@@ -30,7 +30,7 @@ class Comparison:
     out: Path
     report_only: bool
     plans: Mapping[str, Plan]
-    problems: list[Notice] = field(default_factory=list)
+    problems: tuple[Notice, ...] = ()
     working_bytes: int = 0
     peak_memory_bytes: int = 0
     resident: bool = True
@@ -124,44 +124,48 @@ def plan_comparison(
             "there is no method to compare. Name some, such as resmerge,ties,tsv_m.",
             field="methods",
         )
-    comparison = Comparison(folder, report_only, plans)
-    for label, plan in plans.items():
-        comparison.problems += [problem.prefixed(label) for problem in plan.problems]
-    if not comparison.problems:
-        _fit_memory(comparison)
-    return comparison
+    problems = [one.prefixed(label) for label, plan in plans.items() for one in plan.problems]
+    comparison = Comparison(folder, report_only, plans, tuple(problems))
+    return comparison if problems else _fitted(comparison)
 
 
-def _fit_memory(comparison: Comparison) -> None:
+def _fitted(comparison: Comparison) -> Comparison:
     """Choose whether float32 copies of all experts are kept; refuse what cannot fit."""
     first = comparison.first
     fixed = first.peak_memory_bytes - first.working_bytes
     room = first.memory_budget - fixed
-    worst = (0, "")
+    plans, worst, resident = comparison.plans, (0, ""), True
     for resident in (True, False):
-        comparison.resident = resident
-        worst = max((comparison.working_bytes_of(name), name) for name in first.tensors)
+        sizes = {n: _working_bytes(plans.values(), n, resident=resident) for n in first.tensors}
+        worst = max((size, name) for name, size in sizes.items())
         if worst[0] <= room:
             break
-    for plan in comparison.plans.values():
-        plan.tensors = {
-            name: replace(tensor, resident=comparison.resident)
-            for name, tensor in plan.tensors.items()
-        }
-        plan.working_bytes = worst[0]
-    # While the largest tensor is written the next ones are decided, where the budget has room.
-    comparison.working_bytes = max(worst[0], min(room, SPARE_BYTES + 2 * worst[0]))
-    comparison.peak_memory_bytes = fixed + comparison.working_bytes
+    problems: tuple[Notice, ...] = ()
     if worst[0] > room:
-        comparison.problems.append(
+        problems = (
             Notice(
-                f"comparing {len(comparison.plans)} methods on {worst[1]} needs "
+                f"comparing {len(plans)} methods on {worst[1]} needs "
                 f"{format_size(fixed + worst[0])} of memory, but the budget is "
                 f"{format_size(first.memory_budget)}. Compare fewer SVD methods at once.",
                 Remedy.MORE_MEMORY,
                 needed=f"{-(-(fixed + worst[0]) // 1_000_000)}MB",
-            )
+            ),
         )
+    # While the largest tensor is written the next ones are decided, where the budget has room.
+    working = max(worst[0], min(room, SPARE_BYTES + 2 * worst[0]))
+    return replace(
+        comparison,
+        plans={label: _with_memory(plan, worst[0], resident) for label, plan in plans.items()},
+        problems=problems,
+        working_bytes=working,
+        peak_memory_bytes=fixed + working,
+        resident=resident,
+    )
+
+
+def _with_memory(plan: Plan, working: int, resident: bool) -> Plan:
+    tensors = {name: replace(one, resident=resident) for name, one in plan.tensors.items()}
+    return replace(plan, tensors=tensors, working_bytes=working)
 
 
 def _working_bytes(plans: Collection[Plan], name: str, *, resident: bool) -> int:

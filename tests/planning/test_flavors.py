@@ -40,11 +40,11 @@ def test_more_cores_shorten_only_the_arithmetic(group):
     """A merge that the network holds up is as slow on a larger machine: the small one wins."""
     plan = plan_of(group)
     two, eight = FLAVORS[:2]
-    plan.compute_seconds, plan.read_bytes = 36_000.0, 0
-    assert estimates(plan, [two, eight])[0].flavor is eight
-    plan.compute_seconds, plan.read_bytes = 0.0, 10**12
+    busy = replace(plan, compute_seconds=36_000.0, read_bytes=0)
+    waiting = replace(plan, compute_seconds=0.0, read_bytes=10**12)
+    assert estimates(busy, [two, eight])[0].flavor is eight
 
-    found = estimates(plan, [two, eight])
+    found = estimates(waiting, [two, eight])
 
     assert found[0].flavor is two
     assert found[0].seconds == found[1].seconds

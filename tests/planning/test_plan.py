@@ -206,7 +206,7 @@ def test_bookkeeping_in_a_config_is_not_a_difference(changes, group):
 
     plan = plan_group(group)
 
-    assert plan.problems == plan.warnings == []
+    assert plan.problems == plan.warnings == ()
 
 
 def test_a_structure_key_inside_a_section_is_checked(tmp_path):
@@ -318,7 +318,7 @@ def test_an_untied_head_is_merged(tmp_path):
     plan = plan_group(group)
 
     assert plan.tensors["lm_head.weight"].rule.name == "mean"
-    assert plan.warnings == []
+    assert plan.warnings == ()
 
 
 def test_an_adapter_is_refused(group):

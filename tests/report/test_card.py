@@ -89,8 +89,7 @@ def as_hub(plan: Plan, *, licence: str | None = "apache-2.0", **attributes: Any)
         for key, value in attributes.items():
             setattr(source, key, value)
         refs.append(ModelRef(source.id, "main"))
-    plan.recipe = replace(plan.recipe, base=refs[0], experts=tuple(refs[1:]))
-    return plan
+    return replace(plan, recipe=replace(plan.recipe, base=refs[0], experts=tuple(refs[1:])))
 
 
 def readme(plan: Plan, report: Mapping[str, Any], **options: Any) -> str:
@@ -267,7 +266,7 @@ def test_private_and_gated_models_are_named_only_when_allowed(
     plan, report = merge(group)
     plan = as_hub(plan, **{hidden: True})
     report["recipe"] = plan.recipe.to_dict()
-    plan.warnings.append(Notice("org/expert0 has another tokenizer.json"))
+    plan = replace(plan, warnings=(Notice("org/expert0 has another tokenizer.json"),))
 
     hidden_files = render_card(plan, report)
     named = render_card(plan, report, name_private=True)
@@ -296,7 +295,7 @@ def test_licence_is_the_common_one_or_other_with_a_warning(
 ) -> None:
     """Only a licence that all sources state is claimed; else `other`, a table and a warning."""
     plan, report = merge(group)
-    as_hub(plan)
+    plan = as_hub(plan)
     for source, licence in zip(plan.checkpoints, licences, strict=True):
         source.license = licence
 
@@ -370,7 +369,7 @@ def test_weights_stay_in_the_recipe(group: list[Path]) -> None:
     """Per-model weights are part of what makes the bytes."""
     plan, report = merge(group, "task_arithmetic")
     experts = tuple(replace(ref, weight=0.5) for ref in plan.recipe.experts)
-    plan.recipe = replace(plan.recipe, experts=experts)
+    plan = replace(plan, recipe=replace(plan.recipe, experts=experts))
 
     recipe = parse_recipe(render_card(plan, report)["resmerge/recipe.yml"])
 
@@ -412,7 +411,8 @@ def test_text_of_others_stays_text(tmp_path: Path) -> None:
     plan, report = merge(folders)
     report["tensors"][0]["name"] = "evil`|<script>\n.weight"
     report["tensors"][0]["warnings"] = ["<b>|\nbad"]
-    plan.left_out = report["summary"]["left_out"] = {"x`|y": "<u>|"}
+    report["summary"]["left_out"] = {"x`|y": "<u>|"}
+    plan = replace(plan, left_out=report["summary"]["left_out"])
 
     text = readme(plan, report)
 
