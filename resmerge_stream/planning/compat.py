@@ -164,7 +164,7 @@ def match_tensors(
         if name in left_out:
             continue
         having = tuple(i for i, expert in enumerate(experts) if name in expert.tensors)
-        if not having:
+        if experts and not having:
             carried[name] = "no expert has it"
         elif not DTYPES[stored.spec.dtype].is_merged:
             carried[name] = f"it holds {stored.spec.dtype}, not floating point"

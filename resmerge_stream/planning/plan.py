@@ -256,10 +256,11 @@ def _tensors(plan: Plan, sets: TensorSets) -> dict[str, PlannedTensor]:
             own = found.weights[0] if first else found.base_weight
             experts = tuple(number + first for number in sets.merged[name])
             weights = tuple(found.weights[number] for number in experts)
-            rule = found.method.rule_for(stored.spec, len(experts))
+            merging = found.among(sets.merged[name])
+            rule = merging.rule_for(stored.spec, len(experts))
             dtype = OUTPUT_DTYPES[named] if named else _stored_dtype(layout, name)
             spec = TensorSpec(name, dtype, stored.spec.shape)
-            planned[name] = PlannedTensor(spec, rule, found.method, experts, weights, own)
+            planned[name] = PlannedTensor(spec, rule, merging, experts, weights, own)
         elif name in sets.carried:
             planned[name] = PlannedTensor(stored.spec, None, method)
     return planned

@@ -4,8 +4,8 @@ A recipe may give a parameter by layer, by module and by model. Of these the mod
 before the method's, as in mergekit. Methods see plain numbers.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import RecipeError, listed, shown
@@ -36,6 +36,21 @@ class Chosen:
     method: MergeMethod
     weights: tuple[float, ...]
     base_weight: float | None
+
+    def among(self, numbers: Sequence[int]) -> MergeMethod:
+        """Return the method for the experts that have a tensor, each with its own parameters.
+
+        Args:
+            numbers: which of the models whose differences are merged, from 0.
+        """
+        own = {
+            item.name: tuple(value[number] for number in numbers)
+            for item in parameter_fields(type(self.method)).values()
+            if isinstance(value := getattr(self.method, item.name), tuple)
+        }
+        if all(len(getattr(self.method, name)) == len(values) for name, values in own.items()):
+            return self.method
+        return replace(self.method, **own)
 
 
 @dataclass(slots=True)

@@ -93,16 +93,18 @@ class PublicNames:
         others = {key: value for key, value in report.items() if key != "tensors"}
         cleaned: dict[str, Any] = self.clean_all(others)
         recipe = cleaned["recipe"]
-        written = [(model, "model") for model in recipe["models"]]
+        experts = recipe["models"][: len(self.experts)]
+        written = [[(model, "model")] for model in experts]
         if self.base is not None:
-            written = [(recipe, "base_model"), *written]
-        for entry, (place, key), source in zip(
-            cleaned["sources"], written, self.sources, strict=True
-        ):
+            # Listed among the models too, where it takes part itself: after the experts.
+            listed = [(model, "model") for model in recipe["models"][len(experts) :]]
+            written = [[(recipe, "base_model"), *listed], *written]
+        for entry, places, source in zip(cleaned["sources"], written, self.sources, strict=True):
             entry["id"] = source.name
             if source.kind != "hub":
-                place[key], entry["revision"] = source.name, None
-                entry["subfolder"] = None
+                entry["revision"] = entry["subfolder"] = None
+                for place, key in places:
+                    place[key] = source.name
         return {key: tensors if key == "tensors" else cleaned[key] for key in report}
 
     def _hide(self, source: Checkpoint, public: PublicName) -> None:

@@ -3,12 +3,16 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from resmerge_stream.planning.options import Options
+from resmerge_stream.planning.plan import plan_merge
+from resmerge_stream.recipe import ModelRef
+from resmerge_stream.run.engine import run_merge
 from tests.support.checkpoints import (
     Group,
     edit_config,
@@ -17,6 +21,7 @@ from tests.support.checkpoints import (
     merge,
     plan_group,
     read_tensors,
+    recipe_of,
     write_json,
 )
 
@@ -114,6 +119,30 @@ def test_layers_that_some_experts_lack_are_merged_among_the_others(tmp_path):
     assert any("are merged without" in text for text in plan.warnings)
     merged = read_tensors(tmp_path / "merged")["model.mtp.proj.weight"]
     assert torch.equal(merged, theirs["model.mtp.proj.weight"])
+
+
+def test_an_expert_keeps_its_own_parameters_where_others_lack_the_tensor(tmp_path):
+    """Densities are the experts' own, whoever else has the tensor."""
+    group = make_group(tmp_path / "group", experts=3)
+    extra = {"model.mtp.proj.weight": torch.zeros(8, 8, dtype=torch.bfloat16)}
+    edit_tensors(group.base, lambda tensors: tensors.update(extra))
+    ramp = torch.arange(1.0, 65.0).reshape(8, 8).to(torch.bfloat16)
+    for folder in group.experts[1:]:
+        edit_tensors(folder, lambda tensors: tensors.update({"model.mtp.proj.weight": ramp}))
+    recipe = replace(
+        recipe_of(group, method="ties"),
+        experts=tuple(
+            ModelRef(str(folder), parameters={"density": density})
+            for folder, density in zip(group.experts, (1.0, 0.5, 0.25), strict=True)
+        ),
+        parameters={"normalize": False},
+    )
+
+    list(run_merge(plan_merge(recipe), out=tmp_path / "merged"))
+
+    merged = read_tensors(tmp_path / "merged")["model.mtp.proj.weight"].float()
+    wanted = ramp.float() * (ramp >= 33).float() + ramp.float() * (ramp >= 49).float()
+    assert torch.equal(merged, wanted.to(torch.bfloat16).float())
 
 
 def test_a_partial_expert_can_be_refused(tmp_path):
