@@ -1,10 +1,11 @@
 """How a tensor is cut into what is read and merged at once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..memory import PIECE_BYTES
 from ..planning.plan import PlannedTensor
+from ..sources.adapter import EditRows
 from ..specs import DTYPES
 
 
@@ -16,8 +17,8 @@ class Piece:
         tensor: as planned.
         start_row, stop_row: which rows (first axis) the buffers hold.
         is_last: whether these are the tensor's last rows.
-        buffers: stored bytes of the layout's model, then of each expert that takes part; of the
-            first alone if carried.
+        buffers: stored bytes of the layout's model, then of each expert that takes part, or what
+            an adapter stores about these rows; of the first alone if carried.
         release: told which rows of the buffers are not needed for a while.
         close: called when the piece is merged; its buffers are not used any more.
     """
@@ -26,7 +27,7 @@ class Piece:
     start_row: int
     stop_row: int
     is_last: bool
-    buffers: list[memoryview]
+    buffers: Sequence[memoryview | EditRows]
     release: Callable[[slice], None] = lambda rows: None
     close: Callable[[], None] = lambda: None
 
@@ -40,6 +41,14 @@ class Piece:
         """Bytes of these rows as they are written."""
         rows, columns = self.matrix_shape
         return rows * columns * DTYPES[self.tensor.spec.dtype].nbytes
+
+    @property
+    def layout_bytes(self) -> memoryview:
+        """Stored bytes of the layout's model."""
+        stored = self.buffers[0]
+        if isinstance(stored, EditRows):
+            raise RuntimeError(f"the layout of {self.tensor.spec.name} is an adapter")
+        return stored
 
     @property
     def first_row(self) -> int:

@@ -6,6 +6,9 @@ from ..errors import (
     PickledWeightsError,
     UnsupportedCheckpointError,
 )
+from .adapter_config import CONFIG as ADAPTER_CONFIG
+from .adapter_config import WEIGHTS as ADAPTER_WEIGHTS
+from .adapter_config import check_adapter_files, is_adapter
 
 WEIGHTS = "model.safetensors"
 
@@ -22,6 +25,11 @@ SMALL_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md"
 MAX_SMALL_BYTES = 200_000_000
 
 
+def config_file(names: list[str]) -> str:
+    """Return the name of the config that tells what a model with these files is."""
+    return ADAPTER_CONFIG if is_adapter(names) else "config.json"
+
+
 def choose_weights(shown: str, names: list[str]) -> list[str] | None:
     """Return the weight files among a model's file names, or None where its index names them.
 
@@ -32,8 +40,11 @@ def choose_weights(shown: str, names: list[str]) -> list[str] | None:
     Raises:
         CheckpointNotFoundError: there are no weights.
         CheckpointFormatError: it is not known which files make the model.
-        UnsupportedCheckpointError: the weights are pickled, GGUF, or a LoRA adapter.
+        UnsupportedCheckpointError: the weights are pickled or GGUF.
     """
+    if is_adapter(names):
+        check_adapter_files(shown, names)
+        return [ADAPTER_WEIGHTS]
     _refuse_other_formats(shown, names)
     if WEIGHTS in names:
         return [WEIGHTS]
@@ -41,11 +52,6 @@ def choose_weights(shown: str, names: list[str]) -> list[str] | None:
 
 
 def _refuse_other_formats(shown: str, names: list[str]) -> None:
-    if "adapter_config.json" in names:
-        raise UnsupportedCheckpointError(
-            f"{shown!r} is a LoRA adapter, not a whole model. Merge it into its base first "
-            "(peft: model.merge_and_unload(), then save_pretrained) and give that folder."
-        )
     if any(name.endswith(".safetensors") for name in names):
         return
     pickled = [name for name in names if name.endswith(_PICKLED)]

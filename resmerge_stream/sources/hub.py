@@ -21,10 +21,11 @@ from ..errors import (
 from ..hub.client import TokenRefusedError, client, patiently
 from ..hub.ranges import CachedFile, RemoteFile
 from ..recipe import ModelRef
+from .adapter_config import CONFIG as ADAPTER_CONFIG
 from .ahead import Ahead
 from .checkpoint import SourceFile, StoredTensor
 from .fetch import PART_BYTES, Fetcher, Span
-from .files import INDEX, MAX_SMALL_BYTES, SMALL_SUFFIXES, WEIGHTS, choose_weights
+from .files import INDEX, MAX_SMALL_BYTES, SMALL_SUFFIXES, WEIGHTS, choose_weights, config_file
 from .format import (
     MAX_CONFIG_BYTES,
     MAX_JSON_BYTES,
@@ -93,7 +94,7 @@ class HubCheckpoint:
         Raises:
             CheckpointNotFoundError: no such repository or revision, no access, or no model there.
             CheckpointFormatError: a header, the index or the config is malformed.
-            UnsupportedCheckpointError: the weights are pickled, GGUF, or a LoRA adapter.
+            UnsupportedCheckpointError: the weights are pickled or GGUF.
             StoppedError: the network or the Hub kept failing.
         """
         api = client(token)
@@ -178,14 +179,15 @@ class HubCheckpoint:
 
     def _read_model(self) -> None:
         names = sorted(self._listed)
-        if "config.json" not in names:
+        config = config_file(names)
+        if config not in names:
             raise CheckpointNotFoundError(
                 f"{self._shown.rstrip('/')!r} on the Hub has no config.json, so it is not a model "
                 f"that can be merged. {self._models_below()}"
             )
         weights = self._weights(names)
-        where = f"{self._shown}config.json"
-        self.config = parse_config(self._download("config.json", MAX_CONFIG_BYTES), where=where)
+        where = f"{self._shown}{config}"
+        self.config = parse_config(self._download(config, MAX_CONFIG_BYTES), where=where)
         weight_map = None
         if weights is None:
             where = f"{self._shown}{INDEX}"
@@ -216,8 +218,8 @@ class HubCheckpoint:
 
     def _models_below(self) -> str:
         """Say where in the repository models are, where this place has none."""
-        ending = "/config.json"
-        folders = sorted(p.removesuffix(ending) for p in self._everything if p.endswith(ending))
+        endings = ("/config.json", f"/{ADAPTER_CONFIG}")
+        folders = sorted({p.rpartition("/")[0] for p in self._everything if p.endswith(endings)})
         if not folders:
             return "Give the repository that transformers would load."
         at = f"{self.id}@{self._asked}" if self._asked else self.id

@@ -1,6 +1,7 @@
 """A checkpoint in a folder: safetensors files, memory-mapped, read in ranges."""
 
 import hashlib
+import json
 import mmap
 import os
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 from ..errors import CheckpointFormatError, CheckpointNotFoundError
 from ..recipe import ModelRef
 from .checkpoint import SourceFile, StoredTensor
-from .files import INDEX, MAX_SMALL_BYTES, SMALL_SUFFIXES, choose_weights
+from .files import INDEX, MAX_SMALL_BYTES, SMALL_SUFFIXES, choose_weights, config_file
 from .format import (
     MAX_CONFIG_BYTES,
     MAX_JSON_BYTES,
@@ -57,7 +58,7 @@ class LocalCheckpoint:
         Raises:
             CheckpointNotFoundError: the folder holds no weights or no config.
             CheckpointFormatError: a header, the index or the config is malformed.
-            UnsupportedCheckpointError: the weights are pickled, GGUF, or a LoRA adapter.
+            UnsupportedCheckpointError: the weights are pickled or GGUF.
         """
         try:
             names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
@@ -72,10 +73,13 @@ class LocalCheckpoint:
             where = str(folder / INDEX)
             weight_map = parse_index(_read_bounded(folder / INDEX, MAX_JSON_BYTES), where=where)
             weight_files = sorted(set(weight_map.values()))
-        shards, files, identity = {}, [], {}
+        shards, files = {}, []
+        identity: dict[str, Any] = {}
         for file in weight_files:
             shards[file], source, identity[file] = _read_header(folder / file, file)
             files.append(source)
+        if "peft_type" in config:  # the scale of an adapter stands there
+            identity[config_file(names)] = _digest(config)
         if weight_map is None:
             tensors = dict(shards[weight_files[0]])
         else:
@@ -170,13 +174,18 @@ def _read_header(
     return tensors, SourceFile(file, status.st_size), identity
 
 
+def _digest(config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
 def _read_config(folder: Path, names: list[str]) -> dict[str, Any]:
-    if "config.json" not in names:
+    name = config_file(names)
+    if name not in names:
         raise CheckpointNotFoundError(
             f"{str(folder)!r} has no config.json, so it is not a model folder. "
             "Give the folder that transformers would load."
         )
-    path = folder / "config.json"
+    path = folder / name
     return parse_config(_read_bounded(path, MAX_CONFIG_BYTES), where=str(path))
 
 

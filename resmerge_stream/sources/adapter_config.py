@@ -1,0 +1,214 @@
+"""What ``adapter_config.json`` says of a LoRA adapter: its scale for each module, or why not.
+
+PEFT's format and arithmetic (https://github.com/huggingface/peft). What cannot be merged is
+refused here by name.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import CheckpointFormatError, UnsupportedCheckpointError, shown
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PICKLED = "adapter_model.bin"
+
+_MAX_RANK = 100_000
+_MAX_PATTERNS = 20_000
+_MAX_PATTERN = 500
+# A repeated group with a repetition inside takes a regex engine exponential time.
+_EXPLOSIVE = re.compile(r"\([^()]*[*+}][^()]*\)\s*[*+{]")
+
+# What changes the base's weights at the start of training, so that the adapter fits another base.
+_MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_VARIANTS = {
+    "alora_invocation_tokens": "aLoRA, which is active for some tokens only",
+    "use_qalora": "QALoRA, which belongs to a base quantised in groups",
+    "use_bdlora": "BD-LoRA, whose factors are block-diagonal",
+    "kasa_config": "KaSA, which also cuts the base's weights",
+    "arrow_config": "Arrow, which routes between adapters",
+    "monteclora_config": "MonteCLoRA, which samples its factors",
+    "layer_replication": "an adapter of a base with repeated layers (layer_replication)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """The settings of a LoRA adapter that decide what its factors mean.
+
+    Attributes:
+        rank: r where no pattern says otherwise.
+        alpha: α, likewise.
+        rank_pattern, alpha_pattern: by regex of a module's name, first match wins.
+        rslora: whether the scale is α/√r rather than α/r.
+        fan_in_fan_out: whether the base stores its weights transposed, as GPT-2 does.
+        dora: whether magnitudes rescale the rows of the moved base.
+        tokens: indices of trained tokens by module name; under an empty name: of the input
+            embedding.
+        target_parameters: parameters that are adapted themselves, by the end of their names.
+        ties_embeddings: whether what changes the embedding changes the head alike.
+        base: what the adapter says it was trained on.
+    """
+
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    rslora: bool
+    fan_in_fan_out: bool
+    dora: bool
+    tokens: Mapping[str, tuple[int, ...]]
+    target_parameters: tuple[str, ...]
+    ties_embeddings: bool
+    base: str | None
+
+    def rank_of(self, module: str) -> int:
+        """Return r of a module."""
+        return self.rank_pattern.get(_matching(self.rank_pattern, module), self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """Return s, the factor of B·A, of a module."""
+        alpha = self.alpha_pattern.get(_matching(self.alpha_pattern, module), self.alpha)
+        rank = self.rank_of(module)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+def is_adapter(names: list[str]) -> bool:
+    """Return whether a folder or repository with these files is an adapter and no whole model."""
+    models = ("model.safetensors", "model.safetensors.index.json")
+    return CONFIG in names and not any(name in names for name in models)
+
+
+def check_adapter_files(where: str, names: list[str]) -> None:
+    """Refuse an adapter whose weights cannot be read.
+
+    Raises:
+        UnsupportedCheckpointError: they are pickled, or not there.
+    """
+    if WEIGHTS in names:
+        return
+    if _PICKLED in names:
+        raise UnsupportedCheckpointError(
+            f"{where!r} has its adapter in {_PICKLED!r}, a pickle, which can run code when it is "
+            "read. Convert it: PeftModel.from_pretrained(…).save_pretrained(…) writes safetensors."
+        )
+    raise UnsupportedCheckpointError(f"{where!r} has {CONFIG} but no {WEIGHTS}.")
+
+
+def parse_settings(config: Mapping[str, Any], *, where: str) -> LoraSettings:
+    """Return the settings of an adapter.
+
+    Args:
+        config: the parsed ``adapter_config.json``.
+        where: what to call the adapter in errors.
+
+    Raises:
+        CheckpointFormatError: a value is not what PEFT would write.
+        UnsupportedCheckpointError: the adapter is of a kind that cannot be merged.
+    """
+    _refuse_kinds(config, where)
+    return LoraSettings(
+        rank=_rank(config.get("r", 8), "r", where),
+        alpha=_number(config.get("lora_alpha", 8), "lora_alpha", where),
+        rank_pattern={
+            key: _rank(value, f"rank_pattern[{key[:80]!r}]", where)
+            for key, value in _patterns(config, "rank_pattern", where).items()
+        },
+        alpha_pattern={
+            key: _number(value, f"alpha_pattern[{key[:80]!r}]", where)
+            for key, value in _patterns(config, "alpha_pattern", where).items()
+        },
+        rslora=config.get("use_rslora") is True,
+        fan_in_fan_out=config.get("fan_in_fan_out") is True,
+        dora=config.get("use_dora") is True,
+        tokens=_tokens(config.get("trainable_token_indices"), where),
+        target_parameters=_texts(config.get("target_parameters"), "target_parameters", where),
+        ties_embeddings=config.get("ensure_weight_tying") is True,
+        base=base if isinstance(base := config.get("base_model_name_or_path"), str) else None,
+    )
+
+
+def _refuse_kinds(config: Mapping[str, Any], where: str) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UnsupportedCheckpointError(
+            f"{where!r} is an adapter of type {shown(kind)}; only LoRA adapters are merged. Merge "
+            "it into its base with peft (merge_and_unload, save_pretrained), and give that model."
+        )
+    for key, what in _VARIANTS.items():
+        if config.get(key):
+            raise UnsupportedCheckpointError(
+                f"{where!r} is {what}: it is no fixed update of the base's weights. Merge it "
+                "into its base with peft if peft can, and give that model."
+            )
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(_MOVES_THE_BASE):
+        raise UnsupportedCheckpointError(
+            f"{where!r} was started with {start[:40]!r}, which changes the base's weights: its "
+            "factors do not fit the published base. Convert it to LoRA with peft "
+            "(save_pretrained with path_initial_model_for_weight_conversion)."
+        )
+
+
+def _matching(patterns: Mapping[str, Any], module: str) -> str:
+    """Return the first pattern that a module's name ends with, as PEFT matches it."""
+    for key in patterns:
+        if re.match(rf"(.*\.)?({key})$", module):
+            return key
+    return module
+
+
+def _patterns(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    found = config.get(name) or {}
+    if not isinstance(found, dict) or len(found) > _MAX_PATTERNS:
+        raise CheckpointFormatError(f"{where!r}: {name} is no mapping of module names to numbers.")
+    for key in found:
+        if len(key) > _MAX_PATTERN or _EXPLOSIVE.search(key):
+            raise CheckpointFormatError(
+                f"{where!r}: {name} has the pattern {key[:80]!r}…, too "
+                "complicated to be matched safely."
+            )
+        try:
+            re.compile(key)
+        except re.error as exc:
+            raise CheckpointFormatError(
+                f"{where!r}: {name} has the pattern {key[:80]!r}, which is no regex: {exc}."
+            ) from exc
+    return found
+
+
+def _rank(value: object, name: str, where: str) -> int:
+    if type(value) is not int or not 1 <= value <= _MAX_RANK:
+        raise CheckpointFormatError(
+            f"{where!r}: {name} must be a rank of 1 or more, not {shown(value)}."
+        )
+    return value
+
+
+def _number(value: object, name: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e12:
+        raise CheckpointFormatError(f"{where!r}: {name} must be a number, not {shown(value)}.")
+    return float(value)
+
+
+def _texts(value: object, name: str, where: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise CheckpointFormatError(f"{where!r}: {name} must be a list of names.")
+    return tuple(value)
+
+
+def _tokens(value: object, where: str) -> dict[str, tuple[int, ...]]:
+    lists = {"": value} if isinstance(value, list) else value or {}
+    if not isinstance(lists, dict) or not all(
+        isinstance(indices, list) and all(type(i) is int and i >= 0 for i in indices)
+        for indices in lists.values()
+    ):
+        raise CheckpointFormatError(
+            f"{where!r}: trainable_token_indices must be a list of token numbers, or one a module."
+        )
+    return {module: tuple(indices) for module, indices in lists.items()}
