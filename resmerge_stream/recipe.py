@@ -30,6 +30,7 @@ class ModelRef:
         weight: factor of this expert, for methods that declare one; None when not given.
         parameters: its other parameters, and a weight that differs between tensors, as written.
         subfolder: of the repository, where the model does not lie at its top.
+        on: the base that an adapter was named with, as in ``base+adapter``.
     """
 
     id: str
@@ -37,6 +38,7 @@ class ModelRef:
     weight: float | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
     subfolder: str | None = None
+    on: str | None = None
 
     @property
     def place(self) -> tuple[str, str | None, str | None]:
@@ -51,7 +53,9 @@ class ModelRef:
     def parse(cls, text: object, *, weight: float | None = None) -> "ModelRef":
         """Return the reference that ``ID[@revision][:subfolder]`` names, or a page of the Hub.
 
-        A name that exists as a folder is a folder, even with an @ in it.
+        ``BASE+ADAPTER`` is the adapter on that base.
+
+        A name that exists as a folder is a folder, even with an @ or a + in it.
 
         Raises:
             RecipeError: the text is empty, not text, or its revision or subfolder is malformed.
@@ -63,6 +67,9 @@ class ModelRef:
         text = text.strip()
         if os.path.isdir(os.path.expanduser(text)):
             return cls(text, None, weight)
+        on, plus, adapter = text.partition("+")
+        if on and plus and adapter and not _PAGE.fullmatch(text):
+            return replace(cls.parse(adapter, weight=weight), on=on.strip())
         if page := _PAGE.fullmatch(text):
             name, revision, subfolder = page["id"], page["revision"], page["folder"]
             revision = revision and unquote(revision)
@@ -81,7 +88,8 @@ class ModelRef:
 
     def __str__(self) -> str:
         named = self.id if self.revision is None else f"{self.id}@{self.revision}"
-        return named if self.subfolder is None else f"{named}:{self.subfolder}"
+        named = named if self.subfolder is None else f"{named}:{self.subfolder}"
+        return named if self.on is None else f"{self.on}+{named}"
 
 
 @dataclass(frozen=True, slots=True)
