@@ -91,6 +91,7 @@ class Update:
         combination: the same ΔW in closed form, where it has one.
         moves_base: whether rows that no expert changed are merged too; otherwise they keep the
             base's bytes.
+        needs_stack: whether `rows` looks at the experts' Δ.
     """
 
     rows: Callable[[slice, Tensor], Tensor]
@@ -99,6 +100,7 @@ class Update:
     warnings: tuple[str, ...] = ()
     combination: Combination | None = None
     moves_base: bool = False
+    needs_stack: bool = True
 
 
 NO_TENSOR = TensorSpec("", "F32", ())

@@ -13,9 +13,11 @@ from ..roles import Role, layer_of
 from ..sinks.layout import DEFAULT_SHARD_BYTES, Shard, plan_shards
 from ..sinks.publication import Publication
 from ..sources import Checkpoint, open_checkpoint
+from ..sources.adapter import is_bare_adapter
 from ..sources.assembly import Rounded, Stored
 from ..sources.view import View
 from ..specs import OUTPUT_DTYPES, TensorSpec
+from .adapters import check_named_bases, check_whole, on_base
 from .compat import (
     MATCHED,
     TensorSets,
@@ -97,10 +99,15 @@ def _planned(
     if plan.method is not None:
         plan = look_at_repository(plan, found)
         commits = pinned_commits(plan, folder, work_dir)
+    check_named_bases(plan.recipe, found)
     plan = _opened(plan, found, commits, like)
+    if not found.problems:
+        check_whole(plan.layout, found)
     if found.problems:
         return plan
     plan = _in_one_layout(plan, found)
+    if any(is_bare_adapter(source) for source in plan.checkpoints):
+        return plan  # not on a base, so that nothing can be compared
     layout, others = plan.layout, plan.experts[plan.base is None :]
     for expert in others:
         check_configs(layout, expert, found)
@@ -195,8 +202,9 @@ def _opened_by(plan: Plan) -> dict[tuple[str, str | None, str | None], Checkpoin
 
 def _in_one_layout(plan: Plan, found: Findings) -> Plan:
     """Have every checkpoint read as numbers, and every expert in the layout of the output."""
-    sources = [readable(source, found) for source in plan.checkpoints]
-    layout = sources[0]
+    layout, *others = plan.checkpoints
+    layout = readable(layout, found)
+    sources = [layout, *(on_base(layout, source, found) for source in others)]
     matched = [Matched(layout), *(match(layout, source) for source in sources[1:])]
     for source, one in zip(sources[1:], matched[1:], strict=True):
         if one.renamed:

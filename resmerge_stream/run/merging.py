@@ -17,13 +17,16 @@ from torch import Tensor
 from ..device import usable_cores
 from ..errors import NonFiniteError, Remedy
 from ..maths.lanes import Lane, lanes_of
+from ..maths.low_rank import balanced, svd
 from ..maths.rounding import Kept, block_seed, cast
 from ..maths.stored_bytes import Gathered, as_tensor, bytes_of
 from ..maths.task_vectors import NonFiniteValues, TaskVectors
 from ..methods import Rule, Site, Update
 from ..planning.plan import Plan, PlannedTensor
 from ..report.rows import Rows
+from ..sources.adapter import EditRows
 from ..specs import DTYPES
+from .changes import change_of
 from .pieces import Piece
 from .pipeline import blocks_ahead
 
@@ -161,13 +164,16 @@ class Merger:
         rule, spec = piece.tensor.rule, piece.tensor.spec
         sources = self.plan.sources_of(piece.tensor)
         dtypes = [source.tensors[spec.name].spec.dtype for source in sources]
-        raw = [
-            lane.cross(as_tensor(buffer, dtype, piece.matrix_shape))
-            for buffer, dtype in zip(piece.buffers, dtypes, strict=True)
+        base = lane.cross(as_tensor(piece.layout_bytes, dtypes[0], piece.matrix_shape))
+        changes = [
+            change_of(buffer, piece, sources[0], lane.cross)
+            if isinstance(buffer, EditRows)
+            else lane.cross(as_tensor(buffer, dtype, piece.matrix_shape))
+            for buffer, dtype in zip(piece.buffers[1:], dtypes[1:], strict=True)
         ]
         resident = rule is not None and rule.needs_matrix and piece.tensor.resident and lane.whole
-        return raw[0], TaskVectors(
-            raw[0], raw[1:], lane.workspace, resident=resident, release=piece.release
+        return base, TaskVectors(
+            base, changes, lane.workspace, resident=resident, release=piece.release
         )
 
     def decide(self, piece: Piece, rule: Rule, base: Tensor, vectors: TaskVectors) -> Decided:
@@ -180,7 +186,8 @@ class Merger:
         if rule.needs_matrix and tensor.base_weight is None and vectors.is_zero():
             update = Update(lambda block, stack: torch.zeros_like(stack[0]), "copy")
         else:
-            update = tensor.method.merge(vectors, self.site(piece, rule))
+            merged = tensor.method.merge(vectors, self.site(piece, rule))
+            update = from_factors(merged, vectors, rule)
             self._sample()
         return Decided(piece, rule, base, vectors, update)
 
@@ -210,7 +217,7 @@ class Merger:
             NonFiniteError: a weight is NaN or infinite, or overflows the output dtype.
         """
         if isinstance(prepared, Carried):
-            write(prepared.piece.buffers[0])
+            write(prepared.piece.layout_bytes)
             return Kept()
         if isinstance(prepared, Merged):
             write(prepared.data)
@@ -236,7 +243,8 @@ class Merger:
         vectors = decided.vectors
 
         def merge(rows: slice) -> MergedRows:
-            stack = vectors.stack(rows)
+            # An update from factors needs no Δ, so that none is formed.
+            stack = vectors.stack(rows) if decided.update.needs_stack else torch.empty(0)
             return self.merge_rows(decided, rows, stack, vectors.base(rows))
 
         return blocks_ahead(vectors.blocks(), merge, threads)
@@ -307,3 +315,17 @@ def reported(rows: Rows, prepared: Prepared, kept: Kept) -> dict[str, Any] | Non
         is_copy=decided.is_copy,
         is_last=decided.piece.is_last,
     )
+
+
+def from_factors(update: Update, vectors: TaskVectors, rule: Rule) -> Update:
+    """Return an update that multiplies its factors where it has some, and needs no task vector.
+
+    A matrix that was decided whole is first brought to its own singular directions in float64, so
+    that terms which cancel cost no digits.
+    """
+    found = update.combination and vectors.low_rank and update.combination.of(vectors)
+    if not found:
+        return update
+    factors = balanced(svd(found)) if rule.needs_matrix else found
+    left, right = factors.left.float(), factors.right.float().T.contiguous()
+    return replace(update, rows=lambda block, stack: left[block] @ right, needs_stack=False)

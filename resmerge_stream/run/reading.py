@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from ..device import machine_share
 from ..planning.plan import Plan, PlannedTensor
 from ..sources import Checkpoint
+from ..sources.adapter import AdapterCheckpoint, EditRows
 from ..sources.ahead import Followed, reading_ahead
 from ..sources.fetch import THREADS
 from ..sources.view import made_bytes
@@ -30,7 +31,7 @@ def reads(plan: Plan, tensors: list[PlannedTensor]) -> Iterator[tuple[int, Calla
                 is_last: bool = is_last,
             ) -> Piece:
                 name = tensor.spec.name
-                buffers = [source.read(name, start, stop) for source in sources]
+                buffers = [_read(source, name, start, stop) for source in sources]
                 release = _releaser(tensor, sources, start, stop)
                 close = _closer(name, sources, start, stop)
                 return Piece(tensor, start, stop, is_last, buffers, release, close)
@@ -41,6 +42,12 @@ def reads(plan: Plan, tensors: list[PlannedTensor]) -> Iterator[tuple[int, Calla
                 for source in sources
             )
             yield sum(held), read
+
+
+def _read(source: Checkpoint, name: str, start: int, stop: int) -> memoryview | EditRows:
+    if isinstance(source, AdapterCheckpoint):
+        return source.read_edit(name, start, stop)
+    return source.read(name, start, stop)
 
 
 def _releaser(

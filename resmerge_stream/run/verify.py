@@ -21,7 +21,7 @@ from ..sinks.folder import REPORT
 from ..sources import Checkpoint, open_checkpoint
 from ..specs import DTYPES
 from .merging import Merger
-from .pieces import Piece, row_ranges
+from .reading import reads
 
 RECIPE = "resmerge/recipe.yml"
 _READ_BYTES = 1 << 24
@@ -182,13 +182,11 @@ def _plan_again(report: Mapping[str, Any], recipe: Recipe, token: str | None) ->
 
 
 def _merge_again(plan: Plan, merger: Merger, name: str) -> bytes:
-    tensor = plan.tensors[name]
-    sources = plan.sources_of(tensor)
     parts: list[bytes] = []
-    for start, stop, is_last in row_ranges(tensor):
-        buffers = [source.read(name, start, stop) for source in sources]
-        piece = Piece(tensor, start, stop, is_last, buffers)
+    for _, read in reads(plan, [plan.tensors[name]]):
+        piece = read()
         merger.written(merger.prepare(piece), lambda data: parts.append(bytes(data)))
+        piece.close()
     return b"".join(parts)
 
 

@@ -52,6 +52,7 @@ class AdapterCheckpoint:
     def __init__(self, own: Checkpoint, base: Checkpoint) -> None:
         self.own, self._base = own, base
         self.id, self.revision, self.folder = own.id, own.revision, own.folder
+        self.subfolder = own.subfolder
         self.files: tuple[SourceFile, ...] = own.files
         self.identity, self.license = own.identity, own.license
         self.gated, self.is_private, self.is_remote = own.gated, own.is_private, own.is_remote

@@ -15,6 +15,7 @@ from ..errors import CheckpointFormatError, UnsupportedCheckpointError, shown
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
+_WHOLE = ("model.safetensors", "model.safetensors.index.json")
 
 _MAX_RANK = 100_000
 _MAX_PATTERNS = 20_000
@@ -77,17 +78,24 @@ class LoraSettings:
 
 
 def is_adapter(names: list[str]) -> bool:
-    """Return whether a folder or repository with these files is an adapter and no whole model."""
-    models = ("model.safetensors", "model.safetensors.index.json")
-    return CONFIG in names and not any(name in names for name in models)
+    """Return whether a folder or repository with these files is an adapter."""
+    return CONFIG in names
 
 
 def check_adapter_files(where: str, names: list[str]) -> None:
     """Refuse an adapter whose weights cannot be read.
 
     Raises:
+        CheckpointFormatError: a whole model lies beside it.
         UnsupportedCheckpointError: they are pickled, or not there.
     """
+    whole = [name for name in names if name in _WHOLE]
+    if whole:
+        # transformers would load the adapter, and its base from elsewhere.
+        raise CheckpointFormatError(
+            f"{where!r} has a whole model ({whole[0]}) and a LoRA adapter ({CONFIG}), so it is not "
+            "known which of them is meant. Give a folder that holds one of them."
+        )
     if WEIGHTS in names:
         return
     if _PICKLED in names:

@@ -210,7 +210,7 @@ def _finish(
     """Write a piece by every method; yield the rows of the reports after a tensor's last one."""
     if isinstance(done, Shared):
         for label, piece in done.pieces.items():
-            write[label](piece.buffers[0])
+            write[label](piece.layout_bytes)
             entry = rows[label].carried(piece.tensor, is_last=piece.is_last)
             if entry is not None:
                 yield label, entry

@@ -321,11 +321,11 @@ def test_an_untied_head_is_merged(tmp_path):
     assert plan.warnings == ()
 
 
-def test_an_adapter_is_refused(group):
-    """A LoRA adapter is told from a model, with how to make one of it."""
+def test_a_model_beside_an_adapter_is_refused(group):
+    """A folder with a whole model and an adapter says neither which of them is meant."""
     write_json(group.experts[0] / "adapter_config.json", {"peft_type": "LORA"})
 
-    only_problem(plan_group(group), "LoRA", "merge_and_unload")
+    only_problem(plan_group(group), "LoRA", "not known which")
 
 
 @pytest.mark.parametrize(

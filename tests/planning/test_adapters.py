@@ -1,0 +1,197 @@
+"""What is wrong with an adapter is said while planning, in one message."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("peft")
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from resmerge_stream import Recipe, plan_merge
+from resmerge_stream.errors import RecipeError
+from resmerge_stream.recipe import ModelRef
+from tests.support import adapters
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Return a base and a plain adapter of it."""
+    folder = tmp_path_factory.mktemp("pair")
+    base = adapters.make_base(folder / "base", adapters.KINDS["plain"])
+    return base, adapters.make_adapter(folder / "adapter", base, adapters.KINDS["plain"])
+
+
+def changed(pair, folder, *, config=None, tensors=None):
+    """Write the adapter with other settings or tensors; None takes one away."""
+    folder.mkdir()
+    settings = json.loads((pair[1] / "adapter_config.json").read_text()) | (config or {})
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    found = load_file(pair[1] / "adapter_model.safetensors") | (tensors or {})
+    kept = {key: value for key, value in found.items() if value is not None}
+    save_file(kept, folder / "adapter_model.safetensors")
+    return folder
+
+
+def planned(base, *experts, method="mean"):
+    """Return a plan of a base and experts."""
+    refs = tuple(ModelRef.parse(str(expert)) for expert in experts)
+    return plan_merge(Recipe(ModelRef(str(base)), refs, method))
+
+
+WRONG = {
+    "a missing factor": ({}, {f"{Q}.lora_B.weight": None}, "no lora_B"),
+    "transposed factors": (
+        {},
+        {f"{Q}.lora_A.weight": torch.ones(16, 4), f"{Q}.lora_B.weight": torch.ones(4, 16)},
+        "transposed",
+    ),
+    "factors that do not fit": ({}, {f"{Q}.lora_B.weight": torch.ones(16, 3)}, "fit together"),
+    "another rank": ({"r": 8}, {}, "the rank 8, but its factors have 4"),
+    "rank 0": ({"r": 0}, {}, "rank of 1 or more"),
+    "no number": ({"lora_alpha": "many"}, {}, "lora_alpha must be a number"),
+    "a target that the base lacks": (
+        {},
+        {
+            "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.ones(4, 16),
+            "base_model.model.model.layers.9.self_attn.q_proj.lora_B.weight": torch.ones(16, 4),
+        },
+        "the base has no 'model.layers.9.self_attn.q_proj.weight'",
+    ),
+    "an adapter of another base": (
+        {},
+        {f"{Q}.lora_A.weight": torch.ones(4, 32), f"{Q}.lora_B.weight": torch.ones(32, 4)},
+        "trained on another base",
+    ),
+    "a name that no LoRA has": ({}, {f"{Q}.vera_lambda_b": torch.ones(4)}, "none of LoRA's"),
+    "whole numbers": ({}, {f"{Q}.lora_A.weight": torch.ones(4, 16, dtype=torch.int8)}, "holds I8"),
+    "another type of adapter": ({"peft_type": "IA3"}, {}, "only LoRA adapters"),
+    "aLoRA": ({"alora_invocation_tokens": [1]}, {}, "aLoRA"),
+    "KaSA": ({"kasa_config": {"beta": 1}}, {}, "KaSA"),
+    "BD-LoRA": ({"use_bdlora": {"nblocks": 2}}, {}, "BD-LoRA"),
+    "QALoRA": ({"use_qalora": True}, {}, "QALoRA"),
+    "repeated layers": ({"layer_replication": [[0, 1], [0, 2]]}, {}, "layer_replication"),
+    "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, {}, "Convert it to LoRA"),
+    "OLoRA": ({"init_lora_weights": "olora"}, {}, "Convert it to LoRA"),
+    "LoftQ": ({"init_lora_weights": "loftq"}, {}, "Convert it to LoRA"),
+    "a pattern that takes for ever": ({"rank_pattern": {"(a+)+$": 4}}, {}, "matched safely"),
+    "a pattern that is none": ({"rank_pattern": {"(": 4}}, {}, "no regex"),
+}
+
+
+@pytest.mark.parametrize("what", list(WRONG))
+def test_a_bad_adapter_is_refused_in_one_message(pair, tmp_path, what):
+    """Each is one problem of the plan that says what is wrong."""
+    config, tensors, words = WRONG[what]
+    bad = changed(pair, tmp_path / "bad", config=config, tensors=tensors)
+
+    problems = planned(pair[0], bad).problems
+
+    assert len(problems) == 1
+    assert words in problems[0]
+
+
+def test_a_config_larger_than_any_is_refused(pair, tmp_path):
+    """A config of many megabytes is not parsed."""
+    bad = changed(pair, tmp_path / "bad", config={"note": "x" * 5_000_000})
+
+    [problem] = planned(pair[0], bad).problems
+
+    assert "larger than" in problem
+
+
+def test_a_pickled_adapter_is_refused(pair, tmp_path):
+    """Pickles can run code; how to convert one is said."""
+    bad = changed(pair, tmp_path / "bad")
+    (bad / "adapter_model.safetensors").rename(bad / "adapter_model.bin")
+
+    [problem] = planned(pair[0], bad).problems
+
+    assert "pickle" in problem
+    assert "save_pretrained" in problem
+
+
+def test_a_head_that_the_base_ties_cannot_be_adapted(tmp_path):
+    """A tied model has no place for a head of its own."""
+    tied = adapters.KINDS["tied embedding"]
+    base = adapters.make_base(tmp_path / "base", tied)
+    kind = adapters.Kind("qwen2", {"r": 2, "target_modules": ["lm_head"]}, tied.sizes)
+    bad = adapters.make_adapter(tmp_path / "bad", base, kind)
+
+    [problem] = planned(base, bad).problems
+
+    assert "ties" in problem
+
+
+def test_an_adapter_as_the_base_is_refused(pair):
+    """The base has to be a whole model."""
+    [problem] = planned(pair[1], pair[1]).problems
+
+    assert "adapter, not a whole model" in problem
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("org/another", "trained on org/another"),
+        ("unsloth/base-other-bnb-4bit", "a quantised copy of unsloth/base-other"),
+    ],
+)
+def test_another_base_by_name_is_a_warning(pair, tmp_path, said, words):
+    """Its shapes fit, so it may be meant; the user is told."""
+    named = changed(pair, tmp_path / "named", config={"base_model_name_or_path": said})
+
+    plan = planned(pair[0], named)
+
+    assert not plan.problems
+    assert any(words in warning for warning in plan.warnings)
+
+
+def test_the_full_twin_of_a_quantised_base_is_its_base(pair, tmp_path):
+    """An adapter of ``base-bnb-4bit`` fits ``base`` without a word."""
+    named = changed(pair, tmp_path / "named", config={"base_model_name_or_path": "x/base-bnb-4bit"})
+
+    assert not any("base-bnb" in warning for warning in planned(pair[0], named).warnings)
+
+
+def test_base_plus_adapter_names_an_adapter_on_the_recipes_base(pair):
+    """mergekit's ``base+adapter`` is the adapter, if that base is the recipe's."""
+    plan = planned(pair[0], f"{pair[0]}+{pair[1]}")
+    other = planned(pair[0], f"org/other+{pair[1]}")
+
+    assert not plan.problems
+    assert plan.experts[0].id == str(pair[1])
+    assert "merged on the base that it was trained on" in other.problems[0]
+    with pytest.raises(RecipeError):
+        ModelRef.parse("org/base+org/lora@not a revision")
+
+
+def test_a_plan_counts_the_adapters_bytes_and_not_a_models(pair):
+    """The base is read once; of the adapters only their factors."""
+    base = (pair[0] / "model.safetensors").stat().st_size
+    own = (pair[1] / "adapter_model.safetensors").stat().st_size
+
+    plan = planned(pair[0], pair[1])
+
+    assert base < plan.read_bytes + 10_000
+    assert plan.read_bytes <= base + own
+
+
+def test_a_factor_that_is_not_a_number_stops_the_merge(pair, tmp_path):
+    """NaN in a factor ends with exit code 2 and the tensor's name; nothing is left behind."""
+    factor = torch.ones(4, 16)
+    factor[0, 0] = float("nan")
+    bad = changed(pair, tmp_path / "bad", tensors={f"{Q}.lora_A.weight": factor})
+    command = [sys.executable, "-m", "resmerge_stream", "merge", "--base", str(pair[0])]
+    command += ["--expert", str(bad), "--expert", str(pair[1]), "--out", str(tmp_path / "out")]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 2
+    assert "model.layers.0.self_attn.q_proj.weight" in done.stderr
+    assert not list((tmp_path / "out").glob("*.safetensors"))

@@ -1,0 +1,135 @@
+"""Adapters merged into a full model equal the experts that PEFT makes of them, merged whole."""
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+
+from safetensors.torch import save_file
+
+from resmerge_stream import Options, Recipe, plan_merge, run_merge
+from resmerge_stream.recipe import ModelRef
+from tests.support import adapters
+from tests.support.method_tools import run_method
+
+METHODS = (("mean", {}), ("resmerge", {}), ("tsv_m", {}), ("ties", {"trim": "tensor"}))
+
+
+def merged(out, base, experts, method, parameters=None, **options):
+    """Run a merge to float32; return its weights and its report."""
+    refs = tuple(ModelRef(str(expert)) for expert in experts)
+    recipe = Recipe(ModelRef(str(base)), refs, method, parameters or {}, "float32")
+    plan = plan_merge(recipe, Options(**options), out=out)
+    assert not plan.refused, plan.problems
+    *_, last = run_merge(plan, out=out)
+    return adapters.weights(out), last.report
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory):
+    """Return a base, three adapters of different kinds, and their whole float64 weights."""
+    folder = tmp_path_factory.mktemp("group")
+    kinds = [adapters.KINDS[name] for name in ("plain", "rslora", "patterns")]
+    base = adapters.make_base(folder / "base", kinds[0])
+    made = [
+        adapters.make_adapter(folder / f"adapter{i}", base, kind, seed=i)
+        for i, kind in enumerate(kinds)
+    ]
+    wholes = [adapters.whole(base, a, folder / f"whole{i}") for i, a in enumerate(made)]
+    return base, made, [adapters.weights(whole) for whole in wholes]
+
+
+@pytest.mark.parametrize(("method", "parameters"), METHODS, ids=str)
+def test_a_merge_of_adapters_is_the_merge_of_the_models_that_peft_makes(
+    tmp_path, group, method, parameters
+):
+    """The update equals that of the float64 weights within 1e-6, before the cast."""
+    base, made, wholes = group
+    before = adapters.weights(base)
+
+    found, report = merged(tmp_path / "out", base, made, method, parameters)
+
+    for row in report["tensors"]:
+        name, W0 = row["name"], before[row["name"]].double()
+        deltas = [whole[name] - W0 for whole in wholes]
+        if not any(delta.any() for delta in deltas):
+            assert torch.equal(found[name].double(), W0), name
+            continue
+        # A base of zeros, so that float32 stores the experts to 1e-7 of the update.
+        expected, _ = run_method(
+            _built(method, parameters), torch.zeros_like(before[name]), deltas, name=name
+        )
+        update = found[name].double() - W0
+        # What float32 itself rounds of W0 + ΔW.
+        rounding = 2.0**-24 * W0.norm()
+        error = (update - expected.double()).norm()
+        if method == "ties":
+            error = _away_from_thresholds(update, expected.double(), deltas, parameters)
+        assert error <= 2e-6 * expected.double().norm() + rounding, name
+
+
+def _built(method, parameters):
+    from resmerge_stream.methods import build_method
+
+    return build_method(method, parameters)
+
+
+def _away_from_thresholds(found, expected, deltas, parameters):
+    """Return the error without the entries within 1e-6 of a threshold or of a tie in sign."""
+    near = torch.zeros_like(found, dtype=torch.bool)
+    kept = []
+    for delta in deltas:
+        flat = delta.abs().flatten()
+        threshold = flat.sort(descending=True).values[max(int(0.2 * flat.numel()), 1) - 1]
+        near |= (delta.abs() - threshold).abs() <= 1e-6 * flat.max()
+        kept.append(torch.where(delta.abs() >= threshold, delta, 0.0))
+    total = sum(kept)
+    near |= (total.abs() <= 1e-6 * total.abs().max()) & (total != 0)
+    assert near.float().mean() < 0.05
+    return (found - expected)[~near].norm()
+
+
+def test_adapters_and_whole_models_merge_together(tmp_path, group):
+    """A mixed group gives the mean of all of them; the adapter's untouched tensors count zero."""
+    base, made, wholes = group
+    before = adapters.weights(base)
+    full = tmp_path / "full"
+    full.mkdir()
+    save_file({k: v.float() for k, v in wholes[1].items()}, full / "model.safetensors")
+    (full / "config.json").write_text((base / "config.json").read_text())
+
+    found, _ = merged(tmp_path / "out", base, [made[0], full], "mean")
+
+    for name, W0 in before.items():
+        expected = (wholes[0][name] + wholes[1][name].float().double()) / 2
+        assert (found[name].double() - expected).norm() <= 1e-6 * expected.norm() + 1e-12, name
+        del W0
+
+
+@pytest.mark.parametrize("kind", ["dora", "modules_to_save", "tokens", "lora_bias", "embeddings"])
+@pytest.mark.parametrize("method", ["mean", "resmerge"])
+def test_more_than_factors_is_merged_too(tmp_path, kind, method):
+    """DoRA, saved modules, trained tokens and biases merge as PEFT's whole weights do."""
+    made = adapters.KINDS[kind]
+    base = adapters.make_base(tmp_path / "base", made)
+    folders = [
+        adapters.make_adapter(tmp_path / f"a{i}", base, made, seed=i, dtype=torch.bfloat16)
+        for i in range(2)
+    ]
+    wholes = [
+        adapters.weights(adapters.whole(base, folder, tmp_path / f"w{i}"))
+        for i, folder in enumerate(folders)
+    ]
+    before = adapters.weights(base)
+
+    found, report = merged(tmp_path / "out", base, folders, method)
+
+    for row in report["tensors"]:
+        name, W0 = row["name"], before[row["name"]].double()
+        deltas = [whole[name] - W0 for whole in wholes]
+        if not any(delta.any() for delta in deltas):
+            assert torch.equal(found[name].double(), W0), name
+            continue
+        expected, _ = run_method(method, torch.zeros_like(before[name]), deltas, name=name)
+        error = (found[name].double() - W0 - expected.double()).norm()
+        assert error <= 2e-6 * expected.double().norm() + 2.0**-24 * W0.norm(), name
