@@ -46,7 +46,7 @@ quality: setup
 	$(BIN)/python -m benchmarks.quality
 
 size:
-	@wc -l resmerge_stream/*.py resmerge_stream/*/*.py | sort -n | tail -50
+	@git ls-files "resmerge_stream/*.py" "space/*.py" app.py | xargs wc -l | sort -n | tail -50
 
 clean:
 	rm -rf .venv demo-merge build *.egg-info

@@ -104,8 +104,9 @@ def _backbone(G: Tensor, n: Tensor, n_R: float, knobs: Knobs) -> tuple[list[floa
         return [1 / count] * count, gates | {"alpha_R": None, "branch": "mean of residuals"}
     if fallback == "zero" or z <= EPS:
         return [0.0] * count, gates | {"alpha_R": 0.0, "branch": "residuals cancel"}
-    # Eq. (11) and (12): A = α_R n_R q_src.
+    # Eq. (11): the less residuals agree, the less of their norm is kept.
     alpha_R = c**beta
+    # Eq. (12): A = α_R n_R q_src.
     a = (alpha_R * n_R / z * w).tolist()
     return a, gates | {"alpha_R": alpha_R, "branch": "consensus"}
 
