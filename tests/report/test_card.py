@@ -71,7 +71,8 @@ def merge(
 ) -> tuple[Plan, dict[str, Any]]:
     """Merge through the whole pipeline; return the plan and the report."""
     refs = [ModelRef(str(folder)) for folder in folders]
-    recipe = Recipe(refs[0], tuple(refs[1:]), method, parameters or {}, dtype)
+    base = refs.pop(0) if len(refs) > 1 else None
+    recipe = Recipe(base, tuple(refs), method, parameters or {}, dtype)
     out, work = (folders[0].parent.parent / name for name in ("the-output", "the-work-dir"))
     plan = plan_merge(recipe, options, out=out)
     last = list(run_merge(plan, out=out, work_dir=work))[-1]
@@ -119,13 +120,13 @@ def group(tmp_path: Path) -> list[Path]:
     [
         (name, experts)
         for name, method in find_methods().items()
-        for experts in (1, 2, 3)
-        if method.models[0] <= experts <= (method.models[1] or 3)
+        for experts in (0, 1, 2, 3)
+        if method.models[0] <= experts <= (3 if method.models[1] is None else method.models[1])
         and (experts != 2 or method.models[1])
     ],
 )
 def test_every_method_has_a_card(tmp_path: Path, method: str, experts: int) -> None:
-    """A merge by any method, of one expert or more, leaves all four files."""
+    """A merge by any method, of no expert or more, leaves all four files."""
     plan, report = merge(write_group(tmp_path / "group", experts=experts), method)
 
     files = render_card(plan, report)
