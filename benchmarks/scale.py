@@ -21,7 +21,7 @@ from pathlib import Path
 from resmerge_stream.planning import target as plan_target
 from resmerge_stream.planning.plan import Options, Plan, plan_merge
 from resmerge_stream.recipe import ModelRef, Recipe
-from resmerge_stream.run.pieces import row_ranges
+from resmerge_stream.run.pieces import cuts
 from resmerge_stream.run.worklist import WorkList
 from resmerge_stream.sinks.layout import Shard
 from resmerge_stream.sinks.publication import Publication
@@ -227,9 +227,10 @@ class Simulation:
         for spec in shard.tensors:
             tensor = plan.tensors[spec.name]
             sources = plan.sources_of(tensor)
-            for start, stop, is_last in row_ranges(tensor):
-                read = sum(source.read_cost(spec.name, start, stop) for source in sources)
-                elements = read / 2 / len(sources)
+            for start, stop, part, is_last in cuts(tensor):
+                stored = sum(source.read_cost(spec.name, start, stop) for source in sources)
+                read = 0 if part else stored
+                elements = stored / 2 / len(sources) / (1 if part is None else tensor.parts)
                 seconds = elements * len(sources) * _REST
                 if tensor.rule is not None and tensor.rule.needs_matrix:
                     seconds += elements * (len(sources) - 1) * self.svd

@@ -34,6 +34,7 @@ class Rule:
         role: what part of the model the tensor is.
         needs_matrix: whether whole float32 task vectors are needed (S2 in docs/methods.md);
             otherwise row blocks suffice, whatever the tensor's size.
+        as_one: whether gate and up in one tensor are decomposed as one matrix.
         in_pieces: whether ranges of rows can be merged on their own. False hands the whole
             tensor to one `merge` call, still without float32 copies of it.
     """
@@ -42,6 +43,7 @@ class Rule:
     role: Role
     needs_matrix: bool = False
     in_pieces: bool = True
+    as_one: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,8 @@ class ResMerge(MergeMethod):
         else:
             role = release_role_of(spec.name, spec.shape)
         if is_matrix(spec, role):
-            return Rule("resmerge", role, needs_matrix=True)
+            # The releases know no fused matrices.
+            return Rule("resmerge", role, needs_matrix=True, as_one=self.variant != "paper")
         return Rule(self.other, role)
 
     def merge(self, vectors: TaskVectors, site: Site) -> Update:

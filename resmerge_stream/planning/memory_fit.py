@@ -9,12 +9,11 @@ from ..memory import (
     FIXED_BYTES,
     HUB_WINDOW_BYTES,
     LEAST_HUB_WINDOW_BYTES,
-    PIECE_BYTES,
     SPARE_BYTES,
     WRITE_QUEUE_BYTES,
 )
 from ..units import format_size
-from .planned import Plan, PlannedTensor, matrix_of
+from .planned import Plan, PlannedTensor
 
 # Of the free memory, without --memory-budget.
 SHARE = 0.8
@@ -49,9 +48,7 @@ def fit(plan: Plan, budget: int, *, elsewhere: bool = False) -> Fit:
         budget: bytes of private memory.
         elsewhere: on another machine, where no repository is in the local cache.
     """
-    shared = max(
-        (t.method.shared_scratch_bytes(*matrix_of(t.spec)) for t in _matrices(plan)), default=0
-    )
+    shared = max((t.method.shared_scratch_bytes(*t.matrix) for t in _matrices(plan)), default=0)
     room = budget - FIXED_BYTES - WRITE_QUEUE_BYTES - shared
     ahead = _read_ahead_bytes(plan, room, elsewhere=elsewhere)
     room -= ahead
@@ -84,7 +81,7 @@ def fit_memory(plan: Plan, found: Findings) -> Plan:
     sharing = machine_share()[1] if plan.machine is None else 1
     budget = (asked if asked is not None else int(free * SHARE)) // sharing
     fitted = fit(plan, budget, elsewhere=plan.machine is not None)
-    largest = max((math.prod(matrix_of(t.spec)) for t in _matrices(plan)), default=0)
+    largest = max((math.prod(t.matrix) for t in _matrices(plan)), default=0)
     ample = SPARE_BYTES + 4 * (len(plan.experts) + 2) * largest
     room = fitted.room
     working = max(fitted.worst, min(room, ample) if asked is None else room)
@@ -130,11 +127,7 @@ def _read_ahead_bytes(plan: Plan, room: int, *, elsewhere: bool) -> int:
     ]
     largest = 0
     for name, tensor in plan.tensors.items():
-        rows, _ = tensor.spec.matrix_shape
-        if tensor.rule is None or not tensor.rule.needs_matrix:
-            rows = min(rows, rows * PIECE_BYTES // max(tensor.spec.nbytes, 1) + 1)
-        elif len(tensor.spec.shape) == 3:
-            rows = 1
+        rows = tensor.rows_read
         fetched = sum(
             source.read_cost(name, 0, rows)
             for source in plan.sources_of(tensor)

@@ -28,10 +28,11 @@ from .compat import (
     match_tensors,
     readable,
 )
+from .fused import fused_in
 from .matching import Matched, match
 from .memory_fit import fit_memory
 from .options import Options
-from .planned import Plan, PlannedTensor, matrix_of
+from .planned import Plan, PlannedTensor
 from .resolve import Resolver, check_count
 from .sidefiles import output_config
 from .target import check_folder, check_publication, look_at_repository, pinned_commits
@@ -268,7 +269,9 @@ def _tensors(plan: Plan, sets: TensorSets) -> dict[str, PlannedTensor]:
             rule = merging.rule_for(stored.spec, len(experts))
             dtype = OUTPUT_DTYPES[named] if named else _stored_dtype(layout, name)
             spec = TensorSpec(name, dtype, stored.spec.shape)
-            planned[name] = PlannedTensor(spec, rule, merging, experts, weights, own)
+            apart = rule.needs_matrix and not rule.as_one
+            fused = fused_in(spec, layout.tensors, layout.config) if apart else None
+            planned[name] = PlannedTensor(spec, rule, merging, experts, weights, own, fused)
         elif name in sets.carried:
             planned[name] = PlannedTensor(stored.spec, None, method)
     return planned
@@ -329,4 +332,4 @@ def _estimated(plan: Plan, out: Path | None) -> Plan:
     )
 
 
-__all__ = ["Options", "Plan", "PlannedTensor", "Role", "matrix_of", "plan_merge"]
+__all__ = ["Options", "Plan", "PlannedTensor", "Role", "plan_merge"]

@@ -21,6 +21,7 @@ from ..sources import Checkpoint
 from ..sources.view import made_bytes
 from ..specs import DTYPES, TensorSpec
 from ..version import __version__
+from .fused import Fused
 from .options import Options
 from .request import Request
 from .resolve import Resolver
@@ -42,6 +43,7 @@ class PlannedTensor:
         weights: their factors, 1.0 where none was given.
         base_weight: the weight with which the model that gives the layout takes part itself; None:
             it does not.
+        fused: how matrices that are decomposed apart lie in it; None: it is one, or a stack.
         resident: whether float32 task vectors of all experts are kept at once.
     """
 
@@ -51,7 +53,34 @@ class PlannedTensor:
     experts: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
     base_weight: float | None = None
+    fused: Fused | None = None
     resident: bool = True
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether its matrices [E, m, n] are decomposed one by one."""
+        return self.rule is not None and self.rule.needs_matrix and len(self.spec.shape) == 3
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of what is merged at once."""
+        m, n = self.spec.shape[1:] if len(self.spec.shape) == 3 else self.spec.matrix_shape
+        return (m, n) if self.fused is None else self.fused.shape(m, n)
+
+    @property
+    def parts(self) -> int:
+        """How many matrices are decomposed apart where one could be seen."""
+        return 1 if self.fused is None else len(self.fused.names)
+
+    @property
+    def rows_read(self) -> int:
+        """Rows (first axis) that are read at once."""
+        rows, _ = self.spec.matrix_shape
+        if self.rule is None or not self.rule.needs_matrix:
+            return min(rows, rows * PIECE_BYTES // max(self.spec.nbytes, 1) + 1)
+        if self.is_stack:
+            return 1
+        return rows if self.fused is None or self.fused.woven else self.matrix[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +228,14 @@ class Plan:
 
     def working_bytes_of(self, tensor: PlannedTensor) -> int:
         """Return bytes of float32 memory that are held while a tensor's piece is in work."""
-        m, n = matrix_of(tensor.spec)
+        m, n = tensor.matrix
         count = len(tensor.experts)
         if tensor.rule is None:
             return 0
         block = block_bytes(count, m, n) + self.made_bytes_of(tensor)
         output = m * n * DTYPES[tensor.spec.dtype].nbytes
+        if tensor.fused is not None and not tensor.fused.in_rows:
+            output *= 1 + 2 * tensor.parts  # they wait for each other, and are woven
         if not tensor.rule.needs_matrix:
             held = PIECE_BYTES if tensor.rule.in_pieces else HELD_BYTES
             return block + (min(output, held) if self.is_held(tensor) else 0)
@@ -213,11 +244,7 @@ class Plan:
 
     def made_bytes_of(self, tensor: PlannedTensor) -> int:
         """Return bytes of one piece that are made when it is read: dequantised, or put together."""
-        rows, _ = tensor.spec.matrix_shape
-        if tensor.rule is None or not tensor.rule.needs_matrix:
-            rows = min(rows, rows * PIECE_BYTES // max(tensor.spec.nbytes, 1) + 1)
-        elif len(tensor.spec.shape) == 3:
-            rows = 1
+        rows = tensor.rows_read
         name = tensor.spec.name
         return sum(made_bytes(source, name, 0, rows) for source in self.sources_of(tensor))
 
@@ -292,11 +319,6 @@ class Plan:
         """Close every source."""
         for source in (*self.checkpoints, *((self.tokenizer,) if self.tokenizer else ())):
             source.close()
-
-
-def matrix_of(spec: TensorSpec) -> tuple[int, int]:
-    """Return rows and columns of what is merged at once: of one slice for a stack [E, m, n]."""
-    return (spec.shape[1], spec.shape[2]) if len(spec.shape) == 3 else spec.matrix_shape
 
 
 def _lasting_name(ref: ModelRef) -> str:

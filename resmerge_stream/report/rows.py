@@ -9,7 +9,6 @@ from typing import Any
 from ..maths.rounding import Kept
 from ..methods import Rule, Update
 from ..planning.plan import PlannedTensor
-from ..specs import TensorSpec
 from .values import median
 
 
@@ -58,7 +57,7 @@ class Rows:
         row = self._open or _Row()
         row.add(update, kept, remarks, is_copy=is_copy)
         self._open = None if is_last else row
-        return row.finished(tensor.spec, rule) if is_last else None
+        return row.finished(tensor, rule) if is_last else None
 
 
 @dataclass(slots=True)
@@ -79,12 +78,14 @@ class _Row:
         if update.gates:
             self.gates.append(dict(update.gates))
 
-    def finished(self, spec: TensorSpec, rule: Rule) -> dict[str, Any]:
-        gates: dict[str, Any] = {}
+    def finished(self, tensor: PlannedTensor, rule: Rule) -> dict[str, Any]:
+        spec, gates = tensor.spec, dict[str, Any]()
+        if tensor.fused is not None:
+            gates["fused"] = list(tensor.fused.names)
         if len(self.gates) == 1 and len(self.rules) == 1:
-            gates = self.gates[0]
+            gates |= self.gates[0]
         elif self.gates:
-            gates = combine_slices(self.gates)
+            gates |= combine_slices(self.gates)
         applied = [name for name in self.rules if name != "copy"]
         return tensor_row(
             **gates,

@@ -62,8 +62,8 @@ class _Builder:
         edit, found = self._edit, list[Change]()
         if edit.stored is not None and self._read.stored is not None:
             dtype = self._read.specs[edit.stored].dtype
-            values = as_tensor(self._read.stored, dtype, self._piece.matrix_shape)
-            found.append(Stored(self._cross(values)))
+            values = as_tensor(self._read.stored, dtype, self._piece.read_shape)
+            found.append(Stored(self._cross(values[self._piece.place])))
         if edit.tokens is not None:
             found.append(self._tokens(*edit.tokens))
         if edit.magnitude is not None:
@@ -74,7 +74,8 @@ class _Builder:
         elif edit.terms:
             rows = slice(self._piece.start_row, self._piece.stop_row)
             if self._piece.is_slice:
-                found.append(Factored(self._low_rank(self._piece.start_row)))
+                whole, (m, n) = self._low_rank(self._piece.start_row), self._piece.place
+                found.append(Factored(LowRank(whole.left[m], whole.right[n])))
             else:
                 whole = self._low_rank(None)
                 found.append(Factored(LowRank(whole.left[rows], whole.right)))

@@ -25,6 +25,7 @@ from .crew import Crew
 from .events import Event, Finished, Planned, Progressed, Published, ShardFinished, TensorMerged
 from .merging import Merged, Merger, Prepared, reported
 from .opening import finished_already, open_sink
+from .pieces import Assembly
 from .pipeline import worked_ahead, workers
 from .progress import Progress
 from .reading import READ_AHEAD_BYTES, reading_ahead_of, reads
@@ -193,12 +194,13 @@ def _merge_shard(
         def write(data: memoryview) -> None:
             queue.put(len(data), lambda: writer.write(data))
 
+        assembly = Assembly(write)
         chain = threads.enter_context(contextlib.closing(_prepared(plan, shard, merger, progress)))
         for prepared in chain:
             if prepared is None:
                 yield Progressed(**progress.now())
                 continue
-            entry = reported(rows, prepared, merger.written(prepared, write))
+            entry = reported(rows, prepared, merger.written(prepared, assembly))
             if entry is None:
                 continue
             entries.append(entry)

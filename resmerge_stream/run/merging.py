@@ -27,7 +27,7 @@ from ..report.rows import Rows
 from ..sources.adapter import EditRows
 from ..specs import DTYPES
 from .changes import change_of
-from .pieces import Piece
+from .pieces import Assembly, Piece
 from .pipeline import blocks_ahead
 
 
@@ -164,11 +164,11 @@ class Merger:
         rule, spec = piece.tensor.rule, piece.tensor.spec
         sources = self.plan.sources_of(piece.tensor)
         dtypes = [source.tensors[spec.name].spec.dtype for source in sources]
-        base = lane.cross(as_tensor(piece.layout_bytes, dtypes[0], piece.matrix_shape))
+        base = lane.cross(as_tensor(piece.layout_bytes, dtypes[0], piece.read_shape)[piece.place])
         changes = [
             change_of(buffer, piece, sources[0], lane.cross)
             if isinstance(buffer, EditRows)
-            else lane.cross(as_tensor(buffer, dtype, piece.matrix_shape))
+            else lane.cross(as_tensor(buffer, dtype, piece.read_shape)[piece.place])
             for buffer, dtype in zip(piece.buffers[1:], dtypes[1:], strict=True)
         ]
         resident = rule is not None and rule.needs_matrix and piece.tensor.resident and lane.whole
@@ -206,22 +206,23 @@ class Merger:
             base_weight=tensor.base_weight,
         )
 
-    def written(self, prepared: Prepared, write: Callable[[memoryview], object]) -> Kept:
+    def written(self, prepared: Prepared, assembly: Assembly) -> Kept:
         """Hand the bytes of a prepared piece over; return what the cast kept.
 
         Args:
             prepared: in file order.
-            write: takes the next bytes of the file.
+            assembly: of the file.
 
         Raises:
             NonFiniteError: a weight is NaN or infinite, or overflows the output dtype.
         """
         if isinstance(prepared, Carried):
-            write(prepared.piece.layout_bytes)
+            assembly.of(prepared.piece)(prepared.piece.layout_bytes)
             return Kept()
         if isinstance(prepared, Merged):
-            write(prepared.data)
+            assembly.of(prepared.decided.piece)(prepared.data)
             return prepared.kept
+        write = assembly.of(prepared.piece)
         # While a large tensor is written, the others have to wait: so its blocks go ahead.
         threads = usable_cores() if self.device.type == "cpu" else 1
         kept = Kept()

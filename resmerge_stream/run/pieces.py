@@ -1,7 +1,8 @@
-"""How a tensor is cut into what is read and merged at once."""
+"""How a tensor is cut into what is read and merged at once, and put together again."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..memory import PIECE_BYTES
 from ..planning.plan import PlannedTensor
@@ -16,6 +17,7 @@ class Piece:
     Attributes:
         tensor: as planned.
         start_row, stop_row: which rows (first axis) the buffers hold.
+        part: which of the matrices that take turns or lie side by side in these rows; else None.
         is_last: whether these are the tensor's last rows.
         buffers: stored bytes of the layout's model, then of each expert that takes part, or what
             an adapter stores about these rows; of the first alone if carried.
@@ -26,6 +28,7 @@ class Piece:
     tensor: PlannedTensor
     start_row: int
     stop_row: int
+    part: int | None
     is_last: bool
     buffers: Sequence[memoryview | EditRows]
     release: Callable[[slice], None] = lambda rows: None
@@ -33,8 +36,8 @@ class Piece:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers."""
-        return sum(len(buffer) for buffer in self.buffers)
+        """Bytes that were read: those of the buffers, which the first of several parts reads."""
+        return 0 if self.part else sum(len(buffer) for buffer in self.buffers)
 
     @property
     def output_bytes(self) -> int:
@@ -53,34 +56,108 @@ class Piece:
     @property
     def first_row(self) -> int:
         """Row of the whole tensor, as a matrix, where this piece begins; for seeds."""
-        return self.start_row * (self.matrix_shape[0] if self.is_slice else 1)
+        first = self.start_row
+        if self.part is not None:
+            first = first * self.tensor.parts + self.part
+        return first * (self.matrix_shape[0] if self.is_slice else 1)
 
     @property
     def is_slice(self) -> bool:
         """Whether this is one matrix of a stack [E, m, n] that is decomposed."""
-        rule = self.tensor.rule
-        return rule is not None and rule.needs_matrix and len(self.tensor.spec.shape) == 3
+        return self.tensor.is_stack
 
     @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """Rows and columns of the matrix that these rows make."""
+    def read_shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix that the buffers hold."""
         spec = self.tensor.spec
         if self.is_slice:
             return spec.shape[1], spec.shape[2]
         return self.stop_row - self.start_row, spec.matrix_shape[1]
 
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix that is merged: what is read, or a part of it."""
+        fused = self.tensor.fused
+        if self.part is None or fused is None:
+            return self.read_shape
+        return fused.shape(*self.read_shape)
 
-def row_ranges(tensor: PlannedTensor) -> Iterator[tuple[int, int, bool]]:
-    """Yield (start row, stop row, last) of the pieces that a tensor is read in.
+    @property
+    def place(self) -> tuple[slice, slice]:
+        """Which rows and columns of what is read are merged."""
+        fused = self.tensor.fused
+        if self.part is None or fused is None:
+            return slice(None), slice(None)
+        return fused.place(self.part, *self.read_shape)
+
+
+class Cut(NamedTuple):
+    """Where a piece lies in its tensor; see `Piece`."""
+
+    start_row: int
+    stop_row: int
+    part: int | None
+    is_last: bool
+
+
+def cuts(tensor: PlannedTensor) -> Iterator[Cut]:
+    """Yield the pieces that a tensor is read in, in order.
 
     The cut depends on the tensor alone, so that it changes no bit whatever the machine.
     """
     rows, _ = tensor.spec.matrix_shape
     step = max(rows, 1)
+    parts: Sequence[int | None] = (None,)
     if tensor.rule is not None and tensor.rule.needs_matrix:
-        step = 1 if len(tensor.spec.shape) == 3 else step
+        step = tensor.rows_read
+        if tensor.fused is not None and (tensor.is_stack or step == rows):
+            parts = range(tensor.parts)
     elif tensor.rule is None or tensor.rule.in_pieces:
         step = max(PIECE_BYTES * rows // max(tensor.spec.nbytes, 1) // 16 * 16, 16)
     starts = range(0, max(rows, 1), step)
     for start in starts:
-        yield start, min(start + step, rows), start == starts[-1]
+        for part in parts:
+            is_last = start == starts[-1] and part == parts[-1]
+            yield Cut(start, min(start + step, rows), part, is_last)
+
+
+class Assembly:
+    """Hands the bytes of merged pieces on as the file has them.
+
+    Parts of the same rows come one after the other: they wait for the last one.
+
+    Args:
+        write: takes the next bytes of the file.
+    """
+
+    def __init__(self, write: Callable[[memoryview], object]) -> None:
+        self._write = write
+        self._parts: list[bytearray] = []
+
+    def of(self, piece: Piece) -> Callable[[memoryview], object]:
+        """Return what takes the bytes of a piece, in order."""
+        fused = piece.tensor.fused
+        if piece.part is None or fused is None or fused.in_rows:
+            return self._write
+        held = bytearray()
+        self._parts.append(held)
+
+        def take(data: memoryview) -> None:
+            held.extend(data)
+            if len(held) == piece.output_bytes and len(self._parts) == piece.tensor.parts:
+                self._write(self._whole(piece))
+                self._parts.clear()
+
+        return take
+
+    def _whole(self, piece: Piece) -> memoryview:
+        import numpy as np
+
+        (m, n), fused = piece.read_shape, piece.tensor.fused
+        size = DTYPES[piece.tensor.spec.dtype].nbytes
+        whole = np.empty((m, n, size), np.uint8)
+        if fused is not None:
+            for number, data in enumerate(self._parts):
+                part = np.frombuffer(data, np.uint8).reshape(*fused.shape(m, n), size)
+                whole[fused.place(number, m, n)] = part
+        return memoryview(whole.reshape(-1))  # type: ignore[arg-type]  # as bytes_of

@@ -10,10 +10,35 @@ from ..sources.adapter import AdapterCheckpoint, EditRows
 from ..sources.ahead import Followed, reading_ahead
 from ..sources.fetch import THREADS
 from ..sources.view import made_bytes
-from .pieces import Piece, row_ranges
+from .pieces import Cut, Piece, cuts
 
 # Bytes of sources that may be read ahead; from a folder these are mapped pages, not private memory.
 READ_AHEAD_BYTES = 256_000_000
+
+
+class _Rows:
+    """Reads the pieces of a tensor in order; rows that hold several parts once for all of them."""
+
+    def __init__(self) -> None:
+        self._start: int | None = None
+        self._buffers: list[memoryview | EditRows] = []
+
+    def piece(self, tensor: PlannedTensor, sources: list[Checkpoint], cut: Cut) -> Piece:
+        """Return the next piece."""
+        name, start, stop = tensor.spec.name, cut.start_row, cut.stop_row
+        if start != self._start:
+            self._start = start
+            self._buffers = [_read(source, name, start, stop) for source in sources]
+        buffers, is_done = self._buffers, cut.part in (None, tensor.parts - 1)
+        release, close = _releaser(tensor, sources, start, stop), None
+        if is_done:
+            self._start, self._buffers = None, []
+            close = _closer(name, sources, start, stop)
+        return Piece(tensor, *cut, buffers, release, close or _keep)
+
+
+def _keep() -> None:
+    """Keep the buffers: another part of the same rows comes."""
 
 
 def reads(plan: Plan, tensors: list[PlannedTensor]) -> Iterator[tuple[int, Callable[[], Piece]]]:
@@ -21,20 +46,17 @@ def reads(plan: Plan, tensors: list[PlannedTensor]) -> Iterator[tuple[int, Calla
     for tensor in tensors:
         name = tensor.spec.name
         sources = plan.sources_of(tensor)
-        for start, stop, is_last in row_ranges(tensor):
+        rows = _Rows()
+        for cut in cuts(tensor):
+            start, stop = cut.start_row, cut.stop_row
 
             def read(
                 tensor: PlannedTensor = tensor,
                 sources: list[Checkpoint] = sources,
-                start: int = start,
-                stop: int = stop,
-                is_last: bool = is_last,
+                cut: Cut = cut,
+                rows: _Rows = rows,
             ) -> Piece:
-                name = tensor.spec.name
-                buffers = [_read(source, name, start, stop) for source in sources]
-                release = _releaser(tensor, sources, start, stop)
-                close = _closer(name, sources, start, stop)
-                return Piece(tensor, start, stop, is_last, buffers, release, close)
+                return rows.piece(tensor, sources, cut)
 
             # A view's rows take their own size once they are made, often more than what is read.
             held = (
@@ -83,8 +105,9 @@ def reading_ahead_of(
                 yield None
                 continue
             sources = [source for source in plan.sources_of(tensor) if isinstance(source, Followed)]
-            for start, stop, _ in row_ranges(tensor):
-                yield from ((source, tensor.spec.name, start, stop) for source in sources)
+            for start, stop, part, _ in cuts(tensor):
+                if not part:
+                    yield from ((source, tensor.spec.name, start, stop) for source in sources)
 
     connections = max(THREADS // machine_share()[1], 2)
     return reading_ahead(order(), remote, plan.read_ahead_bytes, connections)

@@ -44,8 +44,8 @@ def shared_reads(
     """Yield what to read, in order: bytes and a function that reads them.
 
     A tensor of which not all plans merge the same experts is read once for each choice.
-    Stacks [E, m, n] are read slice by slice for the methods that decompose them and once more for
-    those that do not; everything else is read once.
+    Stacks [E, m, n] and fused matrices are read one by one for the methods that decompose them and
+    once more for those that do not; everything else is read once.
     """
     for members, lead, tensor in _led(plans, names):
         for size, read in reads(plans[lead], [tensor]):
@@ -85,9 +85,7 @@ def _groups(plans: Mapping[K, Plan], name: str) -> list[dict[K, Plan]]:
     groups: dict[Hashable, dict[K, Plan]] = {}
     for key, plan in plans.items():
         tensor = plan.tensors[name]
-        sliced = tensor.rule is not None and tensor.rule.needs_matrix
-        cut = sliced and len(tensor.spec.shape) == 3
-        groups.setdefault((cut, tensor.experts), {})[key] = plan
+        groups.setdefault((tensor.is_stack, tensor.fused, tensor.experts), {})[key] = plan
     return list(groups.values())
 
 

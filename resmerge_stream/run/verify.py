@@ -21,6 +21,7 @@ from ..sinks.folder import REPORT
 from ..sources import Checkpoint, open_checkpoint
 from ..specs import DTYPES
 from .merging import Merger
+from .pieces import Assembly
 from .reading import reads
 
 RECIPE = "resmerge/recipe.yml"
@@ -183,9 +184,10 @@ def _plan_again(report: Mapping[str, Any], recipe: Recipe, token: str | None) ->
 
 def _merge_again(plan: Plan, merger: Merger, name: str) -> bytes:
     parts: list[bytes] = []
+    assembly = Assembly(lambda data: parts.append(bytes(data)))
     for _, read in reads(plan, [plan.tensors[name]]):
         piece = read()
-        merger.written(merger.prepare(piece), lambda data: parts.append(bytes(data)))
+        merger.written(merger.prepare(piece), assembly)
         piece.close()
     return b"".join(parts)
 

@@ -26,7 +26,7 @@ from ..maths.task_vectors import TaskVectors
 from ..memory import svd_bytes
 from ..methods.parts.gates import Knobs, decide
 from ..methods.parts.heads import head_of, project_heads, residual_gram
-from ..planning.plan import Options, Plan, PlannedTensor, matrix_of, plan_merge
+from ..planning.plan import Options, Plan, PlannedTensor, plan_merge
 from ..recipe import ModelRef, Recipe
 from ..run.engine import environment
 from ..run.events import Analysed, Event, Finished, Planned
@@ -59,7 +59,7 @@ def plan_analysis(
     plan = plan_merge(
         replace(recipe, experts=everyone, method="resmerge", parameters={"rank": rank}), options
     )
-    matrices = [matrix_of(t.spec) for t in plan.tensors.values() if t.rule and t.rule.needs_matrix]
+    matrices = [t.matrix for t in plan.tensors.values() if t.rule and t.rule.needs_matrix]
     spectrum = max((svd_bytes(m, n, 0) for m, n in matrices), default=0)
     needed = plan.peak_memory_bytes + spectrum
     problems = plan.problems
@@ -187,7 +187,7 @@ def _analysed(
     def cost(piece: Piece) -> int:
         rule = piece.tensor.rule
         is_matrix = rule is not None and rule.needs_matrix
-        extra = svd_bytes(*matrix_of(piece.tensor.spec), 0) if is_matrix else 0
+        extra = svd_bytes(*piece.tensor.matrix, 0) if is_matrix else 0
         return plan.working_bytes_of(piece.tensor) + extra
 
     return worked_ahead(

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import Notice, PlanRefusedError, RecipeError, Remedy
 from ..memory import SPARE_BYTES, block_bytes, matrix_bytes
 from ..methods import parse_method
-from ..planning.plan import Options, Plan, matrix_of, plan_merge
+from ..planning.plan import Options, Plan, plan_merge
 from ..recipe import Recipe
 from ..units import format_size
 
@@ -175,7 +175,7 @@ def _working_bytes(plans: Collection[Plan], name: str, *, resident: bool) -> int
         if tensor.rule is None or not tensor.rule.needs_matrix:
             by_rows = max(by_rows, plan.working_bytes_of(tensor))
             continue
-        matrix = (*matrix_of(tensor.spec), len(tensor.experts))
+        matrix = (*tensor.matrix, len(tensor.experts))
         scratch += tensor.method.scratch_bytes(*matrix)
     m, n, experts = matrix
     block = block_bytes(experts + len(plans), m, n)

@@ -18,6 +18,7 @@ from ..pipes import WriteBehind
 from ..report.rows import Rows
 from ..run.events import Event, TensorMerged
 from ..run.merging import Decided, MergedRows, Merger, reported
+from ..run.pieces import Assembly
 from ..run.pipeline import blocks_ahead, worked_ahead, workers
 from ..run.reading import READ_AHEAD_BYTES, reads
 from ..run.sharing import Shared, shared_reads
@@ -116,7 +117,7 @@ def merge_shard(
             threads.callback(_abort_unless, finished, label, writer)
             queues[label] = WriteBehind(WRITE_QUEUE_BYTES)
             threads.callback(queues[label].close)
-        write = {label: _writing(queues[label], writers[label]) for label in labels}
+        write = {label: Assembly(_writing(queues[label], writers[label])) for label in labels}
         rows = {label: Rows(len(run.comparison.first.experts)) for label in labels}
         names = [spec.name for spec in shards[labels[0]].tensors]
         chain = threads.enter_context(contextlib.closing(_decided(run, labels, names)))
@@ -204,13 +205,13 @@ def _finish(
     run: Run,
     done: Shared[str] | _Decided,
     rows: Mapping[str, Rows],
-    write: Mapping[str, Callable[[memoryview], None]],
+    write: Mapping[str, Assembly],
     similarity: Similarity,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Write a piece by every method; yield the rows of the reports after a tensor's last one."""
     if isinstance(done, Shared):
         for label, piece in done.pieces.items():
-            write[label](piece.layout_bytes)
+            write[label].of(piece)(piece.layout_bytes)
             entry = rows[label].carried(piece.tensor, is_last=piece.is_last)
             if entry is not None:
                 yield label, entry
@@ -227,12 +228,13 @@ def _finish(
 def _write_rows(
     run: Run,
     done: _Decided,
-    write: Mapping[str, Callable[[memoryview], None]],
+    write: Mapping[str, Assembly],
     similarity: Similarity,
 ) -> dict[str, Kept]:
     """Write a piece by every method, its row blocks merged ahead; return what the casts kept."""
     vectors, piece = done.vectors, done.shared.lead_piece
     kept = {label: Kept() for label in done.by_label}
+    takers = {label: write[label].of(done.shared.pieces[label]) for label in done.by_label}
 
     def merge(block: slice) -> _Rows:
         stack, base = vectors.stack(block), vectors.base(block)
@@ -254,7 +256,7 @@ def _write_rows(
         for block, rows in blocks:
             for label, merged in rows.merged.items():
                 kept[label].absorb(merged.kept)
-                write[label](merged.data)
+                takers[label](merged.data)
                 run.methods[label].add(rows.seconds[label])
             if not rows.is_zero:
                 similarity.add(rows.products, piece.tensor.experts)
