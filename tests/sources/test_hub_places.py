@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import CommitOperationAdd, HfApi
+from torch import Tensor
 
+from tests.planning.test_fused import fused_mixture, split_mixture, written_both_ways
+from tests.support.checkpoints import merge, read_tensors
 from tests.support.hub_runs import MODELS, Bench, running_bench
 
 
@@ -90,3 +94,24 @@ def test_pickles_are_refused_with_the_pull_request_that_converted_them(bench: Be
     assert "save_pretrained" in before.out
     assert "alice/old@refs/pr/1" in after.out
     assert read.code == 0, read.err
+
+
+def test_fused_matrices_come_out_as_at_home(bench: Bench, tmp_path: Path) -> None:
+    """Gate and up of a stack's matrices, read from the Hub together, are merged as in a folder."""
+
+    def turned(tensors: dict[str, Tensor]) -> None:
+        fused_mixture(tensors, turned=True)
+
+    _, group = written_both_ways(tmp_path, split_mixture, turned, model_type="llama4")
+    for folder in group.folders:
+        bench.hub.add_repo(f"alice/fused-{folder.name}", folder)
+    names = [f"alice/fused-{folder.name}" for folder in group.folders]
+    here = merge(group, tmp_path / "here")
+
+    experts = [word for name in names[1:] for word in ("--expert", name)]
+    out = tmp_path / "there"
+    done = bench.run("merge", "--base", names[0], *experts, "--out", str(out), "--json")
+
+    assert done.code == 0, done.err
+    there = read_tensors(out)
+    assert all(torch.equal(there[name], tensor) for name, tensor in here.tensors.items())
