@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import Findings, Notice, Remedy, listed, shown
 from ..roles import Role, layer_of, role_of
+from ..sources.adapter_config import is_stray
 from ..sources.checkpoint import Checkpoint, StoredTensor
 from ..sources.quantised import dequantised, inspect
 from ..specs import DTYPES
@@ -93,6 +94,16 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the part of a config that describes the text model; all of it where it is alone."""
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) else config
+
+
+def check_stray_files(checkpoint: Checkpoint, found: Findings) -> None:
+    """Warn of an adapter's config beside a whole model: which of them is meant is seen here."""
+    names = [*checkpoint.small_files, *(file.name for file in checkpoint.files)]
+    if "peft_type" not in checkpoint.config and is_stray(names):
+        found.warning(
+            f"{checkpoint.id} has an adapter_config.json without an adapter's weights; it is read "
+            "as the whole model that lies beside it"
+        )
 
 
 def check_small_files(base: Checkpoint, tokenizer: Checkpoint, found: Findings) -> None:

@@ -24,6 +24,7 @@ from .compat import (
     check_configs,
     check_different,
     check_small_files,
+    check_stray_files,
     check_tokenizers,
     match_tensors,
     readable,
@@ -109,11 +110,15 @@ def _planned(
     plan = _in_one_layout(plan, found)
     if any(is_bare_adapter(source) for source in plan.checkpoints):
         return plan  # not on a base, so that nothing can be compared
+    are_read = not found.problems
     layout, others = plan.layout, plan.experts[plan.base is None :]
     for expert in others:
         check_configs(layout, expert, found)
+        check_stray_files(expert, found)
         check_tokenizers(layout, expert, found)
     check_different(layout, others, found)
+    if not are_read:
+        return plan  # tensor by tensor, only the same would be said again
     sets = match_tensors(layout, others, found, missing=plan.options.missing)
     plan = _with_carried_rounded(replace(plan, left_out=sets.left_out), sets)
     if recipe.layers is not None and recipe.layers != (depth := _depth(layout)):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..planning.compat import KEPT_AS_IN_BASE, LEFT_OUT
+from ..planning.compat import BARELY, KEPT_AS_IN_BASE, LEFT_OUT
 from ..planning.plan import Plan
 from ..planning.sidefiles import main_dtype
 from ..units import format_size
@@ -128,6 +128,11 @@ def _introduction(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> 
         f"Fine-tuned models of one base, merged with **{title}**{exactly} by ResMerge Stream "
         f"{escape(str((report.get('environment') or {}).get('resmerge_stream')))}; no training, "
         "no data.",
+        *(
+            f"> [!WARNING]\n> {escape(names.clean(warning.text[0].upper() + warning.text[1:]))}."
+            for warning in plan.warnings
+            if warning.kind == BARELY
+        ),
         "\n".join(
             ([f"- Base: {_link(base)}"] if base is not None else [])
             + [f"- Expert {i}: {_link(source)}" for i, source in enumerate(experts, 1)]
@@ -200,7 +205,7 @@ def _tensors(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> str:
         lines.append(f"The base loads with its own code, copied unread: {code_list(code)}.")
     origin = names.tokenizer or names.sources[0]
     lines.append(f"Config from the base; tokenizer and chat template from {escape(str(origin))}.")
-    notes = [w.text for w in plan.warnings if w.kind not in (KEPT_AS_IN_BASE, LEFT_OUT)]
+    notes = [w.text for w in plan.warnings if w.kind not in (KEPT_AS_IN_BASE, LEFT_OUT, BARELY)]
     if notes:
         lines.append("The plan warned:")
         lines.append("\n".join(f"- {escape(names.clean(text))}" for text in notes[:LISTED]))

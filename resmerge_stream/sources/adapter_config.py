@@ -6,7 +6,7 @@ refused here by name.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,8 +78,17 @@ class LoraSettings:
 
 
 def is_adapter(names: list[str]) -> bool:
-    """Return whether a folder or repository with these files is an adapter."""
-    return CONFIG in names
+    """Return whether a folder or repository with these files is an adapter.
+
+    A stray config of one, beside a whole model and without weights of its own, is none.
+    """
+    return CONFIG in names and not is_stray(names)
+
+
+def is_stray(names: Collection[str]) -> bool:
+    """Return whether an adapter's config lies beside a whole model, and its weights do not."""
+    adapters = {WEIGHTS, _PICKLED} & set(names)
+    return CONFIG in names and bool(set(_WHOLE) & set(names)) and not adapters
 
 
 def check_adapter_files(where: str, names: list[str]) -> None:

@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from resmerge_stream.errors import NonFiniteError
 from resmerge_stream.planning.options import Options
 from resmerge_stream.planning.plan import plan_merge
 from resmerge_stream.recipe import ModelRef
@@ -235,6 +237,83 @@ def test_fp8_is_read_as_numbers(tmp_path, which):
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert "quantization_config" not in config
     assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_scales_that_are_no_numbers_stop_the_merge(tmp_path, wrong):
+    """A NaN or infinite scale is found when its tensor is read, and named with its checkpoint."""
+    group = make_group(tmp_path / "group", experts=2)
+    quantised(group.experts[1], [Q])
+    edit_tensors(group.experts[1], lambda tensors: tensors[f"{Q}_scale_inv"].fill_(wrong))
+
+    with pytest.raises(NonFiniteError, match=f"{Q} of .*expert1 holds NaN or infinite"):
+        merge(group, tmp_path / "merged")
+
+
+def test_a_config_that_lies_about_its_scales_is_refused(tmp_path):
+    """Blocks of 64 × 64 in the config, scales for 128 × 128 beside the codes: one message."""
+    group = make_group(tmp_path, experts=2, hidden=256)
+    quantised(group.experts[0], [Q])
+    config = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+    edit_config(group.experts[0], quantization_config=config)
+
+    (problem,) = plan_group(group).problems
+
+    assert "blocks of 64" in problem
+    assert str(group.experts[0]) in problem
+
+
+def test_mxfp4_without_a_word_in_the_config_is_read(tmp_path):
+    """Blocks and scales speak for themselves: experts as gpt-oss stores them, a base in bf16."""
+    group = make_group(tmp_path / "group", layers=1, experts=2)
+    name = "model.layers.0.mlp.experts.down_proj"
+    random = torch.Generator().manual_seed(0)
+    base = torch.randn(3, 64, 10, generator=random).bfloat16()
+    edit_tensors(group.base, lambda tensors: tensors.update({name: base}))
+    theirs = []
+    for folder in group.experts:
+        blocks = torch.randint(0, 256, (3, 10, 2, 16), generator=random, dtype=torch.uint8)
+        scales = torch.randint(120, 130, (3, 10, 2), generator=random, dtype=torch.uint8)
+        codes = {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        edit_tensors(folder, lambda tensors, codes=codes: tensors.update(codes))
+        theirs.append(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+
+    merged = merge(group, tmp_path / "merged", method="mean", dtype="float32")
+
+    expected = sum(values.double() for values in theirs) / 2
+    assert torch.allclose(merged.tensors[name].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_text_experts_merge_into_a_multimodal_base(tmp_path):
+    """The text model is matched and merged; the image tower stays the base's, and is listed."""
+    group = make_group(tmp_path / "group", experts=2)
+    plain = merge(group, tmp_path / "plain")
+    inside_a_multimodal_model(group.base)
+    tower = {"model.visual.blocks.0.attn.qkv.weight": torch.ones(6, 4, dtype=torch.bfloat16)}
+    edit_tensors(group.base, lambda tensors: tensors.update(tower))
+
+    merged = merge(group, tmp_path / "merged")
+
+    assert merged.row(*tower)["rule"] == "carried"
+    for name, tensor in plain.tensors.items():
+        ours = name.replace("model.", "model.language_model.", 1)
+        assert torch.equal(merged.tensors[ours], tensor)
+    assert any(
+        "qkv" in text and "kept as in the base" in text
+        for text in merged.report["summary"]["warnings"]
+    )
+
+
+def test_the_card_says_first_that_little_is_touched(tmp_path):
+    """Whoever opens the card of a near no-op reads so above the list of experts."""
+    group = make_group(tmp_path / "group", experts=2)
+    tower = {"visual.blocks.0.weight": torch.ones(400, 400)}
+    edit_tensors(group.base, lambda tensors: tensors.update(tower))
+
+    merge(group, tmp_path / "out")
+
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.index("of the base's bytes are touched") < card.index("- Base:")
 
 
 def test_a_quantised_tensor_that_no_expert_has_is_carried_unquantised(tmp_path):

@@ -324,8 +324,23 @@ def test_an_untied_head_is_merged(tmp_path):
 def test_a_model_beside_an_adapter_is_refused(group):
     """A folder with a whole model and an adapter says neither which of them is meant."""
     write_json(group.experts[0] / "adapter_config.json", {"peft_type": "LORA"})
+    save_file({"x": torch.ones(1)}, group.experts[0] / "adapter_model.safetensors")
 
     only_problem(plan_group(group), "LoRA", "not known which")
+
+
+def test_a_stray_config_of_an_adapter_is_noted(group):
+    """Without weights of its own it changes nothing: the whole model beside it is read."""
+    plain = plan_group(group)
+    write_json(group.experts[0] / "adapter_config.json", {"peft_type": "LORA"})
+
+    plan = plan_group(group)
+
+    assert set(plan.warnings) - set(plain.warnings) == {
+        text for text in plan.warnings if "adapter_config.json" in text
+    }
+    assert not plan.problems
+    assert plan.by_rule() == plain.by_rule()
 
 
 @pytest.mark.parametrize(
