@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import ResMergeError
 from ..experts.accuracy import Accuracy, mean_accuracy
 from ..planning.plan import Plan
+from ..report.build import SAME_AS_BASE
 from ..report.values import median
 from ..report.words import NAMES, TERMINAL_COLUMNS
 from ..run.events import (
@@ -192,6 +193,8 @@ def show_summary(event: Finished) -> None:
         )
     for line in gate_table(event.report["tensors"]):
         print(line)
+    if SAME_AS_BASE in summary["warnings"]:
+        print(f"warning: {SAME_AS_BASE}")
     if summary["kept_cosine"] is not None:
         print(
             f"after the cast: {summary['kept_norm']:.2f} of the update's norm is left, "

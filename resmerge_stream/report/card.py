@@ -12,6 +12,7 @@ from ..planning.compat import BARELY, KEPT_AS_IN_BASE, LEFT_OUT
 from ..planning.plan import Plan
 from ..planning.sidefiles import main_dtype
 from ..units import format_size
+from .build import SAME_AS_BASE
 from .card_tables import LISTED, code_list, escape, gate_tables, unusual_tensors
 from .gates_plot import gates_png
 from .public_names import PublicName, PublicNames
@@ -129,9 +130,8 @@ def _introduction(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> 
         f"{escape(str((report.get('environment') or {}).get('resmerge_stream')))}; no training, "
         "no data.",
         *(
-            f"> [!WARNING]\n> {escape(names.clean(warning.text[0].upper() + warning.text[1:]))}."
-            for warning in plan.warnings
-            if warning.kind == BARELY
+            f"> [!WARNING]\n> {escape(names.clean(text[0].upper() + text[1:]))}."
+            for text in _doubts(plan, report)
         ),
         "\n".join(
             ([f"- Base: {_link(base)}"] if base is not None else [])
@@ -140,6 +140,12 @@ def _introduction(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> 
         f"**How it decides.** {words}" if words else "",
     ]
     return "\n\n".join(line for line in lines if line)
+
+
+def _doubts(plan: Plan, report: Mapping[str, Any]) -> list[str]:
+    """Return why this may be no merge at all, for the top of the card."""
+    doubts = [warning.text for warning in plan.warnings if warning.kind == BARELY]
+    return doubts + [SAME_AS_BASE] * (SAME_AS_BASE in report["summary"]["warnings"])
 
 
 def _kept(plan: Plan, report: Mapping[str, Any]) -> str:
