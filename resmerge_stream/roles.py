@@ -9,7 +9,12 @@ from enum import StrEnum
 
 
 class Role(StrEnum):
-    """What part of a model a tensor is."""
+    """What part of a model a tensor is.
+
+    Linear maps are `ATTENTION`, `FFN`, `ROUTER` or, elsewhere, `MATRIX`; a `HEAD` is one whose rows
+    are tokens. `EMBEDDING` is a table with a row for each token. `OTHER` is what else has several
+    axes: positions, patches, learned queries, convolutions, state spaces, biases of experts.
+    """
 
     ATTENTION = "attention"
     FFN = "ffn"
@@ -17,31 +22,44 @@ class Role(StrEnum):
     ROUTER = "router"
     EMBEDDING = "embedding"
     HEAD = "head"
+    OTHER = "other"
     NORM = "norm"
     VECTOR = "vector"
     BUFFER = "buffer"
 
 
 # The roles whose tensors are matrices to decompose (paper A.2: two-dimensional weights other
-# than embeddings and the LM head).
+# than embeddings and the LM head). Routers are among them: they are linear maps too.
 MATRIX_ROLES = frozenset({Role.ATTENTION, Role.FFN, Role.MATRIX, Role.ROUTER})
 
-_EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens\w*|tok_embeddings|word_embeddings|position_embeddings|"
-    r"token_type_embeddings|wte|wpe|embed_in|embed_positions|patch_embed\w*|shared)(\.|$)|"
-    r"embeddings?\.weight$"
-)
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|shared_head\.head|score|classifier)(\.|$)")
-_LLAMA_HEAD = re.compile(r"^output\.weight$")
-_NORM = re.compile(r"(norm|(^|[._])ln(_|\.|\d|$)|layernorm)", re.IGNORECASE)
 _BUFFER = re.compile(r"(rotary_emb|inv_freq|(?:^|\.)attn\.bias$|masked_bias|position_ids)")
-_ROUTER = re.compile(r"(router|(mlp|moe|block_sparse_moe|ffn)\.gate\.|shared_expert_gate)")
+_NORM = re.compile(r"(norm|(^|[._])ln(_|\.|\d|$)|layernorm)", re.IGNORECASE)
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens\w*|embed_in|(\w+_)?tok(en)?s?_embed(ding)?s?|(word|input)_embeddings?|wte|"
+    r"shared|embed|(?<!quantize\.)embeddings?|transformer\.w)\.weight$"
+)
+_HEAD = re.compile(
+    r"(^|\.)((\w+_)?lm_heads?(\.(\d+|decoder|linear|out_proj))?|embed_out|unembed|lm_loss|"
+    r"output_projection|shared_head\.head|pred_layer\.proj|predictions\.decoder)\.weight$|"
+    r"^(output|head|decoder|proj_out|score|classifier)\.weight$"
+)
+# How the parameter of a linear map is called: nn.Linear's weight, experts' gate_up_proj, LSTMs'
+# weight_hh_l0, attention's in_proj_weight, w1.
+_LINEAR = re.compile(r"(^|_)(weight(_[ih]h_l\d\w*)?|proj(ection)?|linear)$|^[wv]\d$")
+# Modules whose weight is none. Tables of something else than tokens, and what is added as it is;
+# patches are convolutions in most models; hyper-connections mix whole streams by a few numbers.
+_TABLE = re.compile(r"(^|_)(emb(ed(?!\w*(proj|map))\w*)?|wpe|token|bias\w*)$")
+_NO_MAP = re.compile(r"(^|[._])patch_(emb(?!\w*proj)|proj)|hyper_connection")
+_ROUTER = re.compile(
+    r"(router|(mlp|moe|block_sparse_moe|ffn|feed_forward|mixer)\.gate\.|shared_expert_gate)"
+)
 _ATTENTION = re.compile(
-    r"(attn|attention|(^|[._])[qkvo]_proj|qkv|query|key_value|out_proj|"
-    r"q_a_proj|q_b_proj|kv_a_proj|kv_b_proj|\.c_attn|wq|wk|wv|wo)"
+    r"(attn|attention|(^|[._])[qkvo]_proj|qkv|query|key_value|"
+    r"q_a_proj|q_b_proj|kv_a_proj|kv_b_proj|\.c_attn|(?<!mlp)(?<!Dense)\.w[qkvo][._])",
+    re.IGNORECASE,
 )
 _FFN = re.compile(
-    r"(mlp|ffn|feed_forward|experts?|moe|gate_proj|up_proj|down_proj|gate_up_proj|"
+    r"(mlp|ffn|feed_forward|experts?|moe|gate_proj|up_proj|down_proj|gate_up_proj|DenseReluDense|"
     r"dense_h_to_4h|dense_4h_to_h|fc\d|(^|\.)w[123](\.|$))"
 )
 
@@ -54,18 +72,19 @@ def role_of(name: str, shape: tuple[int, ...]) -> Role:
         shape: its shape; one-dimensional tensors are never matrices.
 
     Returns:
-        The role. A matrix with an unknown name is `Role.MATRIX`.
+        The role. A linear map with an unknown name is `Role.MATRIX`.
     """
     if _BUFFER.search(name):
         return Role.BUFFER
-    if _NORM.search(name.rsplit(".", 1)[0] if "." in name else name) and len(shape) < 2:
-        return Role.NORM
     if len(shape) < 2:
-        return Role.VECTOR
+        is_norm = _NORM.search(name.rsplit(".", 1)[0] if "." in name else name)
+        return Role.NORM if is_norm else Role.VECTOR
+    if _HEAD.search(name):
+        return Role.HEAD
     if _EMBEDDING.search(name):
         return Role.EMBEDDING
-    if _HEAD.search(name) or _LLAMA_HEAD.search(name):
-        return Role.HEAD
+    if not _is_linear_map(name, len(shape)):
+        return Role.OTHER
     if _ROUTER.search(name):
         return Role.ROUTER
     if _ATTENTION.search(name):
@@ -73,6 +92,17 @@ def role_of(name: str, shape: tuple[int, ...]) -> Role:
     if _FFN.search(name):
         return Role.FFN
     return Role.MATRIX
+
+
+def _is_linear_map(name: str, axes: int) -> bool:
+    """Return whether a tensor is a matrix, or a stack of them, that activations go through."""
+    path, _, leaf = name.rpartition(".")
+    if axes > 3 or not _LINEAR.search(leaf) or _NO_MAP.search(name):
+        return False
+    module = module_of(path) if path else ""
+    if "conv" in path.rsplit(".", 2)[-1] + module and (axes == 3 or leaf != "weight"):
+        return False
+    return leaf != "weight" or not (_TABLE.search(module) or _NORM.search(module))
 
 
 def release_role_of(name: str, shape: tuple[int, ...]) -> Role:

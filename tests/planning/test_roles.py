@@ -1,8 +1,23 @@
-"""Roles from names: current architectures, and the substring rules of the authors' release."""
+"""Roles from names: current architectures, and the substring rules of the authors' release.
+
+What transformers makes of each architecture says what its tensors are: an independent reference.
+"""
+
+import re
 
 import pytest
+import torch
+from torch import nn
 
-from resmerge_stream.roles import Role, layer_of, module_of, release_role_of, role_of
+from resmerge_stream.roles import (
+    MATRIX_ROLES,
+    Role,
+    layer_of,
+    module_of,
+    release_role_of,
+    role_of,
+)
+from tests.support import zoo
 
 M, V = (8, 8), (8,)
 ARCHITECTURES = {
@@ -36,7 +51,7 @@ ARCHITECTURES = {
     },
     "gpt2": {
         "wte.weight": (M, "embedding"),
-        "wpe.weight": (M, "embedding"),
+        "wpe.weight": (M, "other"),
         "h.0.attn.c_attn.weight": (M, "attention"),
         "h.0.attn.bias": ((1, 1, 8, 8), "buffer"),
         "h.0.mlp.c_fc.weight": (M, "ffn"),
@@ -58,14 +73,31 @@ ARCHITECTURES = {
     },
     "t5 and bert": {
         "shared.weight": (M, "embedding"),
-        "bert.embeddings.position_embeddings.weight": (M, "embedding"),
+        "bert.embeddings.position_embeddings.weight": (M, "other"),
         "bert.encoder.layer.0.attention.self.query.weight": (M, "attention"),
         "bert.embeddings.LayerNorm.weight": (V, "norm"),
     },
     "anything else": {
         "adapter.weight": (M, "matrix"),
-        "conv.weight": ((4, 3, 3, 2), "matrix"),
+        "conv.weight": ((4, 3, 3, 2), "other"),
         "scale": ((), "vector"),
+    },
+    "no linear maps": {
+        "model.layers.0.mlp.experts.gate_up_proj_bias": ((4, 16), "other"),
+        "backbone.layers.0.mixer.A_log": (M, "other"),
+        "backbone.layers.0.mixer.conv1d.weight": ((8, 1, 4), "other"),
+        "vision_model.embeddings.position_embedding": ((1, 8, 8), "other"),
+        "vision_tower.patch_embed.proj.weight": (M, "other"),
+        "query_tokens": ((1, 8, 8), "other"),
+        "model.layers.0.attn_hc.fn": (M, "other"),
+    },
+    "heads and tables under other names": {
+        "transformer.tokens_embed.weight": (M, "embedding"),
+        "model.llm.embed.weight": (M, "embedding"),
+        "model.llm.unembed.weight": (M, "head"),
+        "cls.predictions.decoder.weight": (M, "head"),
+        "pred_layer.proj.weight": (M, "head"),
+        "lm_head.dense.weight": (M, "matrix"),
     },
 }
 CASES = [(n, *case) for tensors in ARCHITECTURES.values() for n, case in tensors.items()]
@@ -119,3 +151,76 @@ def test_the_module_of_a_parameter_is_its_last_word():
     assert module_of("model.layers.3.self_attn.q_proj.weight") == "q_proj"
     assert module_of("model.layers.3.mlp.experts.7.down_proj.bias") == "down_proj"
     assert module_of("weight") == "weight"
+
+
+DOZEN = ("qwen2", "mixtral", "gpt_oss", "deepseek_v3", "mamba2", "nemotron_h", "gemma3", "qwen3_5",
+         "gpt2", "xlnet", "rwkv", "blip-2")  # fmt: skip
+REST = tuple(name for name in zoo.model_types() if name not in DOZEN)
+# Modules whose parameters are matrices or stacks of them, and parameters of modules that hold
+# something else beside them.
+MAPS = re.compile(r"^(Conv1D|LSTM|GRU|MultiheadAttention|\w+(Experts|ExpertGLU|Router))$")
+OWN_MAPS = re.compile(
+    r"(multi_modal_projector\.mm_input_projection_weight|rg_lru\.(input|recurrent)_gate_weight|"
+    r"mamba\.(x|dt)_proj_weight|(rel_logits_proj|relative_position_bias)\.proj)$"
+)
+# Linear maps that are convolutions elsewhere, or that mix whole streams by a few numbers: not
+# decomposed on purpose.
+LEFT_TO_OTHER = re.compile(
+    r"patch_(proj|embed(?!ding_proj))|vision_embed_tokens|hyper_connection|relative_pos_embeddings"
+)
+
+
+def _is_a_map(module, name, is_parameter):
+    kind = type(module)
+    leaf = name.rpartition(".")[2]
+    if not is_parameter or "bias" in leaf or LEFT_TO_OTHER.search(name):
+        return False
+    if isinstance(module, nn.Linear) or MAPS.match(kind.__name__):
+        return True
+    return OWN_MAPS.search(name) is not None
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [*DOZEN, *(pytest.param(name, marks=pytest.mark.slow) for name in REST)],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_linear_maps_are_decomposed_and_nothing_else_is(architecture):
+    """What transformers calls a linear map has a matrix role, or is the head; what else has not."""
+    if architecture in zoo.UNBUILT:
+        pytest.skip(zoo.UNBUILT[architecture])
+    with torch.device("meta"):
+        model = zoo.small_model(architecture, zoo.small_config(architecture))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    head = model.get_output_embeddings()
+
+    wrong = {}
+    for name, module, tensor in zoo.modules_of(model):
+        if tensor.ndim < 2:
+            continue
+        role = role_of(name, tuple(tensor.shape))
+        if module is head:
+            fits = role is Role.HEAD
+        elif _is_a_map(module, name, name in parameters):
+            fits = role in MATRIX_ROLES or role is Role.HEAD
+        else:
+            fits = role not in MATRIX_ROLES and role is not Role.HEAD
+        if not fits:
+            wrong[name] = (type(module).__name__, str(role))
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "ctrl", "openai-gpt", "mamba", "bloom"])
+def test_the_table_of_tokens_is_the_embedding(architecture):
+    """A model's input embeddings have that role, and no table of positions has."""
+    with torch.device("meta"):
+        model = zoo.small_model(architecture, zoo.small_config(architecture))
+
+    tables = [
+        name
+        for name, _, tensor in zoo.modules_of(model)
+        if role_of(name, tuple(tensor.shape)) is Role.EMBEDDING
+    ]
+
+    (name,) = tables
+    assert model.get_submodule(name.rpartition(".")[0]) is model.get_input_embeddings()
