@@ -5,7 +5,9 @@ import io
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import RecipeError, Remedy, ResMergeError, StoppedError
@@ -240,7 +242,7 @@ def _methods(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from ..experts.group import built_in_recipe, demo_accuracies
+    from ..experts.group import built_in_recipe, demo_accuracies, merged_otherwise
     from ..run.verify import verify_folder
 
     if args.prompts < 0:
@@ -250,7 +252,10 @@ def _demo(args: argparse.Namespace) -> int:
     _run(plan, args.out, None, as_json=args.json)
     passed = console.show_checks(verify_folder(args.out, recipe=recipe), as_json=args.json)
     if args.prompts:
-        console.say(f"asking every model {args.prompts} held-out prompts a task")
-        accuracies = demo_accuracies(args.out, args.prompts, say=console.say)
+        with tempfile.TemporaryDirectory() as folder:
+            console.say("merging them by other methods as well, to compare")
+            merges = {"resmerge": args.out, **merged_otherwise(Path(folder))}
+            console.say(f"asking every model {args.prompts} held-out prompts a task")
+            accuracies = demo_accuracies(merges, args.prompts, say=console.say)
         console.show_accuracies(accuracies, as_json=args.json)
     return 0 if passed else 2

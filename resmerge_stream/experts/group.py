@@ -4,7 +4,7 @@ A base of a million parameters that reads single characters, and four experts, e
 by reinforcement learning on one of four tasks (`tasks`). What `resmerge-stream demo` merges.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..recipe import ModelRef, Recipe
@@ -13,6 +13,9 @@ from .tasks import TASKS
 
 # Of the held-out prompts that the demo asks; training asked none of them.
 SEED = 7
+# What the demo sets beside its merge: the two that everybody tries first, those of the literature
+# that do best here, and the method that docs/quality.md recommends.
+BESIDE = ("mean", "task_arithmetic", "tsv_m", "swudi", "head_regression")
 
 _FOLDER = Path(__file__).parent
 
@@ -28,13 +31,31 @@ def built_in_recipe() -> Recipe:
     return Recipe(ModelRef(str(base)), tuple(ModelRef(str(expert)) for expert in experts))
 
 
+def merged_otherwise(folder: Path) -> dict[str, Path]:
+    """Merge the built-in group by every method of `BESIDE`, and return the folders by method."""
+    # With torch, which the recipe alone does not need.
+    from ..studies.compare import run_comparison
+    from ..studies.compare_plan import plan_comparison
+
+    comparison = plan_comparison(built_in_recipe(), BESIDE, out=folder / "merges")
+    try:
+        for _ in run_comparison(comparison, work_dir=folder / "work"):
+            pass
+    finally:
+        comparison.close()
+    return {method: folder / "merges" / method for method in BESIDE}
+
+
 def demo_accuracies(
-    merged: Path | str, n_prompts: int, *, say: Callable[[str], None] = lambda text: None
+    merges: Mapping[str, Path | str],
+    n_prompts: int,
+    *,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, dict[str, Accuracy]]:
-    """Return the accuracy of base, experts and a merge of them, by model and task.
+    """Return the accuracy of base, experts and merges of them, by model and task.
 
     Args:
-        merged: the merged model's folder.
+        merges: the merged models' folders, by what they are called.
         n_prompts: held-out prompts per task.
         say: told each model's name before its prompts are asked.
     """
@@ -42,7 +63,7 @@ def demo_accuracies(
     from .evaluate import evaluate
 
     accuracies = {}
-    for name, folder in {**builtin_group(), "merged": Path(merged)}.items():
+    for name, folder in {**builtin_group(), **merges}.items():
         say(name)
-        accuracies[name] = evaluate(folder, n_prompts, SEED)
+        accuracies[name] = evaluate(Path(folder), n_prompts, SEED)
     return accuracies

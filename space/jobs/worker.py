@@ -84,7 +84,7 @@ def _evaluate(merged: str, prompts: int) -> None:
     from resmerge_stream.experts.group import demo_accuracies
 
     found = demo_accuracies(
-        merged, prompts, say=lambda name: _say({"event": "asking", "model": name})
+        {"merged": merged}, prompts, say=lambda name: _say({"event": "asking", "model": name})
     )
     table = {
         model: {task: list(share) for task, share in row.items()} for model, row in found.items()
