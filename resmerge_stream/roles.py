@@ -137,6 +137,14 @@ def layer_of(name: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def pattern_of(name: str) -> str:
+    """Return a name with a star for each number: ``model.layers.*.mlp.up_proj.weight``."""
+    return _NUMBER.sub("*", name)
+
+
 def module_of(name: str) -> str:
     """Return the last meaningful part of a name: ``q_proj`` for ``…self_attn.q_proj.weight``."""
     parts = [p for p in name.split(".") if p not in ("weight", "bias") and not p.isdigit()]

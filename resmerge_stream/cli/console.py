@@ -11,6 +11,7 @@ from ..planning.plan import Plan
 from ..report.build import SAME_AS_BASE
 from ..report.values import median
 from ..report.words import NAMES, TERMINAL_COLUMNS
+from ..roles import MATRIX_ROLES
 from ..run.events import (
     Analysed,
     Counted,
@@ -28,6 +29,9 @@ from ..units import format_size
 def say(text: str) -> None:
     """Print a line for people, on standard error."""
     print(plain(text), file=sys.stderr)
+
+
+_MOST_PATTERNS = 20
 
 
 def plain(text: str) -> str:
@@ -52,6 +56,8 @@ def show_plan(plan: Plan) -> None:
     if plan.tensors:
         rules = ", ".join(f"{count} {rule}" for rule, count in plan.by_rule().items())
         print(f"tensors:  {len(plan.tensors)} ({rules})")
+        for line in _patterns(plan.patterns()):
+            print(f"          {line.rstrip()}")
         print(f"sources:  {format_size(plan.read_bytes)} to read, {len(plan.experts)} expert(s)")
         print(f"output:   {format_size(plan.write_bytes)} in {len(plan.shards)} file(s)")
         peak, budget = format_size(plan.peak_memory_bytes), format_size(plan.memory_budget)
@@ -64,6 +70,18 @@ def show_plan(plan: Plan) -> None:
             )
         print(f"time:     about {plan.seconds_estimate:.0f} s on two cores")
     print("refused" if plan.refused else f"plan {plan.plan_hash}: ready to merge")
+
+
+def _patterns(patterns: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return which tensors take which rule, linear maps first; what is too long is counted."""
+    ranked = sorted(patterns, key=lambda row: row["role"] not in MATRIX_ROLES)
+    shown = [
+        [f"{row['tensors']} × {row['rule']}", row["role"] or "", plain(row["pattern"])]
+        for row in ranked[:_MOST_PATTERNS]
+    ]
+    rest = ranked[_MOST_PATTERNS:]
+    more = [f"… and {sum(row['tensors'] for row in rest)} more; --json lists all"] if rest else []
+    return _columns(shown) + more
 
 
 def nothing(events: Iterable[Event]) -> None:

@@ -2,16 +2,13 @@
 and fuses, or not at all. One place decides; who reads an expert afterwards sees the base's layout.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..roles import module_of
+from ..roles import module_of, pattern_of
 from ..sources.assembly import Joined, Source, Turned
 from ..sources.checkpoint import Checkpoint
 from ..sources.view import View, source_of
-
-_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +30,7 @@ class Matched:
     def in_words(self) -> list[str]:
         """What stands for what, base's name first; tensors that differ by numbers only once."""
         patterns = {
-            f"{_NUMBER.sub('.*', ours)} ← {_NUMBER.sub('.*', theirs[0])}"
+            f"{pattern_of(ours)} ← {pattern_of(theirs[0])}"
             + (f" and {len(theirs) - 1} more" if len(theirs) > 1 else "")
             for ours, theirs in self.renamed.items()
         }

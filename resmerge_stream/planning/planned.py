@@ -14,7 +14,7 @@ from ..errors import Notice, PlanRefusedError
 from ..memory import HELD_BYTES, PIECE_BYTES, block_bytes, matrix_bytes
 from ..methods import MergeMethod, Rule
 from ..recipe import ModelRef, Recipe
-from ..roles import layer_of
+from ..roles import layer_of, pattern_of
 from ..sinks.layout import Shard, index_json
 from ..sinks.publication import Publication
 from ..sources import Checkpoint
@@ -271,6 +271,18 @@ class Plan:
         names = (t.rule.name if t.rule else "carried" for t in self.tensors.values())
         return dict(sorted(Counter(names).items()))
 
+    def patterns(self) -> list[dict[str, Any]]:
+        """Return what is done with which tensors: names with stars for numbers, and their rule."""
+        found: dict[tuple[str, str, str], int] = {}
+        for name, tensor in self.tensors.items():
+            rule, role = (tensor.rule.name, tensor.rule.role) if tensor.rule else ("carried", "")
+            key = (pattern_of(name), rule, str(role))
+            found[key] = found.get(key, 0) + 1
+        return [
+            {"pattern": pattern, "tensors": count, "rule": rule, "role": role or None}
+            for (pattern, rule, role), count in found.items()
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data, as ``plan --json`` prints it."""
         return {
@@ -283,6 +295,7 @@ class Plan:
             },
             "tensors": len(self.tensors),
             "by_rule": self.by_rule(),
+            "patterns": self.patterns(),
             "shards": [
                 {"name": shard.name, "bytes": shard.nbytes, "tensors": len(shard.tensors)}
                 for shard in self.shards

@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from resmerge_stream.cli.console import show_plan
 from resmerge_stream.errors import PlanRefusedError, RecipeError
 from resmerge_stream.planning.plan import Options, plan_merge
 from resmerge_stream.recipe import ModelRef, Recipe
@@ -71,6 +73,21 @@ def test_a_plan_has_the_fixed_keys(group):
         "write_bytes", "peak_memory_bytes", "peak_disk_bytes", "seconds_estimate", "sources",
         "plan_hash",
     }  # fmt: skip
+
+
+def test_a_plan_lists_its_rules_by_pattern(group, capsys):
+    """Names with a star for every number, how many tensors they stand for, and their rule."""
+    plan = plan_group(group)
+
+    rows = plan.to_dict()["patterns"]
+    show_plan(plan)
+    shown = capsys.readouterr().out
+
+    assert {"pattern": "model.layers.*.mlp.up_proj.weight", "tensors": 2, "rule": "resmerge",
+            "role": "ffn"} in rows  # fmt: skip
+    assert sum(row["tensors"] for row in rows) == len(plan.tensors)
+    assert re.search(r"2 × resmerge +ffn +model\.layers\.\*\.mlp\.up_proj\.weight", shown)
+    assert re.search(r"1 × mean +embedding +model\.embed_tokens\.weight", shown)
 
 
 def test_planning_reads_no_weights(tmp_path):
