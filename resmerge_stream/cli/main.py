@@ -190,7 +190,9 @@ def _merge(args: argparse.Namespace) -> int:
         if args.discard_staging:
             with crew.main_first("discard"):
                 if crew.is_main:
-                    console.discarded(discard_unfinished(args.out, publication_of(args)))
+                    console.discarded(
+                        discard_unfinished(args.out, publication_of(args), args.work_dir)
+                    )
         return _run(_plan_of(args), args.out, args.work_dir, as_json=args.json, crew=crew)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..device import choose_device, give_memory_back, keep_memory_steady
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, Remedy, StoppedError, listed
 from ..memory import WRITE_QUEUE_BYTES
 from ..pipes import WriteBehind, meanwhile
 from ..planning.plan import Plan
@@ -33,6 +33,8 @@ from .worklist import WorkList
 
 # How long nothing may be heard of a run.
 _TICK_S = 1.0
+# How often shards that were changed at the target are made again.
+_RESENT_TRIES = 3
 
 
 def run_merge(
@@ -83,6 +85,7 @@ def run_merge(
         merger = Merger(plan, device, found, progress.sample_memory)
         yield from _merge(plan, sink, merger, progress, crew)
         if crew.is_main:
+            yield from _merge_lost(plan, sink, merger, progress)
             yield from _finish(plan, sink, merger, progress, crew)
     except NonFiniteError as exc:
         # This run can never be finished, so it leaves nothing behind.
@@ -137,6 +140,29 @@ def _merge_own(
             entry = yield from _merge_shard(plan, shard, sink, merger, progress)
             yield _finished(plan, shard, entry, progress, resumed=False)
     yield from _waiting(sink.settle, progress)
+
+
+def _merge_lost(plan: Plan, sink: Sink, merger: Merger, progress: Progress) -> Iterator[Event]:
+    """Merge again what is not at the target as it was put there.
+
+    Raises:
+        StoppedError: it is changed there again and again.
+    """
+    for _ in range(_RESENT_TRIES):
+        names = sink.lost(progress.files.values())
+        if not names:
+            return
+        for shard in plan.shards:
+            if shard.name in names:
+                entry = yield from _merge_shard(plan, shard, sink, merger, progress)
+                yield _finished(plan, shard, entry, progress, resumed=False)
+        yield from _waiting(sink.settle, progress)
+    if names := sink.lost(progress.files.values()):
+        raise StoppedError(
+            f"{listed(names)}: somebody changes these shards at the target whenever they are "
+            "finished, so nothing is published.",
+            Remedy.CONTINUE,
+        )
 
 
 def _finished(

@@ -9,6 +9,7 @@ from ..errors import PlanRefusedError, RecipeError, Remedy
 from ..planning.plan import Plan
 from ..sinks import FolderSink, Sink, target_state
 from ..sinks.folder import REPORT, discard
+from ..sinks.journal import discard_work, work_folder
 from ..sinks.publication import Publication
 from ..sinks.sink import Membership
 from .events import Finished
@@ -85,19 +86,22 @@ def open_sink(plan: Plan, out: Path | None, work: Path, membership: Membership) 
         raise
 
 
-def discard_unfinished(out: str | None, publication: Publication | None) -> list[str]:
-    """Remove what unfinished merges left at a target; return what was removed.
+def discard_unfinished(
+    out: str | None, publication: Publication | None, work_dir: str | Path | None = None
+) -> list[str]:
+    """Remove what unfinished merges left at a target and on this machine; return what it was.
 
     Raises:
         ResMergeError: there is nothing that a merge left, or the Hub refuses.
     """
-    removed: list[str] = []
+    folder = Path(os.path.expanduser(out)) if out is not None else None
+    removed = discard_work(work_folder("", folder, publication, work_dir))
     if publication is not None:
         from ..sinks.hub.discard import discard_staging
 
         removed += discard_staging(publication.repo_id, None)
-    if out is not None:
-        removed += discard(Path(os.path.expanduser(out)))
+    if folder is not None:
+        removed += discard(folder)
     return removed
 
 

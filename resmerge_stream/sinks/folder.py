@@ -2,10 +2,11 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,12 +39,14 @@ class TargetState:
     bytes_there: int = 0
 
 
-def target_state(out: Path, plan_hash: str) -> TargetState:
+def target_state(out: Path, plan_hash: str, *, is_own: bool = False) -> TargetState:
     """Return what stands at an output folder, seen by a plan.
 
     Args:
         out: the folder, which may not exist.
         plan_hash: of the plan that wants to write there.
+        is_own: whether the folder lies in this plan's work folder, so that whatever is marked
+            there is this plan's, also where a full disk left the mark empty.
     """
     if os.path.exists(out) and not os.path.isdir(out):
         return TargetState(Notice(f"{str(out)!r} is a file.", Remedy.ANOTHER_FOLDER))
@@ -53,7 +56,7 @@ def target_state(out: Path, plan_hash: str) -> TargetState:
         return TargetState(
             Notice(f"cannot look into {str(out)!r}: {exc.strerror}.", Remedy.ANOTHER_FOLDER)
         )
-    if not names:
+    if is_own or not set(names) - {_temporary(MARKER)} or _is_empty_mark(out, names):
         return TargetState()
     if MARKER in names:
         if _value_in(out / MARKER, "plan_hash") == plan_hash:
@@ -92,7 +95,7 @@ def discard(out: Path) -> list[str]:
         )
     removed = []
     for path in sorted(out.iterdir()):
-        if path.name == MARKER or path.name.endswith(f".safetensors{_PART}"):
+        if path.name in (MARKER, _temporary(MARKER)) or path.name.endswith(f".safetensors{_PART}"):
             path.unlink()
             removed.append(path.name)
     if not any(out.iterdir()):
@@ -131,6 +134,9 @@ class FolderSink:
         member = membership or Membership()
         self._out, self._mark = out, member.mark
         self._journal = Journal(work_dir / "journal.jsonl")
+        self._is_own = out.is_relative_to(work_dir)
+        # One process of those that share the folder looks through it; it tells the others.
+        self._looks = member.is_main or (one_machine and member.is_first)
         if not member.is_main and not one_machine:
             self._find_marker()
         with contextlib.ExitStack() as undo:
@@ -160,6 +166,15 @@ class FolderSink:
 
     def settle(self) -> None:
         """Nothing to wait for: a shard stays where it was written."""
+
+    def lost(self, files: Iterable[Mapping[str, Any]]) -> list[str]:
+        """Return the shards whose files have another size than when they were finished."""
+        return [
+            str(file["name"])
+            for file in files
+            if not self.path_of(str(file["name"])).exists()
+            or self.path_of(str(file["name"])).stat().st_size != file["size"]
+        ]
 
     def open_shard(self, shard: Shard) -> SafetensorsFile:
         """Start a shard under its temporary name."""
@@ -228,7 +243,7 @@ class FolderSink:
         self._lock.close()
 
     def _start(self, plan_hash: str, identity: Mapping[str, Any]) -> None:
-        state = target_state(self._out, plan_hash)
+        state = target_state(self._out, plan_hash, is_own=self._is_own)
         if state.problem is not None:
             raise OutputExistsError(state.problem)
         if not (self._out / MARKER).exists():
@@ -255,13 +270,20 @@ class FolderSink:
         return self._out / f"{name}{_PART}"
 
     def _resume(self, plan_hash: str, identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Return the journal's shards whose files hold what was written, by name."""
+        entries = {
+            str(entry.get("shard")): entry for entry in self._journal.start(plan_hash, identity)
+        }
+        if not self._looks:
+            return {}
         finished = {}
-        for entry in self._journal.start(plan_hash, identity):
-            part = self._part(str(entry.get("shard")))
-            final = self._out / str(entry.get("shard"))
-            there = part if part.exists() else final
-            if there.exists() and there.stat().st_size == entry.get("size"):
-                finished[str(entry["shard"])] = entry
+        for name, entry in entries.items():
+            there = self.path_of(name)
+            if not there.exists() or there.stat().st_size != entry.get("size"):
+                continue
+            # A disk may have lost what it said it had: read it before it is believed.
+            if _sha256(there) == entry.get("sha256"):
+                finished[name] = entry
         return finished
 
 
@@ -274,6 +296,20 @@ def _lock_or_stop(lock: TextIO, out: Path, kind: int) -> None:
         ) from exc
 
 
+def _is_empty_mark(out: Path, names: list[str]) -> bool:
+    """Whether a folder holds nothing but an empty mark: a disk that was full when a run began."""
+    return set(names) <= {MARKER, _temporary(MARKER)} and (out / MARKER).stat().st_size == 0
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _temporary(name: str) -> str:
+    return f".{name}.tmp"
+
+
 def _value_in(path: Path, key: str) -> str | None:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -284,12 +320,16 @@ def _value_in(path: Path, key: str) -> str | None:
 
 
 def _write_durably(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(_temporary(path.name))
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _sync_folder(folder: Path) -> None:

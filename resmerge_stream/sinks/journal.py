@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,36 @@ def work_folder(
     if publication is not None:
         target += f" {os.environ.get('HF_ENDPOINT', '')} {publication.repo_id}"
     return root / f"{plan_hash}-{hashlib.sha256(target.encode()).hexdigest()[:8]}"
+
+
+def discard_work(folder: Path) -> list[str]:
+    """Remove what earlier runs of any plan kept on this machine for a target.
+
+    Args:
+        folder: of one plan and the target, from `work_folder`; those of other plans lie beside it.
+
+    Returns:
+        What was removed.
+
+    Raises:
+        StoppedError: a run that goes on uses one of them, or a file cannot be removed.
+    """
+    removed = []
+    for found in sorted(folder.parent.glob(f"*-{folder.name.rpartition('-')[2]}")):
+        if not (found / "lock").is_file():
+            continue
+        try:
+            with (found / "lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                removed += [f"{found.name}/{name}" for name in sorted(os.listdir(found))]
+                shutil.rmtree(found)
+        except BlockingIOError as exc:
+            raise StoppedError(
+                "another process is merging there. Wait for it, or stop it."
+            ) from exc
+        except OSError as exc:
+            raise StoppedError(f"cannot remove {str(found)!r}: {exc.strerror}.") from exc
+    return removed
 
 
 def known_commits(folder: Path, plan_hash: str) -> list[str | None]:

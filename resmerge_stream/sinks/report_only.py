@@ -1,6 +1,6 @@
 """No weights at all: a sink that keeps the report and drops the tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,10 @@ class ReportOnlySink:
 
     def settle(self) -> None:
         """Nothing to wait for."""
+
+    def lost(self, files: Iterable[Mapping[str, Any]]) -> list[str]:
+        """Return nothing: nothing is kept that could be lost."""
+        return []
 
     def open_shard(self, shard: Shard) -> _Dropped:
         """Return a writer that drops the bytes."""

@@ -1,6 +1,6 @@
 """What every target offers: shards written in order, then published all at once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -96,6 +96,17 @@ class Sink(Protocol):
 
     def settle(self) -> None:
         """Wait until every shard is where it has to be; returns early when the sink is closed.
+
+        Raises:
+            StoppedError: the Hub kept failing.
+        """
+        ...
+
+    def lost(self, files: Iterable[Mapping[str, Any]]) -> list[str]:
+        """Return the names of settled shards that are not there as they were finished.
+
+        Args:
+            files: name, size and sha256 of every shard.
 
         Raises:
             StoppedError: the Hub kept failing.

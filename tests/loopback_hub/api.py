@@ -143,12 +143,12 @@ async def xet_token(call: Call) -> Response:
 
 
 async def duplicate_files(call: Call) -> Response:
-    """Let another repository use large files of this one; contents are shared here anyway."""
+    """Let another repository use files of this one's Xet storage; contents are shared here."""
     call.readable_repo()
     failed = [
         {"sha256": file["sha256"], "error": "not found"}
         for file in (await call.json())["files"]
-        if file["sha256"] not in call.hub.objects and call.hub.xet.find(file["sha256"]) is None
+        if (found := call.hub.xet.find(file["sha256"])) is None or found.hash != file["xetHash"]
     ]
     return JSONResponse({"success": [], "failed": failed})
 

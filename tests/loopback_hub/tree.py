@@ -16,10 +16,9 @@ def file_info(call: Call, path: str, entry: Entry) -> dict[str, Any]:
     if entry.lfs:
         size = len(pointer(entry.sha256, entry.size))
         info["lfs"] = {"oid": entry.sha256, "size": entry.size, "pointerSize": size}
-        # The real Hub has a Xet hash for every large file, and copies between repositories need
-        # one. This form is no valid hash, so that clients do not try to read the file by Xet.
         xet = call.hub.xet.find(entry.sha256)
-        info["xetHash"] = xet.hash if xet is not None else f"lfs-{entry.sha256}"
+        if xet is not None:
+            info["xetHash"] = xet.hash  # what came by LFS has none
     return info
 
 

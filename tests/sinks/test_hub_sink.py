@@ -208,7 +208,7 @@ def test_without_an_account_nothing_starts(bench: Bench) -> None:
     )
 
     assert done.returncode == 2
-    assert "log in" in done.stdout
+    assert "Log in" in done.stdout
 
 
 @pytest.mark.parametrize(

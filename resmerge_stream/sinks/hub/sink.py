@@ -1,9 +1,10 @@
 """A repository as target: shards staged one by one, then one commit on main that shows them all."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+from huggingface_hub.utils._runtime import is_xet_available
 
 from ...device import machine_share
 from ...errors import OutputExistsError, PlanRefusedError, Remedy
@@ -12,9 +13,10 @@ from ...pipes import WriteBehind
 from ..folder import FolderSink
 from ..layout import Shard
 from ..sink import Membership, ShardWriter
+from .deposit import Deposit, deposited, deposited_file, is_deposited, missing_from
 from .discard import discard_sibling
 from .staging import Staging, branch_name
-from .target import HubTarget, has_xet, no_xet, replaced_files, staging_repo
+from .target import HubTarget, finished_at, has_xet, no_xet, replaced_files, staging_repo
 from .upload import StreamedShard, upload_file
 
 
@@ -63,6 +65,9 @@ class HubSink:
         self._streams = target.publication.max_disk == 0
         if self._streams and not has_xet(repo):
             raise PlanRefusedError(no_xet(repo))
+        self._deposit = None
+        if repo is not target.repo and not (is_xet_available() and has_xet(repo)):
+            self._deposit = Deposit(target.repo)
         self._staging = Staging(repo, plan_hash, identity, member, made_repo=made, asked=asked)
         self._streamed: dict[str, StreamedShard] = {}
         largest = max((shard.nbytes for shard in shards), default=0)
@@ -112,6 +117,25 @@ class HubSink:
             self._shelf.keep(shard, entry)
         self._uploads.put(shard.nbytes, lambda: self._send(shard, entry))
 
+    def lost(self, files: Iterable[Mapping[str, Any]]) -> list[str]:
+        """Return the shards whose staged file is not what the journal says, or cannot be shown.
+
+        They are forgotten here, so that they are merged and sent again.
+        """
+        wanted = {str(file["name"]): file for file in files}
+        names = self._staging.differing(wanted)
+        if self._deposit is not None:
+            names |= missing_from(self._target.repo, wanted.values()) & set(self._staging.deposits)
+        elif self._staging.repo is not self._target.repo and (
+            unshown := self._staging.without_xet(set(wanted) - names)
+        ):
+            # Nothing can be taken over from the private repository: it goes where it will stand.
+            self._deposit = Deposit(self._target.repo)
+            names |= unshown
+        for name in names:
+            self._staging.entries.pop(name, None)
+        return sorted(names)
+
     def publish(self, files: Mapping[str, bytes]) -> str:
         """Make the one commit on main, set the visibility, clean up."""
         repo = self._target.repo
@@ -125,13 +149,17 @@ class HubSink:
                 proof={"resmerge/report.json": files["resmerge/report.json"]},
             )
         except MovedError as exc:
-            raise OutputExistsError(
-                f"main of {repo.id} was changed while this merge ran, so it is not touched; "
-                f"nothing was removed. The shards stay on the branch {self._staging.branch}. "
-                "Look at what changed first.",
-                Remedy.REPLACE,
-                Remedy.ANOTHER_REPO,
-            ) from exc
+            landed = finished_at(repo, self._plan_hash)
+            if landed is None:
+                raise OutputExistsError(
+                    f"main of {repo.id} was changed while this merge ran, so it is not touched; "
+                    "nothing was removed. The shards stay on the branch "
+                    f"{self._staging.branch}. Look at what changed first.",
+                    Remedy.REPLACE,
+                    Remedy.ANOTHER_REPO,
+                ) from exc
+            # The last commit of a run that was killed was still on its way.
+            commit = landed
         finish_target(self._target, self._plan_hash)
         if self._keep_files:
             self._shelf.publish(files)
@@ -167,10 +195,15 @@ class HubSink:
     def _resume(self, *, sends: bool) -> None:
         """Find what earlier runs finished, and send what they had not sent."""
         on_shelf = dict(self._shelf.finished_shards())
+        entries = [e for n, e in self._staging.entries.items() if n in self._shards]
+        gone = missing_from(self._target.repo, [e for e in entries if is_deposited(e)])
+        for name in gone:
+            del self._staging.entries[name]
         staged = {
-            name: entry
-            for name, entry in self._staging.entries.items()
-            if name in self._shards and entry["size"] == self._shards[name].nbytes
+            str(entry["name"]): entry
+            for entry in entries
+            if entry["size"] == self._shards[str(entry["name"])].nbytes
+            and entry["name"] not in gone
         }
         self._staged_before = set(staged)
         self._finished = on_shelf if self._keep_files else {**staged, **on_shelf}
@@ -181,7 +214,11 @@ class HubSink:
     def _send(self, shard: Shard, entry: Mapping[str, Any]) -> None:
         known = self._staging.entries.get(shard.name)
         if known is None or known["sha256"] != entry["sha256"]:
-            self._staging.stage(self._upload(shard, entry), entry)
+            if self._deposit is not None:
+                self._deposit.send(self._shelf.path_of(shard.name), entry, self._now_at)
+                self._staging.stage(None, deposited(entry))
+            else:
+                self._staging.stage(self._upload(shard, entry), entry)
             self._sending = 0
             self._sent += shard.nbytes
         if not self._keep_files and not self._streams:
@@ -206,18 +243,21 @@ class HubSink:
     def _final_operations(self, files: Mapping[str, bytes], stale: list[str]) -> list[Operation]:
         staging = self._staging
         source = staging.repo.id if staging.repo is not self._target.repo else None
-        copies = [
-            CommitOperationCopy(
+        shards: list[Operation] = [
+            deposited_file(staging.deposits[name])
+            if name in staging.deposits
+            else CommitOperationCopy(
                 name,
                 name,
-                src_revision=staging.branch,
+                # The commit whose files were compared, not what the branch holds by now.
+                src_revision=staging.commit,
                 src_repo_id=source,
                 src_repo_type="model" if source is not None else None,
             )
             for name in self._shards
         ]
         additions = [CommitOperationAdd(name, data) for name, data in files.items()]
-        return [*copies, *additions, *(CommitOperationDelete(name) for name in stale)]
+        return [*shards, *additions, *(CommitOperationDelete(name) for name in stale)]
 
 
 def _is_unmarked(sibling: HubRepo, plan_hash: str) -> bool:

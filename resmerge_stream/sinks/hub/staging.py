@@ -16,14 +16,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd
-from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.hf_api import ModelInfo, RepoFile, RepoSibling
 
 from ...errors import CheckpointNotFoundError, PlanRefusedError, Remedy, StoppedError
+from ...hub.client import patiently
 from ...hub.repo import HubRepo, MovedError, Operation, listed, sha256_of
 from ..sink import Membership
+from .deposit import is_deposited
 
 FOLDER = "resmerge-staging"
 HEAD = f"{FOLDER}/head.json"
+# Files asked about in one request.
+_BATCH = 100
 # Processes that commit at the same moment try again at different ones.
 _LONGEST_PAUSE_S = 2.0
 _BRANCH = re.compile(r"resmerge-[0-9a-f]{16}")
@@ -32,6 +36,11 @@ _BRANCH = re.compile(r"resmerge-[0-9a-f]{16}")
 def branch_name(plan_hash: str) -> str:
     """Return the staging branch of a plan."""
     return f"resmerge-{plan_hash}"
+
+
+def branch_id(branch: str) -> str:
+    """Return the plan hash in the name of a staging branch."""
+    return branch.rpartition("-")[2]
 
 
 def is_branch_name(name: str) -> bool:
@@ -65,9 +74,12 @@ class Staged:
 
     @property
     def commits(self) -> list[str | None]:
-        """What the first start pinned the sources to; None for a folder."""
-        numbers = sorted(self.identity, key=int)
-        return [self.identity[number].get("commit") for number in numbers]
+        """What the first start pinned the sources to; None for a folder, nothing if malformed."""
+        sources = self.identity
+        if not all(key.isdigit() and isinstance(sources[key], dict) for key in sources):
+            return []
+        found = [sources[number].get("commit") for number in sorted(sources, key=int)]
+        return found if all(isinstance(commit, str | None) for commit in found) else []
 
 
 def read_staged(repo: HubRepo, plan_hash: str) -> Staged | None:
@@ -96,12 +108,28 @@ def _entries(repo: HubRepo, info: ModelInfo) -> dict[str, dict[str, Any]]:
         if not path.startswith(f"{FOLDER}/") or path == HEAD:
             continue
         entry = repo.read_json(path, info)
-        name = str(entry.get("name")) if entry is not None else ""
-        if entry is None or name not in files:
+        if entry is None or not _is_row(entry):
             continue
-        if sha256_of(files[name]) == entry.get("sha256") and files[name].size == entry.get("size"):
+        name = entry["name"]
+        is_staged = name in files and _is_file(files[name], entry)
+        if is_staged or is_deposited(entry):
             found[name] = entry
     return found
+
+
+def _is_row(entry: Mapping[str, Any]) -> bool:
+    """Whether a JSON object is a row of the journal: anybody may have written it."""
+    return (
+        isinstance(entry.get("name"), str)
+        and isinstance(entry.get("size"), int)
+        and re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256"))) is not None
+        and isinstance(entry.get("tensors"), list)
+        and all(isinstance(row, dict) and "name" in row for row in entry["tensors"])
+    )
+
+
+def _is_file(file: RepoSibling, entry: Mapping[str, Any]) -> bool:
+    return (sha256_of(file), file.size) == (entry["sha256"], entry["size"])
 
 
 class Staging:
@@ -139,7 +167,7 @@ class Staging:
         if staged is None:
             raise StoppedError(f"the staging branch of {repo.id} vanished.", Remedy.CONTINUE)
         self.entries = staged.entries
-        self._commit = staged.commit
+        self.commit = staged.commit
         if not membership.is_main:
             return
         if staged.identity and staged.identity != json.loads(json.dumps(identity)):
@@ -158,8 +186,59 @@ class Staging:
         data = json.dumps(head, indent=1).encode()
         self._advance("Start staging", lambda: [_add(HEAD, data)], {HEAD: data})
 
-    def stage(self, shard: CommitOperationAdd, entry: Mapping[str, Any]) -> None:
+    @property
+    def deposits(self) -> dict[str, dict[str, Any]]:
+        """The rows of shards that wait in the target's storage, by name."""
+        return {name: entry for name, entry in self.entries.items() if is_deposited(entry)}
+
+    def differing(self, files: Mapping[str, Mapping[str, Any]]) -> set[str]:
+        """Return the names of files that the branch does not hold as they should be.
+
+        What is found, `commit` is where it was found.
+
+        Args:
+            files: size and sha256 by name.
+
+        Raises:
+            StoppedError: the network or the Hub kept failing, or another run took the branch over.
+        """
+        staged = read_staged(self.repo, branch_id(self.branch))
+        if staged is None or staged.owner != self._owner:
+            raise self._taken_over()
+        self.commit = staged.commit
+        self.entries = staged.entries
+        return {
+            name
+            for name, file in files.items()
+            if name not in staged.entries
+            or any(staged.entries[name][key] != file[key] for key in ("size", "sha256"))
+        }
+
+    def without_xet(self, names: set[str]) -> set[str]:
+        """Return the names of staged files for which the Hub has no hash of its Xet storage.
+
+        Raises:
+            StoppedError: the network or the Hub kept failing.
+        """
+        found: list[RepoFile] = []
+        every = sorted(names)
+        for start in range(0, len(every), _BATCH):
+            paths = every[start : start + _BATCH]
+            answer = patiently(
+                lambda paths=paths: self.repo.api.get_paths_info(  # type: ignore[misc]
+                    self.repo.id, paths, revision=self.commit
+                ),
+                what=f"look at {self.repo.id} on the Hub",
+            )
+            found += [file for file in answer if isinstance(file, RepoFile)]
+        return {file.path for file in found if not file.xet_hash}
+
+    def stage(self, shard: CommitOperationAdd | None, entry: Mapping[str, Any]) -> None:
         """Commit a shard that was uploaded, with its row of the journal.
+
+        Args:
+            shard: what commits it; None where it waits in the target's storage.
+            entry: its row.
 
         Raises:
             StoppedError: another run took the branch over, or the Hub failed.
@@ -167,11 +246,11 @@ class Staging:
         name = str(entry["name"])
         path = f"{FOLDER}/{name}.json"
         data = json.dumps({**entry, "owner": self._owner}).encode()
-        self._advance(
-            f"Stage {name}",
-            lambda: [shard, _add(path, data)],
-            {path: data, name: str(entry["sha256"])},
-        )
+        if shard is None:
+            self._advance(f"Deposit {name}", lambda: [_add(path, data)], {path: data})
+        else:
+            proof: dict[str, str | bytes] = {path: data, name: str(entry["sha256"])}
+            self._advance(f"Stage {name}", lambda: [shard, _add(path, data)], proof)
         self.entries[name] = dict(entry)
 
     def _advance(
@@ -182,9 +261,9 @@ class Staging:
     ) -> None:
         # By turns: commits of many processes that meet would be repeated more often than made.
         with self._turn() as turn:
-            self._commit = turn.value or self._commit
+            self.commit = turn.value or self.commit
             self._commit_on_top(message, operations, proof)
-            turn.value = self._commit
+            turn.value = self.commit
 
     def _commit_on_top(
         self,
@@ -194,20 +273,36 @@ class Staging:
     ) -> None:
         for number in itertools.count(1):
             try:
-                self._commit = self.repo.commit(
-                    self.branch, operations, parent=self._commit, message=message, proof=proof
+                self.commit = self.repo.commit(
+                    self.branch, operations, parent=self.commit, message=message, proof=proof
                 )
                 return
             except (MovedError, CheckpointNotFoundError) as exc:
                 moved_to = self._moved_by_us()
                 if moved_to is None:
-                    raise StoppedError(
-                        f"another run of this merge took over the staging branch {self.branch} of "
-                        f"{self.repo.id}, so this one stops; nothing was removed. Wait for it.",
-                        Remedy.CONTINUE,
-                    ) from exc
-                self._commit = moved_to
+                    raise self._taken_over() from exc
+                self.commit = moved_to
                 time.sleep(random.uniform(0, min(0.1 * number, _LONGEST_PAUSE_S)))
+
+    def _taken_over(self) -> StoppedError:
+        """Return why the branch is not this run's any more."""
+        if self.repo.info() is None:
+            return StoppedError(
+                f"the repository {self.repo.id} is gone from the Hub, or hidden from this token: "
+                "deleted, renamed, or its rights taken. What was staged there is lost.",
+                Remedy.CONTINUE,
+            )
+        if self.repo.head(self.branch) is None:
+            return StoppedError(
+                f"somebody removed the staging branch {self.branch} of {self.repo.id}. What was "
+                "staged there is lost.",
+                Remedy.CONTINUE,
+            )
+        return StoppedError(
+            f"another run of this merge took over the staging branch {self.branch} of "
+            f"{self.repo.id}, so this one stops; nothing was removed. Wait for it.",
+            Remedy.CONTINUE,
+        )
 
     def _moved_by_us(self) -> str | None:
         """Return where the branch is, if another process of this run moved it there."""
@@ -215,7 +310,7 @@ class Staging:
         head = self.repo.read_json(HEAD, info) if info is not None else None
         if info is None or head is None or head.get("owner") != self._owner:
             return None
-        return info.sha if info.sha != self._commit else None
+        return info.sha if info.sha != self.commit else None
 
 
 def _add(path: str, data: bytes) -> CommitOperationAdd:

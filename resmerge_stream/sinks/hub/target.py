@@ -3,7 +3,7 @@
 Everything is asked before a tensor moves; nothing is changed here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,8 +131,8 @@ def _check_content(target: HubTarget, plan_hash: str) -> None:
         )
         return
     files = listed(info)
-    report = repo.read_json(REPORT, info) if REPORT in files else None
-    if report is not None and report.get("plan_hash") == plan_hash and _matches(info, report):
+    report = _finished_report(repo, info, plan_hash)
+    if report is not None:
         target.finished, target.report = True, report
         return
     others = [
@@ -154,12 +154,29 @@ def _check_content(target: HubTarget, plan_hash: str) -> None:
         )
 
 
-def _matches(info: ModelInfo, report: Mapping[str, Any]) -> bool:
-    files = listed(info)
-    return all(
-        str(file.get("name")) in files and sha256_of(files[str(file["name"])]) == file.get("sha256")
-        for file in report.get("files") or [{}]
-    )
+def finished_at(repo: HubRepo, plan_hash: str) -> str | None:
+    """Return main's commit where it holds the finished result of a plan, else None."""
+    info = repo.info()
+    if info is None or _finished_report(repo, info, plan_hash) is None:
+        return None
+    return info.sha
+
+
+def _finished_report(repo: HubRepo, info: ModelInfo, plan_hash: str) -> dict[str, Any] | None:
+    """Return the report of a plan's finished result; anybody may have written what is there."""
+    report = repo.read_json(REPORT, info)
+    if report is None or report.get("plan_hash") != plan_hash:
+        return None
+    told, files = report.get("files"), listed(info)
+    if not isinstance(told, list) or not told:
+        return None
+    for file in told:
+        name = file.get("name") if isinstance(file, dict) else None
+        if not isinstance(name, str) or name not in files:
+            return None
+        if sha256_of(files[name]) != file.get("sha256"):
+            return None
+    return report if isinstance(report.get("summary"), dict) else None
 
 
 def replaced_files(target: HubTarget, written: list[str]) -> tuple[list[str], list[str]]:

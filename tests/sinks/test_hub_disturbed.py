@@ -1,0 +1,217 @@
+"""A target that others change while a merge runs, or that holds what no merge writes."""
+
+import hashlib
+import json
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.loopback_hub import Answer, Hold, Hook
+from tests.support.hub_runs import Bench, Run, running_bench
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """A Hub with a group of models, shared by the tests of this file."""
+    with running_bench(tmp_path_factory.mktemp("disturbed")) as bench:
+        yield bench
+
+
+@pytest.fixture(autouse=True)
+def _no_faults(bench: Bench) -> Iterator[None]:
+    bench.hub.log.clear()
+    forget_uploads(bench)
+    yield
+    bench.hub.faults.clear()
+
+
+def forget_uploads(bench: Bench) -> None:
+    """Make the Hub forget the merged shards, so that they have to be sent again."""
+    for name, data in bench.expected().items():
+        if name.endswith(".safetensors"):
+            path = bench.hub._services.objects.path(hashlib.sha256(data).hexdigest())
+            path.unlink(missing_ok=True)
+
+
+def staging_branch(bench: Bench, repo_id: str) -> str:
+    """The name of the staging branch in a repository."""
+    refs = bench.hub.repo(repo_id).refs()
+    return next(ref for ref in refs if "resmerge-" in ref).removeprefix("refs/heads/")
+
+
+def uploads(bench: Bench) -> int:
+    """How many uploads of large files the Hub took."""
+    return len(bench.hub.log.find(method="PUT", path="/upload/", status=200))
+
+
+def staged_and_killed(bench: Bench, repo_id: str, *options: str) -> None:
+    """Start a merge that is killed when everything is staged, before its last commit."""
+    process = bench.start(["merge", *bench.sources(), "--push-to", repo_id, *options, "--json"])
+    bench.hub.faults.add(
+        Hook(call=lambda: process.send_signal(signal.SIGKILL)), path="/commit/main", times=1
+    )
+    bench.hub.faults.add(Answer(status=500), path="/commit/main")  # killed before it is handled
+    process.communicate(timeout=200)
+    bench.hub.faults.clear()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_shard_replaced_on_the_branch_is_not_published(bench: Bench) -> None:
+    """Another writer replaces a staged shard before the last commit: it is made and sent again."""
+    name = next(n for n in bench.expected() if n.endswith(".safetensors"))
+
+    def replace() -> None:
+        branch = staging_branch(bench, "alice/replaced")
+        bench.hub.push("alice/replaced", {name: b"x" * 600}, branch=branch)
+
+    bench.hub.faults.add(
+        Hook(call=replace), method="POST", path="/commit/resmerge", after=True, skip=2, times=1
+    )
+
+    done = bench.merge("--push-to", "alice/replaced")
+
+    assert done.code == 0, done.err
+    assert bench.published("alice/replaced") == bench.expected()
+
+
+def test_a_public_target_without_xet_is_filled(bench: Bench) -> None:
+    """Where nothing can be copied between repositories, shards wait where they will stand."""
+    bench.hub.add_repo("alice/public-lfs", {".gitattributes": b""})
+    staged_and_killed(bench, "alice/public-lfs")
+    assert set(bench.hub.files("alice/public-lfs")) == {".gitattributes"}
+    assert list(bench.hub.repo("alice/public-lfs").refs()) == ["refs/heads/main"]
+    sent = uploads(bench)
+
+    done = bench.merge("--push-to", "alice/public-lfs")
+
+    assert done.code == 0, done.err
+    assert bench.published("alice/public-lfs") == bench.expected()
+    assert uploads(bench) <= sent + 1  # the picture
+    assert [r.id for r in bench.hub._services.store.repos("models") if "resmerge" in r.id] == []
+
+
+def test_what_the_storage_forgot_is_sent_again(bench: Bench) -> None:
+    """Shards that no commit names may be cleared away before the last commit."""
+    bench.hub.add_repo("alice/cleared", {".gitattributes": b""})
+    staged_and_killed(bench, "alice/cleared")
+    forget_uploads(bench)
+
+    done = bench.merge("--push-to", "alice/cleared")
+
+    assert done.code == 0, done.err
+    assert bench.published("alice/cleared") == bench.expected()
+
+
+def test_a_last_commit_that_lands_late_is_success(bench: Bench) -> None:
+    """Killed while its last commit is on the way, which lands while the next run works."""
+    lands, landed = threading.Event(), threading.Event()
+    arguments = ["merge", *bench.sources(), "--push-to", "alice/late", "--json"]
+    first = bench.start(arguments)
+    bench.hub.faults.add(
+        Hook(call=lambda: first.send_signal(signal.SIGKILL)), path="/commit/main", times=1
+    )
+    bench.hub.faults.add(Hold(until=lands), path="/commit/main", times=1)
+    bench.hub.faults.add(Hook(call=landed.set), path="/commit/main", times=1, after=True)
+    first.communicate(timeout=200)
+
+    def land() -> None:
+        lands.set()
+        assert landed.wait(20)
+
+    bench.hub.faults.add(Hook(call=land), method="POST", path="/commit/resmerge", times=1)
+    done = bench.fresh(arguments)
+
+    assert done.code == 0, done.err
+    assert landed.is_set()
+    assert bench.published("alice/late") == bench.expected()
+    assert bench.history("alice/late") == ["Merge with ResMerge Stream", "initial commit"]
+
+
+@pytest.mark.parametrize(
+    "report",
+    [b"[]", b"{", b'{"plan_hash": "PLAN"}', b'{"plan_hash": "PLAN", "files": "x"}',
+     b'{"plan_hash": "PLAN", "files": [1]}', b'{"plan_hash": "PLAN", "files": [{"name": 3}]}'],
+)  # fmt: skip
+def test_a_malformed_report_at_the_target_is_somebody_elses_file(
+    bench: Bench, report: bytes
+) -> None:
+    """Whatever stands in `report.json`, the target is refused in one message."""
+    repo_id = f"alice/report-{hashlib.sha256(report).hexdigest()[:8]}"
+    plan_hash = plan_of(bench, repo_id)
+    content = report.replace(b"PLAN", plan_hash.encode())
+    bench.hub.add_repo(repo_id, {"resmerge/report.json": content}, private=True)
+
+    refused(bench.merge("--push-to", repo_id), "not make")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"[]", b"{", b'{"plan_hash": "PLAN", "identity": "x"}', b'{"plan_hash": "PLAN", "owner": []}',
+     b'{"plan_hash": "PLAN", "identity": {"0": 3}}',
+     b'{"plan_hash": "PLAN", "identity": {"x": {}}}',
+     b'{"plan_hash": "PLAN", "identity": {"0": {"commit": {}}}}'],
+)  # fmt: skip
+def test_a_malformed_head_of_the_staging_is_one_message_or_none(bench: Bench, head: bytes) -> None:
+    """Whatever stands in `head.json`, the merge starts afresh or is refused in one message."""
+    repo_id = f"alice/head-{hashlib.sha256(head).hexdigest()[:8]}"
+    bench.hub.add_repo(repo_id, private=True)
+    plan_hash = plan_of(bench, repo_id)
+    main = bench.hub.repo(repo_id).at("main").id
+    bench.hub.repo(repo_id).set_ref(f"refs/heads/resmerge-{plan_hash}", main)
+    content = head.replace(b"PLAN", plan_hash.encode())
+    bench.hub.push(repo_id, {"resmerge-staging/head.json": content}, branch=f"resmerge-{plan_hash}")
+
+    done = bench.merge("--push-to", repo_id)
+
+    if done.code != 0:
+        refused(done, "discard-staging")
+        done = bench.merge("--push-to", repo_id, "--discard-staging")
+    assert done.code == 0, done.err
+    assert bench.published(repo_id) == bench.expected()
+
+
+def test_a_repository_deleted_meanwhile_is_said_to_be(bench: Bench) -> None:
+    """Nobody "took over" a branch whose repository is gone."""
+    store = bench.hub._services.store
+    bench.hub.faults.add(
+        Hook(call=lambda: store.delete(bench.hub.repo("alice/deleted"))),
+        path="/commit/resmerge", skip=2, times=1,
+    )  # fmt: skip
+
+    done = bench.merge("--push-to", "alice/deleted")
+
+    assert done.code == 3
+    assert "gone from the Hub" in done.err
+    assert "another run" not in done.err
+
+
+def test_discarding_starts_afresh_on_both_sides(bench: Bench) -> None:
+    """`--discard-staging` forgets what this machine kept: the base's old commit, its shards."""
+    bench.hub.faults.add(Answer(status=403, message="no"), path="/commit/main")
+    bench.merge("--push-to", "alice/afresh")
+    bench.hub.faults.clear()
+    old = bench.hub.repo("alice/base").at("main").id
+    bench.hub.push("alice/base", {"README.md": b"news"})
+    try:
+        new = bench.hub.repo("alice/base").at("main").id
+        done = bench.merge("--push-to", "alice/afresh", "--discard-staging")
+    finally:
+        bench.hub.repo("alice/base").set_ref("refs/heads/main", old)
+
+    assert done.code == 0, done.err
+    assert done.last["report"]["sources"][0]["revision"] == new
+
+
+def plan_of(bench: Bench, repo_id: str) -> str:
+    """The hash of the group's plan for a target."""
+    done = bench.run("plan", *bench.sources(), "--push-to", repo_id, "--json")
+    return str(json.loads(done.out)["plan_hash"])
+
+
+def refused(run: Run, words: str) -> None:
+    """Check that a run was refused in one message with some words."""
+    assert run.code == 2, run.err
+    assert words in run.err
+    assert "Traceback" not in run.err
