@@ -1,9 +1,11 @@
-"""How long a plan takes, by names that agree and names that do not: ``python -m benchmarks.plans``.
+"""How long a plan takes, and what it says: ``python -m benchmarks.plans [names] [fp8] [7b]``.
 
-The checkpoints are headers over holes: a plan reads nothing else of a folder's weights. FP8 is
-merged for real, and its peak of private memory stands beside the planned one.
+`names`: seconds, with names that agree and names that do not. `7b`: what a merge with Qwen2.5-7B's
+shapes will take. Both from headers over holes: a plan reads nothing else of a folder's weights.
+`fp8` is merged for real, and its peak of private memory stands beside the planned one.
 """
 
+import argparse
 import json
 import shutil
 import statistics
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from resmerge_stream.planning.plan import plan_merge
+from resmerge_stream.planning.plan import Options, plan_merge
 from resmerge_stream.recipe import ModelRef, Recipe
 from resmerge_stream.sinks.layout import plan_shards
 from resmerge_stream.specs import TensorSpec
@@ -33,32 +35,48 @@ _MIXTURE = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"],
             "moe_intermediate_size": _MIDDLE, "tie_word_embeddings": False}  # fmt: skip
 _QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896,
           "num_hidden_layers": 24, "tie_word_embeddings": True}  # fmt: skip
+_QWEN25_7B = Shape(
+    hidden_size=3584,
+    intermediate_size=18_944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    vocab_size=152_064,
+    tied=False,
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def main() -> None:
-    """Print a table of plans, then a row on a merge from FP8."""
+    """Run what is named, or everything."""
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("what", nargs="*", help="names, fp8, 7b; default: all")
+    chosen = parser.parse_args().what or list(_MEASURED)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in chosen:
+            _MEASURED[name](Path(folder) / name)
+
+
+def _names(folder: Path) -> None:
+    """Print how long plans take."""
     print("| base, 3 experts | tensors | first s | median s |\n|---|---:|---:|---:|")
     small = dict(tensor_shapes(QWEN25_05B))
     wrapped = {name.replace("model.", "model.language_model.", 1): s for name, s in small.items()}
     inside = {"model_type": "qwen2_vl", "text_config": _QWEN2}
     split, fused = _mixture(is_fused=False), _mixture(is_fused=True)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        for label, base, experts, configs in (
-            ("Qwen2.5-0.5B, equal names", small, small, (_QWEN2, _QWEN2)),
-            ("the same, experts inside a multimodal model", small, wrapped, (_QWEN2, inside)),
-            ("a mixture, equal names", split, split, (_MIXTURE, _MIXTURE)),
-            ("the same, experts fused", split, fused, (_MIXTURE, _MIXTURE)),
-        ):
-            models = folder / label.replace(" ", "-")
-            for name, shapes in (("base", base), *((f"expert{i}", experts) for i in range(3))):
-                _write_headers(models / name, shapes, configs[name != "base"])
-            first, *others = [_plan_seconds(models) for _ in range(_TIMES)]
-            print(f"| {label} | {len(base):,} | {first:.2f} | {statistics.median(others):.2f} |")
-            shutil.rmtree(models)
-        _fp8(folder / "fp8")
+    for label, base, experts, configs in (
+        ("Qwen2.5-0.5B, equal names", small, small, (_QWEN2, _QWEN2)),
+        ("the same, experts inside a multimodal model", small, wrapped, (_QWEN2, inside)),
+        ("a mixture, equal names", split, split, (_MIXTURE, _MIXTURE)),
+        ("the same, experts fused", split, fused, (_MIXTURE, _MIXTURE)),
+    ):
+        models = folder / label.replace(" ", "-")
+        for name, shapes in (("base", base), *((f"expert{i}", experts) for i in range(3))):
+            _write_headers(models / name, shapes, configs[name != "base"])
+        first, *others = [_plan_seconds(models) for _ in range(_TIMES)]
+        print(f"| {label} | {len(base):,} | {first:.2f} | {statistics.median(others):.2f} |")
+        shutil.rmtree(models)
 
 
 def _mixture(*, is_fused: bool) -> Shapes:
@@ -138,6 +156,34 @@ def _quantise(folder: Path) -> None:
         codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
         tensors[name], tensors[f"{name}_scale_inv"] = codes.reshape(m, n), scale
     save_file(tensors, path, {"format": "pt"})
+
+
+def _seven(folder: Path) -> None:
+    """Print what the plan of a merge with Qwen2.5-7B's shapes says, method by method."""
+    shapes = dict(tensor_shapes(_QWEN25_7B))
+    config = _QWEN2 | {"hidden_size": 3584, "num_hidden_layers": 28, "tie_word_embeddings": False}
+    for name in ("base", *(f"expert{i}" for i in range(3))):
+        _write_headers(folder / name, shapes, config)
+    models = (
+        ModelRef(str(folder / "base")),
+        tuple(ModelRef(str(folder / f"expert{i}")) for i in range(3)),
+    )
+    print("| method | read | written | files | private memory | at least |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for method in ("mean", "ties", "resmerge", "head_regression", "tsv_m", "swudi"):
+        plan = plan_merge(Recipe(*models, method), Options(memory_budget=64 * 10**9))
+        tight = plan_merge(Recipe(*models, method), Options(memory_budget=1))
+        ample = plan_merge(Recipe(*models, method))
+        peak = "-" if ample.problems else f"{ample.peak_memory_bytes / 1e6:,.0f} MB"
+        print(
+            f"| `{method}` | {plan.read_bytes / 1e9:.1f} GB | {plan.write_bytes / 1e9:.1f} GB "
+            f"| {len(plan.shards)} | {peak} | {tight.problems[0].arguments['needed']} |"
+        )
+        for one in (plan, tight, ample):
+            one.close()
+
+
+_MEASURED = {"names": _names, "fp8": _fp8, "7b": _seven}
 
 
 if __name__ == "__main__":
