@@ -67,6 +67,7 @@ class Remedy(Enum):
     ONLY_PUBLISH = "leave --out away to publish it"
     REPLACE = "give --update to replace the model there"
     NAME_PRIVATE = "give --public to name them"
+    MATCH_TOKENS = "give --tokenizer-source base, or union to keep every model's tokens"
     TOKENIZER_FROM = "take the tokenizer from a model of your choice with --tokenizer-from"
     SMALLER_SHARDS = "give a smaller --max-shard-size"
     ANOTHER_WORK_DIR = "choose another --work-dir"

@@ -93,6 +93,60 @@ class ModelRef:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenRow:
+    """Where the row of a token comes from, for models that lack the token.
+
+    Attributes:
+        model: whose row it is; None: what mergekit's rule finds, or zeros.
+        token, token_id: which of the model's rows, where it is not the token's own.
+        zero: whether the row is all zeros.
+        force: whether models that have the token get this row too.
+    """
+
+    model: ModelRef | None = None
+    token: str | None = None
+    token_id: int | None = None
+    zero: bool = False
+    force: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it in mergekit's vocabulary."""
+        forced = {"force": True} if self.force else {}
+        if self.zero:
+            return {"source": {"kind": "zero"}, **forced}
+        if self.model is None:
+            return forced
+        if self.token is None and self.token_id is None:
+            return {"source": str(self.model), **forced}
+        which = {"token": self.token} if self.token is not None else {"token_id": self.token_id}
+        return {"source": {"kind": "model_token", "model": str(self.model), **which}, **forced}
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """Which tokens a merge has, and how the models' rows are found: by token, not by number.
+
+    Attributes:
+        source: ``base``, ``union``, or the model whose tokenizer is taken.
+        tokens: tokens with a say of their own; those that are new are added.
+        pad_to_multiple_of: the tables get rows up to a multiple of this.
+    """
+
+    source: "str | ModelRef"
+    tokens: tuple[tuple[str, TokenRow], ...] = ()
+    pad_to_multiple_of: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it in mergekit's vocabulary."""
+        said: dict[str, Any] = {"source": str(self.source)}
+        if self.tokens:
+            said["tokens"] = {token: row.to_dict() for token, row in self.tokens}
+        if self.pad_to_multiple_of is not None:
+            said["pad_to_multiple_of"] = self.pad_to_multiple_of
+        return said
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """What to merge and how, before anything is looked up.
 
@@ -106,6 +160,8 @@ class Recipe:
         base_listed: whether the base is one of the models, for methods where it may take part.
         layers: how many blocks the recipe says that the models have; None: it doesn't.
         notes: what of the recipe has no effect here.
+        tokenizer: which tokens the merge has; None: the base's, by number.
+        chat_template: ``auto`` or Jinja; None: that of the tokenizer.
     """
 
     base: ModelRef | None
@@ -116,11 +172,26 @@ class Recipe:
     base_listed: bool = False
     layers: int | None = None
     notes: tuple[str, ...] = field(default=(), compare=False)
+    tokenizer: Tokenizer | None = None
+    chat_template: str | None = None
 
     @property
     def models(self) -> tuple[ModelRef, ...]:
         """The base where there is one, then the experts."""
         return self.experts if self.base is None else (self.base, *self.experts)
+
+    @property
+    def named(self) -> tuple[ModelRef, ...]:
+        """Every model that is named: those that are merged, then those that give tokens."""
+        if self.tokenizer is None:
+            return self.models
+        source = self.tokenizer.source
+        rows = (row.model for _, row in self.tokenizer.tokens)
+        return (
+            *self.models,
+            *([source] if isinstance(source, ModelRef) else []),
+            *(model for model in rows if model is not None),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe in mergekit's vocabulary, ready for YAML or JSON."""
@@ -139,6 +210,10 @@ class Recipe:
             recipe["parameters"] = dict(self.parameters)
         if self.dtype:
             recipe["dtype"] = self.dtype
+        if self.tokenizer is not None:
+            recipe["tokenizer"] = self.tokenizer.to_dict()
+        if self.chat_template is not None:
+            recipe["chat_template"] = self.chat_template
         return recipe
 
     def to_yaml(self) -> str:
@@ -156,6 +231,7 @@ def override(
     method: str | None = None,
     parameters: Mapping[str, Any] | None = None,
     dtype: str | None = None,
+    tokenizer_source: str | None = None,
 ) -> Recipe:
     """Return a recipe with the given options put over it; experts replace the recipe's models.
 
@@ -181,6 +257,10 @@ def override(
         recipe = replace(recipe, parameters={**recipe.parameters, **parameters})
     if dtype is not None:
         recipe = replace(recipe, dtype=checked_dtype(dtype))
+    if tokenizer_source is not None:
+        source = tokenizer_source
+        is_word = source in ("base", "union")
+        recipe = replace(recipe, tokenizer=Tokenizer(source if is_word else ModelRef.parse(source)))
     if not recipe.experts:
         raise RecipeError("no expert to merge: every model named is the base itself.")
     return recipe

@@ -74,7 +74,7 @@ def check_id(ref: ModelRef) -> None:
 
 
 def _check_models(recipe: Recipe, settings: Settings) -> None:
-    for ref in recipe.models:
+    for ref in recipe.named:
         check_id(ref)
     if len(recipe.experts) > settings.max_experts:
         raise RecipeError(

@@ -21,6 +21,7 @@ PAGE_WORDS: Mapping[Remedy, str] = {
     Remedy.ONLY_PUBLISH: "choose another name",
     Remedy.REPLACE: "tick “Replace the model that stands there”",
     Remedy.NAME_PRIVATE: "choose “public” as its visibility to name them",
+    Remedy.MATCH_TOKENS: "write “tokenizer_source: base” (or “union”) into the recipe",
     Remedy.TOKENIZER_FROM: "fill in “Tokenizer from”",
     Remedy.SMALLER_SHARDS: "choose a smaller file size",
     Remedy.ANOTHER_WORK_DIR: "",

@@ -47,6 +47,10 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="a parameter; repeat"
     )
+    what.add_argument(
+        "--tokenizer-source", metavar="WHICH",
+        help="base, union or an ID: the models' rows are matched by token",
+    )  # fmt: skip
     how = parser.add_argument_group("output")
     how.add_argument("--dtype", metavar="TYPE", help=f"{', '.join(OUTPUT_DTYPES)} (the base's)")
     machine = parser.add_argument_group("machine")
@@ -72,6 +76,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
         method=args.method,
         parameters=parameters,
         dtype=args.dtype,
+        tokenizer_source=args.tokenizer_source,
     )
 
 

@@ -30,7 +30,7 @@ def refuse_folders(asked: Request) -> None:
     Raises:
         PlanRefusedError: a source is a folder here.
     """
-    names = [ref.id for ref in asked.recipe.models]
+    names = [ref.id for ref in asked.recipe.named]
     names += [asked.options.tokenizer_from] if asked.options.tokenizer_from else []
     folders = [name for name in names if os.path.isdir(os.path.expanduser(name))]
     if folders:

@@ -101,6 +101,40 @@ def settled(method: type[MergeMethod], parameters: Mapping[str, Any]) -> dict[st
     return values
 
 
+# What mergekit 0.1.5 has too: here and there one name means one thing.
+MERGEKITS = frozenset({
+    "arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della",
+    "della_linear", "karcher", "linear", "model_stock", "multislerp", "nearswap", "nuslerp",
+    "passthrough", "ram", "ramplus_tl", "sce", "slerp", "task_arithmetic", "ties",
+})  # fmt: skip
+# Every parameter of its methods.
+_MERGEKIT_KEYS = frozenset({
+    "alpha", "density", "eps", "epsilon", "filter_wise", "gamma", "int8_mask", "lambda", "max_iter",
+    "normalize", "normalize_weights", "nuslerp_flatten", "nuslerp_row_wise", "r", "rescale",
+    "rescale_norm", "scale", "select_topk", "t", "tol", "weight",
+})  # fmt: skip
+
+
+def is_idle(method: type[MergeMethod], key: str, *, of_model: bool) -> bool:
+    """Return whether a parameter of mergekit's says nothing to this one of its methods.
+
+    mergekit reads what a method asks for and leaves the rest unread.
+
+    Args:
+        method: whose merge it is.
+        key: the parameter.
+        of_model: whether it is given for one model.
+    """
+    if method.name not in MERGEKITS or key not in _MERGEKIT_KEYS:
+        return False
+    if method.weighted and key == method.weight_key:
+        return False
+    fields = parameter_fields(method)
+    if key in fields:
+        return of_model and not fields[key].metadata["each"]
+    return key not in method.aliases or of_model
+
+
 def parse_method(text: str) -> tuple[str, dict[str, str]]:
     """Return name and parameters of ``name``, ``name:preset`` or ``name:key=value:key=value``.
 

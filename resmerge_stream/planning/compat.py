@@ -170,7 +170,7 @@ def match_tensors(
     merged: dict[str, tuple[int, ...]] = {}
     carried: dict[str, str] = {}
     left_out = _tied_heads(base, experts, found)
-    shapes: dict[str, list[str]] = {}
+    shapes: dict[Notice, list[str]] = {}
     for name, stored in base.tensors.items():
         if name in left_out:
             continue
@@ -188,7 +188,7 @@ def match_tensors(
                 left_out[name] = f"the base lacks it (seen in {expert.id})"
     _report_missing(base, experts, merged, carried, found, refused=missing == "refuse")
     for problem, names in shapes.items():
-        found.problem(f"{listed(names)} {problem}")
+        found.problem(f"{listed(names)} {problem.text}", *problem.remedies)
     for reason, names in _grouped(carried).items():
         found.warning(
             f"{len(names)} tensor(s) kept as in the base, {reason}: {listed(names)}",
@@ -355,27 +355,28 @@ def _same_values(checkpoint: Checkpoint, left: str, right: str) -> bool:
 
 
 def _check_shapes(
-    stored: StoredTensor, having: Sequence[Checkpoint], problems: dict[str, list[str]]
+    stored: StoredTensor, having: Sequence[Checkpoint], problems: dict[Notice, list[str]]
 ) -> None:
     """Add what does not fit to `problems`: the problem in words → the tensors that have it."""
     name, shape = stored.spec.name, stored.spec.shape
     for expert in having:
         other = expert.tensors[name].spec
         if not DTYPES[other.dtype].is_merged:
-            problem = (
+            problem = Notice(
                 f"hold {other.dtype} in {expert.id} and {stored.spec.dtype} in the base; only "
                 "floating point can be merged."
             )
         elif other.shape == shape:
             continue
         elif role_of(name, shape) in (Role.EMBEDDING, Role.HEAD) and other.shape[1:] == shape[1:]:
-            problem = (
+            problem = Notice(
                 f"have {other.shape[0]} vocabulary rows in {expert.id} and {shape[0]} in the "
-                "base: tokens were added or the table was padded. Resize the expert's embeddings "
-                "to the base's (transformers: resize_token_embeddings) first."
+                "base: tokens were added or the table was padded. With tokenizer_source in "
+                "the recipe rows are matched by token.",
+                Remedy.MATCH_TOKENS,
             )
         else:
-            problem = (
+            problem = Notice(
                 f"have shape {list(other.shape)} in {expert.id} and {list(shape)} in the base. "
                 "They must be of the same architecture."
             )

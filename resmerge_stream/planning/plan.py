@@ -14,8 +14,9 @@ from ..sinks.layout import DEFAULT_SHARD_BYTES, Shard, plan_shards
 from ..sinks.publication import Publication
 from ..sources import Checkpoint, open_checkpoint
 from ..sources.adapter import is_bare_adapter
-from ..sources.assembly import Rounded, Stored
-from ..sources.view import View
+from ..sources.assembly import Rounded
+from ..sources.mapped import as_stored, is_stored
+from ..sources.view import View, source_of
 from ..specs import OUTPUT_DTYPES, TensorSpec
 from .adapters import check_named_bases, check_whole, on_base
 from .compat import (
@@ -37,6 +38,7 @@ from .planned import Plan, PlannedTensor
 from .resolve import Resolver, check_count
 from .sidefiles import output_config
 from .target import check_folder, check_publication, look_at_repository, pinned_commits
+from .vocabulary import with_vocabulary
 
 # Seconds an element and expert on two cores, measured (docs/performance.md).
 _SECONDS_START = 3.0
@@ -111,11 +113,14 @@ def _planned(
     if any(is_bare_adapter(source) for source in plan.checkpoints):
         return plan  # not on a base, so that nothing can be compared
     are_read = not found.problems
+    if are_read:
+        plan = with_vocabulary(plan, found)
     layout, others = plan.layout, plan.experts[plan.base is None :]
     for expert in others:
         check_configs(layout, expert, found)
         check_stray_files(expert, found)
-        check_tokenizers(layout, expert, found)
+        if recipe.tokenizer is None:
+            check_tokenizers(layout, expert, found)
     check_different(layout, others, found)
     if not are_read:
         return plan  # tensor by tensor, only the same would be said again
@@ -160,8 +165,9 @@ def _with_method(plan: Plan, found: Findings) -> Plan:
 def _opened(plan: Plan, found: Findings, commits: Sequence[str | None], like: Plan | None) -> Plan:
     recipe, limit = plan.recipe, plan.options.max_header_bytes
     refs = list(recipe.models)
-    if plan.options.tokenizer_from is not None:
-        refs.append(ModelRef.parse(plan.options.tokenizer_from))
+    other = _tokenizer_alone(plan)
+    if other is not None:
+        refs.append(other)
     if len(commits) != len(refs):
         commits = [None] * len(refs)
 
@@ -194,8 +200,19 @@ def _opened(plan: Plan, found: Findings, commits: Sequence[str | None], like: Pl
         plan,
         base=None if recipe.base is None else sources[0],
         experts=tuple(expert for expert in experts if expert is not None),
-        tokenizer=None if plan.options.tokenizer_from is None else sources[-1],
+        tokenizer=None if other is None else sources[-1],
     )
+
+
+def _tokenizer_alone(plan: Plan) -> ModelRef | None:
+    """Return the model that is opened for its tokenizer and nothing else."""
+    if plan.options.tokenizer_from is not None:
+        return ModelRef.parse(plan.options.tokenizer_from)
+    asked = plan.recipe.tokenizer
+    if asked is None or not isinstance(asked.source, ModelRef):
+        return None
+    merged = [ref.place for ref in plan.recipe.models]
+    return None if asked.source.place in merged else asked.source
 
 
 def _opened_by(plan: Plan) -> dict[tuple[str, str | None, str | None], Checkpoint]:
@@ -203,7 +220,17 @@ def _opened_by(plan: Plan) -> dict[tuple[str, str | None, str | None], Checkpoin
     refs, sources = plan.recipe.models, list(plan.checkpoints)
     if len(refs) != len(sources):
         return {}  # some could not be opened
+    if plan.recipe.tokenizer is not None:
+        # Rows are matched by token once, from the tables as they are stored.
+        sources = [_unseen(source) for source in sources]
     return {ref.place: source for ref, source in zip(refs, sources, strict=True)}
+
+
+def _unseen(source: Checkpoint) -> Checkpoint:
+    """Return the checkpoint behind all views of it."""
+    while isinstance(source, View):
+        source = source.of
+    return source
 
 
 def _in_one_layout(plan: Plan, found: Findings) -> Plan:
@@ -238,7 +265,7 @@ def _in_one_layout(plan: Plan, found: Findings) -> Plan:
 def _unquantised_dtype(layout: Checkpoint) -> str | None:
     """Return the output dtype of a layout that was quantised; None for what the layout stores."""
     made = isinstance(layout, View) and any(
-        not isinstance(source, Stored) for source in layout.sources.values()
+        not is_stored(source) for source in layout.sources.values()
     )
     return "bfloat16" if made else None
 
@@ -251,7 +278,7 @@ def _with_carried_rounded(plan: Plan, sets: TensorSets) -> Plan:
     dtype = OUTPUT_DTYPES[plan.recipe.dtype or "bfloat16"]
     sources = {
         name: Rounded(source, dtype)
-        if name in sets.carried and not isinstance(source, Stored) and source.dtype != dtype
+        if name in sets.carried and not is_stored(source) and source.dtype != dtype
         else source
         for name, source in base.sources.items()
     }
@@ -284,9 +311,8 @@ def _tensors(plan: Plan, sets: TensorSets) -> dict[str, PlannedTensor]:
 
 def _stored_dtype(layout: Checkpoint, name: str) -> str:
     """Return a tensor's dtype as stored; bfloat16 where it was dequantised."""
-    if isinstance(layout, View) and not isinstance(layout.sources[name], Stored):
-        return OUTPUT_DTYPES["bfloat16"]
-    return layout.tensors[name].spec.dtype
+    source = source_of(layout, name)
+    return as_stored(source).dtype if is_stored(source) else OUTPUT_DTYPES["bfloat16"]
 
 
 def _depth(layout: Checkpoint) -> int:

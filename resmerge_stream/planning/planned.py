@@ -84,6 +84,21 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenFiles:
+    """The tokenizer's files of the output.
+
+    Attributes:
+        origin: whose files are copied.
+        files: those that are written otherwise.
+        left_out: names that are not copied.
+    """
+
+    origin: Checkpoint
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that a merge will do. Made by `plan_merge`, run by `run_merge`.
 
@@ -96,6 +111,7 @@ class Plan:
     base: Checkpoint | None = None
     experts: tuple[Checkpoint, ...] = ()
     tokenizer: Checkpoint | None = None
+    token_files: TokenFiles | None = None
     tensors: Mapping[str, PlannedTensor] = field(default_factory=dict)
     shards: tuple[Shard, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
@@ -260,7 +276,10 @@ class Plan:
 
     def side_files(self) -> dict[str, bytes]:
         """Return the small output files that do not depend on the merge, by name."""
-        files = side_files(self.layout, self.tokenizer or self.layout)
+        tokens = self.token_files or TokenFiles(self.tokenizer or self.layout)
+        files = side_files(self.layout, tokens.origin)
+        files = {name: data for name, data in files.items() if name not in tokens.left_out}
+        files |= tokens.files
         files["config.json"] = self.config
         if len(self.shards) > 1:
             files["model.safetensors.index.json"] = index_json(self.shards)

@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError, Remedy, listed, shown
-from ..methods import find_methods, parse_method
+from ..methods import MergeMethod, find_methods, is_idle, parse_method
 from ..methods.settings import check_setting, is_plain
 from ..recipe import ModelRef, Recipe, checked_dtype
+from .tokenizer_keys import chat_template_of, tokenizer_of
 
 MAX_RECIPE_BYTES = 32 * 1024
 
 
 _KEYS = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype",
-    "name", "tokenizer_source", "tokenizer",
+    "name", "tokenizer_source", "tokenizer", "chat_template",
 )  # fmt: skip
 # Parameters of mergekit's that have no effect here, with the reason.
 _IDLE = {"int8_mask": "masks are not stored here"}
@@ -23,11 +24,13 @@ _IDLE = {"int8_mask": "masks are not stored here"}
 
 # What mergekit knows and this tool does not, with what to write instead.
 _ELSEWHERE: dict[str, tuple[str, *tuple[Remedy, ...]]] = {
-    "tokenizer_source": ("the base's tokenizer is kept", Remedy.TOKENIZER_FROM),
-    "tokenizer": ("the base's tokenizer is kept", Remedy.TOKENIZER_FROM),
-    "chat_template": ("the base's chat template is kept", Remedy.TOKENIZER_FROM),
     "merge": ("this is a mergekit multi-merge entry; write one recipe a merge",),
+    "stages": ("this is a list of merges; run its recipes one after the other",),
+    "out_path": ("this is one of several merges in a file; write one recipe a merge",),
     "experts": ("building mixtures of experts is left to mergekit-moe",),
+    "gate_mode": ("building mixtures of experts is left to mergekit-moe",),
+    "genome": ("searching for a recipe is left to mergekit-evolve",),
+    "residual_weight": ("stacking layers is left to mergekit",),
 }
 
 
@@ -71,13 +74,23 @@ def parse_recipe(data: bytes | str, *, where: str = "recipe") -> Recipe:
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
         document = yaml.load(text, Loader=_unique_key_loader())
+    except yaml.composer.ComposerError as exc:
+        if "single document" not in str(exc):
+            raise RecipeError(f"{where} is not a YAML document: {_in_a_line(exc)}") from exc
+        raise RecipeError(
+            f"{where} holds several recipes, one after the other. Save each in a file of its own "
+            "and run them in order; a later one names the folder of an earlier one."
+        ) from exc
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as exc:
-        reason = " ".join(str(exc).split())[:200] or type(exc).__name__
-        raise RecipeError(f"{where} is not a YAML document: {reason}") from exc
+        raise RecipeError(f"{where} is not a YAML document: {_in_a_line(exc)}") from exc
     try:
         return recipe_from_dict(document, where=where)
     except RecursionError as exc:
         raise RecipeError(f"{where} is nested too deeply to be a recipe.") from exc
+
+
+def _in_a_line(exc: Exception) -> str:
+    return " ".join(str(exc).split())[:200] or type(exc).__name__
 
 
 def recipe_from_dict(document: object, *, where: str = "recipe") -> Recipe:
@@ -103,7 +116,7 @@ def recipe_from_dict(document: object, *, where: str = "recipe") -> Recipe:
             f"{where} has no base_model: the model that the experts were trained from."
         )
     notes = [f"name has no effect: {shown(document['name'])}"] if document.get("name") else []
-    models = list(_models(document.get("models"), where, notes))
+    models = list(_models(document.get("models"), where, found, notes))
     experts = tuple(ref for ref in models if not _is_base(ref, base))
     if not experts:
         raise RecipeError(
@@ -111,16 +124,20 @@ def recipe_from_dict(document: object, *, where: str = "recipe") -> Recipe:
         )
     listed_base = next((ref for ref in models if _is_base(ref, base)), None)
     takes_part = listed_base is not None and found is not None and found.base == "input"
+    if listed_base is not None and not takes_part and listed_base.own():
+        notes.append(f"the base's own {listed(listed_base.own())} has no effect in {method}")
     dtype = document.get("out_dtype") or document.get("dtype")
     return Recipe(
         listed_base if takes_part else base,
         experts,
         method,
-        preset | _settings(document.get("parameters"), notes),
+        preset | _settings(document.get("parameters"), found, notes, of_model=False),
         checked_dtype(dtype),
         base_listed=takes_part,
         layers=layers,
         notes=tuple(dict.fromkeys(notes)),
+        tokenizer=tokenizer_of(document),
+        chat_template=chat_template_of(document),
     )
 
 
@@ -176,7 +193,9 @@ def _unsliced(document: Mapping[Any, Any], where: str) -> tuple[Mapping[Any, Any
     return {**rest, "models": models, "parameters": shared}, whole[1]
 
 
-def _models(models: object, where: str, notes: list[str]) -> Iterator[ModelRef]:
+def _models(
+    models: object, where: str, method: type[MergeMethod] | None, notes: list[str]
+) -> Iterator[ModelRef]:
     if not isinstance(models, Sequence) or isinstance(models, str) or not models:
         raise RecipeError(f"{where} needs a list under 'models', one '- model: ID' an expert.")
     for entry in models:
@@ -187,20 +206,41 @@ def _models(models: object, where: str, notes: list[str]) -> Iterator[ModelRef]:
         unknown = [key for key in entry if key not in ("model", "parameters")]
         if unknown:
             raise RecipeError(f"unknown key {shown(unknown[0])} in an entry of 'models'.")
-        own = _settings(entry.get("parameters"), notes)
+        own = _settings(entry.get("parameters"), method, notes, of_model=True)
         weight = _weight(own.pop("weight")) if _is_number(own) else None
-        yield replace(ModelRef.parse(entry["model"], weight=weight), parameters=own)
+        yield replace(ModelRef.parse(_plain(entry["model"]), weight=weight), parameters=own)
 
 
-def _settings(parameters: object, notes: list[str]) -> dict[str, Any]:
+def _plain(model: object) -> object:
+    """Return a model that mergekit wrote as a mapping as the text that it writes otherwise."""
+    while isinstance(model, Mapping) and set(model) == {"model"}:
+        model = model["model"]
+    if isinstance(model, Mapping) and isinstance(model.get("path"), str):
+        revision = model.get("revision")
+        if not set(model) - {"path", "revision"}:
+            return model["path"] if revision is None else f"{model['path']}@{revision}"
+    return model
+
+
+def _settings(
+    parameters: object, method: type[MergeMethod] | None, notes: list[str], *, of_model: bool
+) -> dict[str, Any]:
     """Return parameters whose form is right; their values are the method's business."""
     parameters = {} if parameters is None else parameters
     if not isinstance(parameters, Mapping) or not all(isinstance(key, str) for key in parameters):
         raise RecipeError(
             f"parameters must be a mapping of names to values, not {shown(parameters)}."
         )
-    notes += [f"{key} has no effect: {_IDLE[key]}" for key in parameters if key in _IDLE]
-    kept = {key: value for key, value in parameters.items() if key not in _IDLE}
+    idle = {key: _IDLE[key] for key in parameters if key in _IDLE}
+    if method is not None:
+        where = "of a single model" if of_model else "of its own"
+        idle = {
+            key: f"{method.name} has no such parameter {where}, here as in mergekit"
+            for key in parameters
+            if key not in _IDLE and is_idle(method, key, of_model=of_model)
+        } | idle
+    notes += [f"{key} has no effect: {why}" for key, why in idle.items()]
+    kept = {key: value for key, value in parameters.items() if key not in idle}
     for key, value in kept.items():
         check_setting(key, value)
     return kept
@@ -220,10 +260,7 @@ def _check_keys(document: Mapping[Any, Any], where: str) -> None:
     import difflib
 
     for key in document:
-        is_own = key in ("tokenizer_source", "tokenizer") and document[key] not in (
-            None, "base", {"source": "base"},
-        )  # fmt: skip
-        if key in _KEYS and not is_own:
+        if key in _KEYS:
             continue
         if key in _ELSEWHERE:
             instead, *remedies = _ELSEWHERE[key]

@@ -11,6 +11,7 @@ from typing import Any
 from ..planning.compat import BARELY, KEPT_AS_IN_BASE, LEFT_OUT
 from ..planning.plan import Plan
 from ..planning.sidefiles import main_dtype
+from ..recipe import ModelRef, Tokenizer
 from ..units import format_size
 from .build import SAME_AS_BASE
 from .card_tables import LISTED, code_list, escape, gate_tables, unusual_tensors
@@ -65,6 +66,8 @@ def _recipe_yaml(plan: Plan, names: PublicNames) -> str:
     dtype = recipe.pop("dtype", None)
     recipe |= {"parameters": parameters} if parameters else {}
     recipe |= {"dtype": dtype} if dtype else {}
+    if plan.recipe.tokenizer is not None:
+        recipe["tokenizer"] = _pinned(plan.recipe.tokenizer, names).to_dict()
     lines = [f"# {_command(plan, names, 'recipe.yml')}"]
     for kind, what in (("local", "Local folders"), ("private", "Models not named here")):
         hidden = dict.fromkeys(s.name for s in names.sources if s.kind == kind)
@@ -75,11 +78,28 @@ def _recipe_yaml(plan: Plan, names: PublicNames) -> str:
     return "\n".join(lines) + "\n" + text
 
 
+def _pinned(tokenizer: Tokenizer, names: PublicNames) -> Tokenizer:
+    """Return what a recipe says of the tokenizer, with its models as they are called in public."""
+
+    def named(ref: ModelRef) -> ModelRef:
+        return ModelRef(names.pinned(ref))
+
+    source = tokenizer.source
+    return replace(
+        tokenizer,
+        source=named(source) if isinstance(source, ModelRef) else source,
+        tokens=tuple(
+            (token, row if row.model is None else replace(row, model=named(row.model)))
+            for token, row in tokenizer.tokens
+        ),
+    )
+
+
 def _command(plan: Plan, names: PublicNames, recipe: str) -> str:
     """Return the command that makes the same bytes."""
     options = replace(plan.options, tokenizer_from=None)  # said by the name that all may see
     words = ["resmerge-stream merge", recipe, "--out merged", *options.words("values", "files")]
-    if names.tokenizer is not None:
+    if names.tokenizer is not None and plan.options.tokenizer_from is not None:
         words.append(f'--tokenizer-from "{names.tokenizer.pinned}"')
     return " ".join(words)
 
@@ -209,13 +229,24 @@ def _tensors(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> str:
     if plan.layout.config.get("auto_map"):
         code = [name for name in plan.layout.small_files if name.endswith(".py")]
         lines.append(f"The base loads with its own code, copied unread: {code_list(code)}.")
-    origin = names.tokenizer or names.sources[0]
-    lines.append(f"Config from the base; tokenizer and chat template from {escape(str(origin))}.")
+    lines.append(f"Config from the base; {_tokens_in_words(plan, names)}.")
     notes = [w.text for w in plan.warnings if w.kind not in (KEPT_AS_IN_BASE, LEFT_OUT, BARELY)]
     if notes:
         lines.append("The plan warned:")
         lines.append("\n".join(f"- {escape(names.clean(text))}" for text in notes[:LISTED]))
     return "\n\n".join(lines)
+
+
+def _tokens_in_words(plan: Plan, names: PublicNames) -> str:
+    asked = plan.recipe.tokenizer
+    if asked is None:
+        origin = names.tokenizer or names.sources[0]
+        return f"tokenizer and chat template from {escape(str(origin))}"
+    if isinstance(asked.source, ModelRef):
+        which = f"those of {escape(names.pinned(asked.source))}"
+    else:
+        which = "the base's" if asked.source == "base" else "those of all models"
+    return f"the tokens are {which}, and the models' rows were matched by token"
 
 
 def _sources(plan: Plan, report: Mapping[str, Any], names: PublicNames, same: bool) -> str:

@@ -58,15 +58,24 @@ class PublicNames:
             self._hide(source, public)
         self.experts = self.sources[-len(plan.experts) :]
         self.base = None if plan.base is None else self.sources[0]
+        places = [ref.place for ref in plan.recipe.models]
+        self._of_place = dict(zip(places, self.sources, strict=True))
         self.tokenizer: PublicName | None = None
         if plan.tokenizer is not None:
             self.tokenizer = _public_name(plan.tokenizer, "tokenizer", name_private, taken)
             self._hide(plan.tokenizer, self.tokenizer)
+            asked = plan.recipe.tokenizer
+            if asked is not None and isinstance(asked.source, ModelRef):
+                self._of_place[asked.source.place] = self.tokenizer
         longest_first = sorted(self._replace, key=len, reverse=True)
         # Whole names only: org/a must not be found in org/a-b, nor a folder "." in a full stop.
         start = r"(?<![\w./~-])"
         parts = [("" if os.path.isabs(t) else start) + re.escape(t) for t in longest_first]
         self._pattern = re.compile(rf"(?:{'|'.join(parts) or '(?!)'})(?![\w-]|\.\w)")
+
+    def pinned(self, ref: ModelRef) -> str:
+        """Return a model of the recipe as a published recipe names it."""
+        return self._of_place[ref.place].pinned
 
     def clean(self, text: str) -> str:
         """Return text with every path and hidden name replaced by the public one."""

@@ -47,9 +47,10 @@ def pinned_recipe(report: dict[str, Any]) -> str:
         for source in report["sources"]
     ]
     recipe = dict(report["recipe"])
-    recipe["base_model"] = names[0]
+    if recipe.get("base_model") is not None:
+        recipe["base_model"], *names = [*names, names[0]]  # last where it is listed as well
     recipe["models"] = [
-        {**model, "model": name} for model, name in zip(recipe["models"], names[1:], strict=True)
+        {**model, "model": name} for model, name in zip(recipe["models"], names, strict=False)
     ]
     text: str = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     return text

@@ -243,10 +243,10 @@ def test_another_shape_is_refused(group):
 
 
 def test_more_vocabulary_rows_are_refused_with_a_remedy(group):
-    """Embeddings with added tokens are named, with the call that mends them."""
+    """Embeddings with added tokens are named, with the recipe's key that matches tokens."""
     edit_tensors(group.experts[0], lambda t: t.update({EMBEDDING: torch.ones(50, 16).bfloat16()}))
 
-    only_problem(plan_group(group), EMBEDDING, 50, 48, "resize_token_embeddings")
+    only_problem(plan_group(group), EMBEDDING, 50, 48, "tokenizer_source")
 
 
 def test_a_tensor_that_one_expert_lacks_is_refused(group):

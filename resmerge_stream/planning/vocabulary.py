@@ -1,0 +1,448 @@
+"""Which tokens a merge has, and which row of which model stands for each: matched by token.
+
+The rules are mergekit's (0.1.5). A row that a model lacks is that of the one model that has the
+token, else the base's, else the mean of those that have it; zeros where none has.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointFormatError, Findings, listed, shown
+from ..recipe import ModelRef, TokenRow
+from ..roles import Role, role_of
+from ..sources.adapter import AdapterCheckpoint
+from ..sources.checkpoint import Checkpoint
+from ..sources.mapped import MEAN_OF_ALL, MEAN_OF_SOME, ZERO, Mapped
+from ..sources.view import View, source_of
+from .planned import Plan, TokenFiles
+from .tokens import (
+    CONFIG,
+    OTHERS,
+    Tokens,
+    chat_template,
+    plain_entry,
+    read_tokens,
+    with_template,
+    with_tokens,
+    without_tokens,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+# Rows of a model on the Hub that lie scattered cost a request each.
+MAX_REMOTE_RUNS = 2000
+_GENERATION = "generation_config.json"
+_NOT_TOKENS = ("position", "token_type", "patch")
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A model and its tokens, those beyond its tables left out."""
+
+    checkpoint: Checkpoint
+    numbers: Mapping[str, int]
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """A row that the recipe names: of which model, None for zeros; whether all models get it."""
+
+    model: int | None
+    row: int
+    force: bool
+
+
+def with_vocabulary(plan: Plan, found: Findings) -> Plan:
+    """Return a plan whose models all have the recipe's tokens, and whose files say so.
+
+    Args:
+        plan: its checkpoints in one layout.
+        found: gets what was found.
+    """
+    asked = plan.recipe.tokenizer
+    if asked is not None:
+        if plan.options.tokenizer_from is not None:
+            found.problem(
+                "the recipe says which tokenizer the merge has, and an option names another one; "
+                "leave one of them out."
+            )
+            return plan
+        try:
+            plan = _matched(plan, found)
+        except CheckpointFormatError as exc:
+            found.problems += exc.notices
+            return plan
+    return plan if plan.recipe.chat_template is None else _with_template(plan, found)
+
+
+def _matched(plan: Plan, found: Findings) -> Plan:
+    checkpoints = list(plan.checkpoints)
+    layout, tables = checkpoints[0], list(_tables(checkpoints[0]))
+    tokens = [read_tokens(checkpoint) for checkpoint in checkpoints]
+    first = tokens[0]
+    if first is None or not tables:
+        lacks = "table of tokens" if not tables else "tokenizer.json, which says its tokens"
+        found.problem(
+            f"{layout.id} has no {lacks}, so that none can be matched. A tokenizer.json is written "
+            "by AutoTokenizer.from_pretrained(…).save_pretrained(…)."
+        )
+        return plan
+    known = [
+        _known(checkpoint, own or first, tables, found)
+        for checkpoint, own in zip(checkpoints, tokens, strict=True)
+    ]
+    made = _output_tokens(plan, first, [own or first for own in tokens], known, found)
+    if made is None:
+        return plan
+    names, files = made
+    size = _size(plan, names, found)
+    said = _rows_said(plan, known, found)
+    if found.problems:
+        return plan
+    views: list[dict[str, Mapped]] = [{} for _ in checkpoints]
+    for name in tables:
+        having = [i for i, one in enumerate(checkpoints) if name in one.tensors]
+        trees = [source_of(checkpoints[i], name) for i in having]
+        dtypes = {tree.dtype for tree in trees}
+        dtype = trees[0].dtype if len(dtypes) == 1 else "F32"
+        has_base = plan.base is not None and having[0] == 0
+        numbers = [known[i].numbers for i in having]
+        chosen = _rows_of(names, numbers, _in_table(said, having), size, has_base=has_base)
+        for number, tree, (which, row, means) in zip(having, trees, chosen, strict=True):
+            views[number][name] = Mapped(tree, trees, which, row, means, dtype)
+    _say(known, names, found)
+    _check_runs(checkpoints, views, found)
+    seen: list[Checkpoint] = []
+    for one, own, view in zip(checkpoints, known, views, strict=True):
+        if isinstance(one, AdapterCheckpoint):
+            _check_adapter(one, views[0], found)
+            seen.append(one if found.problems else AdapterCheckpoint(one.own, seen[0]))
+            continue
+        sources = {name: view.get(name) or source_of(one, name) for name in one.tensors}
+        config = _config(one.config, size, own.numbers, names)
+        seen.append(View(one, sources, config=config))
+    return replace(
+        plan,
+        base=None if plan.base is None else seen[0],
+        experts=tuple(seen[plan.base is not None :]),
+        token_files=_with_generation(files, layout, known[0].numbers, names),
+    )
+
+
+def _size(plan: Plan, names: Mapping[str, int], found: Findings) -> int:
+    """Return how many rows the merge's tables have."""
+    asked = plan.recipe.tokenizer
+    size = _last(names)
+    multiple = (asked.pad_to_multiple_of if asked else None) or 1
+    padded = -(-size // multiple) * multiple
+    if padded > size and any(checkpoint.is_remote for checkpoint in plan.checkpoints):
+        found.problem(
+            "pad_to_multiple_of fills rows with the mean of a whole table, which is not read over "
+            "the network for that. Download the models first and give their folders."
+        )
+    return padded
+
+
+def _last(names: Mapping[str, int]) -> int:
+    """Return how many rows the tokens need: numbers may be left free between them."""
+    return max(max(names.values()) + 1, len(names))
+
+
+def _rows_said(plan: Plan, known: Sequence[_Known], found: Findings) -> dict[str, _Said]:
+    """Return what the recipe says of single tokens' rows, as numbers of models and rows."""
+    asked = plan.recipe.tokenizer
+    places = {ref.place: number for number, ref in enumerate(plan.recipe.models)}
+    said: dict[str, _Said] = {}
+    for token, row in asked.tokens if asked is not None else ():
+        if row.model is None:
+            if row.zero or row.force:
+                said[token] = _Said(None, 0, row.force)
+            continue
+        at = places.get(row.model.place)
+        number = None if at is None else _number(row, token, known[at])
+        if number is None:
+            why = "is not merged here" if at is None else "has no such row"
+            found.problem(f"token {shown(token)} takes its row from {row.model}, which {why}.")
+        said[token] = _Said(at, number or 0, row.force)
+    return said
+
+
+def _in_table(said: Mapping[str, _Said], having: Sequence[int]) -> dict[str, _Said]:
+    """Return what is said of tokens, with the models' numbers among those that have a table."""
+    return {
+        token: one if one.model is None else replace(one, model=having.index(one.model))
+        for token, one in said.items()
+        if one.model is None or one.model in having
+    }
+
+
+def _check_adapter(
+    adapter: AdapterCheckpoint, views: Mapping[str, Mapped], found: Findings
+) -> None:
+    """Refuse an adapter that changes tables whose rows are no longer where they were."""
+    moved = [name for name, view in views.items() if name in adapter.edits and not view.is_own]
+    if moved:
+        found.problem(
+            f"{adapter.id} changes {listed(moved)}, and the merge's tokens have other rows than "
+            "the base's. Merge that adapter into its base first (peft: merge_and_unload)."
+        )
+
+
+def _with_generation(
+    files: TokenFiles, layout: Checkpoint, old: Mapping[str, int], new: Mapping[str, int]
+) -> TokenFiles:
+    """Return the files with a generation config whose special tokens are where they are now."""
+    if _GENERATION not in layout.small_files:
+        return files
+    said = json.loads(layout.read_small(_GENERATION))
+    moved = _with_numbers(said, old, new) if isinstance(said, dict) else said
+    if moved == said:
+        return files
+    written = (json.dumps(moved, indent=2, ensure_ascii=False) + "\n").encode()
+    return replace(files, files={**files.files, _GENERATION: written})
+
+
+def _tables(layout: Checkpoint) -> Iterator[str]:
+    """Yield the tensors with a row for each token."""
+    sizes = []
+    for name, stored in layout.tensors.items():
+        role = role_of(name, stored.spec.shape)
+        is_table = role is Role.EMBEDDING and not any(word in name for word in _NOT_TOKENS)
+        if is_table or (role is Role.HEAD and name.rsplit(".", 2)[-2:-1] != ["score"]):
+            sizes.append(stored.spec.shape[0])
+            yield name
+        elif name.endswith("lm_head.bias") and stored.spec.shape[0] in sizes:
+            yield name
+
+
+def _known(
+    checkpoint: Checkpoint, tokens: Tokens, tables: Sequence[str], found: Findings
+) -> _Known:
+    """Return a model's tokens that its tables have rows for."""
+    sizes = [checkpoint.tensors[n].spec.shape[0] for n in tables if n in checkpoint.tensors]
+    rows = min(sizes, default=0)
+    beyond = [token for token, number in tokens.numbers.items() if number >= rows]
+    if beyond:
+        found.warning(
+            f"{len(beyond)} token(s) of {checkpoint.id} lie beyond its table of {rows} rows and "
+            f"are not used: {listed(beyond, limit=3)}"
+        )
+    numbers = {token: number for token, number in tokens.numbers.items() if number < rows}
+    return _Known(checkpoint, numbers, rows)
+
+
+def _output_tokens(
+    plan: Plan,
+    first: Tokens,
+    tokens: Sequence[Tokens],
+    known: Sequence[_Known],
+    found: Findings,
+) -> tuple[dict[str, int], TokenFiles] | None:
+    """Return the merge's tokens and the files that say them; None with a problem found."""
+    asked = plan.recipe.tokenizer
+    if asked is None:
+        return None
+    origin, own, numbers = plan.layout, first, known[0].numbers
+    if isinstance(asked.source, ModelRef):
+        places = {ref.place: number for number, ref in enumerate(plan.recipe.models)}
+        at = places.get(asked.source.place)
+        origin = known[at].checkpoint if at is not None else plan.tokenizer or origin
+        theirs = read_tokens(origin)
+        if theirs is None:
+            found.problem(f"{origin.id} has no tokenizer.json, which says its tokens.")
+            return None
+        own, numbers = theirs, theirs.numbers if at is None else known[at].numbers
+    names = dict(numbers)
+    cut = set(own.numbers) - set(names)
+    if cut:
+        shorter = without_tokens(own, cut)
+        if shorter is None:
+            found.problem(
+                f"{origin.id} has tokens without a row, and a tokenizer that tokens cannot be "
+                f"taken from: {listed(sorted(cut), limit=3)}. Resize its embeddings first "
+                "(transformers: resize_token_embeddings)."
+            )
+            return None
+        own = shorter
+    extra: dict[str, dict[str, Any]] = {}
+    if asked.source == "union":
+        _add_others(names, extra, own, tokens, known)
+    for token, _ in asked.tokens:
+        if token not in names:
+            names[token] = max(names.values()) + 1
+            extra[token] = plain_entry(token, names[token])
+    if not extra and not cut:
+        return names, TokenFiles(origin)
+    return names, TokenFiles(origin, with_tokens(own, extra.values()), OTHERS)
+
+
+def _add_others(
+    names: dict[str, int],
+    extra: dict[str, dict[str, Any]],
+    own: Tokens,
+    tokens: Sequence[Tokens],
+    known: Sequence[_Known],
+) -> None:
+    """Add what other models know: first their ordinary tokens, then those added to a tokenizer."""
+    last = max(names.values())
+    added: dict[str, Mapping[str, Any]] = {}
+    for theirs, one in zip(tokens, known, strict=True):
+        for token in sorted(one.numbers, key=one.numbers.__getitem__):
+            if token in theirs.added:
+                added.setdefault(token, theirs.added[token])
+            elif token not in names and token not in added:
+                last += 1
+                names[token], extra[token] = last, plain_entry(token, last)
+    for token, entry in added.items():
+        if token in own.added:
+            continue
+        if token not in names:
+            last += 1
+            names[token] = last
+        extra[token] = {**entry, "id": names[token]}
+
+
+def _number(row: TokenRow, token: str, model: _Known) -> int | None:
+    """Return the row of a model that a token is given; None where there is none."""
+    if row.token_id is not None:
+        return row.token_id if row.token_id < model.rows else None
+    return model.numbers.get(row.token if row.token is not None else token)
+
+
+_Chosen = tuple["NDArray[np.int64]", "NDArray[np.int64]", dict[int, list[tuple[int, int]]]]
+
+
+def _rows_of(
+    names: Mapping[str, int],
+    models: Sequence[Mapping[str, int]],
+    said: Mapping[str, _Said],
+    size: int,
+    *,
+    has_base: bool,
+) -> list[_Chosen]:
+    """Return for each model that has a table which rows its table in the merge has.
+
+    Args:
+        names: the merge's tokens.
+        models: their tokens.
+        said: what the recipe says of single tokens.
+        size: how many rows the merge has; those after the last token are the mean of the others.
+        has_base: whether the first of the models is the base.
+    """
+    import numpy as np
+
+    theirs = np.full((len(models), size), -1, np.int64)
+    for own, numbers in zip(theirs, models, strict=True):
+        for token, number in names.items():
+            own[number] = numbers.get(token, -1)
+    donor, donated = np.full(size, ZERO, np.int64), np.zeros(size, np.int64)
+    means: dict[int, list[tuple[int, int]]] = {}
+    for number in np.flatnonzero((theirs < 0).any(0) & (theirs >= 0).any(0)).tolist():
+        parts = [(int(i), int(theirs[i, number])) for i in np.flatnonzero(theirs[:, number] >= 0)]
+        if len(parts) == 1 or (has_base and theirs[0, number] >= 0):
+            donor[number], donated[number] = parts[0]
+        else:
+            donor[number], means[number] = MEAN_OF_SOME, parts
+    forced = np.zeros(size, bool)
+    for token, one in said.items():
+        number = names[token]
+        forced[number] = one.force
+        donor[number] = ZERO if one.model is None else one.model
+        donated[number] = one.row
+    lacking = (theirs < 0) | forced
+    which = np.repeat(np.arange(len(models))[:, None], size, 1)
+    which[lacking] = np.broadcast_to(donor, which.shape)[lacking]
+    row = np.where(lacking, donated, theirs)
+    which[:, _last(names) :], row[:, _last(names) :] = MEAN_OF_ALL, 0
+    return [(which[i], row[i], means) for i in range(len(models))]
+
+
+def _say(known: Sequence[_Known], names: Mapping[str, int], found: Findings) -> None:
+    """Say what becomes of the models' tokens."""
+    for one in known:
+        lost = [token for token in one.numbers if token not in names]
+        if lost:
+            found.warning(
+                f"{len(lost)} token(s) of {one.checkpoint.id} are not in the merge: "
+                f"{listed(lost, limit=5)}"
+            )
+    new = [token for token in names if token not in known[0].numbers]
+    if new:
+        found.warning(
+            f"{len(new)} token(s) of the merge are not in {known[0].checkpoint.id}: "
+            f"{listed(new, limit=5)}"
+        )
+
+
+def _check_runs(
+    checkpoints: Sequence[Checkpoint], views: Sequence[Mapping[str, Mapped]], found: Findings
+) -> None:
+    for checkpoint, view in zip(checkpoints, views, strict=True):
+        runs = sum(1 for mapped in view.values() for _ in mapped.runs(0, mapped.shape[0]))
+        if checkpoint.is_remote and runs > MAX_REMOTE_RUNS:
+            found.problem(
+                f"the tokens of {checkpoint.id} are in another order than the merge's, so that "
+                f"its tables would be read in {runs} requests. Download it first and give its "
+                "folder."
+            )
+
+
+def _config(
+    config: Mapping[str, Any], size: int, old: Mapping[str, int], new: Mapping[str, int]
+) -> dict[str, Any]:
+    """Return a config with the merge's number of rows, and its special tokens where they are."""
+    changed = _with_numbers(config, old, new)
+    for section in (changed, changed.get("text_config")):
+        if isinstance(section, dict) and "vocab_size" in section:
+            section["vocab_size"] = size
+    if "vocab_size" not in changed and not isinstance(changed.get("text_config"), dict):
+        changed["vocab_size"] = size
+    return changed
+
+
+def _with_numbers(
+    config: Mapping[str, Any], old: Mapping[str, int], new: Mapping[str, int]
+) -> dict[str, Any]:
+    """Return a config whose ``…_token_id`` name the same tokens as before."""
+    tokens = {number: token for token, number in old.items()}
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(item) for item in value]
+        if type(value) is not int or value not in tokens:
+            return value
+        return new.get(tokens[value], value)
+
+    return {
+        key: moved(value)
+        if key.endswith("_token_id")
+        else _with_numbers(value, old, new)
+        if key == "text_config" and isinstance(value, dict)
+        else value
+        for key, value in config.items()
+    }
+
+
+def _with_template(plan: Plan, found: Findings) -> Plan:
+    """Return a plan that writes the recipe's chat template."""
+    template = plan.recipe.chat_template
+    files = plan.token_files or TokenFiles(plan.tokenizer or plan.layout)
+    if template == "auto":
+        templates = [one.strip() for c in plan.checkpoints if (one := chat_template(c))]
+        if not templates:
+            found.warning("chat_template: auto, but no model has a chat template")
+            return plan
+        template = max(templates, key=templates.count)
+        share = f"{templates.count(template)} of {len(list(plan.checkpoints))} models"
+        found.warning(f"chat_template: auto took the one that {share} have")
+    config = files.files.get(CONFIG)
+    if config is None and CONFIG in files.origin.small_files:
+        config = files.origin.read_small(CONFIG)
+    changed = {**files.files, **with_template(config, template or "")}
+    left_out = (*files.left_out, "chat_template.json")
+    return replace(plan, token_files=TokenFiles(files.origin, changed, left_out))
