@@ -4,7 +4,7 @@ import argparse
 
 from ..errors import RecipeError
 from ..planning.options import Options, declared
-from ..planning.recipe_file import load_recipe
+from ..planning.recipe_places import recipe_at
 from ..planning.request import Request
 from ..recipe import Recipe, override
 from ..sinks.publication import Publication
@@ -37,7 +37,10 @@ def add_publication(parser: argparse.ArgumentParser) -> None:
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add what says what to merge, and how."""
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE.yml", help="in mergekit's vocabulary")
+    parser.add_argument(
+        "recipe", nargs="?", metavar="RECIPE",
+        help="a file in mergekit's vocabulary; or a merged model: folder, id or address",
+    )  # fmt: skip
     what = parser.add_argument_group("instead of a recipe, or over it")
     what.add_argument("--base", metavar="ID", help="folder or namespace/name[@revision]")
     what.add_argument(
@@ -70,7 +73,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
             raise RecipeError(f"--set {text!r} must be KEY=VALUE, such as --set rank=2.")
         parameters[key] = value
     return override(
-        load_recipe(args.recipe) if args.recipe else None,
+        recipe_at(args.recipe) if args.recipe else None,
         base=args.base,
         experts=args.expert,
         method=args.method,

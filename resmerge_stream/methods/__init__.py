@@ -115,6 +115,11 @@ _MERGEKIT_KEYS = frozenset({
 })  # fmt: skip
 
 
+def is_mergekits(method: str, key: str) -> bool:
+    """Return whether mergekit's method of this name may be given a parameter."""
+    return key in _MERGEKIT_KEYS and (method, key) != ("karcher", "scale")
+
+
 def is_idle(method: type[MergeMethod], key: str, *, of_model: bool) -> bool:
     """Return whether a parameter of mergekit's says nothing to this one of its methods.
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..device import free_disk, machine_share
 from ..errors import Findings, Remedy, listed, shown
+from ..methods import MERGEKITS
 from ..sinks import target_state
 from ..sinks.journal import known_commits, work_folder
 from ..units import format_size
@@ -83,6 +84,7 @@ def check_publication(
         written = [
             *(shard.name for shard in plan.shards),
             *hub_target.CARD_FILES,
+            *([hub_target.MERGEKIT_CONFIG] if plan.recipe.method in MERGEKITS else []),
             *plan.side_files(),
         ]
         replaced, stale = hub_target.replaced_files(target, written)

@@ -16,6 +16,8 @@ from ..units import format_size
 from .build import SAME_AS_BASE
 from .card_tables import LISTED, code_list, escape, gate_tables, unusual_tensors
 from .gates_plot import gates_png
+from .mergekit_config import FILE as MERGEKIT
+from .mergekit_config import mergekit_config
 from .public_names import PublicName, PublicNames
 from .words import rule_in_words
 
@@ -41,19 +43,20 @@ def render_card(
             names the recipe cannot be run again by others.
     """
     names = PublicNames(plan, name_private)
-    recipe = _recipe_yaml(plan, names)
+    document = _recipe(plan, names)
+    recipe = _recipe_yaml(plan, names, document)
+    theirs, reason = mergekit_config(plan, document)
     return {
-        "README.md": _readme(plan, report, names, recipe).encode(),
+        "README.md": _readme(plan, report, names, recipe, reason).encode(),
+        **({MERGEKIT: theirs.encode()} if theirs else {}),
         "resmerge/report.json": (json.dumps(names.clean_report(report), indent=1) + "\n").encode(),
         "resmerge/recipe.yml": recipe.encode(),
         "resmerge/gates.png": gates_png(report),
     }
 
 
-def _recipe_yaml(plan: Plan, names: PublicNames) -> str:
-    """Return the recipe pinned to commits, with every parameter, and how to run it on top."""
-    import yaml
-
+def _recipe(plan: Plan, names: PublicNames) -> dict[str, Any]:
+    """Return the recipe pinned to commits, with every parameter."""
     recipe = plan.recipe.to_dict()
     base, experts = names.base, names.experts
     if base is not None:
@@ -68,13 +71,20 @@ def _recipe_yaml(plan: Plan, names: PublicNames) -> str:
     recipe |= {"dtype": dtype} if dtype else {}
     if plan.recipe.tokenizer is not None:
         recipe["tokenizer"] = _pinned(plan.recipe.tokenizer, names).to_dict()
+    return recipe
+
+
+def _recipe_yaml(plan: Plan, names: PublicNames, recipe: Mapping[str, Any]) -> str:
+    """Return the recipe as YAML, and how to run it on top."""
+    import yaml
+
     lines = [f"# {_command(plan, names, 'recipe.yml')}"]
     for kind, what in (("local", "Local folders"), ("private", "Models not named here")):
         hidden = dict.fromkeys(s.name for s in names.sources if s.kind == kind)
         if hidden:
             lines.append(f"# {what}; put your own paths or ids: {', '.join(hidden)}")
     # Unfolded lines: none can start with what ends a Markdown fence.
-    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1_000_000)
+    text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=1_000_000)
     return "\n".join(lines) + "\n" + text
 
 
@@ -104,7 +114,9 @@ def _command(plan: Plan, names: PublicNames, recipe: str) -> str:
     return " ".join(words)
 
 
-def _readme(plan: Plan, report: Mapping[str, Any], names: PublicNames, recipe: str) -> str:
+def _readme(
+    plan: Plan, report: Mapping[str, Any], names: PublicNames, recipe: str, obstacle: str
+) -> str:
     licence, same = _licence([source.license for source in plan.checkpoints])
     sections = [
         _metadata(names, licence),
@@ -115,7 +127,7 @@ def _readme(plan: Plan, report: Mapping[str, Any], names: PublicNames, recipe: s
         unusual_tensors(plan, report, names),
         _tensors(plan, report, names),
         _sources(plan, report, names, same),
-        _usage(plan, names),
+        _usage(plan, names, obstacle),
         _risks(plan),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -275,7 +287,7 @@ def _licence(licences: Sequence[str | None]) -> tuple[str, bool]:
     return (common, True) if known else ("other", False)
 
 
-def _usage(plan: Plan, names: PublicNames) -> str:
+def _usage(plan: Plan, names: PublicNames, obstacle: str) -> str:
     architectures = plan.layout.config.get("architectures") or [""]
     causal = str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel"))
     auto = "AutoModelForCausalLM" if causal else "AutoModel"
@@ -293,6 +305,9 @@ def _usage(plan: Plan, names: PublicNames) -> str:
             "## Make it again",
             f"The same bytes{note}, on the same kind of device:",
             f"```sh\n{again}\n```",
+            f"mergekit cannot run it: {escape(obstacle)}."
+            if obstacle
+            else f"[{MERGEKIT}]({MERGEKIT}) is the same recipe for mergekit.",
             "Every gate of every tensor is in [resmerge/report.json](resmerge/report.json).",
         ]
     )

@@ -26,6 +26,8 @@ from .staging import Staged, branch_name, is_branch_name, read_staged
 
 # What every merge writes beside weights and side files.
 CARD_FILES = ("README.md", REPORT, "resmerge/recipe.yml", "resmerge/gates.png")
+# Beside them where mergekit could run the recipe.
+MERGEKIT_CONFIG = "mergekit_config.yml"
 # What the Hub gives an account for private repositories (docs, 2026-08).
 _PRIVATE_BYTES = {False: 100_000_000_000, True: 1_000_000_000_000}
 
