@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import ResMergeError, StoppedError, error_from_dict
 from ..sinks.sink import Turn
@@ -61,7 +61,7 @@ class Group:
     ) -> None:
         self.rank, self.size = rank, size
         self.name = f"process {rank} ({socket.gethostname()})"
-        self._open, self._opened = store, Future["Store"]()
+        self._store_of, self._opened = store, Future["Store"]()
         self._silent_s = silent_s
         self._heard: dict[int, tuple[bytes, float]] = {}
         self._looked = time.monotonic()
@@ -70,12 +70,16 @@ class Group:
         self._received = dict.fromkeys(range(1, size), 0)
         self._closed = threading.Event()
         self._heart = threading.Thread(target=self._beat, daemon=True)
+
+    def open(self) -> Self:
+        """Start to be heard by the others; who needs the store waits for it."""
         self._heart.start()
+        return self
 
     @classmethod
     def connect(cls) -> "Group":
-        """Return the group that the launcher's environment tells of; who needs it waits for it."""
-        return cls(_store_of_launcher, *launched())
+        """Return the group that the launcher's environment tells of, open."""
+        return cls(_store_of_launcher, *launched()).open()
 
     @property
     def _store(self) -> "Store":
@@ -217,7 +221,7 @@ class Group:
 
     def _beat(self) -> None:
         try:
-            self._opened.set_result(self._open())
+            self._opened.set_result(self._store_of())
         except BaseException as exc:  # handed to whoever needs the store
             self._opened.set_exception(exc)
             return

@@ -54,7 +54,7 @@ def open_sink(plan: Plan, out: Path | None, work: Path, membership: Membership) 
     if target is None or target.finished:
         if out is None:
             raise RecipeError("nowhere to write.", Remedy.GIVE_TARGET)
-        return FolderSink(out, plan.plan_hash, work, plan.identity, membership)
+        return FolderSink(out, plan.plan_hash, work, plan.identity, membership).open()
     if out is not None and target_state(out, plan.plan_hash).finished:
         raise PlanRefusedError(
             f"{str(out)!r} already holds this merge, but {target.repo.id} does not.",
@@ -70,20 +70,16 @@ def open_sink(plan: Plan, out: Path | None, work: Path, membership: Membership) 
         membership,
         one_machine=out is None,
     )
-    try:
-        return HubSink(
-            target,
-            plan.plan_hash,
-            plan.shards,
-            shelf,
-            keep_files=out is not None,
-            identity=plan.identity,
-            membership=membership,
-            asked=_asked(plan),
-        )
-    except BaseException:
-        shelf.close()
-        raise
+    return HubSink(
+        target,
+        plan.plan_hash,
+        plan.shards,
+        shelf,
+        keep_files=out is not None,
+        identity=plan.identity,
+        membership=membership,
+        asked=_asked(plan),
+    ).open()
 
 
 def discard_unfinished(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from ..errors import Notice, OutputExistsError, PlanRefusedError, Remedy, StoppedError
 from .journal import Journal
@@ -104,7 +104,7 @@ def discard(out: Path) -> list[str]:
 
 
 class FolderSink:
-    """Writes a merge into a folder. See `Sink`.
+    """Writes a merge into a folder, once it is open. See `Sink`.
 
     Args:
         out: the folder; made when missing.
@@ -113,12 +113,6 @@ class FolderSink:
         identity: of the sources, as first seen; a later run must see the same.
         membership: as what this process of the run comes.
         one_machine: whether each machine has such a folder of its own.
-
-    Raises:
-        OutputExistsError: the folder holds something else.
-        PlanRefusedError: the sources changed since the run was first started, or a process that
-            joins does not see the main one's folder.
-        StoppedError: another run of this merge goes on, or the folder cannot be made.
     """
 
     def __init__(
@@ -131,13 +125,25 @@ class FolderSink:
         *,
         one_machine: bool = False,
     ) -> None:
-        member = membership or Membership()
-        self._out, self._mark = out, member.mark
+        self._member = member = membership or Membership()
+        self._out, self._work, self._mark = out, work_dir, member.mark
+        self._plan_hash, self._identity, self._one_machine = plan_hash, identity, one_machine
         self._journal = Journal(work_dir / "journal.jsonl")
         self._is_own = out.is_relative_to(work_dir)
         # One process of those that share the folder looks through it; it tells the others.
         self._looks = member.is_main or (one_machine and member.is_first)
-        if not member.is_main and not one_machine:
+
+    def open(self) -> Self:
+        """Make the folder this run's, and see what an earlier start finished in it.
+
+        Raises:
+            OutputExistsError: the folder holds something else.
+            PlanRefusedError: the sources changed since the run was first started, or a process
+                that joins does not see the main one's folder.
+            StoppedError: another run of this merge goes on, or the folder cannot be made.
+        """
+        member, out, work_dir = self._member, self._out, self._work
+        if not member.is_main and not self._one_machine:
             self._find_marker()
         with contextlib.ExitStack() as undo:
             try:
@@ -147,7 +153,7 @@ class FolderSink:
                 _lock_or_stop(self._lock, out, fcntl.LOCK_EX if member.is_main else fcntl.LOCK_SH)
                 with (work_dir / "start").open("w") as start:
                     fcntl.flock(start, fcntl.LOCK_EX)
-                    self._start(plan_hash, identity)
+                    self._start(self._plan_hash, self._identity)
                 _lock_or_stop(self._lock, out, fcntl.LOCK_SH)
             except OutputExistsError:
                 raise
@@ -156,6 +162,7 @@ class FolderSink:
                     f"cannot use {str(out)!r} and {str(work_dir)!r}: {exc.strerror or exc}."
                 ) from exc
             undo.pop_all()  # all went well: the lock is held until `close`
+        return self
 
     def finished_shards(self) -> Mapping[str, dict[str, Any]]:
         """Return the entries of shards that the journal lists and whose files are there."""

@@ -119,7 +119,7 @@ def _open(
         else:
             folder = comparison.out / label
             work = work_folder(plan.plan_hash, folder, None, work_dir)
-            sink = FolderSink(folder, plan.plan_hash, work, plan.identity)
+            sink = FolderSink(folder, plan.plan_hash, work, plan.identity).open()
         stack.callback(sink.close)
         sinks[label] = sink
     return sinks

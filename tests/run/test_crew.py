@@ -47,7 +47,7 @@ def run_together(
     store, done = HashStore(), [Process() for _ in outs]
 
     def work(rank: int) -> None:
-        group = Group(lambda: store, rank, len(outs))
+        group = Group(lambda: store, rank, len(outs)).open()
         mine = done[rank]
         chosen = Options(max_shard_bytes=options.max_shard_bytes, seed=(seeds or [0] * 9)[rank])
         try:
@@ -177,8 +177,8 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path, monkeypatch):
 def test_a_process_that_falls_silent_stops_the_run():
     """A process whose machine is gone says nothing any more: the main one stops and says which."""
     store = HashStore()
-    main = Group(lambda: store, 0, 2, silent_s=0.0)
-    gone = Group(lambda: store, 1, 2)
+    main = Group(lambda: store, 0, 2, silent_s=0.0).open()
+    gone = Group(lambda: store, 1, 2).open()
     gone.close()
     main._looked -= 60
     main.check()  # hears it for the last time
@@ -193,7 +193,7 @@ def test_a_process_that_falls_silent_stops_the_run():
 def test_the_others_end_when_the_main_process_fails():
     """A process that waits for the main one is not left waiting, and says nothing itself."""
     store = HashStore()
-    main, other = Group(lambda: store, 0, 2), Group(lambda: store, 1, 2)
+    main, other = Group(lambda: store, 0, 2).open(), Group(lambda: store, 1, 2).open()
     main.fail(PlanRefusedError("no"))
 
     with pytest.raises(OthersStoppedError) as stopped:

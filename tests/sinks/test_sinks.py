@@ -22,7 +22,7 @@ IDENTITY = {"base": {"size": 1}}
 
 def sink_at(tmp_path, *, plan_hash="p", identity=None):
     """Open a sink on the folder ``out``."""
-    return FolderSink(tmp_path / "out", plan_hash, tmp_path / "work", identity or IDENTITY)
+    return FolderSink(tmp_path / "out", plan_hash, tmp_path / "work", identity or IDENTITY).open()
 
 
 def write(sink, shard, data=b"12345678"):
@@ -123,7 +123,7 @@ def test_a_folder_of_another_merge_is_refused(tmp_path):
     before = names(tmp_path / "out")
 
     with pytest.raises(OutputExistsError, match="another merge"):
-        FolderSink(tmp_path / "out", "other", tmp_path / "work2", IDENTITY)
+        FolderSink(tmp_path / "out", "other", tmp_path / "work2", IDENTITY).open()
 
     assert names(tmp_path / "out") == before
 
@@ -212,7 +212,7 @@ def test_a_target_that_cannot_be_made_stops_the_run(tmp_path):
     (tmp_path / "file").write_text("x")
 
     with pytest.raises(StoppedError, match="cannot use"):
-        FolderSink(tmp_path / "file" / "out", "p", tmp_path / "work", IDENTITY)
+        FolderSink(tmp_path / "file" / "out", "p", tmp_path / "work", IDENTITY).open()
 
 
 FULL_DISK = """

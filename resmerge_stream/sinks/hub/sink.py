@@ -1,7 +1,7 @@
 """A repository as target: shards staged one by one, then one commit on main that shows them all."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 from huggingface_hub.utils._runtime import is_xet_available
@@ -27,16 +27,12 @@ class HubSink:
         target: as the plan found it, without problems and not finished.
         plan_hash: what marks this run's staging.
         shards: all planned shards.
-        shelf: where shards lie as files until they are staged, with the local journal.
+        shelf: where shards lie as files until they are staged, with the local journal; opened and
+            closed with this sink.
         keep_files: whether they stay there afterwards, since a folder was asked for too.
         identity: of the sources; a later run must see the same.
         membership: as what this process of the run comes.
         asked: what was asked for, kept beside the staged shards.
-
-    Raises:
-        OutputExistsError: somebody made the repository since the plan.
-        PlanRefusedError: the sources changed, or the Hub has no Xet storage for `--max-disk 0`.
-        StoppedError: the network or the Hub failed.
     """
 
     def __init__(
@@ -51,10 +47,37 @@ class HubSink:
         membership: Membership | None = None,
         asked: Mapping[str, Any] | None = None,
     ) -> None:
-        member = membership or Membership()
+        self._member = membership or Membership()
         self._target, self._shards = target, {shard.name: shard for shard in shards}
         self._shelf, self._keep_files = shelf, keep_files
-        self._plan_hash = plan_hash
+        self._plan_hash, self._identity, self._asked = plan_hash, identity, asked
+        self._streams = target.publication.max_disk == 0
+        self._deposit: Deposit | None = None
+        self._streamed: dict[str, StreamedShard] = {}
+        largest = max((shard.nbytes for shard in shards), default=0)
+        allowed = target.publication.max_disk
+        self._disk = 2 * largest if allowed is None else allowed // machine_share()[1]
+        self._sent = self._sending = 0
+
+    def open(self) -> Self:
+        """Make the repository and the staging branch this run's, and see what is staged there.
+
+        Raises:
+            OutputExistsError: somebody made the repository since the plan.
+            PlanRefusedError: the sources changed, or the Hub has no Xet storage for
+                `--max-disk 0`.
+            StoppedError: the network or the Hub failed.
+        """
+        self._shelf.open()
+        try:
+            self._open()
+        except BaseException:
+            self._shelf.close()
+            raise
+        return self
+
+    def _open(self) -> None:
+        member, target, plan_hash = self._member, self._target, self._plan_hash
         self._main = self._ensure_repo() if member.is_main else ""
         repo = staging_repo(target, plan_hash)
         made = (
@@ -62,18 +85,13 @@ class HubSink:
             and repo is not target.repo
             and (repo.create() or _is_unmarked(repo, plan_hash))
         )
-        self._streams = target.publication.max_disk == 0
         if self._streams and not has_xet(repo):
             raise PlanRefusedError(no_xet(repo))
-        self._deposit = None
         if repo is not target.repo and not (is_xet_available() and has_xet(repo)):
             self._deposit = Deposit(target.repo)
-        self._staging = Staging(repo, plan_hash, identity, member, made_repo=made, asked=asked)
-        self._streamed: dict[str, StreamedShard] = {}
-        largest = max((shard.nbytes for shard in shards), default=0)
-        allowed = target.publication.max_disk
-        self._disk = 2 * largest if allowed is None else allowed // machine_share()[1]
-        self._sent = self._sending = 0
+        self._staging = Staging(
+            repo, plan_hash, self._identity, member, made_repo=made, asked=self._asked
+        )
         self._uploads = WriteBehind(None)
         self._resume(sends=member.is_first)
 
