@@ -1,5 +1,7 @@
 """The named endpoints, for programs: the same service, also as MCP tools."""
 
+import functools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,10 +12,27 @@ from resmerge_stream.errors import ResMergeError
 from resmerge_stream.methods import describe_methods
 
 from .asked import web_request
-from .identity import Visitor
-from .jobs.records import Job
+from .explore import open_report
+from .identity import Visitor, caller, space_url
+from .jobs.downloads import downloads
+from .jobs.records import DONE, Job
 from .remedies import said
 from .service import Service
+
+_ID = "x" * 43
+# What the descriptions of the endpoints show; the recipe is one that everybody may plan and merge.
+EXAMPLES: dict[str, Any] = {
+    "recipe": {
+        "merge_method": "head_regression",
+        "base_model": "built-in/base",
+        "models": ["built-in/rl-add", "built-in/rl-sort"],
+    },
+    "push_to": "your-name/merged",
+    "private": True,
+    "update": False,
+    "job": _ID,
+    "job_or_repo": "your-name/merged",
+}
 
 
 @contextmanager
@@ -25,8 +44,27 @@ def _told() -> Iterator[None]:
         raise gr.Error(said(exc), print_exception=False) from exc
 
 
+def add_endpoints(app: gr.Blocks, service: Service) -> None:
+    """Add the endpoints to an app; each parameter is described as its function describes it.
+
+    Args:
+        app: being built.
+        service: behind them.
+    """
+    for function in endpoints(service):
+        added = gr.api(  # type: ignore[attr-defined]
+            function, api_name=function.__name__, concurrency_limit=16
+        )
+        _, said_of, _ = gr.utils.get_function_description(function)
+        parameters: list[Any] = list(app.fns[added["id"]].inputs)
+        for component, name in zip(parameters, said_of, strict=False):
+            component._api_info["additional_description"] = said_of[name]
+            component.label = name
+            component.example_payload = functools.partial(EXAMPLES.get, name)
+
+
 def endpoints(service: Service) -> list[Callable[..., Any]]:
-    """Return the six functions; their names are those of the endpoints and of the MCP tools.
+    """Return the functions; their names are those of the endpoints and of the MCP tools.
 
     Args:
         service: behind them.
@@ -45,28 +83,34 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
 
     def plan(
         recipe: dict,  # type: ignore[type-arg]
-        oauth_token: gr.OAuthToken | None,
-        x_hf_token: gr.Header | None,
+        push_to: str = "",
+        request: gr.Request = None,  # type: ignore[assignment]
+        oauth_token: gr.OAuthToken | None = None,
+        x_hf_token: gr.Header | None = None,
     ) -> dict:  # type: ignore[type-arg]
         """Say what a merge would do and what speaks against it, from headers alone. Takes seconds.
 
         Args:
-            recipe: in mergekit's vocabulary, such as {"base_model": "built-in/base", "models": [{"model": "built-in/rl-add"}, {"model": "built-in/rl-sort"}]}, or with namespace/name of the Hub; merge_method (default resmerge), parameters and dtype may be added.
+            recipe: in mergekit's vocabulary, such as {"base_model": "built-in/base", "models": ["built-in/rl-add", "built-in/rl-sort"]}, or with namespace/name of the Hub, @revision if you like; merge_method (default resmerge), parameters and dtype may be added. At most 16 experts and 32 kB.
+            push_to: the repository to publish to, namespace/name, to have it checked too; empty for none.
 
         Returns:
             An object: refused, problems, warnings, bytes, memory, disk, time, tensors, sources.
         """  # noqa: E501 - gradio drops what follows the first line of a description
         with _told():
             visitor = visitor_of(oauth_token, x_hf_token)
-            found = service.plan({"recipe": recipe}, visitor)
+            document = {"recipe": recipe, "push_to": push_to}
+            found = service.plan(document, visitor, caller(request))
             return {key: found[key] for key in found if key not in ("hardware", "target_checked")}
 
     def merge(
         recipe: dict,  # type: ignore[type-arg]
-        push_to: str,
-        private: bool,
-        oauth_token: gr.OAuthToken | None,
-        x_hf_token: gr.Header | None,
+        push_to: str = "",
+        private: bool = True,
+        update: bool = False,
+        request: gr.Request = None,  # type: ignore[assignment]
+        oauth_token: gr.OAuthToken | None = None,
+        x_hf_token: gr.Header | None = None,
     ) -> dict:  # type: ignore[type-arg]
         """Start a merge that goes on by itself, and return its job. Publishing needs a token.
 
@@ -74,35 +118,42 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
             recipe: as for plan.
             push_to: the repository to publish to, namespace/name; empty for the built-in example's files.
             private: whether the repository stays private; false makes it public at the very end.
+            update: whether to replace a model that stands there already.
 
         Returns:
-            {"job": id}, for status, cancel and report.
+            {"job": id}, for status, cancel, resume, files and report.
         """  # noqa: E501
         with _told():
             visitor = visitor_of(oauth_token, x_hf_token)
-            document = {"recipe": recipe, "push_to": push_to, "public": not private}
+            document = {
+                "recipe": recipe,
+                "push_to": push_to,
+                "public": not private,
+                "update": update,
+            }
             asked = web_request(document, service.settings)
-            return {"job": service.submit(asked, visitor).id}
+            return {"job": service.submit(asked, visitor, address=caller(request)).id}
 
     def found(
         job: str, oauth_token: gr.OAuthToken | None, x_hf_token: str | None, *, change: bool = False
-    ) -> Job:
-        return service.job(job, visitor_of(oauth_token, x_hf_token), change=change)
+    ) -> tuple[Job, Visitor]:
+        visitor = visitor_of(oauth_token, x_hf_token)
+        return service.job(job, visitor, change=change), visitor
 
     def status(job: str, oauth_token: gr.OAuthToken | None, x_hf_token: gr.Header | None) -> dict:  # type: ignore[type-arg]
         """Say how far a job is: queued, planning, running, cancelled, failed, resumable or done.
 
         Args:
-            job: the id that merge returned. An account's job is told to that account alone.
+            job: the id that merge returned, 43 characters. An account's job is told to that account alone.
 
         Returns:
-            state, progress (0 to 1), bytes, shards, seconds_left (null if unknown), message, url.
-        """
+            state, place (how many are before it), progress (0 to 1), bytes, shards, seconds_left (null if unknown), message, url.
+        """  # noqa: E501
         with _told():
-            return service.status(found(job, oauth_token, x_hf_token))
+            return service.status(found(job, oauth_token, x_hf_token)[0])
 
     def cancel(job: str, oauth_token: gr.OAuthToken | None, x_hf_token: gr.Header | None) -> dict:  # type: ignore[type-arg]
-        """Stop a job. Finished files are kept, so that merging the same again goes on from there.
+        """Stop a job. Finished files are kept, so that resume goes on from there.
 
         Args:
             job: the id that merge returned.
@@ -111,9 +162,70 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
             The job's status; its state is cancelled within seconds.
         """
         with _told():
-            mine = found(job, oauth_token, x_hf_token, change=True)
+            mine, _ = found(job, oauth_token, x_hf_token, change=True)
             service.jobs.cancel(mine)
             return service.status(mine)
+
+    def resume(job: str, oauth_token: gr.OAuthToken | None, x_hf_token: gr.Header | None) -> dict:  # type: ignore[type-arg]
+        """Continue a job that was cancelled, or stopped by the network or a restart.
+
+        Args:
+            job: the id that merge returned; its state is cancelled or resumable.
+
+        Returns:
+            The job's status.
+        """
+        with _told():
+            mine, visitor = found(job, oauth_token, x_hf_token, change=True)
+            service.resume(mine, visitor)
+            return service.status(mine)
+
+    def jobs(oauth_token: gr.OAuthToken | None, x_hf_token: gr.Header | None) -> list[dict]:  # type: ignore[type-arg]
+        """List the jobs of an account, the newest first; without a token there are none.
+
+        Returns:
+            One object a job: job, created, push_to, and its status.
+        """
+        with _told():
+            name = visitor_of(oauth_token, x_hf_token).name
+            return [
+                {
+                    "job": job.id,
+                    "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(job.created)),
+                    "push_to": job.asked.get("push_to") or "",
+                    **service.status(job),
+                }
+                for job in service.jobs.of(name)
+            ]
+
+    def files(
+        job: str,
+        request: gr.Request,
+        oauth_token: gr.OAuthToken | None,
+        x_hf_token: gr.Header | None,
+    ) -> list[dict]:  # type: ignore[type-arg]
+        """List the files of a finished job with the addresses to download them from.
+
+        Args:
+            job: the id that merge returned.
+
+        Returns:
+            One object a file: name, bytes, url. A published merge's weights are in its repository.
+        """
+        with _told():
+            mine, _ = found(job, oauth_token, x_hf_token)
+            data = service.jobs.report(mine)
+            if mine.state != DONE or data is None:
+                return []
+            copies = downloads(mine, service.jobs.result(mine), open_report(data, name=job).report)
+            return [
+                {
+                    "name": path.name,
+                    "bytes": path.stat().st_size,
+                    "url": f"{space_url(request)}/gradio_api/file={_served(path)}",
+                }
+                for path in copies
+            ]
 
     def report(
         job_or_repo: str, oauth_token: gr.OAuthToken | None, x_hf_token: gr.Header | None
@@ -129,4 +241,12 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
         with _told():
             return service.report(job_or_repo, visitor_of(oauth_token, x_hf_token)).report
 
-    return [methods, plan, merge, status, cancel, report]
+    return [methods, plan, merge, status, cancel, resume, jobs, files, report]
+
+
+def _served(path: Any) -> str:
+    """Return where gradio serves a copy of a file from."""
+    from gradio.processing_utils import save_file_to_cache
+    from gradio.utils import get_upload_folder
+
+    return str(save_file_to_cache(path, cache_dir=get_upload_folder()))

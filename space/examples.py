@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from resmerge_stream.experts.group import built_in_recipe
 from resmerge_stream.recipe import ModelRef, Recipe
@@ -16,17 +17,26 @@ class Example:
 
     Attributes:
         label: on the button.
-        note: one line about it.
         base: its id.
         experts: their ids.
-        name: a name for the result.
+        name: a name for the result; empty for files.
+        method: what to start with; for the built-in group, what ``plan --advice`` says of it.
     """
 
     label: str
-    note: str
     base: str
     experts: tuple[str, ...]
     name: str
+    method: str = "resmerge"
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The example in mergekit's vocabulary."""
+        return {
+            "merge_method": self.method,
+            "base_model": self.base,
+            "models": list(self.experts),
+        }
 
 
 def built_in_folders() -> dict[str, str]:
@@ -41,14 +51,13 @@ def examples() -> tuple[Example, ...]:
     return (
         Example(
             "Built-in experts",
-            "Small models, each trained by RL on one task. No account, no network.",
             base,
             tuple(experts),
-            "built-in-merge",
+            "",
+            "head_regression",
         ),
         Example(
             "Qwen2.5-7B base, 3 experts",
-            "The paper's main group: two math experts and a general one. 61 GB to read.",
             "Qwen/Qwen2.5-7B",
             (
                 "hkust-nlp/Qwen-2.5-7B-SimpleRL-Zoo",
@@ -59,7 +68,6 @@ def examples() -> tuple[Example, ...]:
         ),
         Example(
             "Qwen2.5-7B-Instruct, 3 experts",
-            "The paper's second group: reasoning, memory and tool use. 61 GB to read.",
             "Qwen/Qwen2.5-7B-Instruct",
             (
                 "SII-Enigma/Qwen2.5-7B-Ins-AMPO",

@@ -1,6 +1,8 @@
 """What a plan takes here and on the Hub's machines, from the library's table and model."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 from resmerge_stream.hub.flavors import FLAVORS
 from resmerge_stream.planning.machines import estimates, shortage
@@ -44,6 +46,15 @@ class Fit:
     seconds: float
     cost: float | None
     lacks: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain data, for `from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, known: Mapping[str, Any]) -> Self:
+        """Return it from plain data."""
+        return cls(**{**known, "machine": Machine(**known["machine"])})
 
 
 def fits(plan: Plan, here: Machine) -> list[Fit]:

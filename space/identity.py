@@ -1,6 +1,7 @@
 """Who a visitor is and which token stands for them; the Space's own token is no visitor's."""
 
 import hashlib
+import ipaddress
 import os
 import re
 import threading
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from resmerge_stream.errors import PublishError, Remedy, ResMergeError
 
@@ -136,6 +138,47 @@ class Visitors:
             answer.settle(ask)
         # Whoever asks meanwhile with the same token waits for the one answer.
         return answer.found.result()
+
+
+def address_of(request: Any) -> str:
+    """Return where a request comes from, to tell visitors without an account apart; or nothing.
+
+    Behind the Hub's proxy it is the last address of the open network that was added to
+    ``X-Forwarded-For``; what stands before it may be made up. A network of IPv6 counts as one.
+
+    Args:
+        request: gradio's, or starlette's; None where there is none.
+    """
+    if request is None:
+        return ""
+    found = [request.client.host if request.client else ""]
+    if on_space():
+        found += str(request.headers.get("x-forwarded-for") or "").split(",")[-4:]
+    for text in reversed(found):
+        try:
+            address = ipaddress.ip_address(text.strip())
+        except ValueError:
+            continue
+        if address.is_global or text == found[0]:
+            wide = ipaddress.ip_network((address, 64 if address.version == 6 else 32), strict=False)
+            return str(wide.network_address)
+    return ""
+
+
+def caller(request: Any) -> str:
+    """Return `address_of` on a Space; at home all come from one address, and none is told apart."""
+    return address_of(request) if on_space() else ""
+
+
+def space_url(request: Any) -> str:
+    """Return the address of this Space, as somebody elsewhere calls it.
+
+    Args:
+        request: gradio's.
+    """
+    if host := os.environ.get("SPACE_HOST"):
+        return f"https://{host}"
+    return str(request.headers.get("origin") or f"http://{request.headers.get('host')}")
 
 
 def on_space() -> bool:

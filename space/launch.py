@@ -5,6 +5,8 @@ from starlette.middleware import Middleware
 
 from .doorway import Doorway, address_with, new_key
 from .identity import at_home, has_login
+from .jobs.downloads import remove_downloads
+from .limits import Limits
 from .page.news import News
 from .page.ui import CSS, build_page
 from .service import Service
@@ -48,7 +50,10 @@ def launch(settings: Settings | None = None, *, block: bool = True, port: int | 
         port: any free one from 7860 when None.
     """
     key = new_key()
-    guard = [Middleware(Doorway, key=key, is_locked=has_login)] if at_home() else []
+    guard = [Middleware(Limits)]
+    if at_home():
+        guard.insert(0, Middleware(Doorway, key=key, is_locked=has_login))
+    remove_downloads()
     service = Service.of(settings or read_settings())
     news = News(service)
     app = build_page(service, news)
@@ -61,7 +66,8 @@ def launch(settings: Settings | None = None, *, block: bool = True, port: int | 
             mcp_server=True,
             run_history=False,  # it would keep what is typed here in the browser
             allowed_paths=[],
-            max_file_size="1kb",  # nothing is uploaded here
+            max_file_size="1kb",  # nothing is uploaded here, see Limits
+            max_threads=80,  # more than may wait for a plan
             strict_cors=True,
             ssr_mode=False,
             show_error=False,
@@ -70,9 +76,11 @@ def launch(settings: Settings | None = None, *, block: bool = True, port: int | 
         )
         address = address_with(address, key) if has_login() else str(address)
         if block:
+            service.planners.warm()
             print(f"ResMerge Stream is at {address}", flush=True)
             app.block_thread()
     finally:
         if block:
-            service.jobs.close()
+            service.close()
+            remove_downloads(mine=True)
     return address

@@ -12,8 +12,8 @@ from .asked import needs_account, web_request
 from .explore import Opened, open_report, read_report
 from .identity import Visitor, Visitors
 from .jobs.jobs import Jobs
+from .jobs.planning import Planners
 from .jobs.records import JOB_ID, Job
-from .planning import Allowance, plan_for
 from .remedies import plan_said
 from .search import Search
 from .settings import Settings
@@ -30,36 +30,43 @@ class Service:
         jobs: all merges.
         visitors: looks up accounts.
         search: suggests ids.
-        allowance: of plans without an account.
+        planners: make plans.
     """
 
     settings: Settings
     jobs: Jobs
     visitors: Visitors
     search: Search
-    allowance: Allowance
+    planners: Planners
 
     @classmethod
     def of(cls, settings: Settings) -> "Service":
         """Return the service of some settings; it reads the records of earlier jobs."""
-        allowance = Allowance(settings.anonymous_plans)
-        return cls(settings, Jobs(settings), Visitors(), Search(), allowance)
+        return cls(settings, Jobs(settings), Visitors(), Search(), Planners(settings))
 
-    def plan(self, document: Mapping[str, Any], visitor: Visitor) -> dict[str, Any]:
+    def close(self) -> None:
+        """Stop the merges, and the processes that plan."""
+        self.planners.close()
+        self.jobs.close()
+
+    def plan(
+        self, document: Mapping[str, Any], visitor: Visitor, address: str = ""
+    ) -> dict[str, Any]:
         """Return the plan of what a mapping asks for; a wrong recipe is a refused plan."""
         try:
             asked = web_request(document, self.settings)
-            return plan_for(asked, visitor, self.settings, self.allowance)
+            return self.planners.plan(asked, visitor, address)
         except ResMergeError as exc:
             refused = plan_said(refused_plan(*exc.notices))
             return {**refused, "hardware": [], "target_checked": False}
 
-    def check(self, asked: Request, visitor: Visitor) -> None:
+    def check(self, asked: Request, visitor: Visitor, address: str = "") -> None:
         """Refuse what `submit` would not queue for this visitor now; the plan's verdict too.
 
         Args:
             asked: what to merge.
             visitor: who asks; only the built-in example goes without an account.
+            address: where somebody without an account comes from.
 
         Raises:
             PublishError: an account is needed.
@@ -75,23 +82,28 @@ class Service:
                 "as files.",
                 Remedy.GIVE_TARGET,
             )
-        self.jobs.check_caps(visitor.name)
+        self.jobs.check_caps(visitor.name, address)
 
-    def submit(self, asked: Request, visitor: Visitor, *, key: str = "") -> Job:
+    def submit(self, asked: Request, visitor: Visitor, *, key: str = "", address: str = "") -> Job:
         """Queue a merge.
 
         Args:
             asked: what to merge.
             visitor: who asks.
             key: what tells the browser of somebody without an account, see `secret_key`.
+            address: as for `check`.
 
         Raises:
             ResMergeError: as `check`.
         """
-        self.check(asked, visitor)
+        self.check(asked, visitor, address)
         owner = visitor.name
         return self.jobs.submit(
-            asked, owner=owner, key="" if owner else key, token=visitor.token if owner else None
+            asked,
+            owner=owner,
+            key="" if owner else key,
+            token=visitor.token if owner else None,
+            address=address,
         )
 
     def resume(self, job: Job, visitor: Visitor) -> None:
@@ -122,6 +134,7 @@ class Service:
         left = job.seconds_left
         return {
             "state": job.state,
+            "place": self.jobs.place(job),
             "progress": round(job.progress, 4),
             "bytes_read": job.bytes_read,
             "bytes_written": job.bytes_kept + job.bytes_written,

@@ -17,13 +17,14 @@ class Settings:
         folder: where records, journals and results are kept.
         running: merges at a time.
         jobs_per_user: queued and running at a time, of one account.
-        anonymous_jobs: queued and running at a time, of everybody without an account together.
+        anonymous_jobs: queued and running at a time, of everybody without an account together; of
+            one address, one.
         max_experts: of one plan.
         max_header_bytes: read of one repository.
-        anonymous_plans: a minute, of everybody without an account together.
+        anonymous_plans: a minute, of an address without an account.
+        plan_seconds: that one plan may take.
         keep_seconds: how long the files of a finished job stay.
         prompts: held-out prompts a task that the built-in models are asked after a merge; 0: none.
-        secret: encrypts what the browser remembers; empty: one that lasts as long as the process.
     """
 
     folder: Path
@@ -31,11 +32,11 @@ class Settings:
     jobs_per_user: int = 3
     anonymous_jobs: int = 20
     max_experts: int = 16
-    max_header_bytes: int = 64_000_000
+    max_header_bytes: int = 32_000_000
     anonymous_plans: int = 30
+    plan_seconds: float = 45.0
     keep_seconds: float = 86_400.0
     prompts: int = 32
-    secret: str = ""
 
 
 # Variable, field, least value.
@@ -46,6 +47,7 @@ _NUMBERS = (
     ("RESMERGE_SPACE_MAX_EXPERTS", "max_experts", 1),
     ("RESMERGE_SPACE_MAX_HEADER_BYTES", "max_header_bytes", 1),
     ("RESMERGE_SPACE_ANONYMOUS_PLANS", "anonymous_plans", 0),
+    ("RESMERGE_SPACE_PLAN_SECONDS", "plan_seconds", 1),
     ("RESMERGE_SPACE_KEEP_SECONDS", "keep_seconds", 0),
     ("RESMERGE_SPACE_PROMPTS", "prompts", 0),
 )
@@ -72,6 +74,5 @@ def read_settings(environment: Mapping[str, str] | None = None) -> Settings:
     folder = env.get("RESMERGE_SPACE_DIR") or str(default_work_dir() / "space")
     return Settings(
         folder=Path(folder).expanduser().absolute(),
-        secret=env.get("RESMERGE_SPACE_SECRET", ""),
         **numbers,
     )

@@ -63,7 +63,7 @@ def service(tmp_path, monkeypatch):
     """What is behind a page, in an empty folder: it knows alice and bob, and asks nobody."""
     from space.identity import Visitor, Visitors
     from space.jobs.jobs import Jobs
-    from space.planning import Allowance
+    from space.jobs.planning import Planners
     from space.search import Search
     from space.service import Service
     from space.settings import Settings
@@ -71,9 +71,12 @@ def service(tmp_path, monkeypatch):
     monkeypatch.setenv("SPACE_ID", "me/space")
     monkeypatch.delenv("HF_TOKEN", raising=False)
     known = {f"t-{name}": Visitor(name, f"t-{name}", ("team",)) for name in ("alice", "bob")}
-    jobs = Jobs(Settings(folder=tmp_path / "space", prompts=0))
-    yield Service(jobs.settings, jobs, Visitors(known.__getitem__), Search(), Allowance(5))
-    jobs.close()
+    settings = Settings(folder=tmp_path / "space", prompts=0)
+    made = Service(
+        settings, Jobs(settings), Visitors(known.__getitem__), Search(), Planners(settings)
+    )
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,1 +1,1 @@
-"""Jobs that outlive the tab."""
+"""Jobs that outlive the tab, and plans; a process for each that runs."""

@@ -4,10 +4,13 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
 from .records import DONE, Job
+
+_PREFIX = "resmerge-space-"
 
 
 def downloads(job: Job, merged: Path, report: dict[str, Any]) -> list[Path]:
@@ -22,7 +25,7 @@ def downloads(job: Job, merged: Path, report: dict[str, Any]) -> list[Path]:
     """
     if job.state != DONE:
         return []
-    folder = Path(tempfile.gettempdir()) / f"resmerge-space-{os.getpid()}" / job.id
+    folder = _folder() / job.id
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     found = []
     for path in sorted(merged.rglob("*")):
@@ -31,11 +34,43 @@ def downloads(job: Job, merged: Path, report: dict[str, Any]) -> list[Path]:
             if not copy.exists():
                 shutil.copyfile(path, copy)
             found.append(copy)
-    if not found:
+    if found:
+        archive = folder / "merged.zip"
+        if not archive.exists():
+            with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as whole:  # weights don't shrink
+                for path in found:
+                    whole.write(path, path.name)
+        found.insert(0, archive)
+    else:
         found = [folder / "report.json", folder / "recipe.yml"]
         found[0].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         found[1].write_text(pinned_recipe(report), encoding="utf-8")
     return found
+
+
+def remove_downloads(*, mine: bool = False) -> None:
+    """Remove the copies that servers which have ended left; with `mine`, this one's."""
+    if mine:
+        shutil.rmtree(_folder(), ignore_errors=True)
+        return
+    for folder in _folder().parent.glob(f"{_PREFIX}*"):
+        number = folder.name.removeprefix(_PREFIX)
+        if number.isdigit() and not _is_running(int(number)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folder() -> Path:
+    return Path(tempfile.gettempdir()) / f"{_PREFIX}{os.getpid()}"
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # another user's
+    return True
 
 
 def pinned_recipe(report: dict[str, Any]) -> str:

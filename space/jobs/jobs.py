@@ -6,11 +6,12 @@ import shutil
 import subprocess
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from resmerge_stream.errors import RecipeError, error_from_dict
+from resmerge_stream.errors import RecipeError, Remedy, error_from_dict
 from resmerge_stream.planning.request import Request
 
 from ..remedies import said
@@ -43,12 +44,14 @@ class _Run:
     Attributes:
         live: what a running picture shows; it stays when the run has ended.
         token: to read and publish with, until the run ends.
+        address: where it was asked for, if without an account; never in a record.
         process: of the merge, while there is one.
         is_cancelling: whether it was told to stop.
     """
 
     live: Live = field(default_factory=Live)
     token: str | None = None
+    address: str = ""
     process: "subprocess.Popen[str] | None" = None
     is_cancelling: bool = False
 
@@ -77,17 +80,19 @@ class Jobs:
                 job.message = "The Space was restarted. What was finished is kept."
                 self._save(job)
 
-    def submit(self, asked: Request, *, owner: str, key: str, token: str | None) -> Job:
+    def submit(
+        self, asked: Request, *, owner: str, key: str, token: str | None, address: str = ""
+    ) -> Job:
         """Queue a merge and return its job.
 
         Raises:
             RecipeError: this visitor, or all of them, have too many jobs.
         """
         with self._changed:
-            self.check_caps(owner)
+            self.check_caps(owner, address)
             job = new_job(asked.to_dict(), owner, key)
             self._jobs[job.id] = job
-            self._enqueue(job, token)
+            self._enqueue(job, token, address)
             return job
 
     def resume(self, job: Job, token: str | None) -> None:
@@ -128,10 +133,22 @@ class Jobs:
         """Return a job by its id."""
         return self._jobs.get(job_id)
 
-    def of(self, owner: str) -> list[Job]:
-        """Return an account's jobs, the newest first."""
+    def of(self, owner: str, key: str = "") -> list[Job]:
+        """Return the jobs of an account, and those that a browser started without one.
+
+        Args:
+            owner: the account's name; empty for none.
+            key: of the browser, see `Job.key`; empty for none.
+
+        Returns:
+            The newest first.
+        """
         with self._changed:
-            mine = [job for job in self._jobs.values() if owner and job.owner == owner]
+            mine = [
+                job
+                for job in self._jobs.values()
+                if (owner and job.owner == owner) or (key and not job.owner and job.key == key)
+            ]
         return sorted(mine, key=lambda job: -job.created)
 
     def live(self, job: Job) -> Live:
@@ -141,7 +158,7 @@ class Jobs:
 
     def place(self, job: Job) -> int:
         """Return how many jobs are before a queued one, those that run included; never waits."""
-        queue = list(self._queue)
+        queue = self._in_order()
         running = sum(run.process is not None for run in list(self._runs.values()))
         return queue.index(job.id) + running if job.id in queue else 0
 
@@ -163,25 +180,61 @@ class Jobs:
         for runner in self._runners:
             runner.join(timeout=15)
 
-    def check_caps(self, owner: str) -> None:
-        """Refuse an account, or all without one, that has too many jobs already.
+    def check_caps(self, owner: str, address: str = "") -> None:
+        """Refuse an account, an address without one, or all of those, with too many jobs already.
+
+        Args:
+            owner: the account; empty for none.
+            address: of somebody without one; empty where it says nothing.
 
         Raises:
             RecipeError: as many as are allowed are queued or running.
         """
         settings = self.settings
+        jobs = [job for job in list(self._jobs.values()) if job.state in ACTIVE]
+        mine = [job for job in jobs if job.owner == owner]
+        if not owner and address and address in map(self._address, mine):
+            raise RecipeError(
+                "a merge of yours is queued or running. Wait for it, or cancel it.",
+                Remedy.SIGN_IN,
+                kind="busy",
+            )
         cap = settings.jobs_per_user if owner else settings.anonymous_jobs
-        active = sum(
-            job.state in ACTIVE and job.owner == owner for job in list(self._jobs.values())
-        )
-        if active >= cap:
-            whose = f"you have {active} jobs" if owner else f"visitors have {active} jobs"
-            raise RecipeError(f"{whose} queued or running, and {cap} are allowed at a time. Wait.")
+        if len(mine) >= cap:
+            whose = f"you have {len(mine)} jobs" if owner else f"visitors have {len(mine)} jobs"
+            raise RecipeError(
+                f"{whose} queued or running, and {cap} are allowed at a time. Wait.", kind="busy"
+            )
 
-    def _enqueue(self, job: Job, token: str | None) -> None:
+    def _address(self, job: Job) -> str:
+        run = self._runs.get(job.id)
+        return run.address if run is not None else ""
+
+    def _in_order(self) -> list[str]:
+        """Return the queue as it will be served.
+
+        Accounts come before those without, and everybody's first job before anybody's second;
+        what somebody has running counts as a job of theirs.
+        """
+        ahead: Counter[str] = Counter()
+        for job_id, run in list(self._runs.items()):
+            if run.process is not None and job_id in self._jobs:
+                ahead[self._who(job_id)] += 1
+        keys = []
+        for number, job_id in enumerate(list(self._queue)):
+            who = self._who(job_id)
+            keys.append((not self._jobs[job_id].owner, ahead[who], number, job_id))
+            ahead[who] += 1
+        return [job_id for *_, job_id in sorted(keys)]
+
+    def _who(self, job_id: str) -> str:
+        job = self._jobs[job_id]
+        return f"@{job.owner}" if job.owner else self._address(job) or job_id
+
+    def _enqueue(self, job: Job, token: str | None, address: str = "") -> None:
         job.state, job.message = QUEUED, "Waiting for its turn."
         job.say("queued")
-        self._runs[job.id] = _Run(token=token)
+        self._runs[job.id] = _Run(token=token, address=address)
         self._queue.append(job.id)
         self._save(job)
         if not self._runners:
@@ -208,7 +261,8 @@ class Jobs:
                     return
                 if not self._queue:
                     continue
-                job = self._jobs[self._queue.pop(0)]
+                job = self._jobs[self._in_order()[0]]
+                self._queue.remove(job.id)
                 run = self._runs[job.id]
                 begin(job, run.live)
                 process = run.process = start_worker(self.settings)

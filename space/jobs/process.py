@@ -1,4 +1,4 @@
-"""The process of one merge: started without any of the Space's secrets, asked, listened to."""
+"""Processes of merges and plans: started without the Space's secrets, asked, listened to."""
 
 import contextlib
 import json
@@ -14,16 +14,21 @@ from ..settings import Settings
 
 _ROOT = Path(__file__).resolve().parents[2]
 _REAPED_AFTER_S = 0.1
-_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OAUTH_CLIENT_SECRET", "RESMERGE_SPACE_SECRET")
+_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OAUTH_CLIENT_SECRET")
 
 
-def start_worker(settings: Settings) -> "subprocess.Popen[str]":
+def start_worker(settings: Settings, module: str = "space.jobs.worker") -> "subprocess.Popen[str]":
     """Start a worker; it knows neither the Space's secrets nor, yet, any visitor's token."""
     env = {key: value for key, value in os.environ.items() if key not in _SECRETS}
-    env |= {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "RESMERGE_SPACE_DIR": str(settings.folder)}
+    env |= {
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "RESMERGE_SPACE_DIR": str(settings.folder),
+        "RESMERGE_SPACE_MAX_EXPERTS": str(settings.max_experts),
+        "RESMERGE_SPACE_MAX_HEADER_BYTES": str(settings.max_header_bytes),
+    }
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
-        [sys.executable, "-m", "space.jobs.worker"],
+        [sys.executable, "-m", module],
         cwd=_ROOT,
         env=env,
         stdin=subprocess.PIPE,
@@ -40,6 +45,16 @@ def send(process: "subprocess.Popen[str]", request: Mapping[str, Any]) -> None:
         if process.stdin is not None:
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
+
+
+def end(process: "subprocess.Popen[str]") -> None:
+    """End a worker that waits for a request, or has ended, and free what it had."""
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError, ValueError):
+            if pipe is not None:
+                pipe.close()
+    process.kill()
+    process.wait()
 
 
 def events(process: "subprocess.Popen[str]") -> Iterator[dict[str, Any]]:

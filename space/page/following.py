@@ -48,14 +48,13 @@ class Following:
         except ResMergeError as exc:
             text = notice(said(exc), "warn") if asked else ""
             return {
-                "job": "", "seen": {}, "state": "", "status": text,
+                "job": "", "state": "", "status": text,
                 "watching": gr.update(active=False),
                 "follow": gr.update(visible=asked), "done": gr.update(visible=False),
                 **_buttons(None, may_change=False),
             }  # fmt: skip
         return {
             "job": job.id,
-            "seen": {"job": job.id, "shown": job.state},
             "state": job.state,
             "follow": gr.update(visible=True),
             "link": view.link_html(job.id),
@@ -64,20 +63,28 @@ class Following:
         }
 
     def refresh(self, form: Form, token: Token) -> Changes:
-        """Show everything of a job again, when its state changed."""
-        seen = dict(form.get("seen") or {})
+        """Show everything of a job again, when its state changed.
+
+        The browser says which job that is: a server that was started anew remembers no page.
+        """
+        visitor = self._visitor(token)
         try:
-            job = self._service.job(str(seen.get("job") or ""), self._visitor(token))
+            job = self._service.job(str(form.get("job") or ""), visitor)
         except ResMergeError:
             return {"watching": gr.update(active=False)}
-        if seen.get("shown") == job.state:
-            return {}  # whoever changed the state has shown it
         return {
-            **self._shown(job, self._visitor(token), _secret(form)),
-            "seen": {**seen, "shown": job.state},
+            **self._shown(job, visitor, _secret(form)),
             "state": job.state,
             "watching": gr.update(active=job.state in ACTIVE),
         }
+
+    def dismiss(self, form: Form) -> Changes:
+        """Put a job away: the page is for a new merge; the job stays under My jobs."""
+        remembered = {**dict(form.get("remembered") or {}), "job": ""}
+        return {
+            "job": "", "state": "", "watching": gr.update(active=False),
+            "follow": gr.update(visible=False), "remembered": remembered,
+        }  # fmt: skip
 
     def cancel(self, form: Form, token: Token) -> Changes:
         """Stop the job that is shown."""
@@ -99,12 +106,13 @@ class Following:
         return self._change(form, token, remove)
 
     def look_for_unfinished(self, form: Form, token: Token) -> Changes:
-        """Offer an account its unfinished merges: from the records, and from the Hub."""
-        return self.waiting(self._visitor(token))
+        """Offer a visitor's unfinished merges: from the records, and from the Hub."""
+        return self.waiting(self._visitor(token), _secret(form))
 
-    def waiting(self, visitor: Visitor) -> Changes:
-        """Return what shows an account's jobs and unfinished merges."""
-        jobs = self._service.jobs.of(visitor.name) if visitor.name else []
+    def waiting(self, visitor: Visitor, secret: str) -> Changes:
+        """Return what shows the jobs of an account, or of a browser, and unfinished merges."""
+        jobs = self._service.jobs.of(visitor.name, secret_key(secret))
+        done = [(view.short_title(job), job.id) for job in jobs if job.state == DONE]
         choices = [
             (f"{view.title_of(job.asked)} · {100 * job.progress:.0f} % done", f"job:{job.id}")
             for job in jobs
@@ -120,7 +128,9 @@ class Following:
         return {
             "unfinished": gr.update(visible=bool(choices)),
             "chosen": gr.update(choices=choices, value=first),
-            "mine": view.jobs_html(jobs) if visitor.name else view.NO_ACCOUNT,
+            "mine": view.jobs_html(jobs, signed_in=bool(visitor.name)),
+            "report_a": gr.update(choices=done),
+            "report_b": gr.update(choices=done),
         }
 
     def go_on(self, form: Form, token: Token) -> Changes:
@@ -129,7 +139,7 @@ class Following:
         kind, _, name = str(form.get("chosen") or "").partition(":")
         try:
             if kind == "job":
-                job = self._service.job(name, visitor, change=True)
+                job = self._service.job(name, visitor, key=secret_key(secret), change=True)
                 self._service.resume(job, visitor)
             else:
                 found = self._on_hub(visitor)
@@ -141,7 +151,12 @@ class Following:
             return {"go_on_note": notice(said(exc))}
         remembered = {**dict(form.get("remembered") or {}), "job": job.id}
         shown = self.attach(job.id, visitor, secret, asked=True)
-        return {**shown, **self.waiting(visitor), "remembered": remembered, "go_on_note": ""}
+        return {
+            **shown,
+            **self.waiting(visitor, secret),
+            "remembered": remembered,
+            "go_on_note": "",
+        }
 
     def explored(self, opened: Sequence[Opened]) -> str:
         """Return one report's figures, or two reports beside each other."""
@@ -179,7 +194,10 @@ class Following:
                 opened = open_report(data, name="This merge")
             except ResMergeError as exc:
                 return {**changes, "figures": notice(said(exc))}
-            changes["figures"] = view_report.summary_html(opened) + report_html(opened.rows)
+            changes["figures"] = view_report.folded(
+                "What each tensor's gates decided",
+                view_report.summary_html(opened) + report_html(opened.rows),
+            )
             files = downloads(job, self._service.jobs.result(job), opened.report)
             changes["files"] = gr.update(value=[str(path) for path in files], visible=True)
         return changes

@@ -10,16 +10,19 @@ from resmerge_stream.errors import PublishError, ResMergeError
 from resmerge_stream.methods import build_method, find_methods
 
 from ..asked import web_recipe, web_request
-from ..examples import examples, is_built_in
-from ..identity import Visitor, on_space, secret_key
+from ..examples import examples
+from ..identity import Visitor, caller, has_login, on_space, secret_key, space_url
+from ..jobs.downloads import pinned_recipe
 from ..remedies import said
 from ..service import Service
 from ..view import jobs as view
 from ..view.plan import plan_html
 from ..view.words import notice
+from .fields import METHOD, names
 from .following import Following
-from .forms import ROWS, document_of, form_of, without_row
+from .forms import ROWS, document_of, form_of
 from .news import News
+from .texts import from_code
 
 Form = Mapping[str, Any]
 Changes = dict[str, Any]
@@ -42,15 +45,20 @@ class Handlers:
         self.following = Following(service, news)
 
     def load(self, form: Form, request: gr.Request, token: Token) -> Changes:
-        """Show who somebody is, and attach to the job in the address or the one remembered."""
+        """Show who somebody is, the form as it was left, and the job in the address or the last."""
         remembered = dict(form.get("remembered") or {})
         remembered.setdefault("secret", secrets.token_urlsafe(32))
         visitor = self._visitor(token)
-        asked = str(dict(request.query_params).get("job") or "") if request else ""
+        query = dict(request.query_params) if request else {}
+        asked = str(query.get("job") or "")
         job_id = asked or str(remembered.get("job") or "")
         changes = self.following.attach(job_id, visitor, remembered["secret"], asked=bool(asked))
         if changes.get("job"):
             remembered["job"] = changes["job"]
+        if query.get("recipe"):
+            changes |= self.paste({"yaml": query["recipe"]}, token)
+        elif form.get("kept"):
+            changes |= self._restored(dict(form["kept"]))
         choices = [visitor.name, *visitor.orgs] if visitor.name else []
         return {
             **changes,
@@ -64,37 +72,41 @@ class Handlers:
     def example(self, form: Form, number: int) -> Changes:
         """Fill the form from a ready example."""
         found = examples()[number]
-        recipe = web_recipe(
-            {"base_model": found.base, "models": list(found.experts)}, self._service.settings
-        )
-        return {**self._filled(form_of(recipe)), "name": found.name, "as_files": number == 0}
+        recipe = web_recipe(found.recipe, self._service.settings)
+        return {**self._filled(form_of(recipe)), "name": found.name}
 
-    def paste(self, form: Form) -> Changes:
-        """Fill the form from a pasted recipe."""
+    def try_example(self, form: Form, request: gr.Request, token: Token) -> Changes:
+        """Merge the built-in example at once, into files, and show its job."""
+        found = examples()[0]
+        filled = self.example(form, 0)
+        return {**filled, **self._submit({"recipe": found.recipe}, form, request, token)}
+
+    def paste(self, form: Form, token: Token) -> Changes:
+        """Fill the form from a recipe, or from the report of a model that was merged."""
+        text = str(form.get("yaml") or "")
         try:
-            recipe = web_recipe(str(form.get("yaml") or ""), self._service.settings)
+            if "/" in text and len(text.split()) == 1 and "{" not in text:
+                text = pinned_recipe(self._service.report(text, self._visitor(token)).report)
+            recipe = web_recipe(text, self._service.settings)
             build_method(recipe.method, recipe.parameters)
         except ResMergeError as exc:
             return {"pasted": notice(said(exc))}
         if len(recipe.experts) > ROWS:
             text = f"The form has room for {ROWS} experts; use the endpoints for more."
             return {"pasted": notice(text)}
-        text = "The form shows this recipe now. Plan it below."
         return {
             **self._filled(form_of(recipe)),
-            "as_files": is_built_in(recipe),
-            "pasted": notice(text, "good"),
+            "pasted": notice("The form shows this recipe now.", "good"),
         }
 
     def add_row(self, form: Form) -> Changes:
         """Show one more row for an expert."""
         count = min(int(form["count"]) + 1, ROWS)
-        return {"count": count, **_visible_rows(count)}
-
-    def remove_row(self, form: Form, number: int) -> Changes:
-        """Take one expert out of the form."""
-        rows = without_row(form, number)
-        return {**rows, **_visible_rows(rows["count"])}
+        return {
+            "count": count,
+            **self._method_shown(str(form["method"]), count),
+            f"expert{count - 1}": gr.update(visible=True),
+        }
 
     def suggest(
         self, form: Form, typed: gr.KeyUpData, request: gr.Request, token: Token
@@ -111,35 +123,50 @@ class Handlers:
 
     def choose_method(self, form: Form) -> Changes:
         """Show the chosen method's own controls and what it is."""
-        return self._method_shown(str(form["method"]))
+        return self._method_shown(str(form["method"]), int(form["count"]))
 
     def plan(self, form: Form, request: gr.Request, token: Token) -> Changes:
-        """Plan what the form asks for."""
+        """Plan what the form asks for; what is no model is said at its field."""
         visitor = self._visitor(token)
         document = document_of({"namespace": visitor.name, **_given(form)})
-        plan = self._service.plan(document, visitor)
+        address = caller(request)
+        plan = self._service.plan(document, visitor, address)
         push_to = str(document["push_to"])
         ready = not plan["refused"]
-        hindrance = self._hindrance(document, visitor) if ready else ""
+        hindrance = self._hindrance(document, visitor, address) if ready else ""
         return {
             "planned": document if ready else None,
-            "plan_html": plan_html(plan, push_to=push_to, hindrance=hindrance),
+            "plan_html": plan_html(
+                plan, push_to=push_to, hindrance=hindrance, recipe=document["recipe"]
+            ),
             "merge": gr.update(interactive=ready and not hindrance),
             "merge_note": "",
         }
 
-    def merge(self, form: Form, token: Token) -> Changes:
+    def merge(self, form: Form, request: gr.Request, token: Token) -> Changes:
         """Queue the merge that was planned."""
         visitor = self._visitor(token)
         document = document_of({"namespace": visitor.name, **_given(form)})
         if document != form.get("planned"):
             text = "The form was changed since it was planned. Plan again, then merge."
             return {"merge_note": notice(text, "warn"), "merge": gr.update(interactive=False)}
+        return self._submit(document, form, request, token)
+
+    def from_code(self, form: Form, request: gr.Request) -> Changes:
+        """Show how to ask for what is in the form from code."""
+        document = document_of(_given(form))
+        if not document["recipe"]["models"]:
+            document = {**document, "recipe": examples()[0].recipe, "push_to": ""}
+        return {"code": from_code(space_url(request), document, key=has_login())}
+
+    def _submit(self, document: Form, form: Form, request: gr.Request, token: Token) -> Changes:
+        visitor = self._visitor(token)
         remembered = dict(form.get("remembered") or {})
         remembered.setdefault("secret", secrets.token_urlsafe(32))
         try:
             asked = web_request(document, self._service.settings)
-            job = self._service.submit(asked, visitor, key=secret_key(remembered["secret"]))
+            key = secret_key(remembered["secret"])
+            job = self._service.submit(asked, visitor, key=key, address=caller(request))
         except ResMergeError as exc:
             return {"merge_note": notice(said(exc))}
         remembered["job"] = job.id
@@ -166,10 +193,11 @@ class Handlers:
         first = examples()[0]
         return [first.base, *first.experts]
 
-    def _hindrance(self, document: Form, visitor: Visitor) -> str:
+    def _hindrance(self, document: Form, visitor: Visitor, address: str) -> str:
         """Return why Merge would not start what can be planned, and what to do; or nothing."""
         try:
-            self._service.check(web_request(document, self._service.settings), visitor)
+            asked = web_request(document, self._service.settings)
+            self._service.check(asked, visitor, address)
         except PublishError as exc:
             at_home = "" if on_space() else " Log in with “hf auth login”, and start this again."
             return said(exc) + at_home
@@ -178,27 +206,42 @@ class Handlers:
         return ""
 
     def _filled(self, fields: Changes) -> Changes:
-        changes: Changes = {**fields, **_visible_rows(fields["count"])}
+        count = int(fields["count"])
+        changes = {**fields, **self._method_shown(str(fields["method"]), count), "planned": None}
+        changes["base"] = gr.update(value=fields["base"] or None)
         for number in range(ROWS):
-            key = f"expert{number}"
-            changes[key] = gr.update(value=fields[key] or None)
-        changes["base"] = gr.update(value=fields["base"])
-        return {**changes, **self._method_shown(str(fields["method"])), "planned": None}
+            changes[f"expert{number}"] = gr.update(
+                value=fields[f"expert{number}"] or None, visible=number < count
+            )
+            changes[f"weight{number}"]["value"] = fields.get(f"weight{number}", 1.0)
+        return changes
 
-    def _method_shown(self, name: str) -> Changes:
+    def _restored(self, kept: Changes) -> Changes:
+        """Return what fills the form from what the browser kept; whatever else it says is left."""
+        plain = {
+            name: value
+            for name, value in kept.items()
+            if name in names() and isinstance(value, str | int | float)
+        }
+        if plain.get("method", METHOD) not in find_methods():
+            del plain["method"]
+        rows = [number for number in range(ROWS) if plain.get(f"expert{number}")]
+        count = max(2, *(number + 1 for number in rows)) if rows else 2
+        models = {f"expert{number}": plain.get(f"expert{number}") for number in range(ROWS)}
+        fields = {"base": "", "method": METHOD, **plain, **models, "count": count}
+        return self._filled(fields)
+
+    def _method_shown(self, name: str, count: int) -> Changes:
         methods = find_methods()
         changes: Changes = {
             f"controls.{method}": gr.update(visible=method == name) for method in methods
         }
         chosen = methods.get(name)
         weighted = chosen is not None and chosen.weighted
-        changes |= {f"weight{i}": gr.update(visible=weighted) for i in range(ROWS)}
+        for number in range(ROWS):
+            changes[f"weight{number}"] = gr.update(visible=weighted and number < count)
         changes["about_method"] = view.method_html(chosen) if chosen else ""
         return changes
-
-
-def _visible_rows(count: int) -> Changes:
-    return {f"row{number}": gr.update(visible=number < count) for number in range(ROWS)}
 
 
 def _given(form: Form) -> Changes:

@@ -1,66 +1,106 @@
-"""Fixed texts of the page."""
+"""Fixed texts of the page, and how a merge is asked for from code."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from typing import Any
 
 from ..view.words import esc
 
 TITLE = (
     "<h1>ResMerge Stream</h1>"
-    "<p>Merge language models that reinforcement learning made out of one base. From the Hub to "
-    "the Hub, one tensor at a time. "
-    '<a href="https://arxiv.org/abs/2606.02252" target="_blank" rel="noopener">The method</a></p>'
+    "<p>Merge language models that reinforcement learning made out of one base, without loading "
+    "them: from the Hub to the Hub, one tensor at a time.</p>"
 )
-
-FROM_CODE = """\
-Everything here works from code too, with the same limits. A merge started here can be followed
-there, and the other way round. The endpoints are `/methods`, `/plan`, `/merge`, `/status`,
-`/cancel` and `/report`; “Use via API” at the foot of the page describes each.
-
-**Python**
-
-```python
-import time
-from gradio_client import Client
-
-space = Client("namespace/this-space", oauth_token="hf_…")  # your own token, which may write
-recipe = {
-    "base_model": "org/base",
-    "models": [{"model": "org/math"}, {"model": "org/code"}],
-}
-plan = space.predict(recipe=recipe, api_name="/plan")
-print(plan["problems"], plan["read_bytes"], plan["seconds_estimate"])
-job = space.predict(recipe=recipe, push_to="me/merged", private=True, api_name="/merge")["job"]
-going_on = ("queued", "planning", "running")
-while (now := space.predict(job=job, api_name="/status"))["state"] in going_on:
-    print(f"{now['progress']:.0%}", now["message"])
-    time.sleep(5)
-print(now["state"], now["url"] or now["message"])
-```
-
-**curl**
-
-```sh
-URL=https://namespace-this-space.hf.space
-curl -s $URL/gradio_api/call/v2/plan -H 'Content-Type: application/json' -d '{
-  "recipe": {"base_model": "built-in/base",
-             "models": [{"model": "built-in/rl-add"}, {"model": "built-in/rl-sort"}]}}'
-# {"event_id": "…"}; the answer is in the stream of that event:
-curl -sN $URL/gradio_api/call/plan/EVENT_ID
-```
-
-With an account, put `"oauth_token": "hf_…"` beside `recipe`.
-
-**MCP**: `…/gradio_api/mcp/`, with the header `x-hf-token: hf_…` for what needs an account.
-
-**Terminal**
-
-```sh
-resmerge-stream merge --base org/base --expert org/math --expert org/code --push-to me/merged
-```
-"""
+SKIP = '<a class="rm-skip" href="#base">Skip to the form</a>'
+TRY = "Plans, merges and examines four small built-in experts. No account, under a minute."
 
 
-def step(number: int, title: str, note: str) -> str:
-    """Return the heading of one step of the work."""
+def heading(title: str, note: str = "") -> str:
+    """Return the heading of a part of the page."""
     soft = f'<p class="rm-soft">{esc(note)}</p>' if note else ""
-    return (
-        f'<div class="rm-step"><h2><i aria-hidden="true">{number}</i>{esc(title)}</h2>{soft}</div>'
+    return f'<div class="rm-step"><h2>{esc(title)}</h2>{soft}</div>'
+
+
+def from_code(url: str, asked: Mapping[str, Any], *, key: bool) -> str:
+    """Return how to ask a Space for a merge from Python, curl, MCP and the terminal.
+
+    Args:
+        url: of this Space.
+        asked: the recipe and where to publish, as the form has them.
+        key: whether this server asks for the key in its printed address.
+    """
+    recipe, push_to = asked["recipe"], asked["push_to"]
+    body = json.dumps({"recipe": recipe}, indent=2)
+    headers = '\n  -H "x-resmerge-key: $KEY" \\' if key else ""
+    opened = ', headers={"x-resmerge-key": key}' if key else ', token="hf_…"'
+    python = (
+        "import time\nfrom gradio_client import Client\n\n"
+        f'space = Client("{url}"{opened})\n'
+        f"recipe = {_python(recipe)}\n"
+        'plan = space.predict(recipe=recipe, api_name="/plan")\n'
+        'print(plan["problems"], plan["read_bytes"])\n'
+        f'job = space.predict(recipe=recipe, push_to="{push_to}", api_name="/merge")["job"]\n'
+        'while (now := space.predict(job=job, api_name="/status"))["state"] in (\n'
+        '    "queued", "planning", "running"\n):\n'
+        '    print(f"{now[\'progress\']:.0%}", now["message"])\n    time.sleep(5)\n'
+        'print(now["state"], now["url"] or now["message"])'
     )
+    curl = (
+        f"EVENT=$(curl -s {url}/gradio_api/call/v2/plan \\{headers}\n"
+        f"  -H 'Content-Type: application/json' -d {shlex.quote(body)} | cut -d'\"' -f4)\n"
+        f"curl -sN {url}/gradio_api/call/plan/$EVENT{headers.rstrip(chr(92)).rstrip()}"
+    )
+    mcp = json.dumps(
+        {
+            "mcpServers": {
+                "resmerge": {
+                    "url": f"{url}/gradio_api/mcp/",
+                    "headers": {"x-hf-token": "hf_…", **({"x-resmerge-key": "…"} if key else {})},
+                }
+            }
+        },
+        indent=2,
+        ensure_ascii=False,
+    )
+    return (
+        '<div class="rm"><p>What the form asks for now, from elsewhere and with the same limits. '
+        "A merge started there can be followed here. The endpoints: <code>/methods</code>, "
+        "<code>/plan</code>, <code>/merge</code>, <code>/status</code>, <code>/jobs</code>, "
+        "<code>/cancel</code>, <code>/resume</code>, <code>/files</code> and "
+        "<code>/report</code>.</p>"
+        + _code("Python", python)
+        + _code("curl", curl)
+        + _code("MCP", mcp)
+        + _code("Terminal", terminal(asked))
+        + "</div>"
+    )
+
+
+def terminal(asked: Mapping[str, Any]) -> str:
+    """Return the command that merges what is asked for, with the recipe as a file."""
+    import yaml
+
+    recipe = yaml.safe_dump(dict(asked["recipe"]), sort_keys=False, allow_unicode=True)
+    options = " ".join(
+        f"--{key.replace('_', '-')} {shlex.quote(str(value))}"
+        for key, value in asked["options"].items()
+    )
+    where = f"--push-to {asked['push_to']}" if asked["push_to"] else "--out merged"
+    return (
+        f"cat > recipe.yml <<'END'\n{recipe}END\n"
+        f"resmerge-stream merge recipe.yml {' '.join(filter(None, [options, where]))}"
+    )
+
+
+def _code(title: str, text: str) -> str:
+    return (
+        f'<h3>{esc(title)}</h3><pre tabindex="0" role="region" aria-label="{esc(title)}">'
+        f"<code>{esc(text)}</code></pre>"
+    )
+
+
+def _python(recipe: Mapping[str, Any]) -> str:
+    import pprint
+
+    return pprint.pformat(dict(recipe), sort_dicts=False, width=88)

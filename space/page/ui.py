@@ -2,32 +2,39 @@
 
 import functools
 import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import gradio as gr
 
-from ..endpoints import endpoints
+from ..endpoints import add_endpoints
 from ..examples import examples
 from ..identity import on_space
-from ..planning import this_machine
 from ..service import Service
-from ..view.plan import here_html
 from . import fields
 from .forms import ROWS
 from .handlers import Handlers
 from .news import News
-from .texts import FROM_CODE, TITLE, step
+from .texts import SKIP, TITLE, TRY, heading
 
-CSS, _WATCH = (Path(__file__).with_name(name) for name in ("style.css", "watch.js"))
+CSS, _WATCH, _KEEP, _FILE = (
+    Path(__file__).with_name(name) for name in ("style.css", "watch.js", "keep.js", "file.js")
+)
 TICK_S = 5.0
+_READY = "() => { window.resmergeReady = true; }"
+_SHOW_JOB = "() => setTimeout(() => document.getElementById('follow')?.scrollIntoView(), 100)"
+_LOST = '<p id="lost" class="rm-lost" role="status"></p>'
+# The browser decodes what it keeps, so this is in the page: it hides nothing, it only must not
+# change from one start of the server to the next.
+_NO_SECRET = "resmerge-stream"
 
 Parts = dict[str, Any]
 
 
 def build_page(service: Service, news: News) -> gr.Blocks:
-    """Return the app: three tabs for people, six endpoints for programs.
+    """Return the app: three tabs for people, endpoints for programs.
 
     Args:
         service: behind it.
@@ -38,42 +45,42 @@ def build_page(service: Service, news: News) -> gr.Blocks:
         title="ResMerge Stream", analytics_enabled=False, delete_cache=(3600, 86400)
     ) as app:
         parts: Parts = {
-            "remembered": gr.BrowserState(
-                {}, storage_key="resmerge-stream", secret=service.settings.secret or None
-            ),
-            # Which job was shown in which state: kept by the server, so that they belong together.
-            "seen": gr.State({}),
-            # No gr.State: the browser needs both.
+            "remembered": gr.BrowserState({}, storage_key="resmerge-stream", secret=_NO_SECRET),
+            "kept": gr.BrowserState({}, storage_key="resmerge-form", secret=_NO_SECRET),
+            # No gr.State: the browser needs both, and a server started anew knows neither.
             "job": gr.Textbox("", label="Job", visible="hidden"),
             "state": gr.Textbox("", label="State of the job", visible="hidden"),
             "planned": gr.State(None),
             "count": gr.State(2),
             "watching": gr.Timer(TICK_S, active=False),
         }
-        _header(parts, service)
+        _header(parts)
         with gr.Tab("Merge"):
+            _now(parts)
+            with gr.Row(elem_id="try"):
+                parts["try"] = gr.Button(
+                    "Try the example", variant="primary", scale=0, min_width=220
+                )
+                gr.HTML(f'<p class="rm-soft">{TRY}</p>', container=False, padding=False)
+            parts["merge_note"] = gr.HTML(container=False, padding=False)
             fields.choose(parts)
-            fields.target(parts)
             _plan_and_merge(parts)
-            _follow(parts)
         with gr.Tab("My jobs"):
             parts["mine"] = gr.HTML(label="My jobs", container=False, padding=False)
             parts["refresh"] = gr.Button("Look again", size="sm")
         with gr.Tab("Explore"):
             _explore(parts)
-        with gr.Tab("From code"):
-            gr.Markdown(FROM_CODE)
+        with gr.Tab("From code") as parts["from_code"]:
+            parts["code"] = gr.HTML(label="From code", container=False, padding=False)
         _wire(app, parts, handlers)
-        for function in endpoints(service):
-            gr.api(  # type: ignore[attr-defined]
-                function, api_name=function.__name__, concurrency_limit=4
-            )
-    app.queue(max_size=200, default_concurrency_limit=8)
+        add_endpoints(app, service)
+    app.queue(max_size=400, default_concurrency_limit=16)
     page: gr.Blocks = app
     return page
 
 
-def _header(parts: Parts, service: Service) -> None:
+def _header(parts: Parts) -> None:
+    gr.HTML(SKIP, container=False, padding=False, elem_classes="rm-first")
     with gr.Row(equal_height=True):
         gr.HTML(TITLE, container=False, padding=False, elem_classes="rm-title", min_width=320)
         if on_space():
@@ -81,53 +88,51 @@ def _header(parts: Parts, service: Service) -> None:
                 gr.LoginButton(size="sm")
                 gr.DuplicateButton("Duplicate this Space", size="sm")
     parts["who"] = gr.HTML(label="Account", container=False, padding=False)
-    machine = this_machine(service.settings)
-    gr.HTML(here_html(machine, running=service.settings.running), container=False, padding=False)
+
+
+def _now(parts: Parts) -> None:
+    """Add what concerns the visitor now: the job that runs or ended, and what can be continued."""
     with gr.Group(visible=False) as parts["unfinished"]:
         parts["chosen"] = gr.Dropdown([], label="Your unfinished merges")
         parts["go_on"] = gr.Button("Continue this merge", variant="primary")
         parts["go_on_note"] = gr.HTML(container=False, padding=False)
-
-
-def _plan_and_merge(parts: Parts) -> None:
-    gr.HTML(
-        step(3, "Plan", "Reads headers only, a few megabytes. Nothing is downloaded."),
-        container=False,
-        padding=False,
-    )
-    parts["plan"] = gr.Button("Plan", variant="primary", elem_id="plan")
-    parts["plan_html"] = gr.HTML(label="Plan", container=False, padding=False)
-    gr.HTML(step(4, "Merge", "Goes on when you close the page."), container=False, padding=False)
-    parts["merge_note"] = gr.HTML(container=False, padding=False)
-    parts["merge"] = gr.Button("Merge", variant="primary", interactive=False, elem_id="merge")
-
-
-def _follow(parts: Parts) -> None:
     with gr.Column(visible=False, elem_id="follow") as parts["follow"]:
-        gr.HTML(step(5, "Follow", ""), container=False, padding=False)
+        gr.HTML(heading("Your merge"), container=False, padding=False)
+        gr.HTML(_LOST, container=False, padding=False)
         parts["status"] = gr.HTML(label="Progress", container=False, padding=False)
         with gr.Row():
             parts["cancel"] = gr.Button("Cancel", variant="stop", visible=False)
             parts["resume"] = gr.Button("Continue", variant="primary", visible=False)
             parts["discard"] = gr.Button("Remove what it left", visible=False)
         parts["act_note"] = gr.HTML(container=False, padding=False)
-        parts["link"] = gr.HTML(container=False, padding=False)
+        with gr.Column(visible=False) as parts["done"]:
+            parts["result"] = gr.HTML(label="Result", container=False, padding=False)
+            parts["files"] = gr.File(
+                label="Files to download", file_count="multiple", interactive=False,
+                visible=False, height=220,
+            )  # fmt: skip
+            parts["figures"] = gr.HTML(label="Gates", container=False, padding=False)
         parts["gates"] = gr.HTML(label="Gates so far", container=False, padding=False)
         with gr.Accordion("Log", open=False):
             parts["log"] = gr.Textbox(
                 label="Log, times in UTC", lines=12, max_lines=12, interactive=False
             )
-        with gr.Column(visible=False) as parts["done"]:
-            gr.HTML(step(6, "Result", ""), container=False, padding=False)
-            parts["result"] = gr.HTML(label="Result", container=False, padding=False)
-            parts["files"] = gr.File(
-                label="Files to download",
-                file_count="multiple",
-                interactive=False,
-                visible=False,
-                height=280,
-            )
-            parts["figures"] = gr.HTML(label="Gates", container=False, padding=False)
+        with gr.Row():
+            parts["link"] = gr.HTML(container=False, padding=False)
+            parts["dismiss"] = gr.Button("New merge", size="sm", scale=0, min_width=140)
+
+
+def _plan_and_merge(parts: Parts) -> None:
+    with gr.Row():
+        parts["plan"] = gr.Button("Plan", variant="primary", elem_id="plan")
+        parts["merge"] = gr.Button("Merge", variant="primary", interactive=False, elem_id="merge")
+    gr.HTML(
+        '<p class="rm-soft">Plan reads headers only, a few megabytes. Merge goes on when you close '
+        "the page.</p>",
+        container=False,
+        padding=False,
+    )
+    parts["plan_html"] = gr.HTML(label="Plan", container=False, padding=False)
 
 
 def _explore(parts: Parts) -> None:
@@ -138,36 +143,44 @@ def _explore(parts: Parts) -> None:
         padding=False,
     )
     with gr.Row():
-        parts["report_a"] = gr.Textbox(label="Merged model", placeholder="namespace/name")
-        parts["report_b"] = gr.Textbox(
-            label="Compare with (optional)", placeholder="namespace/name"
-        )
+        for name, label in (("report_a", "Merged model"), ("report_b", "Compare with (optional)")):
+            parts[name] = gr.Dropdown(
+                [], value=None, label=label, allow_custom_value=True, filterable=True,
+                info="a finished job of yours, or namespace/name",
+            )  # fmt: skip
     parts["open"] = gr.Button("Open", variant="primary", elem_id="open-report")
     parts["explored"] = gr.HTML(label="Report", container=False, padding=False)
 
 
 _JOB = [
-    "job", "seen", "state", "watching", "follow", "status", "cancel", "resume", "discard",
+    "job", "state", "watching", "follow", "status", "cancel", "resume", "discard",
     "act_note", "link", "gates", "log", "done", "result", "files", "figures",
 ]  # fmt: skip
-_UNFINISHED = ["unfinished", "chosen", "mine"]
+_UNFINISHED = ["unfinished", "chosen", "mine", "report_a", "report_b"]
 
 
 def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
     form, filled = [*fields.names(), "count"], fields.filled()
-    mine = ["remembered", "job"]
     following = handlers.following
     on = functools.partial(_on, parts)
-    on(app.load, handlers.load, ["remembered"], [*_JOB, "remembered", "who", "namespace"])
-    on(app.load, following.look_for_unfinished, [], _UNFINISHED)
+    loaded = [*_JOB, *filled, "remembered", "who", "pasted"]
+    on(app.load, handlers.load, ["remembered", "kept"], loaded).then(None, js=_READY)
+    on(app.load, following.look_for_unfinished, ["remembered"], _UNFINISHED)
+    gr.on(
+        [parts[name].change for name in fields.names()],
+        None,
+        [parts[name] for name in fields.names()],
+        [parts["kept"], parts["chips"]],
+        js=_keep(parts),
+        queue=False,
+        api_visibility="private",
+    )
     for number, _ in enumerate(examples()):
         choose = functools.partial(handlers.example, number=number)
         on(parts[f"example{number}"].click, choose, [], filled)
     on(parts["fill"].click, handlers.paste, ["yaml"], [*filled, "pasted"])
-    on(parts["add"].click, handlers.add_row, ["count"], filled)
-    for number in range(ROWS):
-        remove = functools.partial(handlers.remove_row, number=number)
-        on(parts[f"remove{number}"].click, remove, form, filled)
+    parts["file"].click(None, None, parts["yaml"], js=_FILE.read_text(), api_visibility="private")
+    on(parts["add"].click, handlers.add_row, ["count", "method"], filled)
     for name in ("base", *(f"expert{number}" for number in range(ROWS))):
         renamed = {"suggested": parts[name]}
         _on(
@@ -179,22 +192,30 @@ def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
             quick=True,
             mode="multiple",
         )
-    on(parts["method"].change, handlers.choose_method, ["method"], filled, quick=True)
+    on(parts["method"].change, handlers.choose_method, ["method", "count"], filled, quick=True)
     planned = ["planned", "plan_html", "merge", "merge_note"]
     on(parts["plan"].click, handlers.plan, form, planned, busy="plan_html")
     merge = [*form, "planned", "remembered"]
     started = [*_JOB, "remembered", "merge", "merge_note"]
-    on(parts["merge"].click, handlers.merge, merge, started, busy="merge_note")
+    on(parts["merge"].click, handlers.merge, merge, started, busy="merge_note").then(
+        None, js=_SHOW_JOB
+    )
+    tried = list(dict.fromkeys([*started, *filled]))
+    on(parts["try"].click, handlers.try_example, ["remembered"], tried, busy="merge_note").then(
+        None, js=_SHOW_JOB
+    )
     asked, told = ["job", "state", "log", "gates"], ["state", "status", "log", "gates"]
     parts["watching"].tick(
         None, [parts[name] for name in asked], [parts[name] for name in told], js=_WATCH.read_text()
     )
-    on(parts["state"].change, following.refresh, ["seen", "remembered"], _JOB, quick=True)
+    on(parts["state"].change, following.refresh, ["job", "remembered"], _JOB, quick=True)
     for name in ("cancel", "resume", "discard"):
-        on(parts[name].click, getattr(following, name), mine, _JOB)
+        on(parts[name].click, getattr(following, name), ["remembered", "job"], _JOB)
+    on(parts["dismiss"].click, following.dismiss, ["remembered"], [*_JOB, "remembered"])
     continued = [*_JOB, *_UNFINISHED, "remembered", "go_on_note"]
     on(parts["go_on"].click, following.go_on, ["chosen", "remembered"], continued)
-    on(parts["refresh"].click, following.look_for_unfinished, [], _UNFINISHED)
+    on(parts["refresh"].click, following.look_for_unfinished, ["remembered"], _UNFINISHED)
+    on(parts["from_code"].select, handlers.from_code, form, ["code"])
     on(
         parts["open"].click,
         handlers.explore,
@@ -202,6 +223,22 @@ def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
         ["explored"],
         busy="explored",
     )
+
+
+def _keep(parts: Parts) -> str:
+    """Return the script that keeps the form, with its fields and what each says at first."""
+    advanced = set(fields.names()) - {"method", "namespace", "name", "base"}
+    known = [
+        {
+            "name": name,
+            "value": parts[name].value,
+            "label": parts[name].label
+            if name in advanced and not name.startswith(("expert", "weight"))
+            else parts[name].label * name.startswith("weight"),
+        }
+        for name in fields.names()
+    ]
+    return _KEEP.read_text().replace("FIELDS", json.dumps(known))
 
 
 def _on(
@@ -214,7 +251,7 @@ def _on(
     quick: bool = False,
     busy: str = "",
     mode: Literal["once", "multiple", "always_last"] | None = None,
-) -> None:
+) -> Any:
     """Call a handler on an event with the named values; what it returns changes the named parts.
 
     Args:
@@ -226,6 +263,9 @@ def _on(
         quick: not through the queue, and without any sign of waiting.
         busy: which part shows that something is being done.
         mode: what happens to events while one is served; once, or the last when quick.
+
+    Returns:
+        What gradio returns of an event, for what follows it.
     """
 
     def run(*values: Any) -> Any:
@@ -239,7 +279,7 @@ def _on(
     signature = _signature(handler, len(inputs))
     run.__signature__ = signature  # type: ignore[attr-defined]
     run.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
-    event(
+    return event(
         run,
         [parts[name] for name in inputs],
         [parts[name] for name in outputs],

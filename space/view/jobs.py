@@ -10,7 +10,6 @@ from resmerge_stream.units import format_size
 from ..jobs.records import ACTIVE, CONTINUABLE, DONE, QUEUED, RUNNING, Job
 from .words import duration, esc, facts, notice, table
 
-NO_ACCOUNT = '<p class="rm-soft">Sign in to see your jobs here, on any device.</p>'
 _STATES = {
     "queued": "Waiting", "planning": "Reading headers", "running": "Merging",
     "cancelled": "Cancelled", "failed": "Failed", "resumable": "Stopped, can go on", "done": "Done",
@@ -34,7 +33,7 @@ def status_html(job: Job, *, place: int) -> str:
             f'aria-valuemax="100" aria-valuenow="{percent:.0f}"><i style="width:{percent:.1f}%">'
             f"</i></div>"
         )
-    if job.plan:
+    if job.plan and job.state != DONE:
         parts.append(facts(_numbers(job)))
     if job.state in ACTIVE:
         parts.append('<p class="rm-soft">You may close this page: the merge goes on.</p>')
@@ -85,10 +84,23 @@ def title_of(asked: Mapping[str, Any]) -> str:
     return f"{count} experts of {recipe.get('base_model')} by {method} → {made}"
 
 
-def jobs_html(jobs: Sequence[Job]) -> str:
-    """Return an account's jobs, each with a link that opens it."""
+def short_title(job: Job) -> str:
+    """Return what a job is called in a list: what it made, how, and when."""
+    made = job.asked.get("push_to") or "files"
+    method = (job.asked.get("recipe") or {}).get("merge_method", "resmerge")
+    return f"{made} · {method} · {time.strftime('%Y-%m-%d %H:%M', time.gmtime(job.created))} UTC"
+
+
+def jobs_html(jobs: Sequence[Job], *, signed_in: bool) -> str:
+    """Return a visitor's jobs, each with a link that opens it."""
+    where = (
+        "Signed in, you see them on any device."
+        if signed_in
+        else ("This browser's jobs. Sign in to see an account's, on any device.")
+    )
+    soft = f'<p class="rm-soft">{where}</p>'
     if not jobs:
-        return '<p class="rm-soft">No jobs yet.</p>'
+        return f'{soft}<p class="rm-soft">No jobs yet.</p>'
     rows = []
     for job in jobs:
         day = time.strftime("%Y-%m-%d %H:%M", time.gmtime(job.created))
@@ -100,38 +112,56 @@ def jobs_html(jobs: Sequence[Job]) -> str:
                 f"{day} UTC",
             )
         )
-    return '<div class="rm">' + table(("Job", "State", "Merged", "Asked"), rows, "Jobs") + "</div>"
+    shown = table(("Job", "State", "Merged", "Asked"), rows, "Jobs")
+    return f'{soft}<div class="rm">{shown}</div>'
 
 
 def result_html(job: Job) -> str:
-    """Return what a finished job made, and where."""
+    """Return what a finished job made, where it is, and how to try it."""
     if job.state != DONE:
         return ""
     if job.url:
         page = esc(job.url.partition("/commit/")[0])
         text = f'Published: <a href="{page}" target="_blank" rel="noopener">{page}</a>'
+        text += "</b>" + _next_steps(str(job.asked.get("push_to")))
     else:
-        text = "Merged. Download the files below; they stay here for a day."
-    shown = f'<div class="rm-note rm-good"><b>{text}</b></div>{_accuracies(job.accuracies)}'
-    return f'<div class="rm">{shown}</div>'
+        text = "Merged. The files are below, also as one archive; they stay here for a day.</b>"
+    bars = _accuracies(job.accuracies)
+    return f'<div class="rm"><div class="rm-note rm-good"><b>{text}</div>{bars}</div>'
+
+
+def _next_steps(repo: str) -> str:
+    gguf = "https://huggingface.co/spaces/ggml-org/gguf-my-repo"
+    return (
+        f'<p>Try it: <code>transformers chat {esc(repo)}</code></p><p><a href="{gguf}" '
+        f'target="_blank" rel="noopener">Make a GGUF, also quantised</a>, of '
+        f"<code>{esc(repo)}</code></p>"
+    )
 
 
 def _accuracies(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """Return how many held-out questions each model answers rightly, task by task."""
+    """Return how many held-out questions each model answers rightly: bars, then task by task."""
     if not found:
         return ""
     tasks = list(next(iter(found.values())))
+    means = {model: sum(row[t][0] for t in tasks) / len(tasks) for model, row in found.items()}
+    bars = "".join(
+        f"<li{' class=rm-own' * (model == 'merged')}><span>{esc(model)}</span>"
+        f'<i><i style="width:{100 * mean:.0f}%"></i></i><b>{mean:.0%}</b></li>'
+        for model, mean in means.items()
+    )
     rows = [
-        (
-            esc(model),
-            *(f"{row[task][0]:.0%}{_interval(row[task])}" for task in tasks),
-            f"{sum(row[task][0] for task in tasks) / len(tasks):.0%}",
-        )
+        (esc(model), *(f"{row[task][0]:.0%}{_interval(row[task])}" for task in tasks))
         for model, row in found.items()
     ]
     count = int(found["merged"][tasks[0]][3])
     caption = f"Right answers to {count} held-out questions a task, with 95 % intervals"
-    return table(("Model", *(esc(task) for task in tasks), "mean"), rows, caption)
+    shown = table(("Model", *(esc(task) for task in tasks)), rows, caption)
+    return (
+        f"<h3>Right answers, mean of {len(tasks)} tasks</h3>"
+        f'<ul class="rm-bars">{bars}</ul>'
+        f"<details><summary>Task by task</summary>{shown}</details>"
+    )
 
 
 def _interval(share: Sequence[float]) -> str:
@@ -150,10 +180,11 @@ def who_html(name: str, on_space: bool) -> str:
 
 
 def method_html(method: type[MergeMethod]) -> str:
-    """Return what a method is, and where it comes from."""
+    """Return what a method is in a sentence, and where it comes from."""
     summary = " ".join((method.__doc__ or "").split())
+    first = summary.split(". ")[0].rstrip(".")
     return (
-        f'<p class="rm-soft">{esc(summary)} <a href="{esc(method.url)}" target="_blank" '
+        f'<p class="rm-soft">{esc(first)}. <a href="{esc(method.url)}" target="_blank" '
         f'rel="noopener">{esc(method.paper)}</a></p>'
     )
 

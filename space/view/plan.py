@@ -1,7 +1,9 @@
 """A plan for people: problems first, then what is done, what it costs, on which hardware."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from resmerge_stream.report.words import rule_in_words
 from resmerge_stream.units import format_size
@@ -10,13 +12,20 @@ from ..hardware import MODEL, Fit, Machine
 from .words import duration, esc, facts, table
 
 
-def plan_html(plan: Mapping[str, Any], *, push_to: str, hindrance: str = "") -> str:
+def plan_html(
+    plan: Mapping[str, Any],
+    *,
+    push_to: str,
+    hindrance: str = "",
+    recipe: Mapping[str, Any] | None = None,
+) -> str:
     """Return a plan: problems first, then what will be done, costs, hardware and sources.
 
     Args:
         plan: as the service gives it.
         push_to: where it is to be published; empty for files.
         hindrance: why Merge would not start it for this visitor, and what to do.
+        recipe: what the link to this recipe has in it.
     """
     parts = []
     if plan["problems"]:
@@ -37,6 +46,9 @@ def plan_html(plan: Mapping[str, Any], *, push_to: str, hindrance: str = "") -> 
         parts.append(hardware_html(plan.get("hardware") or ()))
     if plan["sources"]:
         parts.append(_sources(plan["sources"]))
+    if recipe is not None and not plan["refused"]:
+        link = quote(json.dumps(recipe, separators=(",", ":")))
+        parts.append(f'<p><a href="?recipe={link}">Share this recipe</a>: the form, as a link.</p>')
     return '<div class="rm">' + "".join(parts) + "</div>"
 
 
@@ -117,7 +129,8 @@ def hardware_html(fits: Sequence[Fit]) -> str:
     )
     return (
         "<details><summary>Here and on other hardware</summary>"
-        f'{shown}<p class="rm-soft">{esc(MODEL)} Estimates, not promises.</p></details>'
+        f"{here_html(fits[0].machine)}{shown}"
+        f'<p class="rm-soft">{esc(MODEL)} Estimates, not promises.</p></details>'
     )
 
 
@@ -125,14 +138,12 @@ def _dollars(amount: float) -> str:
     return f"${amount:.2f}" if amount >= 0.01 else "under $0.01"
 
 
-def here_html(machine: Machine, *, running: int) -> str:
+def here_html(machine: Machine) -> str:
     """Return the plain statement of what this hardware can do."""
-    at_a_time = "one merge" if running == 1 else f"{running} merges"
     return (
         '<p class="rm-soft">This runs on <b>'
         f"{machine.cores} CPU cores with {format_size(machine.memory)} of free memory and "
-        f"{format_size(machine.disk)} of free disk</b>, {at_a_time} at a time. Memory grows with a "
-        "model's largest matrix, not with the model: the plan of a 7B model asks for about 2 GB, "
-        "and the network is what takes the time. The plan says what yours needs, here and on other "
-        "hardware. A duplicate of this Space on paid hardware has no queue but your own.</p>"
+        f"{format_size(machine.disk)} of free disk</b>. Memory grows with a model's largest "
+        "matrix, not with the model, and the network is what takes the time. A duplicate of this "
+        "Space on paid hardware has no queue but your own.</p>"
     )

@@ -22,7 +22,7 @@ def summary_html(opened: Opened) -> str:
         ("Method", _short(method.get("name"))),
         ("Experts", str(max(len(_list(report.get("sources"))) - 1, 0))),
         ("Tensors", f"{len(opened.rows):,}"),
-        ("Took", duration(_number(summary.get("seconds")))),
+        ("Merging took", duration(_number(summary.get("seconds")))),
         ("Read", _size(summary.get("bytes_read"))),
         ("Written", _size(summary.get("bytes_written"))),
         ("Memory, at most", _size(summary.get("peak_private_bytes"))),
@@ -39,6 +39,11 @@ def summary_html(opened: Opened) -> str:
     parts.append(table(("", "Model", "Commit"), sources, "Merged from"))
     parts.append(_medians(opened.rows))
     return f'<div class="rm"><h3>{esc(opened.name)}</h3>{"".join(parts)}</div>'
+
+
+def folded(title: str, html: str) -> str:
+    """Return something that opens on a click."""
+    return f'<details class="rm"><summary>{esc(title)}</summary>{html}</details>'
 
 
 def _medians(rows: Sequence[Row]) -> str:

@@ -14,8 +14,9 @@ from mcp.client.streamable_http import streamable_http_client
 from tests.support.hub_runs import MODELS
 from tests.support.space_runs import Town, client_of, ended, recipe, status, wait_for
 
-ENDPOINTS = {"/methods", "/plan", "/merge", "/status", "/cancel", "/report"}
-STATUS = {"state", "progress", "bytes_read", "bytes_written", "shards_done", "shards",
+ENDPOINTS = {"/methods", "/plan", "/merge", "/status", "/cancel", "/resume", "/jobs", "/files",
+             "/report"}  # fmt: skip
+STATUS = {"state", "place", "progress", "bytes_read", "bytes_written", "shards_done", "shards",
           "seconds_left", "message", "url"}  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def call(town: Town, name: str, body: dict[str, Any]) -> tuple[str, Any]:
 
 
 def test_the_endpoints_are_these_and_documented(town: Town) -> None:
-    """Six named endpoints, each with a description, and each parameter with a type of its own."""
+    """Each endpoint and each parameter has a description; all but recipe and ids have defaults."""
     info = httpx.get(f"{town.space.url}/gradio_api/info").json()["named_endpoints"]
 
     info = {name: info[name] for name in info if not name.startswith("/_")}  # of gradio's own
@@ -43,6 +44,10 @@ def test_the_endpoints_are_these_and_documented(town: Town) -> None:
         assert len(endpoint["description"]) > 20, name
         for parameter in endpoint["parameters"]:
             assert parameter["python_type"]["type"] != "Any", (name, parameter)
+            assert len(parameter["python_type"]["description"]) > 5, (name, parameter)
+            assert parameter["example_input"] != "...", (name, parameter)
+            needed = parameter["parameter_name"] in ("recipe", "job", "job_or_repo")
+            assert parameter["parameter_has_default"] is not needed, (name, parameter)
 
 
 def test_methods_list_their_parameters(town: Town) -> None:

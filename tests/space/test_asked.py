@@ -10,8 +10,8 @@ from space import identity
 from space.asked import needs_account, web_recipe, web_request
 from space.examples import built_in_folders, examples, is_built_in, web_names
 from space.identity import Visitor, Visitors
-from space.page.forms import document_of, form_of, without_row
-from space.planning import Allowance
+from space.jobs.planning import Allowance
+from space.page.forms import document_of, form_of
 from space.settings import Settings, read_settings
 
 
@@ -125,17 +125,6 @@ def test_a_form_shows_the_recipe_that_it_was_filled_from(tmp_path):
 
     assert web_recipe(document["recipe"], Settings(folder=tmp_path)).to_dict() == recipe.to_dict()
     assert document["push_to"] == "me/m"
-
-
-def test_a_removed_row_leaves_the_others_in_order():
-    """Taking an expert out moves those below it up, with their revisions."""
-    form = {"count": 3, "expert0": "o/a", "expert1": "o/b", "expert2": "o/c", "revision2": "v"}
-
-    rows = without_row(form, 1)
-
-    assert [rows["expert0"], rows["expert1"], rows["revision1"], rows["count"]] == [
-        "o/a", "o/c", "v", 2,
-    ]  # fmt: skip
 
 
 def test_settings_come_from_the_environment():

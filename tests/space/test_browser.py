@@ -22,6 +22,7 @@ def test_from_choosing_to_the_published_model(visit: Visitors, town: Town) -> No
 
     link = alice.page.get_by_role("link", name=f"{town.hub.endpoint}/alice/by-browser")
     expect(link).to_be_visible()
+    alice.page.get_by_text("What each tensor's gates decided").click()
     expect(alice.page.get_by_role("img", name="How far the heads agree").first).to_be_visible()
     assert town.hub.repo("alice/by-browser").settings["private"] is True
     assert "resmerge/report.json" in town.hub.files("alice/by-browser")
@@ -40,6 +41,7 @@ def test_a_reload_finds_the_job_again(visit: Visitors, town: Town) -> None:
         other = Visit(alice.page.context.new_page(), town).open(link)
         other.expect_state("Merging")
         expect(other.page.get_by_text("3 experts of alice/base")).to_be_visible()
+        assert other.is_above_the_fold("Merging")
 
     alice.expect_state("Done")
     other.expect_state("Done")
@@ -111,15 +113,15 @@ def test_a_refused_plan_says_why(visit: Visitors, town: Town) -> None:
 
 
 def test_the_built_in_example_needs_no_account(visit: Visitors) -> None:
-    """A stranger merges the built-in models, and gets the result as files."""
+    """One click merges the built-in models; a stranger gets the answers' bars, and the files."""
     guest = visit()
 
-    guest.example()
-    guest.plan()
-    guest.merge()
+    guest.try_example()
     guest.expect_state("Done")
 
-    names = ("model.safetensors", "config.json", "report.json", "recipe.yml")
+    expect(guest.page.get_by_role("listitem").filter(has_text="merged")).to_be_visible()
+
+    names = ("merged.zip", "model.safetensors", "config.json", "report.json", "recipe.yml")
     for name in names:
         expect(guest.file_row(name)).to_be_visible()
     with guest.page.expect_download() as download:
@@ -139,3 +141,50 @@ def test_a_published_report_can_be_explored(visit: Visitors, town: Town) -> None
     expect(shown.get_by_text("alice/nothing")).to_be_visible()
     shown = alice.explore("alice/explored", "alice/explored")
     expect(shown.get_by_role("table", name="Two merges beside each other")).to_be_visible()
+
+
+def test_the_form_is_kept(visit: Visitors, town: Town) -> None:
+    """What was typed is there after a reload and after signing in; a token never is."""
+    guest = visit()
+    guest.fill("kept")
+    guest.page.get_by_role("combobox", name="Method", exact=True).click()
+    guest.page.get_by_role("option", name="TIES", exact=True).click()
+    expect(guest.page.get_by_text("density", exact=True)).to_have_count(0)
+
+    guest.open()
+    for _ in range(2):
+        base = guest.page.get_by_role("combobox", name="Base model", exact=True)
+        expect(base).to_have_value("alice/base")
+        third = guest.page.get_by_role("combobox", name="Expert 3", exact=True)
+        expect(third).to_have_value("alice/expert2")
+        method = guest.page.get_by_role("combobox", name="Method", exact=True)
+        expect(method).to_have_value("TIES")
+        if guest.page.get_by_text("Signed in as").count() == 0:
+            guest.sign_in("alice")
+
+
+def test_a_recipe_is_a_link(visit: Visitors) -> None:
+    """The link that a plan gives fills the form of whoever opens it."""
+    guest = visit()
+    guest.example()
+    guest.plan()
+    link = guest.page.get_by_role("link", name="Share this recipe").get_attribute("href")
+
+    other = visit(query=str(link))
+
+    base = other.page.get_by_role("combobox", name="Base model", exact=True)
+    expect(base).to_have_value("built-in/base")
+
+
+def test_a_server_that_is_gone_is_noticed(visit: Visitors, town: Town) -> None:
+    """An open tab says within ten seconds that nobody answers, and when it can go on."""
+    alice = visit("alice")
+    with town.held("alice/gone"):
+        alice.start("gone")
+        alice.expect_state("Merging")
+        alice.page.context.set_offline(True)
+        expect(alice.page.get_by_text("The connection is lost")).to_be_visible(timeout=10_000)
+        alice.page.context.set_offline(False)
+
+    alice.expect_state("Done")
+    expect(alice.page.get_by_text("The connection is lost")).not_to_be_visible()

@@ -20,7 +20,15 @@ from space.page.news import News
 from tests.support.checkpoints import ROOT, run_python
 
 PATIENCE_S = 180.0  # a busy machine is slow
-NOBODY = SimpleNamespace(query_params={}, session_hash="page")
+
+
+def request(host="203.0.113.7", **query):
+    """Return what gradio tells of a request."""
+    client = SimpleNamespace(host=host)
+    return SimpleNamespace(query_params=query, session_hash="page", headers={}, client=client)
+
+
+NOBODY = request()
 ALICE = gr.OAuthToken("t-alice", "openid", 0)
 BOB = gr.OAuthToken("t-bob", "openid", 0)
 
@@ -56,7 +64,9 @@ def test_the_built_in_way_from_choosing_to_files(service, handlers):
     assert planned["merge"]["interactive"]
 
     started = handlers.merge(
-        {**form, "planned": planned["planned"], "remembered": opened["remembered"]}, None
+        {**form, "planned": planned["planned"], "remembered": opened["remembered"]},
+        NOBODY,
+        None,
     )
 
     assert started["follow"]["visible"]
@@ -67,13 +77,13 @@ def test_the_built_in_way_from_choosing_to_files(service, handlers):
         time.sleep(0.05)
     seen = handlers.following.refresh(started, None)
     assert seen["watching"]["active"] is False
-    assert "Download the files" in seen["result"]
+    assert "also as one archive" in seen["result"]
     assert "By layer and module" in seen["figures"]
     assert any(path.endswith("model.safetensors") for path in value(seen["files"]))
 
     again = handlers.load({"remembered": started["remembered"]}, NOBODY, None)
     assert again["job"] == started["job"]
-    assert "Download the files" in again["result"]
+    assert "also as one archive" in again["result"]
 
 
 def test_what_changed_since_the_plan_is_planned_again(handlers):
@@ -81,7 +91,9 @@ def test_what_changed_since_the_plan_is_planned_again(handlers):
     form = form_after(handlers.example({}, number=0))
     planned = handlers.plan(form, NOBODY, None)["planned"]
 
-    changes = handlers.merge({**form, "seed": 7, "planned": planned, "remembered": {}}, None)
+    changes = handlers.merge(
+        {**form, "seed": 7, "planned": planned, "remembered": {}}, NOBODY, None
+    )
 
     assert "Plan again" in changes["merge_note"]
     assert "job" not in changes
@@ -107,14 +119,16 @@ def test_the_plans_verdict_is_what_merge_would_say(
         service.jobs._jobs[job.id] = job
     ready = {"refused": False, "problems": [], "warnings": [], "tensors": 0, "sources": [],
              "seconds_estimate": 9.0}  # fmt: skip
-    monkeypatch.setattr(type(service), "plan", lambda self, document, visitor: ready)
+    monkeypatch.setattr(type(service), "plan", lambda self, document, visitor, address: ready)
     monkeypatch.setattr(service.jobs, "submit", lambda *asked, **known: job_of_nobody())
     namespace, _, name = push_to.partition("/")
     form = form_after({}, base="o/b", expert0="o/e", count=1, method="resmerge", name=name)
     form |= {"namespace": namespace}
 
     planned = handlers.plan(form, NOBODY, token)
-    merged = handlers.merge({**form, "planned": planned["planned"], "remembered": {}}, token)
+    merged = handlers.merge(
+        {**form, "planned": planned["planned"], "remembered": {}}, NOBODY, token
+    )
 
     assert planned["merge"]["interactive"] is not bool(says)
     assert ("This can be merged</b>" in planned["plan_html"]) is not bool(says)
@@ -151,10 +165,10 @@ def test_a_job_in_the_address_is_attached_for_its_owner_only(service, handlers):
     job = new_job({"recipe": {}, "push_to": "alice/m"}, "alice", "")
     job.state = "resumable"
     service.jobs._jobs[job.id] = job
-    request = SimpleNamespace(query_params={"job": job.id}, session_hash="page")
+    asking = request(job=job.id)
 
-    mine = handlers.load({"remembered": {}}, request, ALICE)
-    other = handlers.load({"remembered": {}}, request, BOB)
+    mine = handlers.load({"remembered": {}}, asking, ALICE)
+    other = handlers.load({"remembered": {}}, asking, BOB)
 
     assert mine["job"] == job.id
     assert mine["resume"]["visible"]
@@ -168,11 +182,11 @@ def test_another_browser_sees_an_anonymous_job_but_cannot_cancel_it(service, han
     """Without an account, the secret of the browser that started a job is what changes it."""
     form = form_after(handlers.example({}, number=0))
     planned = handlers.plan(form, NOBODY, None)["planned"]
-    mine = handlers.merge({**form, "planned": planned, "remembered": {}}, None)
+    mine = handlers.merge({**form, "planned": planned, "remembered": {}}, NOBODY, None)
     theirs = {"job": mine["job"], "remembered": {"secret": "another"}}
 
-    request = SimpleNamespace(query_params={"job": mine["job"]}, session_hash="page")
-    shown = handlers.load({"remembered": theirs["remembered"]}, request, None)
+    asking = request(job=mine["job"])
+    shown = handlers.load({"remembered": theirs["remembered"]}, asking, None)
     refused = handlers.following.cancel(theirs, None)
 
     assert not shown["cancel"]["visible"]
@@ -205,7 +219,7 @@ def test_a_pasted_recipe_fills_the_form(handlers):
     dtype: bfloat16
     """
 
-    form = form_after(handlers.paste({"yaml": text}), name="m", namespace="me")
+    form = form_after(handlers.paste({"yaml": text}, None), name="m", namespace="me")
 
     recipe = document_of(form)["recipe"]
     assert recipe["merge_method"] == "ties"
@@ -216,19 +230,46 @@ def test_a_pasted_recipe_fills_the_form(handlers):
 @pytest.mark.parametrize("text", ["", "a: [", "base_model: /etc\nmodels: [o/e]", "slices: []"])
 def test_a_wrong_paste_says_what_is_wrong(handlers, text):
     """The form stays as it is, and the reason is told."""
-    changes = handlers.paste({"yaml": text})
+    changes = handlers.paste({"yaml": text}, None)
 
     assert set(changes) == {"pasted"}
     assert "rm-bad" in changes["pasted"]
 
 
-def test_rows_for_experts_come_and_go(handlers):
-    """One more row is shown for one more expert; a removed one moves the others up."""
-    more = handlers.add_row({"count": 2})
-    fewer = handlers.remove_row({"count": 2, "expert0": "o/a", "expert1": "o/b"}, number=0)
+def test_a_row_for_one_more_expert(handlers):
+    """The next row is shown, with its weight where the method has weights."""
+    more = handlers.add_row({"count": 2, "method": "task_arithmetic"})
 
-    assert [more["count"], more["row2"]["visible"], more["row3"]["visible"]] == [3, True, False]
-    assert [fewer["count"], fewer["expert0"], fewer["row1"]["visible"]] == [1, "o/b", False]
+    assert [more["count"], more["expert2"]["visible"]] == [3, True]
+    assert [more["weight2"]["visible"], more["weight3"]["visible"]] == [True, False]
+
+
+def test_what_the_browser_kept_fills_the_form_and_nothing_else(handlers):
+    """Fields come back as they were; what is no field, or no method, is left out."""
+    kept = {"base": "o/b", "expert2": "o/c", "method": "none", "job": "x", "seed": [1]}
+
+    changes = handlers.load({"remembered": {}, "kept": kept}, NOBODY, None)
+
+    assert [value(changes["base"]), value(changes["expert2"]), changes["count"]] == [
+        "o/b",
+        "o/c",
+        3,
+    ]
+    assert changes["controls.resmerge"]["visible"]
+    assert "seed" not in changes
+    assert changes["job"] == ""
+
+
+def test_the_example_is_merged_with_one_click(service, handlers):
+    """The form shows it, and its job is queued for whoever clicked, into files."""
+    shown = handlers.try_example({"remembered": {"secret": "s"}}, NOBODY, None)
+    job = service.jobs.get(shown["job"])
+
+    assert shown["follow"]["visible"]
+    assert value(shown["base"]) == "built-in/base"
+    assert job.asked["push_to"] == ""
+    assert [found.id for found in service.jobs.of("", job.key)] == [job.id]
+    handlers.following.cancel({"job": job.id, "remembered": shown["remembered"]}, None)
 
 
 def test_every_method_has_its_own_controls(handlers):
@@ -236,7 +277,7 @@ def test_every_method_has_its_own_controls(handlers):
     methods = find_methods()
 
     for name in methods:
-        changes = handlers.choose_method({"method": name})
+        changes = handlers.choose_method({"method": name, "count": 2})
         shown = [m for m in methods if changes[f"controls.{m}"]["visible"]]
         assert shown == [name]
     names = set(fields.names())
@@ -290,10 +331,11 @@ def test_the_page_has_a_name_for_every_control(page):
     assert all(page["buttons"])
 
 
-def test_only_the_six_endpoints_are_public(page):
-    """The page's own events are private; programs have the named six, described."""
+def test_only_the_endpoints_are_public(page):
+    """The page's own events are private; programs have the named ones, described."""
     assert set(page["named"]) == {
-        "/methods", "/plan", "/merge", "/status", "/cancel", "/report",
+        "/methods", "/plan", "/merge", "/status", "/cancel", "/resume", "/jobs", "/files",
+        "/report",
     }  # fmt: skip
     assert all(page["named"].values())
     assert not page["unnamed"]
@@ -333,6 +375,5 @@ def test_nothing_is_open_that_a_space_does_not_need(service, monkeypatch):
 
 
 def test_an_example_is_there_for_each_button():
-    """There are three, and each has a name for the result."""
-    assert len(examples()) == 3
-    assert all(example.name and example.note for example in examples())
+    """There are three; those that are published have a name for the result."""
+    assert [bool(example.name) for example in examples()] == [False, True, True]

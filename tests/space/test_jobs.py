@@ -17,9 +17,9 @@ from space.examples import examples
 from space.identity import Visitor, Visitors
 from space.jobs.downloads import downloads
 from space.jobs.jobs import Jobs
+from space.jobs.planning import Planners
 from space.jobs.process import let_end
 from space.jobs.records import ACTIVE, Records, new_job
-from space.planning import Allowance
 from space.search import Search
 from space.service import NO_JOB, Service
 from space.settings import Settings
@@ -358,7 +358,9 @@ ALICE, BOB = Visitor("alice", "t-alice"), Visitor("bob", "t-bob")
 def service(jobs):
     """A service that knows two accounts by their tokens, without asking a Hub."""
     known = {"t-alice": ALICE, "t-bob": BOB}
-    return Service(jobs.settings, jobs, Visitors(known.__getitem__), Search(), Allowance(5))
+    planners = Planners(jobs.settings)
+    yield Service(jobs.settings, jobs, Visitors(known.__getitem__), Search(), planners)
+    planners.close()
 
 
 def test_a_job_is_its_owners(service):
@@ -395,7 +397,7 @@ def test_merging_models_of_the_hub_needs_an_account(service):
     """Without an account only the built-in example is queued; with one, a target is needed."""
     with pytest.raises(PublishError, match="merged without an account"):
         service.submit(asked(service.jobs, HUB, push_to="alice/m"), Visitor())
-    with pytest.raises(RecipeError, match="where to publish"):
+    with pytest.raises(RecipeError, match="is published"):
         service.submit(asked(service.jobs, HUB), ALICE)
 
 

@@ -25,7 +25,11 @@ class Visit:
         """Go to the Space, and wait until it can be used."""
         self.page.goto(f"{self.town.space.url}/{query}")
         expect(self.button("Plan")).to_be_visible()
-        expect(self.page.get_by_text("This runs on")).to_be_visible()
+        expect(
+            self.page.get_by_text(re.compile("^(Signed in as|Without an account)"))
+        ).to_be_visible()
+        # From now on what changes in the form was changed by a visitor.
+        self.page.wait_for_function("window.resmergeReady === true")
         return self
 
     def sign_in(self, user: str) -> "Visit":
@@ -58,10 +62,20 @@ class Visit:
             if number > 2:
                 self.button("Add an expert").click()
             self.choose(f"Expert {number}", f"{namespace}/{expert}")
-        self.page.get_by_role("textbox", name="Repository", exact=True).fill(name)
+        self.page.get_by_role("textbox", name="Name of the result", exact=True).fill(name)
+
+    def advanced(self) -> None:
+        """Open or close what is seldom needed."""
+        self.page.get_by_role("button", name=re.compile("^Advanced")).click()
+
+    def try_example(self) -> None:
+        """Merge the built-in example with one click."""
+        self.button("Try the example").click()
+        expect(self.page.get_by_role("heading", name="Your merge")).to_be_visible()
 
     def example(self) -> None:
         """Fill the form with the built-in models."""
+        self.advanced()
         self.button("Built-in experts").click()
         field = self.page.get_by_role("combobox", name="Base model", exact=True)
         expect(field).to_have_value("built-in/base")
@@ -69,21 +83,23 @@ class Visit:
     def explore(self, *names: str) -> Locator:
         """Open one report, or two beside each other, and return where they are shown."""
         self.tab("Explore")
-        for label, name in zip(("Merged model", "Compare with"), names, strict=False):
-            self.page.get_by_label(label).fill(name)
+        for label, name in zip(("Merged model", "Compare with (optional)"), names, strict=False):
+            self.choose(label, name)
         self.button("Open").click()
         return self.page.get_by_role("tabpanel").filter(visible=True)
 
     def plan(self) -> None:
         """Plan, and wait for the answer."""
         self.button("Plan").click()
-        expect(self.page.get_by_text(re.compile("This (can|cannot) be merged"))).to_be_visible()
+        expect(
+            self.page.get_by_text(re.compile("(This|These models) (can|cannot) be merged"))
+        ).to_be_visible()
 
     def merge(self) -> None:
         """Start the merge that was planned."""
         expect(self.button("Merge")).to_be_enabled()
         self.button("Merge").click()
-        expect(self.page.get_by_role("heading", name="Follow")).to_be_visible()
+        expect(self.page.get_by_role("heading", name="Your merge")).to_be_visible()
 
     def start(self, name: str) -> None:
         """Choose, plan and merge the group."""
@@ -94,6 +110,12 @@ class Visit:
     def expect_state(self, words: str) -> None:
         """Wait until the followed job's badge says this."""
         expect(self.page.locator("#follow .rm-badge").first).to_have_text(words)
+
+    def is_above_the_fold(self, words: str) -> bool:
+        """Whether some text is seen without scrolling."""
+        box = self.page.get_by_text(words).first.bounding_box()
+        size = self.page.viewport_size
+        return bool(box and size and box["y"] + box["height"] < size["height"])
 
     @property
     def link(self) -> str:

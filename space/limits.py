@@ -1,0 +1,66 @@
+"""What a request may carry: no file, no more than a recipe needs, what its endpoint takes."""
+
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# A recipe has 32 kB at most; gradio adds the values of the form.
+MAX_BODY_BYTES = 256 * 1024
+_UPLOAD, _CALL = "/gradio_api/upload", "/gradio_api/call/"
+
+
+class TooLargeError(Exception):
+    """A request whose body goes on beyond the limit."""
+
+
+class Limits:
+    """Refuses uploads, and bodies that are larger than any that this app is sent.
+
+    Args:
+        app: what is behind.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request that is refused; hand on every other, counting its bytes."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if scope["path"].startswith(_UPLOAD):
+            await PlainTextResponse("Nothing is uploaded here.", 403)(scope, receive, send)
+            return
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if not declared.isdigit() or int(declared) > MAX_BODY_BYTES:
+            await _refuse(scope, receive, send)
+            return
+        count, started = 0, False
+
+        async def counted() -> Message:
+            nonlocal count
+            message = await receive()
+            count += len(message.get("body", b""))
+            if count > MAX_BODY_BYTES:
+                raise TooLargeError
+            return message
+
+        async def noting(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, counted, noting)
+        except TooLargeError:
+            if not started:
+                await _refuse(scope, receive, send)
+        except TypeError as exc:
+            # Of arguments by name that an endpoint does not have, or lacks.
+            if started or not scope["path"].startswith(_CALL):
+                raise
+            await PlainTextResponse(str(exc), 400)(scope, receive, send)
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    text = f"A request may have {MAX_BODY_BYTES} bytes here."
+    await PlainTextResponse(text, 413)(scope, receive, send)
