@@ -20,7 +20,7 @@ SPAN = re.compile(r"`([^`\n]+)`")
 PATH = re.compile(r"(?:[\w.-]+/)*[\w-]+\.(?:py|md|js|css|toml|yml)|(?:[\w.-]+/)+")
 # Files that a merge or a user makes, and models in examples: no part of the repository.
 MADE = re.compile(
-    r"(median\.py|(README|card|recipe|config|questions|tasks|comparison)\.(md|yml))"
+    r"(median\.py|(README|card|recipe|(mergekit_)?config|questions|tasks|comparison)\.(md|yml))"
     r"|(models|merged|build|resmerge|hub-data|group|demo-merge|wheels|recipes|built-in|org|me|refs"
     r"|main|evaluation|data|SPACE)/.*"
 )

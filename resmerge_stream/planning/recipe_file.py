@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError, Remedy, listed, shown
-from ..methods import MergeMethod, find_methods, is_idle, parse_method
+from ..methods import MergeMethod, find_methods, is_idle, method_class, parse_method
 from ..methods.settings import check_setting, is_plain
 from ..recipe import ModelRef, Recipe, checked_dtype
 from .tokenizer_keys import chat_template_of, tokenizer_of
@@ -111,7 +111,7 @@ def recipe_from_dict(document: object, *, where: str = "recipe") -> Recipe:
     base = None
     if document.get("base_model") is not None:
         base = ModelRef.parse(document["base_model"])
-    elif found is None or found.base == "required":
+    elif method_class(method).base == "required":
         raise RecipeError(
             f"{where} has no base_model: the model that the experts were trained from."
         )
