@@ -1,15 +1,13 @@
 """What a request may carry: no file, no more than a recipe needs, what its endpoint takes."""
 
+from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # A recipe has 32 kB at most; gradio adds the values of the form.
 MAX_BODY_BYTES = 256 * 1024
+_TOO_LARGE = f"A request may have {MAX_BODY_BYTES} bytes here."
 _UPLOAD, _CALL = "/gradio_api/upload", "/gradio_api/call/"
-
-
-class TooLargeError(Exception):
-    """A request whose body goes on beyond the limit."""
 
 
 class Limits:
@@ -32,7 +30,7 @@ class Limits:
             return
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > MAX_BODY_BYTES:
-            await _refuse(scope, receive, send)
+            await PlainTextResponse(_TOO_LARGE, 413)(scope, receive, send)
             return
         count, started = 0, False
 
@@ -41,7 +39,7 @@ class Limits:
             message = await receive()
             count += len(message.get("body", b""))
             if count > MAX_BODY_BYTES:
-                raise TooLargeError
+                raise HTTPException(413, _TOO_LARGE)
             return message
 
         async def noting(message: Message) -> None:
@@ -51,16 +49,8 @@ class Limits:
 
         try:
             await self._app(scope, counted, noting)
-        except TooLargeError:
-            if not started:
-                await _refuse(scope, receive, send)
         except TypeError as exc:
             # Of arguments by name that an endpoint does not have, or lacks.
             if started or not scope["path"].startswith(_CALL):
                 raise
             await PlainTextResponse(str(exc), 400)(scope, receive, send)
-
-
-async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
-    text = f"A request may have {MAX_BODY_BYTES} bytes here."
-    await PlainTextResponse(text, 413)(scope, receive, send)

@@ -33,7 +33,7 @@ def from_code(url: str, asked: Mapping[str, Any], *, key: bool) -> str:
     recipe, push_to = asked["recipe"], asked["push_to"]
     body = json.dumps({"recipe": recipe}, indent=2)
     headers = '\n  -H "x-resmerge-key: $KEY" \\' if key else ""
-    opened = ', headers={"x-resmerge-key": key}' if key else ', token="hf_…"'
+    opened = ', headers={"x-resmerge-key": key}' if key else ', oauth_token="hf_…"'
     python = (
         "import time\nfrom gradio_client import Client\n\n"
         f'space = Client("{url}"{opened})\n'
