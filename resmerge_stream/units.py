@@ -50,8 +50,13 @@ def format_size(nbytes: float) -> str:
 _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)([smhd]?)")
 
 
-def duration(text: str, *, name: str = "timeout") -> int:
+def duration(text: str, *, name: str = "timeout", least: int = 60) -> int:
     """Return seconds from text such as ``90m``, ``2h``, ``1.5h`` or ``5400``.
+
+    Args:
+        text: a number with an optional unit; seconds without one.
+        name: what to call the value in an error.
+        least: seconds that it must be at least.
 
     Raises:
         RecipeError: the text is no duration.
@@ -60,9 +65,9 @@ def duration(text: str, *, name: str = "timeout") -> int:
     seconds = (
         float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]] if match else 0
     )
-    if not 60 <= seconds <= 30 * 86400:
+    if not least <= seconds <= 30 * 86400:
         raise RecipeError(
-            f"{name} {text!r} is not a time from a minute to 30 days. Write a number and a unit, "
+            f"{name} {text!r} is not a time from {least} s to 30 days. Write a number and a unit, "
             "such as 90m or 2h.",
             field=name,
         )

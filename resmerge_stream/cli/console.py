@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,11 @@ from ..run.events import (
     TensorMerged,
 )
 from ..units import format_size
+
+# Of a merge in a log.
+_LINE_EACH_S = 60.0
+# tqdm's, without its own time left: the merge's is of merging and sending.
+_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
 
 
 def say(text: str) -> None:
@@ -99,7 +105,7 @@ def print_json(events: Iterable[Event]) -> None:
 def follow(events: Iterable[Event]) -> None:
     """Show progress on standard error and the summary on standard output.
 
-    A bar on a terminal; a line each tenth in a file or a Job's log, where a bar would be one
+    A bar on a terminal; a line a minute in a file or a Job's log, where a bar would be one
     endless line.
     """
     from tqdm import tqdm
@@ -119,9 +125,10 @@ def follow(events: Iterable[Event]) -> None:
                         desc="merging",
                         file=sys.stderr,
                         mininterval=0.5,
+                        bar_format=_BAR,
                     )
                     if sys.stderr.isatty()
-                    else _Tenths(total)
+                    else _Lines(total)
                 )
             elif isinstance(event, Counted):
                 bar.set_postfix_str(
@@ -145,31 +152,44 @@ def follow(events: Iterable[Event]) -> None:
 
 
 def _pace(event: Progressed) -> str:
-    """Return what the bar of a merge does not say: the tensor, or what is sent, and how long."""
+    """Return what the bar of a merge does not say: the tensor, the speeds, how long; or a wait."""
+    if event.waiting is not None:
+        return event.waiting
     parts = [event.tensor[-40:]] if isinstance(event, TensorMerged) else []
+    if not sys.stderr.isatty():
+        parts.append(f"{format_size(event.write_speed)}/s")  # a bar says it itself
     if event.bytes_sent:
         parts.append(f"sent {format_size(event.bytes_sent)}, {format_size(event.sent_speed)}/s")
-    if event.seconds_left is not None and not isinstance(event, TensorMerged):
-        parts.append(f"{event.seconds_left:.0f} s left")
+    if event.seconds_left is not None:
+        parts.append(f"{_minutes(event.seconds_left)} left")
     return ", ".join(parts)
 
 
-class _Tenths:
-    """Stands in for the bar: says how far the merge is each time that a tenth is done."""
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+class _Lines:
+    """Stands in for the bar: says how far the merge is at each tenth, and once a minute."""
 
     def __init__(self, total: int) -> None:
         self.total, self.n, self._said, self.written = total, 0, 0, 0
+        self._said_at = time.monotonic()
         say(f"merging: {format_size(total)} to write")
 
     def update(self, nbytes: int) -> None:
         self.n += nbytes
-        tenths = 10 * self.n // self.total if self.total else 10
-        if tenths > self._said:
-            self._said = tenths
-            say(f"merging: {tenths}0 %, {format_size(self.n)} of {format_size(self.total)}")
 
     def set_postfix_str(self, text: str, *, refresh: bool = True) -> None:
-        """Do without the tensor's name: it is a bar's."""
+        """Say it, where it is time to."""
+        tenths = 10 * self.n // self.total if self.total else 10
+        now = time.monotonic()
+        if tenths == self._said and now - self._said_at < _LINE_EACH_S:
+            return
+        self._said, self._said_at = tenths, now
+        share = 100 * self.n // self.total if self.total else 100
+        done = f"merging: {share} %, {format_size(self.n)} of {format_size(self.total)}"
+        say(f"{done}, {text}" if text else done)
 
     def close(self) -> None:
         """Leave what was said."""

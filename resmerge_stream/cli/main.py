@@ -4,13 +4,18 @@ import argparse
 import io
 import json
 import os
+import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from ..errors import RecipeError, Remedy, ResMergeError, StoppedError
+from ..hub.patience import PATIENCE
 from ..planning.plan import Plan, plan_merge
 from ..planning.planned import refused_plan
 from ..planning.recipe_file import load_recipe
@@ -35,7 +40,7 @@ from .submit import add_submit, submit
 
 _EXIT = """\
 exit codes: 0 done; 2 refused (bad input, or verify found a difference); 3 stopped, the same
-command continues; 130 interrupted, the same command continues; 1 a bug.
+command continues; 130 interrupted, 143 ended by SIGTERM, the same command continues; 1 a bug.
 """
 _EXAMPLES = {
     "plan": "resmerge-stream plan --base models/base --expert models/math --expert models/code",
@@ -49,6 +54,10 @@ _EXAMPLES = {
     "methods": "resmerge-stream methods",
     "demo": "resmerge-stream demo --out demo-merge",
 }
+
+
+# What a shell reports of a command that SIGTERM ended, and how long its end may take.
+_ENDED, _GRACE_S = 128 + signal.SIGTERM, 8.0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,9 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if launched()[1] > 1 and run is not _merge:
             raise RecipeError("only 'merge' runs in several processes. Start this one alone.")
-        return run(args)
+        with _ended_in_words():
+            return run(args)
     except ToldError as exc:
         return exc.code
+    except _EndedError:
+        return _ENDED
     except ResMergeError as exc:
         as_json = getattr(args, "json", False) and launched()[0] == 0
         if run is _plan and as_json and exc.exit_code == 2:
@@ -93,6 +105,35 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("nobody reads the output; the same command continues.", file=sys.stderr)
             return StoppedError.exit_code
         return 0
+
+
+class _EndedError(BaseException):
+    """SIGTERM came: what Jobs, containers and schedulers send."""
+
+
+@contextmanager
+def _ended_in_words() -> Iterator[None]:
+    """End by SIGTERM as by Ctrl-C: in order, within seconds; of several processes the crew does."""
+    if launched()[1] > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # A raw write: the signal may have come in the middle of another one.
+        os.write(2, b"ended by SIGTERM; finished shards are kept, the same command continues.\n")
+        # Whatever holds the end up, such as a large matrix in work, it is not waited for.
+        timer = threading.Timer(_GRACE_S, os._exit, (_ENDED,))
+        timer.daemon = True
+        timer.start()
+        raise _EndedError
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -210,6 +251,8 @@ def _run(
 
     events = run_merge(plan, out=out, work_dir=work_dir, crew=crew)
     is_silent = crew is not None and not crew.is_main
+    if not (is_silent or as_json or sys.stderr.isatty()):
+        PATIENCE.tell = console.say  # on a terminal the bar says it
     show = console.nothing if is_silent else console.print_json if as_json else console.follow
     try:
         show(events)

@@ -72,7 +72,10 @@ def job_command(asked: Request, files: JobFiles, flavor: Flavor) -> list[str]:
     torch comes without CUDA where there is no GPU: a tenth of the download.
     """
     publish = _publication(asked).words()
-    merge = ["resmerge-stream", "merge", files.recipe, *publish, *asked.options.words()]
+    # A stop costs a Job its machine: it waits longer before it gives up.
+    patience = [] if asked.options.patience is not None else ["--patience", "1h"]
+    options = [*asked.options.words(), *patience]
+    merge = ["resmerge-stream", "merge", files.recipe, *publish, *options]
     return [
         *("sh", "-c", _WRAPPER, "sh"),
         *("uv", "tool", "run", "--python", "3.12"),

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 # Planning costs seconds, so it gives up soon; a merge may have run for hours.
 PLANNING_S = 30.0
 MERGING_S = 900.0
-MERGING_IN_A_JOB_S = 3600.0
 # Tried so often whatever the patience: a single fault is no outage.
 _LEAST_TRIES = 3
 # A wait shorter than this is nobody's business; a long one is told of once a minute.

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..errors import RecipeError
 from ..roles import Role, release_role_of
 from ..specs import TensorSpec
 from .base import (
@@ -67,6 +68,14 @@ class ResMerge(MergeMethod):
     ablation: str = param("none", "Leave a part out (paper, Table 2)", choices=ABLATIONS)
     other: str = param("mean", "Rule of tensors without SVD", choices=OTHER_CHOICES)
     solver: str = param("auto", "How the head is found", choices=("auto", "lanczos", "dense"))
+
+    def __post_init__(self) -> None:
+        if self.beta_min > self.beta_max:
+            raise RecipeError(
+                f"beta_min ({self.beta_min:g}) must not be above beta_max ({self.beta_max:g}): "
+                "agreement would weaken what the experts agree on.",
+                field="beta_min",
+            )
 
     def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
         """Return ``resmerge`` for matrices and stacks of them, else the rule of `other`."""

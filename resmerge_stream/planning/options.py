@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from ..device import DEVICE
 from ..errors import RecipeError, shown
-from ..units import parse_size
+from ..units import duration, parse_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +74,12 @@ def _size(key: str, value: object) -> int:
     return parse_size(value, name=key.replace("_", "-"))
 
 
+def _duration(key: str, value: object) -> int:
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise RecipeError(f"{key} must be a time such as 15m, not {shown(value)}.", field=key)
+    return duration(str(value), name=key, least=1)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     """How to run a merge; the recipe says what to merge.
@@ -88,6 +94,7 @@ class Options:
         device: as ``--device``; not part of what makes a run the same run.
         memory_budget: bytes of private memory on this machine, likewise; processes of one run
             share it. None keeps to what the largest matrix calls for, and to 80 % of what is free.
+        patience: seconds for which a merge rides out failures of the Hub; None: 15 minutes.
         max_header_bytes: of indexes and headers that are read of one repository, where those who
             name it are not trusted; None leaves it at the format's limit for each file. Nobody
             asks for it, so it is not declared as an option.
@@ -115,6 +122,10 @@ class Options:
     memory_budget: int | None = option(
         None, changes="nothing", parse=_size, metavar="SIZE",
         help="of all processes here, such as 4GB (default: 80%% of what is free)",
+    )  # fmt: skip
+    patience: int | None = option(
+        None, changes="nothing", parse=_duration, metavar="TIME",
+        help="how long the Hub may fail before the merge stops (15m)",
     )  # fmt: skip
     max_header_bytes: int | None = None
 

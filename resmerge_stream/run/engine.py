@@ -10,6 +10,7 @@ import torch
 
 from ..device import choose_device, give_memory_back, keep_memory_steady
 from ..errors import NonFiniteError, Remedy, StoppedError, listed
+from ..hub.patience import MERGING_S, PATIENCE
 from ..memory import WRITE_QUEUE_BYTES
 from ..pipes import WriteBehind, meanwhile
 from ..planning.plan import Plan
@@ -78,23 +79,23 @@ def run_merge(
     membership = crew.membership()
     with crew.main_first("open"):
         sink = open_sink(plan, folder, work_dir, membership)
-    try:
-        progress = Progress(lambda: sink.bytes_sent)
-        yield Planned(plan=plan.to_dict())
-        found = yield from _counted(plan, device, work_dir, crew)
-        merger = Merger(plan, device, found, progress.sample_memory)
-        yield from _merge(plan, sink, merger, progress, crew)
-        if crew.is_main:
-            yield from _merge_lost(plan, sink, merger, progress)
-            yield from _finish(plan, sink, merger, progress, crew)
-    except NonFiniteError as exc:
-        # This run can never be finished, so it leaves nothing behind.
-        if crew.is_main:
-            crew.stop_others(exc)
-            sink.abandon()
-        raise
-    finally:
-        sink.close()
+    with contextlib.closing(sink), PATIENCE.of(plan.options.patience or MERGING_S):
+        try:
+            progress = Progress(lambda: sink.bytes_sent)
+            yield Planned(plan=plan.to_dict())
+            found = yield from _counted(plan, device, work_dir, crew)
+            merger = Merger(plan, device, found, progress.sample_memory)
+            yield from _merge(plan, sink, merger, progress, crew)
+            if crew.is_main:
+                yield from _merge_lost(plan, sink, merger, progress)
+                yield from _finish(plan, sink, merger, progress, crew)
+        except NonFiniteError as exc:
+            if crew.is_main:
+                crew.stop_others(exc)
+                if not any(source.is_remote for source in plan.checkpoints):
+                    # It is on this disk, so this run can never be finished: nothing is left behind.
+                    sink.abandon()
+            raise
 
 
 def _counted(

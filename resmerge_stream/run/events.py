@@ -86,6 +86,7 @@ class Progressed(Event):
         seconds: since the run started.
         seconds_left: until everything is merged and sent, at the mean speed so far; None as long
             as there is nothing to tell it from.
+        waiting: why nothing comes from the Hub, and until when; None where it works.
     """
 
     name: ClassVar[str] = "progress"
@@ -97,6 +98,7 @@ class Progressed(Event):
     sent_speed: float = 0.0
     seconds: float = 0.0
     seconds_left: float | None = None
+    waiting: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..device import private_memory
+from ..hub.patience import PATIENCE
 
 # Speeds are taken over about this time: long enough to be steady, short enough to be of now.
 _SPEED_S = 10.0
@@ -37,6 +38,9 @@ class Progress:
     others: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     _started: float = field(default_factory=time.monotonic)
     _merging_since: float | None = None
+    _sending_since: float | None = None
+    _sent: int = 0
+    _sent_at: float = 0.0
     _samples: deque[tuple[float, int, int, int]] = field(default_factory=deque)
 
     @property
@@ -54,6 +58,8 @@ class Progress:
 
     def finish(self, entry: Mapping[str, Any]) -> None:
         """Take a finished shard's row of the journal."""
+        if self._sending_since is None:
+            self._sending_since = time.monotonic()
         self.rows |= {row["name"]: row for row in entry["tensors"]}
         self.files[entry["name"]] = {key: entry[key] for key in ("name", "size", "sha256")}
 
@@ -80,14 +86,23 @@ class Progress:
             **dict(zip(("read_speed", "write_speed", "sent_speed"), speeds, strict=True)),
             "seconds": moment - self._started,
             "seconds_left": self._seconds_left(moment, *counts[1:]),
+            "waiting": PATIENCE.waiting(),
         }
 
     def _seconds_left(self, moment: float, written: int, sent: int) -> float | None:
-        """Merging and sending go on at the same time: the slower one decides."""
+        """Merging and sending go on at the same time: the slower one decides.
+
+        Sending begins with the first finished shard, and may be told of in whole shards: its speed
+        is that of the bytes known to be sent, when they were.
+        """
         since = self._merging_since if self._merging_since is not None else self._started
-        left = [
-            (moment - since) * max(total - done, 0) / done
-            for total, done in ((self.merge_bytes, written), (self.send_bytes, sent))
-            if done
-        ]
+        left = []
+        if written:
+            left.append((moment - since) * max(self.merge_bytes - written, 0) / written)
+        if sent != self._sent:
+            self._sent, self._sent_at = sent, moment
+        if self._sent and self._sending_since is not None:
+            speed = self._sent / max(self._sent_at - self._sending_since, 1e-9)
+            due = self._sent_at + max(self.send_bytes - self._sent, 0) / speed
+            left.append(max(due - moment, 0.0))
         return max(left, default=None)

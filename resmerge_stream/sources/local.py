@@ -8,7 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointFormatError, CheckpointNotFoundError
+from ..errors import (
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    UnsupportedCheckpointError,
+)
 from ..recipe import ModelRef
 from .checkpoint import SourceFile, StoredTensor
 from .files import INDEX, MAX_SMALL_BYTES, SMALL_SUFFIXES, choose_weights, config_file
@@ -66,6 +70,7 @@ class LocalCheckpoint:
             raise CheckpointNotFoundError(
                 f"cannot read the folder {str(folder)!r}: {exc.strerror}."
             ) from exc
+        _refuse_outward_links(folder, names)
         weight_files = choose_weights(str(folder), names)
         config = _read_config(folder, names)
         weight_map = None
@@ -189,7 +194,30 @@ def _read_config(folder: Path, names: list[str]) -> dict[str, Any]:
     return parse_config(_read_bounded(path, MAX_CONFIG_BYTES), where=str(path))
 
 
+def _refuse_outward_links(folder: Path, names: list[str]) -> None:
+    """Refuse files that would be copied into the output from outside of the model's folder.
+
+    Weights may lie elsewhere: what is not safetensors is not read as such.
+    """
+    for name in names:
+        if name.endswith(SMALL_SUFFIXES) and (folder / name).is_symlink():
+            _check_link(folder / name)
+
+
+def _check_link(path: Path) -> None:
+    """Raise where a link leads out of a model's folder, or out of its part of the Hub's cache."""
+    root = path.parent.resolve()
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        root = root.parent.parent
+    if not path.resolve().is_relative_to(root):
+        raise UnsupportedCheckpointError(
+            f"{str(path)!r} is a link that leads out of the model's folder. What it leads to would "
+            "be copied into the output; put the file itself there, or remove the link."
+        )
+
+
 def _read_bounded(path: Path, limit: int) -> bytes:
+    _check_link(path)  # again: it may have been put there since the folder was looked through
     try:
         with path.open("rb") as handle:
             data = handle.read(limit + 1)

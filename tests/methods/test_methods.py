@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from benchmarks.synthetic import Shape, Updates, write_group
 from resmerge_stream import Recipe, plan_merge, run_merge
+from resmerge_stream.errors import RecipeError
 from resmerge_stream.memory import matrix_bytes
 from resmerge_stream.methods import build_method, find_methods
 from resmerge_stream.recipe import ModelRef
@@ -218,3 +219,9 @@ def test_public_code_comes_to_the_same(tmp_path, file, name, parameters, limit, 
         want, got, start = want.double(), tensors[key].double(), base[key].double()
         scale = max(float((want - start).norm()), 1e-6 * float(start.norm()))
         assert float((got - want).norm()) / scale <= limit, key
+
+
+def test_parameters_that_contradict_each_other_are_refused():
+    """The exponent at full agreement is not above the one at none."""
+    with pytest.raises(RecipeError, match="beta_min"):
+        build_method("resmerge", {"beta_min": "2"})

@@ -23,6 +23,7 @@ OTHER = {
     "tokenizer_from": ("org/math", "org/math"),
     "device": ("cuda:1", "cuda:1"),
     "memory_budget": ("3GB", 3_000_000_000),
+    "patience": ("20m", 1200),
 }
 OUTPUT = [known.key for known in declared() if known.changes != "nothing"]
 

@@ -1,0 +1,62 @@
+"""What ends a run from outside: SIGTERM, as Jobs, containers and schedulers send it."""
+
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.loopback_hub import Answer, Hook
+from tests.support.hub_runs import Bench, running_bench
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """A Hub with a group of models."""
+    with running_bench(tmp_path_factory.mktemp("signals")) as bench:
+        yield bench
+
+
+@pytest.fixture(autouse=True)
+def _no_faults(bench: Bench) -> Iterator[None]:
+    yield
+    bench.hub.faults.clear()
+
+
+def test_sigterm_ends_a_merge_in_order(bench: Bench) -> None:
+    """One line, exit 143 within ten seconds; what is finished stays, the same command continues."""
+    out = bench.folder / "ended"
+    arguments = ["merge", *bench.sources(), "--out", str(out), "--json"]
+    process = bench.start(arguments)
+    ended: list[float] = []
+
+    def end() -> None:
+        ended.append(time.monotonic())
+        process.send_signal(signal.SIGTERM)
+
+    # While the last files are read, and the Hub does not answer any more.
+    bench.hub.faults.add(Answer(status=503), method="GET", path="/file/|/resolve/", skip=16)
+    bench.hub.faults.add(Hook(call=end), method="GET", path="/file/|/resolve/", skip=17, times=1)
+    _, err = process.communicate(timeout=100)
+    passed = time.monotonic() - ended[0]
+    bench.hub.faults.clear()
+    done = bench.fresh(arguments)
+
+    assert process.returncode == 143, err
+    assert passed < 10
+    assert [line for line in err.splitlines() if "waiting" not in line] == [
+        "ended by SIGTERM; finished shards are kept, the same command continues."
+    ]
+    assert done.code == 0, done.err
+
+
+def test_an_outage_is_counted_down_aloud_and_given_up_in_time(bench: Bench) -> None:
+    """`--patience` says how long; a log says what is waited for; exit 3 then."""
+    bench.hub.faults.add(Answer(status=503), method="GET", path="/file/", port="cdn", skip=14)
+    arguments = ["merge", *bench.sources(), "--out", str(bench.folder / "out"), "--patience", "8"]
+
+    done = bench.fresh(arguments)
+
+    assert done.code == 3, done.err
+    assert "waiting: cannot read" in done.err
+    assert "giving up in" in done.err
