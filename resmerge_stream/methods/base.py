@@ -104,6 +104,12 @@ class Update:
     moves_base: bool = False
     needs_stack: bool = True
 
+    def factors(self, vectors: TaskVectors) -> LowRank | None:
+        """Return ΔW as L·Rᵀ, or None where it is not given so."""
+        if self.combination is None or vectors.low_rank is None:
+            return None
+        return self.combination.of(vectors)
+
 
 NO_TENSOR = TensorSpec("", "F32", ())
 
@@ -231,6 +237,7 @@ class MergeMethod(ABC):
         base: ``required`` (task vectors are differences to it), ``optional`` (they are, where the
             recipe has one) or ``input`` (it is one model among the others).
         models: how many models beside the base, at least and at most.
+        low_rank: whether the result is of low rank where all task vectors are.
         presets: settings of a paper or of public code, by name.
         aliases: earlier names of parameters.
         earlier: defaults of the releases before 0.2, where they were others.
@@ -244,6 +251,7 @@ class MergeMethod(ABC):
     weight_key: ClassVar[str] = "weight"
     base: ClassVar[str] = "required"
     models: ClassVar[tuple[int, int | None]] = (1, None)
+    low_rank: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     aliases: ClassVar[Mapping[str, Alias]] = {}
     earlier: ClassVar[Mapping[str, Any]] = {}
@@ -275,6 +283,15 @@ class MergeMethod(ABC):
             weights: of the base, where it takes part itself, then of the experts.
         """
         return None
+
+    def keeps_low_rank(self, weights: tuple[float, ...], base_weight: float | None) -> bool:
+        """Return whether task vectors of low rank give a result of low rank.
+
+        Args:
+            weights: of the experts.
+            base_weight: of the base, where it takes part itself.
+        """
+        return self.low_rank
 
     def counting_passes(self) -> int:
         """Return how often the sources are read before the merge, for numbers of the whole model.

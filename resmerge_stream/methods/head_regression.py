@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .base import Site, Update, param
+from .base import Combination, Site, Update, param
 from .parts.elementwise import linear
 from .parts.heads import head_of, head_report, project_heads
 from .parts.spectral_method import SpectralMethod
@@ -48,6 +48,7 @@ class HeadRegression(SpectralMethod):
     title: ClassVar[str] = "Head regression"
     paper: ClassVar[str] = "this project; a relative of RegMean, WUDI and SWUDI"
     url: ClassVar[str] = "https://arxiv.org/abs/2503.08099"
+    low_rank: ClassVar[bool] = True
 
     rank: int = param(16, "Directions k in a head", minimum=1, maximum=256)
     mu: float = param(0.03, "Pull μ towards the backbone", minimum=1e-6, maximum=1e3)
@@ -74,7 +75,8 @@ class HeadRegression(SpectralMethod):
             # What is left of E: E (I − (PᵀP + μI)⁻¹PᵀP) = μ E (PᵀP + μI)⁻¹.
             **_residuals(E, self.mu * correction, targets, alive, len(energies)),
         }
-        return Update(_rows(a, E, right), "head_regression", gates, warnings)
+        exact = Combination((a,) * vectors.count, E, right.T)
+        return Update(_rows(a, E, right), "head_regression", gates, warnings, exact)
 
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
         """Return bytes of the solver, of Δ_j·V for all heads, and of P, E and their products."""

@@ -27,6 +27,7 @@ class IsoC(SpectralMethod):
     title: ClassVar[str] = "ISO-C"
     paper: ClassVar[str] = "Marczak et al. 2025, No task left behind (isotropic merging)"
     url: ClassVar[str] = "https://arxiv.org/abs/2502.04959"
+    low_rank: ClassVar[bool] = True
 
     scale: float = param(1.0, "Factor λ of the result", minimum=-10.0, maximum=10.0)
 

@@ -27,6 +27,7 @@ class Linear(MergeMethod):
     title: ClassVar[str] = "Linear"
     paper: ClassVar[str] = "Wortsman et al. 2022, Model soups"
     url: ClassVar[str] = "https://arxiv.org/abs/2203.05482"
+    low_rank: ClassVar[bool] = True
     weighted: ClassVar[bool] = True
     base: ClassVar[str] = "input"
 
@@ -35,6 +36,10 @@ class Linear(MergeMethod):
     def check_weights(self, weights: tuple[float, ...]) -> str | None:
         """Return a problem when the weights cancel where their sum divides."""
         return cancelling(weights) if self.normalize else None
+
+    def keeps_low_rank(self, weights: tuple[float, ...], base_weight: float | None) -> bool:
+        """Return whether the coefficients add up to 1, so that the base itself stays."""
+        return self.normalize or abs((base_weight or 0.0) + sum(weights) - 1.0) < 1e-12
 
     def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
         """Return the one rule for every tensor."""

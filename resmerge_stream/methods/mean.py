@@ -25,6 +25,7 @@ class Mean(MergeMethod):
     title: ClassVar[str] = "Mean"
     paper: ClassVar[str] = "Wortsman et al. 2022, Model soups"
     url: ClassVar[str] = "https://arxiv.org/abs/2203.05482"
+    low_rank: ClassVar[bool] = True
     weighted: ClassVar[bool] = True
 
     def rule_for(self, spec: TensorSpec, experts: int) -> Rule:

@@ -59,6 +59,7 @@ class ResMerge(MergeMethod):
     title: ClassVar[str] = "ResMerge"
     paper: ClassVar[str] = "Sun et al. 2026, ResMerge"
     url: ClassVar[str] = "https://arxiv.org/abs/2606.02252"
+    low_rank: ClassVar[bool] = True
 
     variant: str = param("paper", "The paper's formulas or one of its releases", choices=VARIANTS)
     rank: int = param(1, "Directions k in the head", minimum=1, maximum=64)

@@ -24,6 +24,7 @@ class TaskArithmetic(Sparsified):
     title: ClassVar[str] = "Task arithmetic"
     paper: ClassVar[str] = "Ilharco et al. 2023, Editing models with task arithmetic"
     url: ClassVar[str] = "https://arxiv.org/abs/2212.04089"
+    low_rank: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"normalize": False, "lambda": 1.0},
         "release": {"normalize": True},

@@ -30,6 +30,7 @@ class TsvMerge(SpectralMethod):
     title: ClassVar[str] = "TSV-Merge"
     paper: ClassVar[str] = "Gargiulo et al. 2025, Task singular vectors"
     url: ClassVar[str] = "https://arxiv.org/abs/2412.00081"
+    low_rank: ClassVar[bool] = True
 
     scale: float = param(1.0, "Factor λ of the result", minimum=-10.0, maximum=10.0)
 

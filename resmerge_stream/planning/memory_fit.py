@@ -129,9 +129,7 @@ def _read_ahead_bytes(plan: Plan, room: int, *, elsewhere: bool) -> int:
     for name, tensor in plan.tensors.items():
         rows = tensor.rows_read
         fetched = sum(
-            source.read_cost(name, 0, rows)
-            for source in plan.sources_of(tensor)
-            if source in remote
+            source.read_cost(name, 0, rows) for source in plan.read_for(tensor) if source in remote
         )
         largest = max(largest, fetched + plan.made_bytes_of(tensor))
     if not largest:

@@ -90,6 +90,9 @@ class Options:
         max_shard_bytes: None mirrors the base's shards, cut at 5 GB.
         missing: what to do with a tensor that only some experts have: ``base`` merges it among
             those that have it, beside the base's; ``refuse`` makes it a problem.
+        output: ``model`` writes whole weights, ``adapter`` a LoRA adapter of the base.
+        adapter_rank: the rank of an adapter's modules at most, 1 or more; None keeps all of the
+            update, where that is of low rank.
         tokenizer_from: where tokenizer files come from instead of the base.
         device: as ``--device``; not part of what makes a run the same run.
         memory_budget: bytes of private memory on this machine, likewise; processes of one run
@@ -111,6 +114,14 @@ class Options:
     missing: str = option(
         "base", changes="values", parse=_text, metavar="HOW",
         help="tensors that only some experts have: base (merged among those) or refuse",
+    )  # fmt: skip
+    output: str = option(
+        "model", key="as", changes="values", parse=_text, metavar="KIND",
+        help="write a whole model, or an adapter of the base: model or adapter",
+    )  # fmt: skip
+    adapter_rank: int | None = option(
+        None, changes="values", parse=_whole, metavar="K",
+        help="of the adapter, at most (default: as high as it takes to keep all)",
     )  # fmt: skip
     tokenizer_from: str | None = option(
         None, changes="files", parse=_text, metavar="ID", help="take the tokenizer from there"
@@ -137,6 +148,15 @@ class Options:
         if self.missing not in ("base", "refuse"):
             raise RecipeError(
                 f"missing must be base or refuse, not {self.missing!r}.", field="missing"
+            )
+        if self.output not in ("model", "adapter"):
+            raise RecipeError(
+                f"the output must be a model or an adapter, not {self.output!r}.", field="as"
+            )
+        if self.adapter_rank is not None and self.adapter_rank < 1:
+            raise RecipeError(
+                f"an adapter's rank must be 1 or more, not {self.adapter_rank}.",
+                field="adapter_rank",
             )
         if not DEVICE.fullmatch(self.device):
             raise RecipeError(

@@ -18,7 +18,8 @@ from ..sources.assembly import Rounded
 from ..sources.mapped import as_stored, is_stored
 from ..sources.view import View, source_of
 from ..specs import OUTPUT_DTYPES, TensorSpec
-from .adapters import check_named_bases, check_whole, on_base
+from .adapter_output import as_adapter
+from .adapters import check_named_bases, check_tokens, check_whole, on_base
 from .compat import (
     MATCHED,
     TensorSets,
@@ -98,6 +99,8 @@ def _planned(
     if folder is not None and ("\x00" in str(folder) or len(os.fsencode(folder.name)) > 255):
         found.problem(f"{shown(str(out))} cannot be a folder's name.", Remedy.ANOTHER_FOLDER)
         return plan
+    if plan.options.adapter_rank is not None and plan.options.output == "model":
+        found.problem("a rank is given, but the output is a whole model.", Remedy.AS_ADAPTER)
     plan = _with_method(plan, found)
     commits: Sequence[str | None] = ()
     if plan.method is not None:
@@ -112,6 +115,7 @@ def _planned(
     plan = _in_one_layout(plan, found)
     if any(is_bare_adapter(source) for source in plan.checkpoints):
         return plan  # not on a base, so that nothing can be compared
+    check_tokens(plan, found)
     are_read = not found.problems
     if are_read:
         plan = with_vocabulary(plan, found)
@@ -139,8 +143,13 @@ def _planned(
         return plan
     config = output_config(layout, recipe.dtype or _unquantised_dtype(layout))
     plan = replace(plan, shards=_shards(plan), config=config)
-    check_small_files(layout, plan.tokenizer or layout, found)
-    _check_code(plan, found)
+    if plan.options.output == "adapter":
+        plan = as_adapter(plan, found)
+        if found.problems:
+            return plan
+    else:
+        check_small_files(layout, plan.tokenizer or layout, found)
+        _check_code(plan, found)
     plan = fit_memory(_estimated(plan, folder), found)
     if folder is not None:
         check_folder(plan, folder, found)
@@ -345,7 +354,7 @@ def _estimated(plan: Plan, out: Path | None) -> Plan:
     seconds, read = _SECONDS_START, 0
     passes = 1 + plan.opened[1].counting_passes()
     for name, tensor in plan.tensors.items():
-        stored = sum(source.read_cost(name) for source in plan.sources_of(tensor))
+        stored = sum(source.read_cost(name) for source in plan.read_for(tensor))
         read += stored * (passes if tensor.rule else 1)
         seconds += tensor.spec.numel * (count + 1) * _SECONDS_ROWS * passes
         if tensor.rule and tensor.rule.needs_matrix:

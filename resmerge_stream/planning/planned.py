@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..device import Machine, machine_share
 from ..errors import Notice, PlanRefusedError
-from ..memory import HELD_BYTES, PIECE_BYTES, block_bytes, matrix_bytes
+from ..memory import HELD_BYTES, PIECE_BYTES, block_bytes, matrix_bytes, solver_bytes
 from ..methods import MergeMethod, Rule
 from ..recipe import ModelRef, Recipe
 from ..roles import layer_of, pattern_of
 from ..sinks.layout import Shard, index_json
 from ..sinks.publication import Publication
 from ..sources import Checkpoint
+from ..sources.adapter import AdapterCheckpoint
+from ..sources.adapter_config import CONFIG as ADAPTER_CONFIG
 from ..sources.view import made_bytes
 from ..specs import DTYPES, TensorSpec
 from ..version import __version__
@@ -29,6 +31,25 @@ from .sidefiles import side_files
 
 if TYPE_CHECKING:
     from ..sinks.hub.target import HubTarget
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFactors:
+    """How an adapter as output holds a tensor's update, s·B·A with s = 1.
+
+    Attributes:
+        rank: r.
+        module: what PEFT calls the module.
+        down: A, r × in, as it is written.
+        up: B, out × r, likewise.
+        flipped: whether the base's tensor is (in, out), so that it gets (B·A)ᵀ.
+    """
+
+    rank: int
+    module: str
+    down: TensorSpec
+    up: TensorSpec
+    flipped: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +66,8 @@ class PlannedTensor:
             it does not.
         fused: how matrices that are decomposed apart lie in it; None: it is one, or a stack.
         resident: whether float32 task vectors of all experts are kept at once.
+        factors: what is written instead of the tensor, where the output is an adapter.
+        reads_layout: whether the values of the layout's model are read.
     """
 
     spec: TensorSpec
@@ -55,6 +78,18 @@ class PlannedTensor:
     base_weight: float | None = None
     fused: Fused | None = None
     resident: bool = True
+    factors: OutputFactors | None = None
+    reads_layout: bool = True
+
+    @property
+    def stored(self) -> tuple[TensorSpec, ...]:
+        """What is written of it, in the order of the file."""
+        return (self.spec,) if self.factors is None else (self.factors.down, self.factors.up)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes that are written of it."""
+        return sum(spec.nbytes for spec in self.stored)
 
     @property
     def is_stack(self) -> bool:
@@ -76,6 +111,8 @@ class PlannedTensor:
     def rows_read(self) -> int:
         """Rows (first axis) that are read at once."""
         rows, _ = self.spec.matrix_shape
+        if self.factors is not None:
+            return rows
         if self.rule is None or not self.rule.needs_matrix:
             return min(rows, rows * PIECE_BYTES // max(self.spec.nbytes, 1) + 1)
         if self.is_stack:
@@ -195,6 +232,17 @@ class Plan:
             return [self.layout]
         return [self.layout, *(self.experts[i] for i in tensor.experts)]
 
+    def read_for(self, tensor: PlannedTensor) -> list[Checkpoint]:
+        """Return the sources of a tensor whose values are read."""
+        return self.sources_of(tensor)[0 if tensor.reads_layout else 1 :]
+
+    def written_in(self, shard: Shard) -> list[PlannedTensor]:
+        """Return what is merged for a shard, in the order of the file."""
+        if self.options.output == "model":
+            return [self.tensors[spec.name] for spec in shard.tensors]
+        factored = {t.factors.down.name: t for t in self.tensors.values() if t.factors is not None}
+        return [factored[spec.name] for spec in shard.tensors if spec.name in factored]
+
     @property
     def write_bytes(self) -> int:
         """Bytes of the output weight files."""
@@ -249,6 +297,8 @@ class Plan:
         if tensor.rule is None:
             return 0
         block = block_bytes(count, m, n) + self.made_bytes_of(tensor)
+        if tensor.factors is not None:
+            return self._factoring_bytes(tensor)
         output = m * n * DTYPES[tensor.spec.dtype].nbytes
         if tensor.fused is not None and not tensor.fused.in_rows:
             output *= 1 + 2 * tensor.parts  # they wait for each other, and are woven
@@ -262,7 +312,25 @@ class Plan:
         """Return bytes of one piece that are made when it is read: dequantised, or put together."""
         rows = tensor.rows_read
         name = tensor.spec.name
-        return sum(made_bytes(source, name, 0, rows) for source in self.sources_of(tensor))
+        return sum(made_bytes(source, name, 0, rows) for source in self.read_for(tensor))
+
+    def _factoring_bytes(self, tensor: PlannedTensor) -> int:
+        """Return bytes that are held while a tensor's update becomes factors."""
+        (m, n), count = tensor.spec.matrix_shape, len(tensor.experts)
+        ranks = [
+            expert.rank_of(tensor.spec.name) if isinstance(expert, AdapterCheckpoint) else None
+            for expert in (self.experts[i] for i in tensor.experts)
+        ]
+        # Factors as read, orthonormal, and twice as the update's: float64 but the first.
+        held = (m + n) * sum(rank or 0 for rank in ranks) * (4 + 8 + 2 * 8 + 8)
+        if tensor.reads_layout and tensor.factors is not None:
+            # The update whole, and its decomposition.
+            held += block_bytes(count, m, n) + self.made_bytes_of(tensor)
+            held += 4 * m * n + solver_bytes(m, n, tensor.factors.rank, "auto")
+            if tensor.rule is not None and tensor.rule.needs_matrix:
+                scratch = tensor.method.scratch_bytes(m, n, count)
+                held += matrix_bytes(m, n, count, scratch, resident=tensor.resident)
+        return held
 
     def is_held(self, tensor: PlannedTensor) -> bool:
         """Return whether a piece of a tensor is merged in one go, its output held until it is due.
@@ -276,6 +344,8 @@ class Plan:
 
     def side_files(self) -> dict[str, bytes]:
         """Return the small output files that do not depend on the merge, by name."""
+        if self.options.output == "adapter":
+            return {ADAPTER_CONFIG: self.config}
         tokens = self.token_files or TokenFiles(self.tokenizer or self.layout)
         files = side_files(self.layout, tokens.origin)
         files = {name: data for name, data in files.items() if name not in tokens.left_out}

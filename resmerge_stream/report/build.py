@@ -78,6 +78,7 @@ def build_report(
         "matched": [
             {name: list(stored) for name, stored in renamed.items()} for renamed in plan.matched
         ],
+        "adapter": _adapter(entries) if plan.options.output == "adapter" else None,
         "files": list(files),
         "tensors": list(entries),
     }
@@ -86,6 +87,19 @@ def build_report(
 def is_base_again(entries: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether no tensor of a report was changed by any expert."""
     return {entry["rule"] for entry in entries} <= {"copy", "carried"}
+
+
+def _adapter(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the adapter's modules have in common, and how much they hold of the update."""
+    energies = [(entry["update_norm"] or 0.0) ** 2 for entry in entries]
+    shares = [entry["adapter"]["kept"] for entry in entries]
+    total = sum(energies)
+    kept = sum(energy * share for energy, share in zip(energies, shares, strict=True))
+    return {
+        "modules": len(entries),
+        "rank": max(entry["adapter"]["rank"] for entry in entries),
+        "kept": kept / total if total > 0 else 1.0,
+    }
 
 
 def _whole_model_kept(entries: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

@@ -119,30 +119,34 @@ def _readme(
 ) -> str:
     licence, same = _licence([source.license for source in plan.checkpoints])
     sections = [
-        _metadata(names, licence),
+        _metadata(plan, names, licence),
         _introduction(plan, report, names),
         f"## Recipe\n\n```yaml\n{recipe}```",
         gate_tables(report),
+        _factors(plan, report),
         _kept(plan, report),
         unusual_tensors(plan, report, names),
         _tensors(plan, report, names),
         _sources(plan, report, names, same),
-        _usage(plan, names, obstacle),
+        _adapter_usage(plan, names) if report.get("adapter") else _usage(plan, names, obstacle),
         _risks(plan),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _metadata(names: PublicNames, licence: str) -> str:
+def _metadata(plan: Plan, names: PublicNames, licence: str) -> str:
     from huggingface_hub import ModelCardData
 
-    models = [s.name for s in names.sources if s.kind == "hub" and _REPO_ID.match(s.name)]
+    is_adapter = plan.options.output == "adapter"
+    # An adapter is one of its base; the experts stand under the sources.
+    shown = names.sources[:1] if is_adapter else names.sources
+    models = [s.name for s in shown if s.kind == "hub" and _REPO_ID.match(s.name)]
     data = ModelCardData(
         base_model=list(dict.fromkeys(models)) or None,
-        library_name="transformers",
+        library_name="peft" if is_adapter else "transformers",
         license=licence,
-        tags=["merge", "resmerge"],
-        base_model_relation="merge",
+        tags=["merge", "resmerge", *(["lora"] if is_adapter else [])],
+        base_model_relation="adapter" if is_adapter else "merge",
     )
     return f"---\n{data.to_yaml()}\n---"
 
@@ -183,11 +187,19 @@ def _doubts(plan: Plan, report: Mapping[str, Any]) -> list[str]:
 def _kept(plan: Plan, report: Mapping[str, Any]) -> str:
     summary = report["summary"]
     norm, cosine = summary.get("kept_norm"), summary.get("kept_cosine")
-    dtype = plan.recipe.dtype or main_dtype(plan.layout)
+    dtype = plan.recipe.dtype or (
+        "float32" if plan.options.output == "adapter" else main_dtype(plan.layout)
+    )
     rounding = "stochastically" if plan.options.rounding == "stochastic" else "to nearest"
     text = f"## What the cast kept\n\nMerged in float32 and rounded once, {rounding}, to {dtype}. "
     if norm is None or cosine is None:
         return text + "There was no update to keep: no tensor differs from the base."
+    if report.get("adapter"):
+        return text + (
+            f"The update that the stored factors make has **{norm:.3f}** of the computed length "
+            f"and a cosine of **{cosine:.6f}** with it. Added to the base in its own dtype it is "
+            "rounded once more."
+        )
     text += (
         f"Over the whole model the update that is left has **{norm:.3f}** of the computed length "
         f"and a cosine of **{cosine:.3f}** with it; {_changed(report):.1%} of the weights differ "
@@ -212,6 +224,28 @@ def _advice(plan: Plan, dtype: str) -> str:
         "`--rounding stochastic`, which keeps it on average, before judging the method by "
         "these weights."
     )
+
+
+def _factors(plan: Plan, report: Mapping[str, Any]) -> str:
+    """Return what kind of adapter this is, and how much of the merge it holds."""
+    adapter = report.get("adapter")
+    if not adapter:
+        return ""
+    text = (
+        f"## A LoRA adapter\n\n{adapter['modules']} modules, rank {adapter['rank']} at most, with "
+        f"α = r, so that the update is B·A itself. It holds **{adapter['kept']:.4%}** of the "
+        "merged update's squared length"
+    )
+    if plan.options.adapter_rank is None:
+        text += "; the rest is rounding. The rank is the sum of the experts' ranks."
+    else:
+        text += f", the most that rank {plan.options.adapter_rank} can."
+    if plan.method is not None and plan.method.name == "iso_c":
+        text += (
+            " Published ISO-C gives its level to every direction of the matrix; here it ends with "
+            "the directions that the experts have. The level is Σσ/min(m, n) all the same."
+        )
+    return text
 
 
 def _changed(report: Mapping[str, Any]) -> float:
@@ -241,7 +275,8 @@ def _tensors(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> str:
     if plan.layout.config.get("auto_map"):
         code = [name for name in plan.layout.small_files if name.endswith(".py")]
         lines.append(f"The base loads with its own code, copied unread: {code_list(code)}.")
-    lines.append(f"Config from the base; {_tokens_in_words(plan, names)}.")
+    if plan.options.output == "model":
+        lines.append(f"Config from the base; {_tokens_in_words(plan, names)}.")
     notes = [w.text for w in plan.warnings if w.kind not in (KEPT_AS_IN_BASE, LEFT_OUT, BARELY)]
     if notes:
         lines.append("The plan warned:")
@@ -308,6 +343,23 @@ def _usage(plan: Plan, names: PublicNames, obstacle: str) -> str:
             f"mergekit cannot run it: {escape(obstacle)}."
             if obstacle
             else f"[{MERGEKIT}]({MERGEKIT}) is the same recipe for mergekit.",
+            "Every gate of every tensor is in [resmerge/report.json](resmerge/report.json).",
+        ]
+    )
+
+
+def _adapter_usage(plan: Plan, names: PublicNames) -> str:
+    again = _command(plan, names, "resmerge/recipe.yml")
+    base = names.sources[0].name
+    return "\n\n".join(
+        [
+            "## Load it",
+            "```python\nfrom peft import PeftModel\nfrom transformers import "
+            "AutoModelForCausalLM\n\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")\n'
+            'model = PeftModel.from_pretrained(base, "…")  # this repository, or the folder\n```',
+            "## Make it again",
+            f"The same bytes, on the same kind of device:\n\n```sh\n{again}\n```",
             "Every gate of every tensor is in [resmerge/report.json](resmerge/report.json).",
         ]
     )

@@ -69,8 +69,20 @@ def _is_tensor(row: object) -> bool:
         and isinstance(row.get("name"), str)
         and isinstance(row.get("rule"), str)
         and isinstance(row.get("dtype"), str | None)
-        and isinstance(row.get("shape"), list)
-        and all(_is_count(size) for size in row["shape"])
+        and _is_shape(row.get("shape"))
+        and (row.get("adapter") is None or _is_adapter(row["adapter"]))
+    )
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list) and all(_is_count(size) for size in value)
+
+
+def _is_adapter(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("tensors"), dict)
+        and all(_is_shape(shape) for shape in value["tensors"].values())
     )
 
 

@@ -74,14 +74,18 @@ class _Builder:
         elif edit.terms:
             rows = slice(self._piece.start_row, self._piece.stop_row)
             if self._piece.is_slice:
-                whole, (m, n) = self._low_rank(self._piece.start_row), self._piece.place
-                found.append(Factored(LowRank(whole.left[m], whole.right[n])))
+                found.append(Factored(self._placed(self._low_rank(self._piece.start_row))))
             else:
                 whole = self._low_rank(None)
-                found.append(Factored(LowRank(whole.left[rows], whole.right)))
+                found.append(Factored(self._placed(LowRank(whole.left[rows], whole.right))))
         if edit.bias is not None:
             found.append(self._bias(*edit.bias))
         return found[0] if len(found) == 1 else Sum(found)
+
+    def _placed(self, read: LowRank) -> LowRank:
+        """Return the part of what was read that the piece is about."""
+        rows, columns = self._piece.place
+        return LowRank(read.left[rows], read.right[columns])
 
     def _low_rank(self, expert: int | None) -> LowRank:
         """Return the sum of the terms of the tensor, or of one matrix of a stack; float32."""
@@ -127,10 +131,12 @@ class _Builder:
         whole = self._low_rank(None)
         magnitude = self._cross(self._tensor(key).flatten())
         rows = slice(self._piece.start_row, self._piece.stop_row)
-        own = LowRank(whole.left[rows], whole.right)
+        own = self._placed(LowRank(whole.left[rows], whole.right))
+        in_rows, in_columns = self._piece.place
         if columns:
-            return Rescaled(own, magnitude, self._column_norms(whole))
-        return Rescaled(own, magnitude[rows])
+            norms = self._column_norms(whole)
+            return Rescaled(own, magnitude[in_columns], norms[in_columns])
+        return Rescaled(own, magnitude[rows][in_rows])
 
     def _column_norms(self, added: LowRank) -> Tensor:
         """Return ‖W0 + L·Rᵀ‖ of each column, float64: one pass over the base's tensor."""

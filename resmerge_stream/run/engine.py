@@ -132,9 +132,9 @@ def _merge_own(
 ) -> Iterator[Event]:
     """Merge this process's shards, and wait until they are where they have to be."""
     tensors = (
-        plan.tensors[spec.name] if spec is not None else None
+        tensor
         for shard in work.ahead()
-        for spec in (shard.tensors if shard is not None else (None,))
+        for tensor in (plan.written_in(shard) if shard is not None else (None,))
     )
     with reading_ahead_of(plan, tensors):
         for shard in work:
@@ -190,7 +190,7 @@ def _finish(
     report = build_report(
         plan,
         merger.counted,
-        [progress.rows[spec.name] for shard in plan.shards for spec in shard.tensors],
+        [progress.rows[t.spec.name] for shard in plan.shards for t in plan.written_in(shard)],
         [progress.files[shard.name] for shard in plan.shards],
         environment=environment(merger.device) | {"processes": crew.size},
         seconds=progress.seconds,
@@ -231,10 +231,10 @@ def _merge_shard(
             if entry is None:
                 continue
             entries.append(entry)
-            spec = plan.tensors[entry["name"]].spec
-            progress.bytes_written += spec.nbytes
+            tensor = plan.tensors[entry["name"]]
+            progress.bytes_written += tensor.output_bytes
             yield TensorMerged(
-                tensor=spec.name,
+                tensor=tensor.spec.name,
                 rule=entry["rule"],
                 entry=entry,
                 **progress.now(),
@@ -264,7 +264,7 @@ def _prepared(
         progress.bytes_read += nbytes
 
     return worked_ahead(
-        reads(plan, [plan.tensors[spec.name] for spec in shard.tensors]),
+        reads(plan, plan.written_in(shard)),
         merger.prepare,
         read_bytes=plan.read_ahead_bytes or READ_AHEAD_BYTES,
         work_bytes=plan.working_bytes,

@@ -16,14 +16,16 @@ from torch import Tensor
 
 from ..device import usable_cores
 from ..errors import NonFiniteError, Remedy
+from ..maths.factoring import Place, fitted
 from ..maths.lanes import Lane, lanes_of
-from ..maths.low_rank import balanced, svd
+from ..maths.low_rank import LowRank, balanced, svd
 from ..maths.rounding import Kept, block_seed, cast
 from ..maths.stored_bytes import Gathered, as_tensor, bytes_of
 from ..maths.task_vectors import NonFiniteValues, TaskVectors
 from ..methods import Rule, Site, Update
 from ..planning.plan import Plan, PlannedTensor
-from ..report.rows import Rows
+from ..planning.planned import OutputFactors
+from ..report.rows import Rows, combine_slices
 from ..sources.adapter import EditRows
 from ..specs import DTYPES
 from .changes import change_of
@@ -49,6 +51,7 @@ class Decided:
         vectors: its task vectors, open.
         update: the decision.
         remarks: for the report, on how it was made.
+        factors: the same ΔW, where it is a product of factors.
     """
 
     piece: Piece
@@ -57,6 +60,7 @@ class Decided:
     vectors: TaskVectors
     update: Update
     remarks: tuple[str, ...] = ()
+    factors: LowRank | None = None
 
     @property
     def is_copy(self) -> bool:
@@ -137,6 +141,8 @@ class Merger:
 
     def _prepare(self, piece: Piece, rule: Rule, lane: Lane) -> Decided | Merged:
         with contextlib.ExitStack() as undo, self.naming(piece.tensor):
+            if piece.tensor.factors is not None:
+                return self._factored(piece, piece.tensor.factors, rule, lane)
             base, vectors = self.open(piece, lane)
             undo.callback(vectors.close)
             decided = self.decide(piece, rule, base, vectors)
@@ -153,6 +159,50 @@ class Merger:
             self._sample()
             return Merged(decided, gathered.data, kept)
 
+    def _factored(self, piece: Piece, output: OutputFactors, rule: Rule, lane: Lane) -> Merged:
+        """Return the bytes of A and B: the whole update as factors, of all its parts."""
+        fused = piece.tensor.fused
+        found: list[tuple[Place, LowRank | Tensor]] = []
+        gates: list[dict[str, Any]] = []
+        for part in (None,) if fused is None else range(len(fused.names)):
+            own = replace(piece, part=part)
+            base, vectors = self.open(own, lane)
+            with contextlib.closing(vectors):
+                decided = self.decide(own, rule, base, vectors)
+                if decided.is_copy:
+                    continue
+                found.append((own.place, self._change(decided)))
+                gates.append(dict(decided.update.gates))
+        dtype: torch.dtype = getattr(torch, DTYPES[output.up.dtype].torch_name)
+        result = fitted(piece.read_shape, found, output.rank, dtype)
+        sides = (result.factors.left, result.factors.right)
+        down, up = sides if output.flipped else sides[::-1]
+        gathered = Gathered(piece.tensor.output_bytes)
+        gathered.append(bytes_of(down.T.contiguous()))
+        gathered.append(bytes_of(up))
+        self._sample()
+        stored = {spec.name: list(spec.shape) for spec in piece.tensor.stored}
+        of_adapter = {
+            "adapter": {"rank": output.rank, "kept": result.share, "tensors": stored},
+        }
+        all_gates = gates[0] if len(gates) == 1 else combine_slices(gates) if gates else {}
+        update = replace(decided.update, gates=all_gates | of_adapter)
+        remarks = (lane.remark,) if lane.remark else ()
+        decided = replace(decided, piece=piece, update=update, remarks=remarks)
+        return Merged(decided, gathered.data, result.kept)
+
+    def _change(self, decided: Decided) -> LowRank | Tensor:
+        """Return ΔW: as factors where it has some and they are what is asked for, else whole."""
+        if not decided.piece.tensor.reads_layout:
+            if decided.factors is None:
+                raise RuntimeError(f"{decided.piece.tensor.spec.name} has no update of low rank")
+            return decided.factors
+        whole = torch.empty(decided.vectors.shape)
+        for rows in decided.vectors.blocks():
+            stack = decided.vectors.stack(rows)
+            whole[rows] = decided.update.rows(rows, stack).cpu()
+        return whole
+
     def open(self, piece: Piece, lane: Lane | None = None) -> tuple[Tensor, TaskVectors]:
         """Return the base as stored and the task vectors of a piece, by one of `lanes`.
 
@@ -164,7 +214,11 @@ class Merger:
         rule, spec = piece.tensor.rule, piece.tensor.spec
         sources = self.plan.sources_of(piece.tensor)
         dtypes = [source.tensors[spec.name].spec.dtype for source in sources]
-        base = lane.cross(as_tensor(piece.layout_bytes, dtypes[0], piece.read_shape)[piece.place])
+        if piece.tensor.reads_layout:
+            stored = as_tensor(piece.layout_bytes, dtypes[0], piece.read_shape)[piece.place]
+            base = lane.cross(stored)
+        else:
+            base = lane.cross(torch.zeros(1, 1)).expand(piece.matrix_shape)  # nobody looks at it
         changes = [
             change_of(buffer, piece, sources[0], lane.cross)
             if isinstance(buffer, EditRows)
@@ -185,11 +239,14 @@ class Merger:
         tensor = piece.tensor
         if rule.needs_matrix and tensor.base_weight is None and vectors.is_zero():
             update = Update(lambda block, stack: torch.zeros_like(stack[0]), "copy")
+            factors = None
         else:
-            merged = tensor.method.merge(vectors, self.site(piece, rule))
-            update = from_factors(merged, vectors, rule)
+            update = tensor.method.merge(vectors, self.site(piece, rule))
+            factors = update.factors(vectors)
+            if factors is not None:
+                update, factors = from_factors(update, factors, rule)
             self._sample()
-        return Decided(piece, rule, base, vectors, update)
+        return Decided(piece, rule, base, vectors, update, factors=factors)
 
     def site(self, piece: Piece, rule: Rule) -> Site:
         """Return where a piece is, as a method sees it."""
@@ -318,15 +375,13 @@ def reported(rows: Rows, prepared: Prepared, kept: Kept) -> dict[str, Any] | Non
     )
 
 
-def from_factors(update: Update, vectors: TaskVectors, rule: Rule) -> Update:
-    """Return an update that multiplies its factors where it has some, and needs no task vector.
+def from_factors(update: Update, factors: LowRank, rule: Rule) -> tuple[Update, LowRank]:
+    """Return an update that multiplies its factors, and needs no task vector; and the factors.
 
     A matrix that was decided whole is first brought to its own singular directions in float64, so
     that terms which cancel cost no digits.
     """
-    found = update.combination and vectors.low_rank and update.combination.of(vectors)
-    if not found:
-        return update
-    factors = balanced(svd(found)) if rule.needs_matrix else found
+    factors = balanced(svd(factors)) if rule.needs_matrix else factors
     left, right = factors.left.float(), factors.right.float().T.contiguous()
-    return replace(update, rows=lambda block, stack: left[block] @ right, needs_stack=False)
+    rows = lambda block, stack: left[block] @ right  # noqa: E731  # as methods give it
+    return replace(update, rows=rows, needs_stack=False), factors

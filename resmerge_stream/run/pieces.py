@@ -108,7 +108,9 @@ def cuts(tensor: PlannedTensor) -> Iterator[Cut]:
     rows, _ = tensor.spec.matrix_shape
     step = max(rows, 1)
     parts: Sequence[int | None] = (None,)
-    if tensor.rule is not None and tensor.rule.needs_matrix:
+    if tensor.factors is not None:
+        pass  # the factors are those of all of it
+    elif tensor.rule is not None and tensor.rule.needs_matrix:
         step = tensor.rows_read
         if tensor.fused is not None and (tensor.is_stack or step == rows):
             parts = range(tensor.parts)

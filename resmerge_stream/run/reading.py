@@ -29,6 +29,8 @@ class _Rows:
         if start != self._start:
             self._start = start
             self._buffers = [_read(source, name, start, stop) for source in sources]
+            if not tensor.reads_layout:
+                self._buffers.insert(0, memoryview(b""))
         buffers, is_done = self._buffers, cut.part in (None, tensor.parts - 1)
         release, close = _releaser(tensor, sources, start, stop), None
         if is_done:
@@ -45,7 +47,7 @@ def reads(plan: Plan, tensors: list[PlannedTensor]) -> Iterator[tuple[int, Calla
     """Yield what to read, in order: bytes and a function that reads them."""
     for tensor in tensors:
         name = tensor.spec.name
-        sources = plan.sources_of(tensor)
+        sources = plan.read_for(tensor)
         rows = _Rows()
         for cut in cuts(tensor):
             start, stop = cut.start_row, cut.stop_row
@@ -104,7 +106,7 @@ def reading_ahead_of(
             if tensor is None:
                 yield None
                 continue
-            sources = [source for source in plan.sources_of(tensor) if isinstance(source, Followed)]
+            sources = [source for source in plan.read_for(tensor) if isinstance(source, Followed)]
             for start, stop, part, _ in cuts(tensor):
                 if not part:
                     yield from ((source, tensor.spec.name, start, stop) for source in sources)

@@ -13,7 +13,7 @@ import torch
 from ..errors import RecipeError, VerificationError, listed
 from ..maths.stored_bytes import as_tensor
 from ..maths.task_vectors import block_rows
-from ..planning.plan import Options, Plan, plan_merge
+from ..planning.plan import Options, Plan, PlannedTensor, plan_merge
 from ..planning.recipe_file import load_recipe
 from ..recipe import ModelRef, Recipe
 from ..report.schema import MAX_REPORT_BYTES, parse_report
@@ -94,7 +94,7 @@ def _read_report(folder: Path) -> dict[str, Any]:
 
 def check_layout(merged: Checkpoint, report: Mapping[str, Any]) -> Check:
     """Compare names, shapes and dtypes with the report."""
-    entries = {entry["name"]: entry for entry in report["tensors"]}
+    entries = {name: entry for row in report["tensors"] for name, entry in _stored(row)}
     problems = []
     if missing := sorted(set(entries) - set(merged.tensors)):
         problems.append(f"missing: {listed(missing)}")
@@ -107,6 +107,15 @@ def check_layout(merged: Checkpoint, report: Mapping[str, Any]) -> Check:
         if entries[name].get("dtype") not in (None, spec.dtype):
             problems.append(f"{name} has dtype {spec.dtype}, not {entries[name]['dtype']}")
     return Check("layout", tuple(problems), f"{len(entries)} tensors: names, shapes, dtypes")
+
+
+def _stored(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the names and shapes that are stored of a tensor: an adapter has two for each."""
+    if row.get("adapter") is None:
+        yield row["name"], row
+        return
+    for name, shape in row["adapter"]["tensors"].items():
+        yield name, {"shape": shape}
 
 
 def _check_hashes(folder: Path, merged: Checkpoint, report: Mapping[str, Any]) -> Check:
@@ -164,14 +173,18 @@ def check_sample(
     plan = _plan_again(report, recipe, token)
     if plan.problems:
         return Check("recomputed", (), f"skipped, the sources are not at hand: {plan.problems[0]}")
-    names = sorted(set(plan.tensors) & set(merged.tensors))
+    names = sorted(
+        name
+        for name, tensor in plan.tensors.items()
+        if all(spec.name in merged.tensors for spec in tensor.stored)
+    )
     chosen = random.Random(seed).sample(names, min(sample, len(names)))
     try:
         merger = Merger(plan, torch.device("cpu"), report.get("counted", {}))
         problems = [
             f"{name} comes out different when it is merged again"
             for name in chosen
-            if _merge_again(plan, merger, name) != bytes(merged.read(name))
+            if _merge_again(plan, merger, name) != _read(merged, plan.tensors[name])
         ]
     finally:
         plan.close()
@@ -190,6 +203,10 @@ def _merge_again(plan: Plan, merger: Merger, name: str) -> bytes:
         merger.written(merger.prepare(piece), assembly)
         piece.close()
     return b"".join(parts)
+
+
+def _read(merged: Checkpoint, tensor: PlannedTensor) -> bytes:
+    return b"".join(bytes(merged.read(spec.name)) for spec in tensor.stored)
 
 
 def _sha256(path: Path) -> str:

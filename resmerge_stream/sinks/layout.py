@@ -42,7 +42,7 @@ def plan_shards(groups: Sequence[Sequence[TensorSpec]], max_shard_bytes: int) ->
     parts = [part for group in groups for part in _cut(group, max_shard_bytes) if part]
     count = len(parts)
     return tuple(
-        _shard(
+        shard_of(
             f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors",
             part,
         )
@@ -76,7 +76,8 @@ def _cut(group: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
     return parts
 
 
-def _shard(name: str, tensors: Sequence[TensorSpec]) -> Shard:
+def shard_of(name: str, tensors: Sequence[TensorSpec]) -> Shard:
+    """Return one output file with these tensors."""
     ordered = sorted(tensors, key=lambda spec: (-DTYPES[spec.dtype].rank, spec.name))
     offset, placed = 0, []
     for spec in ordered:

@@ -125,6 +125,10 @@ def plan_comparison(
             field="methods",
         )
     problems = [one.prefixed(label) for label, plan in plans.items() for one in plan.problems]
+    if options is not None and options.output != "model":
+        problems.append(
+            Notice("a comparison writes whole models; merge the method you choose as an adapter.")
+        )
     comparison = Comparison(folder, report_only, plans, tuple(problems))
     return comparison if problems else _fitted(comparison)
 

@@ -136,6 +136,14 @@ def _output(parts: Parts) -> None:
             label="File size, at most", placeholder="as the base's files, cut at 5GB",
             info="such as 5GB or 800MB", max_length=40, min_width=200,
         )  # fmt: skip
+        parts["as"] = gr.Dropdown(
+            ["model", "adapter"], value="model", label="Output",
+            info="adapter: a LoRA adapter of the base, from LoRA experts", min_width=200,
+        )  # fmt: skip
+        parts["adapter_rank"] = gr.Number(
+            None, label="Adapter's rank, at most", precision=0, minimum=1, min_width=200,
+            info="empty: as high as it takes to keep all",
+        )  # fmt: skip
         parts["tokenizer_from"] = gr.Textbox(
             label="Tokenizer from", placeholder="the base", info="namespace/name",
             max_length=200, min_width=200,

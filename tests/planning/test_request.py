@@ -20,6 +20,8 @@ OTHER = {
     "seed": ("7", 7),
     "max_shard_size": ("2GB", 2_000_000_000),
     "missing": ("refuse", "refuse"),
+    "as": ("adapter", "adapter"),
+    "adapter_rank": ("32", 32),
     "tokenizer_from": ("org/math", "org/math"),
     "device": ("cuda:1", "cuda:1"),
     "memory_budget": ("3GB", 3_000_000_000),

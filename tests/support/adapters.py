@@ -153,9 +153,15 @@ def make_base(
 
 
 def make_adapter(
-    folder: Path, base: Path, kind: Kind, *, seed: int = 1, dtype: torch.dtype | None = None
+    folder: Path,
+    base: Path,
+    kind: Kind,
+    *,
+    seed: int = 1,
+    dtype: torch.dtype | None = None,
+    **save: Any,
 ) -> Path:
-    """Write an adapter of a base with random factors, as PEFT saves it."""
+    """Write an adapter of a base with random factors, as PEFT saves it; `save` says how."""
     with quiet():
         model = peft.get_peft_model(loaded(base, torch.float32), peft.LoraConfig(**kind.lora))
     torch.manual_seed(seed)
@@ -166,7 +172,7 @@ def make_adapter(
                 if dtype is not None:
                     parameter.copy_(parameter.to(dtype))
     with quiet():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **save)
     return folder
 
 

@@ -1,0 +1,118 @@
+"""An update as the factors of an adapter: the best of a rank, how much of it that is, the cast."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .low_rank import FactorSpace, LowRank, balanced, concatenated, svd
+from .rounding import Kept
+from .spectral import top_singular
+
+# Rows of a whole update that are multiplied with its factors at once.
+_ROWS = 1024
+Place = tuple[slice, slice]
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """An update as L·Rᵀ.
+
+    Attributes:
+        factors: of the rank that was asked for, as they are stored; zero columns where the update
+            is of lower rank.
+        kept: what the stored factors keep of the update; every element counts as changed.
+        share: of ‖ΔW‖², before the cast; 1 for a zero update.
+    """
+
+    factors: LowRank
+    kept: Kept
+    share: float
+
+
+def fitted(
+    shape: tuple[int, int],
+    parts: Sequence[tuple[Place, LowRank | Tensor]],
+    rank: int,
+    dtype: torch.dtype,
+) -> Fitted:
+    """Return the best approximation of an update of a rank.
+
+    Args:
+        shape: of the update, (m, n).
+        parts: the update's parts, where they lie in it: as factors, or as float32 values.
+        rank: r ≥ 1.
+        dtype: of the factors as they are stored.
+
+    Memory: of factors 16·(m + n)·Σr bytes; of values 4·m·n bytes and what `top_singular` takes.
+    """
+    if not parts:
+        return _nothing(shape, rank, dtype)
+    factored = [(place, part) for place, part in parts if isinstance(part, LowRank)]
+    if len(factored) == len(parts):
+        return _of_factors(concatenated([_placed(shape, *one) for one in factored]), rank, dtype)
+    whole = parts[0][1]
+    if not isinstance(whole, Tensor) or whole.shape != shape:
+        whole = torch.zeros(shape)
+        for place, part in parts:
+            whole[place] = part if isinstance(part, Tensor) else part.block(slice(None))
+    return _of_values(whole, rank, dtype)
+
+
+def _placed(shape: tuple[int, int], place: Place, part: LowRank) -> LowRank:
+    left = part.left.new_zeros(shape[0], part.rank, dtype=torch.float64)
+    right = part.right.new_zeros(shape[1], part.rank, dtype=torch.float64)
+    left[place[0]], right[place[1]] = part.left.double(), part.right.double()
+    return LowRank(left, right)
+
+
+def _of_factors(update: LowRank, rank: int, dtype: torch.dtype) -> Fitted:
+    found = svd(update)
+    energy = found.sigma.square()
+    total = float(energy.sum())
+    share = float(energy[:rank].sum()) / total if total > 0 else 1.0
+    stored = _cast(balanced(found, rank), rank, dtype)
+    exact = balanced(found)
+    gram = FactorSpace([exact, LowRank(stored.left.double(), stored.right.double())]).gram()
+    return Fitted(stored, _kept(total, float(gram[0, 1]), float(gram[1, 1]), update.shape), share)
+
+
+def _of_values(update: Tensor, rank: int, dtype: torch.dtype) -> Fitted:
+    energy = sum((float(update[rows].double().square().sum()) for rows in _blocks(update)), 0.0)
+    if energy == 0:
+        return _nothing((update.shape[0], update.shape[1]), rank, dtype)
+    V = top_singular(update, rank, energy=energy).V
+    found = svd(LowRank(torch.cat([update[rows].double() @ V for rows in _blocks(update)]), V))
+    share = min(float(found.sigma.square().sum()) / energy, 1.0)
+    stored = _cast(balanced(found), rank, dtype)
+    own = LowRank(stored.left.double(), stored.right.double())
+    inner = 0.0
+    for rows in _blocks(update):
+        inner += float(((update[rows].double() @ own.right) * own.left[rows]).sum())
+    gram = FactorSpace([own]).gram()
+    return Fitted(stored, _kept(energy, inner, float(gram[0, 0]), update.shape), share)
+
+
+def _blocks(update: Tensor) -> list[slice]:
+    return [slice(start, start + _ROWS) for start in range(0, len(update), _ROWS)]
+
+
+def _nothing(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> Fitted:
+    left, right = (torch.zeros(size, rank, dtype=dtype) for size in shape)
+    return Fitted(LowRank(left, right), _kept(0.0, 0.0, 0.0, shape), 1.0)
+
+
+def _cast(factors: LowRank, rank: int, dtype: torch.dtype) -> LowRank:
+    """Return the factors as stored, with columns of zeros up to the rank."""
+    sides = []
+    for side in (factors.left, factors.right):
+        stored = torch.zeros(len(side), rank, dtype=dtype)
+        stored[:, : side.shape[1]] = side.cpu().to(dtype)
+        sides.append(stored)
+    return LowRank(*sides)
+
+
+def _kept(energy: float, inner: float, stored: float, shape: Sequence[int]) -> Kept:
+    numel = shape[0] * shape[1]
+    return Kept(energy, stored, inner, numel if stored > 0 else 0, numel)
