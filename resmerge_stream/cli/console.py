@@ -38,6 +38,7 @@ def say(text: str) -> None:
 
 
 _MOST_PATTERNS = 20
+_MOST_SETTINGS = 3
 
 
 def plain(text: str) -> str:
@@ -82,12 +83,29 @@ def _patterns(patterns: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return which tensors take which rule, linear maps first; what is too long is counted."""
     ranked = sorted(patterns, key=lambda row: row["role"] not in MATRIX_ROLES)
     shown = [
-        [f"{row['tensors']} × {row['rule']}", row["role"] or "", plain(row["pattern"])]
+        [
+            f"{row['tensors']} × {row['rule']}",
+            row["role"] or "",
+            plain(row["pattern"]),
+            _settings(row["settings"]),
+        ]
         for row in ranked[:_MOST_PATTERNS]
     ]
     rest = ranked[_MOST_PATTERNS:]
     more = [f"… and {sum(row['tensors'] for row in rest)} more; --json lists all"] if rest else []
     return _columns(shown) + more
+
+
+def _settings(settings: Mapping[str, Sequence[Any]]) -> str:
+    """Return the settings that differ between tensors: a value, or the least and the greatest."""
+    words = []
+    for name, values in settings.items():
+        are_numbers = all(isinstance(value, int | float) for value in values)
+        ordered = sorted(values) if are_numbers else list(values)
+        low, high = (f"{v:.3g}" if are_numbers else str(v) for v in (ordered[0], ordered[-1]))
+        words.append(f"{name} {low}" if low == high else f"{name} {low} to {high}")
+    more = [f"and {len(words) - _MOST_SETTINGS} more"] if len(words) > _MOST_SETTINGS else []
+    return ", ".join([*words[:_MOST_SETTINGS], *more])
 
 
 def nothing(events: Iterable[Event]) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -361,15 +361,25 @@ class Plan:
         return dict(sorted(Counter(names).items()))
 
     def patterns(self) -> list[dict[str, Any]]:
-        """Return what is done with which tensors: names with stars for numbers, and their rule."""
-        found: dict[tuple[str, str, str], int] = {}
+        """Return what is done with which tensors: names with stars for numbers, and their rule.
+
+        Settings are those that differ between tensors of the plan, each with its values.
+        """
+        found: dict[tuple[str, str, str], list[PlannedTensor]] = {}
         for name, tensor in self.tensors.items():
             rule, role = (tensor.rule.name, tensor.rule.role) if tensor.rule else ("carried", "")
-            key = (pattern_of(name), rule, str(role))
-            found[key] = found.get(key, 0) + 1
+            found.setdefault((pattern_of(name), rule, str(role)), []).append(tensor)
+        every = _values(self.tensors.values())
+        differ = [key for key, values in every.items() if len(values) > 1]
         return [
-            {"pattern": pattern, "tensors": count, "rule": rule, "role": role or None}
-            for (pattern, rule, role), count in found.items()
+            {
+                "pattern": pattern,
+                "tensors": len(tensors),
+                "rule": rule,
+                "role": role or None,
+                "settings": {k: v for k, v in _values(tensors).items() if k in differ},
+            }
+            for (pattern, rule, role), tensors in found.items()
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -421,6 +431,26 @@ class Plan:
         """Close every source."""
         for source in (*self.checkpoints, *((self.tokenizer,) if self.tokenizer else ())):
             source.close()
+
+
+def _values(tensors: Iterable[PlannedTensor]) -> dict[str, list[Any]]:
+    """Return what each setting of some tensors is, each value once, in the tensors' order."""
+    found: dict[str, dict[Any, None]] = {}
+    for tensor in tensors:
+        if tensor.rule is None:
+            continue
+        weight = type(tensor.method).weight_key
+        for key, value in tensor.method.parameters().items():
+            if isinstance(value, tuple):
+                for number, own in zip(tensor.experts, value, strict=False):
+                    found.setdefault(f"{key} of expert {number + 1}", {})[own] = None
+            else:
+                found.setdefault(key, {})[value] = None
+        for number, own in zip(tensor.experts, tensor.weights, strict=True):
+            found.setdefault(f"{weight} of expert {number + 1}", {})[own] = None
+        if tensor.base_weight is not None:
+            found.setdefault(f"{weight} of the first model", {})[tensor.base_weight] = None
+    return {key: list(values) for key, values in found.items()}
 
 
 def _lasting_name(ref: ModelRef) -> str:

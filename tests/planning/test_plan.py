@@ -608,6 +608,20 @@ def test_a_parameter_may_differ_by_layer_and_by_module(group):
     assert plan.plan_hash != plan_group(group, parameters={"rho": 0.3}).plan_hash
 
 
+def test_the_plan_shows_by_pattern_what_differs(group, capsys):
+    """Values of layers and modules stand beside the tensors that have them, others nowhere."""
+    parameters = {"rho": [{"filter": "mlp", "value": [0.1, 0.3]}, {"value": 0.2}]}
+
+    plan = plan_group(group, parameters=parameters)
+    show_plan(plan)
+
+    rows = {row["pattern"]: row["settings"] for row in plan.to_dict()["patterns"]}
+    assert rows["model.layers.*.mlp.up_proj.weight"] == {"rho": [0.1, 0.3]}
+    assert rows["model.layers.*.self_attn.q_proj.weight"] == {"rho": [0.2]}
+    (line,) = (text for text in capsys.readouterr().out.splitlines() if "mlp.up_proj" in text)
+    assert line.endswith("rho 0.1 to 0.3")
+
+
 def test_numbers_of_the_whole_model_do_not_differ_between_tensors(group):
     """A threshold that is counted in the whole model has one density."""
     parameters = {"preset": "paper", "density": [0.1, 0.9]}
