@@ -26,7 +26,7 @@ from ..version import __version__
 from . import console
 from .evaluate import add_evaluate, evaluate
 from .lasting_imports import lasting_imports
-from .options import add_json, add_publication, add_recipe, publication_of, request_of
+from .options import add_json, add_publication, add_recipe, add_submit, publication_of, request_of
 from .studies import (
     add_analyse,
     add_compare,
@@ -36,7 +36,6 @@ from .studies import (
     compare,
     show_advice,
 )
-from .submit import add_submit, submit
 
 _EXIT = """\
 exit codes: 0 done; 2 refused (bad input, or verify found a difference); 3 stopped, the same
@@ -174,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     add_analyse(_command(commands, "analyse", _analyse, "measure the experts' spectra; no merging"))
     add_evaluate(_command(commands, "evaluate", evaluate, "ask models the same questions"))
     add_submit(
-        _command(commands, "submit", submit, "merge as a Job on the Hub; asks before it spends")
+        _command(commands, "submit", _submit, "merge as a Job on the Hub; asks before it spends")
     )
     methods = _command(commands, "methods", _methods, "list the methods and their parameters")
     add_json(methods)
@@ -274,6 +273,13 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _analyse(args: argparse.Namespace) -> int:
     return analyse(args, _run)
+
+
+def _submit(args: argparse.Namespace) -> int:
+    # Packing this tool as a wheel is nothing that other commands wait for.
+    from .submit import submit
+
+    return submit(args)
 
 
 def _methods(args: argparse.Namespace) -> int:

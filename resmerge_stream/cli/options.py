@@ -113,3 +113,16 @@ def publication_of(args: argparse.Namespace) -> Publication | None:
         update=args.update,
         max_disk=parse_size(args.max_disk, name="max-disk") if args.max_disk else None,
     )
+
+
+def add_submit(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``submit``."""
+    add_recipe(parser)
+    add_publication(parser)
+    job = parser.add_argument_group("the Job")
+    job.add_argument("--flavor", metavar="NAME", help="machine (default: the cheapest that fits)")
+    job.add_argument(
+        "--timeout", metavar="TIME", help="such as 2h: ends the Job (default: from the estimate)"
+    )
+    job.add_argument("--yes", action="store_true", help="start without asking for the price")
+    job.add_argument("--attach", metavar="JOB_ID", help="follow a Job that runs, or ran; no recipe")

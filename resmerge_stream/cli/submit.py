@@ -12,24 +12,11 @@ from ..planning.machines import Estimate, estimates, largest, shortage, timeout_
 from ..planning.plan import Plan, plan_merge
 from ..units import dollars, duration, format_size
 from . import console
-from .options import add_publication, add_recipe, request_of
+from .options import request_of
 from .submission import MOUNT, JobLog, job_command, job_files, job_labels, refuse_folders
 
 if TYPE_CHECKING:
     from ..hub.jobs import HubJobs
-
-
-def add_submit(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``submit``."""
-    add_recipe(parser)
-    add_publication(parser)
-    job = parser.add_argument_group("the Job")
-    job.add_argument("--flavor", metavar="NAME", help="machine (default: the cheapest that fits)")
-    job.add_argument(
-        "--timeout", metavar="TIME", help="such as 2h: ends the Job (default: from the estimate)"
-    )
-    job.add_argument("--yes", action="store_true", help="start without asking for the price")
-    job.add_argument("--attach", metavar="JOB_ID", help="follow a Job that runs, or ran; no recipe")
 
 
 def submit(args: argparse.Namespace) -> int:
