@@ -18,15 +18,15 @@ def find_methods() -> dict[str, type[MergeMethod]]:
     """Return every method by name, sorted.
 
     Raises:
-        RuntimeError: two files claim one name.
+        RuntimeError: a file is not called like its method.
     """
     found: dict[str, type[MergeMethod]] = {}
     for module in pkgutil.iter_modules(__path__):
         method = getattr(importlib.import_module(f"{__name__}.{module.name}"), "METHOD", None)
         if method is None:
             continue
-        if method.name in found:
-            raise RuntimeError(f"two files of methods/ claim the name {method.name!r}")
+        if method.name != module.name:
+            raise RuntimeError(f"methods/{module.name}.py must be called {method.name}.py")
         found[method.name] = method
     return dict(sorted(found.items()))
 
@@ -60,10 +60,13 @@ def method_class(name: str) -> type[MergeMethod]:
     Raises:
         RecipeError: there is none of this name.
     """
-    methods = find_methods()
-    if name not in methods:
-        raise RecipeError(_unknown("method", name, methods))
-    return methods[name]
+    # A file is called like its method: the other files need not be imported, which takes time.
+    if name in {module.name for module in pkgutil.iter_modules(__path__)}:
+        method = getattr(importlib.import_module(f"{__name__}.{name}"), "METHOD", None)
+        if method is not None:
+            found: type[MergeMethod] = method
+            return found
+    raise RecipeError(_unknown("method", name, find_methods()))
 
 
 def parameter_fields(method: type[MergeMethod]) -> dict[str, dataclasses.Field[Any]]:
