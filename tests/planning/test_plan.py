@@ -84,7 +84,7 @@ def test_a_plan_lists_its_rules_by_pattern(group, capsys):
     shown = capsys.readouterr().out
 
     assert {"pattern": "model.layers.*.mlp.up_proj.weight", "tensors": 2, "rule": "resmerge",
-            "role": "ffn"} in rows  # fmt: skip
+            "role": "ffn", "settings": {}} in rows  # fmt: skip
     assert sum(row["tensors"] for row in rows) == len(plan.tensors)
     assert re.search(r"2 × resmerge +ffn +model\.layers\.\*\.mlp\.up_proj\.weight", shown)
     assert re.search(r"1 × mean +embedding +model\.embed_tokens\.weight", shown)
