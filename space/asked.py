@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from resmerge_stream.errors import RecipeError, shown
+from resmerge_stream.errors import Notice, RecipeError, shown
 from resmerge_stream.planning.recipe_file import MAX_RECIPE_BYTES
 from resmerge_stream.planning.request import Request
 from resmerge_stream.recipe import ModelRef, Recipe
@@ -74,8 +74,14 @@ def check_id(ref: ModelRef) -> None:
 
 
 def _check_models(recipe: Recipe, settings: Settings) -> None:
+    wrong: dict[str, Notice] = {}
     for ref in recipe.named:
-        check_id(ref)
+        try:
+            check_id(ref)
+        except RecipeError as exc:
+            wrong.setdefault(str(ref), exc.notices[0])
+    if wrong:
+        raise RecipeError.of(wrong.values())
     if len(recipe.experts) > settings.max_experts:
         raise RecipeError(
             f"the recipe has {len(recipe.experts)} experts; this Space merges up to "

@@ -33,6 +33,13 @@ def theme() -> gr.themes.Base:
         button_primary_text_color="#241900",
         button_primary_background_fill_dark="*primary_500",
         button_primary_text_color_dark="#241900",
+        button_primary_background_fill_hover_dark="*primary_400",
+        button_cancel_background_fill="#b91c1c",
+        button_cancel_background_fill_hover="#991b1b",
+        button_cancel_background_fill_dark="#b91c1c",
+        button_cancel_background_fill_hover_dark="#991b1b",
+        button_cancel_text_color="white",
+        button_cancel_text_color_dark="white",
         # 4.5:1 on white, as small grey text must have.
         body_text_color_subdued="*neutral_500",
         body_text_color_subdued_dark="*neutral_400",

@@ -38,16 +38,20 @@ PAGE_WORDS: Mapping[Remedy, str] = {
 }
 
 
-def said(error: ResMergeError | Notice) -> str:
+# While planning there is no job to continue.
+PLAN_WORDS: Mapping[Remedy, str] = {**PAGE_WORDS, Remedy.CONTINUE: "plan again"}
+
+
+def said(error: ResMergeError | Notice, words: Mapping[Remedy, str] = PAGE_WORDS) -> str:
     """Return what the page says of an error, a problem or a warning."""
     notices = error.notices if isinstance(error, ResMergeError) else (error,)
-    return "\n".join(notice.worded(PAGE_WORDS) for notice in notices)
+    return "\n".join(notice.worded(words) for notice in notices)
 
 
 def plan_said(plan: Mapping[str, Any]) -> dict[str, Any]:
     """Return a plan's plain data with its problems and warnings as the page says them."""
     worded = {
-        key: [said(Notice.from_dict(notice)) for notice in notices]
+        key: [said(Notice.from_dict(notice), PLAN_WORDS) for notice in notices]
         for key, notices in plan["notices"].items()
     }
     return {**plan, **worded}

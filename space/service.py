@@ -1,5 +1,6 @@
 """What pages and endpoints have in common: plans, jobs and reports, and whose they are."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -158,4 +159,6 @@ class Service:
         data = self.jobs.report(job)
         if data is None:
             raise RecipeError(f"this job is {job.state}; there is a report when it is done.")
-        return open_report(data, name="this merge")
+        made = job.asked.get("push_to") or "files"
+        asked_at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(job.created))
+        return open_report(data, name=f"{made} of {asked_at} UTC")

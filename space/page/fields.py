@@ -15,14 +15,16 @@ from .texts import heading
 
 Parts = dict[str, Any]
 _RECIPE = "base_model: org/base\nmodels:\n  - model: org/math\n  - model: org/code"
-_MODEL = "namespace/name, @revision if you like, or a page of the Hub"
+MODEL_INFO = "namespace/name, @revision if you like, or a page of the Hub"
 METHOD = "resmerge"
+# The fields that name a model.
+MODELS = ("base", *(f"expert{number}" for number in range(ROWS)))
 
 
 def choose(parts: Parts) -> None:
     """Add what is merged, how, and what it will be called."""
     gr.HTML(heading("Merge your own"), container=False, padding=False)
-    parts["base"] = _model("Base model", "base", info=_MODEL)
+    parts["base"] = _model("Base model", "base", info=MODEL_INFO)
     for number in range(ROWS):
         name = f"expert{number}"
         parts[name] = _model(f"Expert {number + 1}", name, visible=number < 2)

@@ -6,10 +6,11 @@ from typing import Any
 
 import gradio as gr
 
-from resmerge_stream.errors import PublishError, ResMergeError
+from resmerge_stream.errors import PublishError, RecipeError, ResMergeError
 from resmerge_stream.methods import build_method, find_methods
+from resmerge_stream.recipe import ModelRef
 
-from ..asked import web_recipe, web_request
+from ..asked import check_id, web_recipe, web_request
 from ..examples import examples
 from ..identity import Visitor, caller, has_login, on_space, secret_key, space_url
 from ..jobs.downloads import pinned_recipe
@@ -18,7 +19,7 @@ from ..service import Service
 from ..view import jobs as view
 from ..view.plan import plan_html
 from ..view.words import notice
-from .fields import METHOD, names
+from .fields import METHOD, MODEL_INFO, MODELS, names
 from .following import Following
 from .forms import ROWS, document_of, form_of
 from .news import News
@@ -129,6 +130,9 @@ class Handlers:
         """Plan what the form asks for; what is no model is said at its field."""
         visitor = self._visitor(token)
         document = document_of({"namespace": visitor.name, **_given(form)})
+        if not document["recipe"]["models"]:
+            text = "Fill in a base and at least one expert, or try the example."
+            return {"planned": None, "plan_html": notice(text, "warn"), **_said_at_fields(form)}
         address = caller(request)
         plan = self._service.plan(document, visitor, address)
         push_to = str(document["push_to"])
@@ -141,6 +145,7 @@ class Handlers:
             ),
             "merge": gr.update(interactive=ready and not hindrance),
             "merge_note": "",
+            **_said_at_fields(form),
         }
 
     def merge(self, form: Form, request: gr.Request, token: Token) -> Changes:
@@ -242,6 +247,20 @@ class Handlers:
             changes[f"weight{number}"] = gr.update(visible=weighted and number < count)
         changes["about_method"] = view.method_html(chosen) if chosen else ""
         return changes
+
+
+def _said_at_fields(form: Form) -> Changes:
+    """Return what each field of a model says below its name: what is wrong there, or the usual."""
+    changes: Changes = {}
+    for name in MODELS:
+        info = MODEL_INFO if name == "base" else ""
+        try:
+            if text := str(form.get(name) or "").strip():
+                check_id(ModelRef.parse(text))
+        except RecipeError as exc:
+            info = f"⚠ {said(exc)}"
+        changes[name] = gr.update(info=info)
+    return changes
 
 
 def _given(form: Form) -> Changes:

@@ -95,7 +95,7 @@ def terminal(asked: Mapping[str, Any]) -> str:
 
 def _code(title: str, text: str) -> str:
     return (
-        f'<h3>{esc(title)}</h3><pre tabindex="0" role="region" aria-label="{esc(title)}">'
+        f'<h2>{esc(title)}</h2><pre tabindex="0" role="region" aria-label="{esc(title)}">'
         f"<code>{esc(text)}</code></pre>"
     )
 

@@ -14,7 +14,6 @@ from ..examples import examples
 from ..identity import on_space
 from ..service import Service
 from . import fields
-from .forms import ROWS
 from .handlers import Handlers
 from .news import News
 from .texts import SKIP, TITLE, TRY, heading
@@ -181,7 +180,7 @@ def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
     on(parts["fill"].click, handlers.paste, ["yaml"], [*filled, "pasted"])
     parts["file"].click(None, None, parts["yaml"], js=_FILE.read_text(), api_visibility="private")
     on(parts["add"].click, handlers.add_row, ["count", "method"], filled)
-    for name in ("base", *(f"expert{number}" for number in range(ROWS))):
+    for name in fields.MODELS:
         renamed = {"suggested": parts[name]}
         _on(
             renamed,
@@ -193,7 +192,7 @@ def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
             mode="multiple",
         )
     on(parts["method"].change, handlers.choose_method, ["method", "count"], filled, quick=True)
-    planned = ["planned", "plan_html", "merge", "merge_note"]
+    planned = ["planned", "plan_html", "merge", "merge_note", *fields.MODELS]
     on(parts["plan"].click, handlers.plan, form, planned, busy="plan_html")
     merge = [*form, "planned", "remembered"]
     started = [*_JOB, "remembered", "merge", "merge_note"]

@@ -10,7 +10,7 @@ from ..rows import Row, cells, families, modules
 from .words import esc, table
 
 _CELL_H, _LEFT, _PLOT, _TOP, _BOTTOM = 21, 112, 420, 6, 42
-_MOST_MODULES, _MOST_DOTS = 28, 300
+_MOST_MODULES, _MOST_LAYERS, _MOST_DOTS = 28, 128, 300
 # Dark blue to yellow, and blue over white to red: stops of two common maps, as RGB.
 _VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 _BALANCE = ((33, 102, 172), (146, 197, 222), (247, 247, 247), (244, 165, 130), (178, 24, 43))
@@ -61,12 +61,13 @@ def heatmap(rows: Sequence[Row], gate: Measure, *, named: bool = False) -> str:
         return ""
     labels = modules(rows, gate.key)[:_MOST_MODULES]
     layers = sorted({layer for _, layer in found if layer is not None})
+    layers = layers[:: max(1, -(-len(layers) // _MOST_LAYERS))]
     columns: list[int | None] = [*layers, *([None] if any(c[1] is None for c in found) else [])]
     low, high = _ends(gate, list(found.values()))
     width = _PLOT / len(columns)
     paths: dict[str, list[str]] = {}
     for (label, layer), value in found.items():
-        if label not in labels:
+        if label not in labels or layer not in columns:
             continue
         x = _LEFT + columns.index(layer) * width
         y = _TOP + labels.index(label) * _CELL_H

@@ -100,7 +100,7 @@ def _sources(sources: Iterable[Mapping[str, Any]]) -> str:
                 "gated" if source.get("gated") else "open",
             )
         )
-    head = ("", "Repository", "Commit", "Weights", "Licence", "Access")
+    head = ("Part", "Repository", "Commit", "Weights", "Licence", "Access")
     return table(head, rows, "What is read, and which commit")
 
 

@@ -21,7 +21,7 @@ def summary_html(opened: Opened) -> str:
     pairs = [
         ("Method", _short(method.get("name"))),
         ("Experts", str(max(len(_list(report.get("sources"))) - 1, 0))),
-        ("Tensors", f"{len(opened.rows):,}"),
+        ("Tensors", f"{len(_list(report.get('tensors')) or opened.rows):,}"),
         ("Merging took", duration(_number(summary.get("seconds")))),
         ("Read", _size(summary.get("bytes_read"))),
         ("Written", _size(summary.get("bytes_written"))),
@@ -36,7 +36,7 @@ def summary_html(opened: Opened) -> str:
             (part, f"<code>{esc(_short(item.get('id')))}</code>", f"<code>{esc(commit)}</code>")
         )
     parts = [facts([(k, v) for k, v in pairs if v])]
-    parts.append(table(("", "Model", "Commit"), sources, "Merged from"))
+    parts.append(table(("Part", "Model", "Commit"), sources, "Merged from"))
     parts.append(_medians(opened.rows))
     return f'<div class="rm"><h3>{esc(opened.name)}</h3>{"".join(parts)}</div>'
 

@@ -160,6 +160,22 @@ def test_a_refused_plan_cannot_be_merged(handlers):
     assert changes["planned"] is None
 
 
+def test_every_wrong_model_is_named_at_its_field(handlers):
+    """All are named at once, each where it was written; a page of the Hub is a model."""
+    form = form_after(
+        {}, base="/etc", expert0="https://huggingface.co/o/e", expert1="../x", count=2,
+        method="resmerge",
+    )  # fmt: skip
+
+    changes = handlers.plan(form, NOBODY, None)
+
+    assert "/etc" in changes["plan_html"]
+    assert "../x" in changes["plan_html"]
+    assert "/etc" in changes["base"]["info"]
+    assert "../x" in changes["expert1"]["info"]
+    assert changes["expert0"]["info"] == ""
+
+
 def test_a_job_in_the_address_is_attached_for_its_owner_only(service, handlers):
     """A link shows a job to its owner; to others it says that there is none."""
     job = new_job({"recipe": {}, "push_to": "alice/m"}, "alice", "")
