@@ -21,14 +21,17 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         "of lm-evaluation-harness",
     )
     parser.add_argument(
-        "--out", metavar="DIR", default="evaluation", help="results, and answers so far"
+        "--out",
+        metavar="DIR",
+        default="evaluation",
+        help="the folder for results and for the answers so far",
     )
     parser.add_argument(
-        "--limit", metavar="N", type=int, default=500, help="questions a task (500)"
+        "--limit", metavar="N", type=int, default=500, help="questions for each task (default: 500)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument(
-        "--card", metavar="MERGE", help="one of the models: put the results into its card"
+        "--card", metavar="MERGE", help="put the results into the card of this one of the models"
     )
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
 

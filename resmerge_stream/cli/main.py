@@ -149,13 +149,15 @@ def _parser() -> argparse.ArgumentParser:
     add_recipe(plan)
     plan.add_argument("--out", metavar="DIR", help="also check this output folder and its disk")
     plan.add_argument(
-        "--advice", action="store_true", help="read the weights: which methods to compare, and why"
+        "--advice",
+        action="store_true",
+        help="read the weights, and say which methods to compare, and why",
     )
     add_sample(plan)
     add_publication(plan)
     merge = _command(commands, "merge", _merge, "merge, write, and report")
     add_recipe(merge)
-    merge.add_argument("--out", metavar="DIR", help="output folder; must not exist yet")
+    merge.add_argument("--out", metavar="DIR", help="the output folder; must not exist yet")
     add_publication(merge)
     merge.add_argument(
         "--discard-staging",
@@ -163,10 +165,18 @@ def _parser() -> argparse.ArgumentParser:
         help="list and remove what an unfinished merge left at the target, then start afresh",
     )
     verify = _command(commands, "verify", _verify, "check a merged model against its report")
-    verify.add_argument("merged", metavar="ID", help="output folder of a merge, or namespace/name")
-    verify.add_argument("--recipe", metavar="FILE", help="where the sources are named")
     verify.add_argument(
-        "--sample", type=int, default=3, metavar="N", help="tensors to merge again (3)"
+        "merged", metavar="ID", help="the output folder of a merge, or namespace/name"
+    )
+    verify.add_argument(
+        "--recipe", metavar="FILE", help="the recipe, where the report does not name the sources"
+    )
+    verify.add_argument(
+        "--sample",
+        type=int,
+        default=3,
+        metavar="N",
+        help="how many tensors to merge again (default: 3)",
     )
     add_json(verify)
     add_compare(_command(commands, "compare", compare, "merge by several methods in one pass"))
@@ -178,9 +188,15 @@ def _parser() -> argparse.ArgumentParser:
     methods = _command(commands, "methods", _methods, "list the methods and their parameters")
     add_json(methods)
     demo = _command(commands, "demo", _demo, "merge the built-in experts and ask them; no network")
-    demo.add_argument("--out", metavar="DIR", default="demo-merge", help="default: demo-merge")
     demo.add_argument(
-        "--prompts", type=int, default=500, metavar="N", help="prompts a task to ask (500; 0: none)"
+        "--out", metavar="DIR", default="demo-merge", help="the output folder (default: demo-merge)"
+    )
+    demo.add_argument(
+        "--prompts",
+        type=int,
+        default=500,
+        metavar="N",
+        help="prompts to ask for each task (default: 500; 0: none)",
     )
     add_json(demo)
     return parser

@@ -20,18 +20,30 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def add_publication(parser: argparse.ArgumentParser) -> None:
     """Add what says where on the Hub to publish, and how."""
     hub = parser.add_argument_group("publish on the Hub, with HF_TOKEN or its login")
-    hub.add_argument("--push-to", metavar="NS/NAME", help="repository, made private when new")
-    seen = hub.add_mutually_exclusive_group()
-    seen.add_argument("--private", action="store_true", help="keep it private (new: the default)")
-    seen.add_argument("--public", action="store_true", help="make it public when all is there")
     hub.add_argument(
-        "--update", action="store_true", help="replace the model in it; the plan lists the files"
+        "--push-to", metavar="NS/NAME", help="the repository; a new one is made private"
+    )
+    seen = hub.add_mutually_exclusive_group()
+    seen.add_argument(
+        "--private", action="store_true", help="keep it private (default for a new one)"
+    )
+    seen.add_argument(
+        "--public", action="store_true", help="make it public when everything is there"
     )
     hub.add_argument(
-        "--max-disk", metavar="SIZE", help="of unsent shards (default: two a process); 0: no file"
+        "--update",
+        action="store_true",
+        help="replace the model that is there; the plan lists the files",
+    )
+    hub.add_argument(
+        "--max-disk",
+        metavar="SIZE",
+        help="disk for unsent shards (default: two for each process); 0: no files",
     )
     parser.add_argument(
-        "--work-dir", metavar="DIR", help="where journals are kept (default: the user's cache)"
+        "--work-dir",
+        metavar="DIR",
+        help="where to keep what a restart needs (default: the user's cache)",
     )
 
 
@@ -42,20 +54,30 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         help="a file in mergekit's vocabulary; or a merged model: folder, id or address",
     )  # fmt: skip
     what = parser.add_argument_group("instead of a recipe, or over it")
-    what.add_argument("--base", metavar="ID", help="folder or namespace/name[@revision]")
     what.add_argument(
-        "--expert", metavar="ID", action="append", default=[], help="an expert; repeat"
+        "--base", metavar="ID", help="the base model: a folder or namespace/name[@revision]"
     )
-    what.add_argument("--method", metavar="NAME", help="default: resmerge; see 'methods'")
     what.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="a parameter; repeat"
+        "--expert", metavar="ID", action="append", default=[], help="an expert; give one for each"
+    )
+    what.add_argument(
+        "--method", metavar="NAME", help="how to merge (default: resmerge); 'methods' lists them"
+    )
+    what.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="a parameter of the method; give one for each",
     )
     what.add_argument(
         "--tokenizer-source", metavar="WHICH",
         help="base, union or an ID: the models' rows are matched by token",
     )  # fmt: skip
     how = parser.add_argument_group("output")
-    how.add_argument("--dtype", metavar="TYPE", help=f"{', '.join(OUTPUT_DTYPES)} (the base's)")
+    how.add_argument(
+        "--dtype", metavar="TYPE", help=f"{', '.join(OUTPUT_DTYPES)} (default: the base's)"
+    )
     machine = parser.add_argument_group("machine")
     for known in declared():
         group = machine if known.changes == "nothing" else how
@@ -120,9 +142,17 @@ def add_submit(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     add_publication(parser)
     job = parser.add_argument_group("the Job")
-    job.add_argument("--flavor", metavar="NAME", help="machine (default: the cheapest that fits)")
     job.add_argument(
-        "--timeout", metavar="TIME", help="such as 2h: ends the Job (default: from the estimate)"
+        "--flavor", metavar="NAME", help="which machine (default: the cheapest that fits)"
     )
-    job.add_argument("--yes", action="store_true", help="start without asking for the price")
-    job.add_argument("--attach", metavar="JOB_ID", help="follow a Job that runs, or ran; no recipe")
+    job.add_argument(
+        "--timeout",
+        metavar="TIME",
+        help="end the Job after, such as 2h (default: from the estimate)",
+    )
+    job.add_argument(
+        "--yes", action="store_true", help="start without asking whether the price is right"
+    )
+    job.add_argument(
+        "--attach", metavar="JOB_ID", help="follow a Job that runs or ran; takes no recipe"
+    )

@@ -32,9 +32,16 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="methods, with parameters behind colons: resmerge,ties:density=0.2,ties:paper",
     )
-    parser.add_argument("--out", metavar="DIR", required=True, help="one folder a method below")
     parser.add_argument(
-        "--report-only", action="store_true", help="write reports, table and picture, no weights"
+        "--out",
+        metavar="DIR",
+        required=True,
+        help="gets a folder for each method, the table and the picture",
+    )
+    parser.add_argument(
+        "--report-only",
+        action="store_true",
+        help="write reports, table and picture, but no weights",
     )
     parser.add_argument("--work-dir", metavar="DIR", help="as for merge")
 
@@ -42,24 +49,31 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
 def add_analyse(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``analyse``."""
     add_recipe(parser)
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the results")
+    parser.add_argument("--out", metavar="DIR", required=True, help="the folder for the results")
     parser.add_argument(
-        "--sft", metavar="ID", action="append", default=[], help="an SFT expert beside; repeat"
+        "--sft",
+        metavar="ID",
+        action="append",
+        default=[],
+        help="an SFT expert to compare with; give one for each",
     )
-    parser.add_argument("--rank", type=int, default=1, help="directions in the head (1)")
+    parser.add_argument("--rank", type=int, default=1, help="directions in the head (default: 1)")
     add_sample(parser)
     parser.add_argument(
         "--component",
         choices=("head", "residual"),
         help="write the model W0 + head (or residual) of one expert instead",
     )
-    parser.add_argument("--of", metavar="EXPERT", help="which expert: its ID, or its number")
+    parser.add_argument("--of", metavar="EXPERT", help="the expert, by ID or number")
 
 
 def add_sample(parser: argparse.ArgumentParser) -> None:
     """Add ``--sample``."""
     parser.add_argument(
-        "--sample", metavar="SHARE", default="100%", help="of the layers to read, such as 20%%"
+        "--sample",
+        metavar="SHARE",
+        default="100%",
+        help="share of the layers to read, such as 20%%",
     )
 
 

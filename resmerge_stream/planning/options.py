@@ -104,16 +104,26 @@ class Options:
     """
 
     rounding: str = option(
-        "nearest", changes="values", parse=_text, metavar="HOW", help="nearest or stochastic"
+        "nearest",
+        changes="values",
+        parse=_text,
+        metavar="HOW",
+        help="how to round: nearest (default) or stochastic",
     )
-    seed: int = option(0, changes="values", parse=_whole, metavar="N", help="of random numbers (0)")
+    seed: int = option(
+        0,
+        changes="values",
+        parse=_whole,
+        metavar="N",
+        help="seed of all random numbers (default: 0)",
+    )
     max_shard_bytes: int | None = option(
         None, key="max_shard_size", changes="files", parse=_size, metavar="SIZE",
-        help="such as 5GB (default: the base's shards, cut)",
+        help="size of an output file, such as 5GB (default: as the base's, at most 5GB)",
     )  # fmt: skip
     missing: str = option(
         "base", changes="values", parse=_text, metavar="HOW",
-        help="tensors that only some experts have: base (merged among those) or refuse",
+        help="where an expert lacks a tensor: base (merge the others' there) or refuse",
     )  # fmt: skip
     output: str = option(
         "model", key="as", changes="values", parse=_text, metavar="KIND",
@@ -124,15 +134,15 @@ class Options:
         help="of the adapter, at most (default: as high as it takes to keep all)",
     )  # fmt: skip
     tokenizer_from: str | None = option(
-        None, changes="files", parse=_text, metavar="ID", help="take the tokenizer from there"
+        None, changes="files", parse=_text, metavar="ID", help="take the tokenizer from this model"
     )
     device: str = option(
         "auto", changes="nothing", parse=_text, metavar="DEVICE",
-        help="auto, cpu, cuda, cuda:N or mps",
+        help="where to compute: auto (default), cpu, cuda, cuda:N or mps",
     )  # fmt: skip
     memory_budget: int | None = option(
         None, changes="nothing", parse=_size, metavar="SIZE",
-        help="of all processes here, such as 4GB (default: 80%% of what is free)",
+        help="memory for all processes here, such as 4GB (default: 80%% of what is free)",
     )  # fmt: skip
     patience: int | None = option(
         None, changes="nothing", parse=_duration, metavar="TIME",
