@@ -29,6 +29,12 @@ def as_adapter(plan: Plan, found: Findings) -> Plan:
         plan: with the tensors of a whole model.
         found: takes what cannot be an adapter.
     """
+    if plan.recipe.tokenizer is not None:
+        found.problem(
+            "the recipe says which tokens the merge has, but an adapter fits the base's own rows.",
+            Remedy.AS_MODEL,
+        )
+        return plan
     output = _Output(plan)
     tensors = {}
     for name, tensor in plan.tensors.items():

@@ -5,7 +5,6 @@ from ..recipe import ModelRef, Recipe
 from ..sources import Checkpoint
 from ..sources.adapter import AdapterCheckpoint, base_mismatch, is_bare_adapter
 from .compat import readable
-from .planned import Plan
 
 
 def check_named_bases(recipe: Recipe, found: Findings) -> None:
@@ -26,20 +25,6 @@ def check_whole(layout: Checkpoint, found: Findings) -> None:
         found.problem(
             f"{layout.id} is an adapter, not a whole model. Give the model that it was trained on "
             "as the base, and the adapter as an expert."
-        )
-
-
-def check_tokens(plan: Plan, found: Findings) -> None:
-    """Refuse adapters, and an adapter as output, where the recipe changes the vocabulary."""
-    if plan.recipe.tokenizer is None:
-        return
-    found_one = next((e for e in plan.experts if isinstance(e, AdapterCheckpoint)), None)
-    if found_one is not None or plan.options.output == "adapter":
-        which = found_one.id if found_one is not None else "the output"
-        found.problem(
-            f"the recipe matches vocabularies, but {which} is an adapter, which fits the base's "
-            "own rows alone. Leave the recipe's tokenizer away, or merge the adapter into its base "
-            "first."
         )
 
 

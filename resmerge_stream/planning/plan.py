@@ -19,7 +19,7 @@ from ..sources.mapped import as_stored, is_stored
 from ..sources.view import View, source_of
 from ..specs import OUTPUT_DTYPES, TensorSpec
 from .adapter_output import as_adapter
-from .adapters import check_named_bases, check_tokens, check_whole, on_base
+from .adapters import check_named_bases, check_whole, on_base
 from .compat import (
     MATCHED,
     TensorSets,
@@ -115,7 +115,6 @@ def _planned(
     plan = _in_one_layout(plan, found)
     if any(is_bare_adapter(source) for source in plan.checkpoints):
         return plan  # not on a base, so that nothing can be compared
-    check_tokens(plan, found)
     are_read = not found.problems
     if are_read:
         plan = with_vocabulary(plan, found)

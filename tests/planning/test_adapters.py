@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from resmerge_stream import Recipe, plan_merge
 from resmerge_stream.errors import RecipeError
-from resmerge_stream.planning.recipe_file import parse_recipe
 from resmerge_stream.recipe import ModelRef
 from tests.support import adapters
 
@@ -196,13 +195,3 @@ def test_a_factor_that_is_not_a_number_stops_the_merge(pair, tmp_path):
     assert done.returncode == 2
     assert "model.layers.0.self_attn.q_proj.weight" in done.stderr
     assert not list((tmp_path / "out").glob("*.safetensors"))
-
-
-def test_a_vocabulary_is_not_matched_with_adapters(pair):
-    """An adapter has the base's rows, so a recipe that changes them is refused, not half-merged."""
-    recipe = parse_recipe(
-        f"base_model: {pair[0]}\nmodels:\n  - model: {pair[1]}\nmerge_method: mean\n"
-        "tokenizer:\n  source: union\n"
-    )
-
-    assert any("vocabularies" in problem for problem in plan_merge(recipe).problems)
