@@ -317,6 +317,12 @@ def _tied_heads(base: Checkpoint, experts: Sequence[Checkpoint], found: Findings
     embedding = _embedding_name(base)
     if embedding is None:
         return {}
+    if head in base.tensors and not _same_values(base, head, embedding):
+        found.warning(
+            f"the config of {base.id} ties {head} to {embedding}, but both are there with "
+            "different values; each is merged on its own, as transformers loads them"
+        )
+        return {}
     for checkpoint in (base, *experts):
         if head not in checkpoint.tensors or embedding not in checkpoint.tensors:
             continue

@@ -328,6 +328,18 @@ def test_an_expert_with_its_own_head_is_refused_by_a_tied_base(tmp_path):
     only_problem(plan_group(group), "lm_head.weight", group.experts[1])
 
 
+def test_a_head_that_the_base_ties_by_its_config_only_is_merged(tmp_path):
+    """Where the base itself holds another head than its embedding, both are merged: so it loads."""
+    group = make_group(tmp_path, tied=False, experts=2)
+    for folder in group.folders:
+        edit_config(folder, tie_word_embeddings=True)
+
+    plan = plan_group(group)
+
+    only_warning(plan, "lm_head.weight", "different values")
+    assert plan.tensors["lm_head.weight"].rule is not None
+
+
 def test_an_untied_head_is_merged(tmp_path):
     """Where the config does not tie it, the LM head is a tensor like the embedding."""
     group = make_group(tmp_path, tied=False, experts=2)

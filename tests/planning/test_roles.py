@@ -17,7 +17,7 @@ from resmerge_stream.roles import (
     release_role_of,
     role_of,
 )
-from tests.support import zoo
+from tests.zoo import architectures as zoo
 
 M, V = (8, 8), (8,)
 ARCHITECTURES = {

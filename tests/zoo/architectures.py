@@ -11,7 +11,8 @@ from typing import Any
 VOCABULARY = 96
 SIZES = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "hidden_dim", "dim",
-                     "word_embed_proj_dim", "embedding_size", "projection_dim"), 32),
+                     "word_embed_proj_dim", "attention_hidden_size", "embedding_size",
+                     "projection_dim"), 32),
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size",
                      "encoder_ffn_dim", "decoder_ffn_dim", "mlp_dim",
                      "shared_intermediate_size", "dense_intermediate_size"), 48),
@@ -23,14 +24,16 @@ SIZES = {
                      "kv_lora_rank", "moe_intermediate_size", "shared_expert_intermediate_size",
                      "moe_shared_expert_intermediate_size", "expert_ffn_hidden_size",
                      "mamba_d_state", "state_size"), 8),
-    **dict.fromkeys(("qk_rope_head_dim",), 4),
+    **dict.fromkeys(("qk_rope_head_dim", "rotary_dim"), 4),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k", "n_group",
+                     "num_experts_per_token", "num_expert_group", "n_groups",
                      "topk_group", "linear_num_value_heads", "linear_num_key_heads",
                      "depth", "encoder_layers", "decoder_layers",
                      "num_encoder_layers", "num_decoder_layers"), 2),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"), 128),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "n_vocab"), VOCABULARY),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "n_vocab",
+                     "unpadded_vocab_size"), VOCABULARY),
 }  # fmt: skip
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "layers")
 OWN: dict[str, dict[str, Any]] = {
@@ -39,7 +42,18 @@ OWN: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16},
     "chameleon": {"vocabulary_map": {"<image>": 4}},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+              "n_group": 1, "topk_group": 1},
+    "glm4v_moe": {"text_config": {"rope_parameters": {"mrope_section": [1, 1, 0]}}},
+    **{
+        name: {"text_config": {"rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}}
+        for name in ("qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "glm4v", "glm46v", "glmga",
+                     "qwen2_5_omni_thinker")
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "longcat_flash": {"qk_head_dim": 12},
+    "xmod": {"default_language": "en_XX"},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "glm5_next": {"text_config": {"num_key_value_heads": 4}, "num_key_value_heads": 4},
     "granite_docling": {"vision_config": {"out_hidden_size": 32}},
@@ -55,17 +69,17 @@ OWN: dict[str, dict[str, Any]] = {
     "muse_spark": {"audio_config": {"out_hidden_size": 32}},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16],
                  "axial_pos_shape": [8, 16]},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
 }  # fmt: skip
 # Architectures that are not built here, with the reason.
 UNBUILT: dict[str, str] = {
     **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), "its vision tower needs timm"),
     **dict.fromkeys(("musicgen", "musicgen_melody", "evolla"), "its config alone builds none"),
     "inkling_mm_model": "needs scipy",
-    **dict.fromkeys(("apertus1p5", "cohere_compass", "cohere_compass_text", "cosmos3_edge",
+    **dict.fromkeys(("apertus1p5", "cohere_compass", "cohere_compass_text", 
                      "deepseek_ocr2", "diffusion_gemma", "dory", "dots3_note", "dots3_note_text",
                      "ernie4_5_vl_moe",
-                     "gemma4_assistant", "gemma4_unified_assistant", "granite4_vision", "hy_v4_vl",
+                     "gemma4_assistant", "gemma4_unified_assistant", "granite4_vision", "hy_v4_vl", 
                      "qwen4_exp", "qwen4_exp_text", "zamba"),
                     "its sizes cannot be cut down one by one"),
 }  # fmt: skip
@@ -127,6 +141,8 @@ def _cut(values: dict[str, Any], ids: Ids) -> None:
         for key in LAYERS:
             if values.get(key) == layers:
                 values[key] = len(kept)
+    is_latent = isinstance(values.get("kv_lora_rank"), int)
+    rotates_heads = values.get("head_dim") == values.get("qk_rope_head_dim")
     for key, value in values.items():
         if not isinstance(key, str):
             continue
@@ -140,6 +156,13 @@ def _cut(values: dict[str, Any], ids: Ids) -> None:
             values[key] = [ids.fresh()]
         elif isinstance(value, int) and key in SIZES:
             values[key] = min(SIZES[key], value) if value > 0 else value
+        elif key == "mrope_section" and isinstance(value, list):
+            values[key] = [2, 1, 1]
+    # Attention through a latent has a key for every query, whatever the config says.
+    if is_latent and "num_key_value_heads" in values:
+        values["num_key_value_heads"] = values["num_attention_heads"]
+    if is_latent and rotates_heads and "head_dim" in values:
+        values["head_dim"] = values["qk_rope_head_dim"]
 
 
 def _kept_layers(values: dict[str, Any], layers: int) -> list[int]:

@@ -1,0 +1,31 @@
+"""Every architecture of transformers that can be built small, through plan, merge and load."""
+
+import pytest
+
+from tests.zoo import architectures
+from tests.zoo.page import KNOWN_WARNINGS
+from tests.zoo.trial import attempt
+
+DOZEN = ("gemma3n_text", "gemma4_text", "qwen3_5", "llama4_text", "mixtral",
+         "gpt_oss", "deepseek_v3", "glm4_moe", "kimi_linear", "minimax_m2",
+         "nemotron_h", "mamba2")  # fmt: skip
+REST = [name for name in architectures.model_types() if name not in DOZEN]
+
+
+@pytest.mark.parametrize(
+    "architecture", [*DOZEN, *(pytest.param(name, marks=pytest.mark.slow) for name in REST)]
+)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("without_picture")
+def test_an_architecture_merges_and_loads(architecture, tmp_path):
+    """Planned without a wrong word, merged twice, loaded whole; two equal experts give that one."""
+    if architecture in architectures.UNBUILT:
+        pytest.skip(architectures.UNBUILT[architecture])
+
+    trial = attempt(architecture, tmp_path)
+
+    assert trial.problems == []
+    assert [text for text in trial.warnings if not KNOWN_WARNINGS.search(text)] == []
+    assert trial.decomposed > 0
+    assert trial.loads
+    assert trial.equal or trial.lacking

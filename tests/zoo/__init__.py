@@ -1,0 +1,4 @@
+"""transformers' architectures, small, merged for real: what merges and what does not.
+
+``python -m tests.zoo`` tries them all and writes ``docs/models.md``.
+"""

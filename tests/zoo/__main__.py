@@ -1,0 +1,43 @@
+"""Try every architecture, or those named, and write ``docs/models.md`` where all were tried."""
+
+import argparse
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from unittest.mock import patch
+
+from tests.zoo.architectures import UNBUILT, model_types
+from tests.zoo.page import page
+from tests.zoo.trial import attempt
+
+
+def main() -> None:
+    """Print a line for each architecture; write the page after all of them."""
+    parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
+    parser.add_argument("names", nargs="*", help="model types; default: all that can be built")
+    parser.add_argument("--out", type=Path, default=Path("docs/models.md"))
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    every = model_types()
+    trials = []
+    for name in args.names or [name for name in every if name not in UNBUILT]:
+        start = time.perf_counter()
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            patch("resmerge_stream.report.card.gates_png", lambda report: b""),
+        ):
+            trial = attempt(name, Path(folder))
+        trials.append(trial)
+        seconds = time.perf_counter() - start
+        print(f"{seconds:5.1f} s  {name}: {trial.equal or trial.problems or trial.lacking}")
+        sys.stdout.flush()
+    if not args.names:
+        args.out.write_text(page(trials, len(every)))
+
+
+if __name__ == "__main__":
+    main()
