@@ -98,10 +98,11 @@ class _Output:
     def tell(self, found: Findings) -> None:
         """Report what no adapter can hold."""
         for reason, names in self._whole.items():
-            remedies = [Remedy.AS_MODEL]
-            if self._most is None:
-                remedies.append(Remedy.ADAPTER_RANK)
-            found.problem(f"{len(names)} tensor(s) {reason}: {listed(names)}.", *remedies)
+            found.problem(
+                f"{len(names)} tensor(s) {reason}: {listed(names)}.",
+                Remedy.AS_MODEL,
+                *([Remedy.ADAPTER_RANK] if self._most is None else []),
+            )
         if self._left_out:
             found.warning(
                 f"{len(self._left_out)} tensor(s) that experts changed stay as in the base, since "
