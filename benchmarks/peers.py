@@ -92,7 +92,7 @@ def _recipe(name: str, group: Path) -> dict[str, Any]:
     own, shared, _ = RECIPES[name]
     count = 1 if name == "slerp" else 3
     models = [
-        {"model": str(group / f"expert{i}"), **({"parameters": own} if own else {})}
+        {"model": str(group / f"expert{i}"), **({"parameters": dict(own)} if own else {})}
         for i in range(count)
     ]
     base = {} if name == "linear" else {"base_model": str(group / "base")}

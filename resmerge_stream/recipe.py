@@ -47,7 +47,8 @@ class ModelRef:
 
     def own(self) -> dict[str, Any]:
         """Return the model's own parameters, ready for YAML or JSON."""
-        return {**({} if self.weight is None else {"weight": self.weight}), **self.parameters}
+        weight = {} if self.weight is None else {"weight": self.weight}
+        return {**weight, **{key: _copied(value) for key, value in self.parameters.items()}}
 
     @classmethod
     def parse(cls, text: object, *, weight: float | None = None) -> "ModelRef":
@@ -207,7 +208,7 @@ class Recipe:
             recipe["base_model"] = str(self.base)
         recipe["models"] = models
         if self.parameters:
-            recipe["parameters"] = dict(self.parameters)
+            recipe["parameters"] = {k: _copied(value) for k, value in self.parameters.items()}
         if self.dtype:
             recipe["dtype"] = self.dtype
         if self.tokenizer is not None:
@@ -221,6 +222,13 @@ class Recipe:
         import yaml
 
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _copied(value: Any) -> Any:
+    """Return plain data that shares nothing: YAML writes what is shared as aliases."""
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def override(

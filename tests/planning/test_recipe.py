@@ -325,3 +325,13 @@ def test_a_folder_outside_of_the_repository_is_refused(text):
     """A folder is a path below the repository's top."""
     with pytest.raises(RecipeError, match="subfolder"):
         ModelRef.parse(text)
+
+
+def test_what_models_share_is_written_for_each():
+    """YAML has a short form for shared lists that recipes do not use; none is ever written."""
+    weight = [0.1, {"filter": "mlp", "value": [1, 2]}][1:]
+    experts = tuple(ModelRef(f"o/{i}", parameters={"weight": weight}) for i in range(2))
+
+    recipe = Recipe(ModelRef("o/base"), experts, "task_arithmetic")
+
+    assert parse_recipe(recipe.to_yaml()) == recipe
