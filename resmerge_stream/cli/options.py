@@ -81,6 +81,11 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     for known in declared():
         group = machine if known.changes == "nothing" else how
+        if known.default is True:
+            group.add_argument(
+                known.flag, dest=known.key, action="store_const", const=False, help=known.help
+            )
+            continue
         kind = int if type(known.default) is int else str
         group.add_argument(known.flag, metavar=known.metavar, type=kind, help=known.help)
     add_json(parser)

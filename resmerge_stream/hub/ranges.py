@@ -96,6 +96,10 @@ class RemoteFile:
         self.read_into(begin, memoryview(data))
         return data
 
+    def forget_link(self) -> None:
+        """Ask for a new link before the next request."""
+        self._link.url = None
+
     def read_into(self, begin: int, view: memoryview) -> None:
         """Fill a buffer with the bytes from `begin` on; safe to call from several threads.
 

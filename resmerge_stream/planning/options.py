@@ -35,8 +35,9 @@ class Declared:
 
     @property
     def flag(self) -> str:
-        """The command line's name."""
-        return f"--{self.key.replace('_', '-')}"
+        """The command line's name; of what is on by itself, the one that turns it off."""
+        no = "no-" if self.default is True else ""
+        return f"--{no}{self.key.replace('_', '-')}"
 
 
 def option(
@@ -74,6 +75,12 @@ def _size(key: str, value: object) -> int:
     return parse_size(value, name=key.replace("_", "-"))
 
 
+def _flag(key: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise RecipeError(f"{key} must be true or false, not {shown(value)}.", field=key)
+    return value
+
+
 def _duration(key: str, value: object) -> int:
     if not isinstance(value, str | int) or isinstance(value, bool):
         raise RecipeError(f"{key} must be a time such as 15m, not {shown(value)}.", field=key)
@@ -97,6 +104,8 @@ class Options:
         device: as ``--device``; not part of what makes a run the same run.
         memory_budget: bytes of private memory on this machine, likewise; processes of one run
             share it. None keeps to what the largest matrix calls for, and to 80 % of what is free.
+        check_sources: whether files of the Hub that are read whole and in order are compared with
+            the sha256 that it names.
         patience: seconds for which a merge rides out failures of the Hub; None: 15 minutes.
         max_header_bytes: of indexes and headers that are read of one repository, where those who
             name it are not trusted; None leaves it at the format's limit for each file. Nobody
@@ -143,6 +152,10 @@ class Options:
     memory_budget: int | None = option(
         None, changes="nothing", parse=_size, metavar="SIZE",
         help="memory for all processes here, such as 4GB (default: 80%% of what is free)",
+    )  # fmt: skip
+    check_sources: bool = option(
+        True, changes="nothing", parse=_flag, metavar="",
+        help="do not compare what is read with the Hub's sha256",
     )  # fmt: skip
     patience: int | None = option(
         None, changes="nothing", parse=_duration, metavar="TIME",
@@ -232,7 +245,7 @@ class Options:
         for known in declared():
             value = getattr(self, known.name)
             if value != known.default and (not changes or known.changes in changes):
-                words += [known.flag, str(value)]
+                words += [known.flag] if isinstance(value, bool) else [known.flag, str(value)]
         return words
 
 

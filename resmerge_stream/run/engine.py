@@ -13,13 +13,14 @@ from ..errors import NonFiniteError, Remedy, StoppedError, listed
 from ..hub.patience import MERGING_S, PATIENCE
 from ..memory import WRITE_QUEUE_BYTES
 from ..pipes import WriteBehind, meanwhile
-from ..planning.plan import Plan
+from ..planning.plan import Plan, PlannedTensor
 from ..report.build import build_report
 from ..report.card import render_card
 from ..report.rows import Rows
 from ..sinks import Sink
 from ..sinks.journal import work_folder
 from ..sinks.layout import Shard
+from ..sources.checking import checked, files_of
 from ..version import __version__
 from .counting import counted
 from .crew import Crew
@@ -131,16 +132,72 @@ def _merge_own(
     plan: Plan, work: WorkList, sink: Sink, merger: Merger, progress: Progress
 ) -> Iterator[Event]:
     """Merge this process's shards, and wait until they are where they have to be."""
-    tensors = (
-        tensor
-        for shard in work.ahead()
-        for tensor in (plan.written_in(shard) if shard is not None else (None,))
-    )
-    with reading_ahead_of(plan, tensors):
-        for shard in work:
-            entry = yield from _merge_shard(plan, shard, sink, merger, progress)
-            yield _finished(plan, shard, entry, progress, resumed=False)
+    sources = list(checked(plan.checkpoints))
+    for source in sources:
+        source.checks = plan.options.check_sources
+    shards, own = iter(work), []
+    shard, doubted = next(shards, None), None
+    while shard is not None:
+        with reading_ahead_of(plan, _tensors_of(plan, work.ahead())):
+            while shard is not None:
+                before = progress.bytes_written
+                try:
+                    entry = yield from _merge_shard(plan, shard, sink, merger, progress)
+                except NonFiniteError:
+                    if doubted is shard or not sources:
+                        raise
+                    # It may have come on the way: all of the shard is read once more.
+                    doubted, progress.bytes_written = shard, before
+                    for source in sources:
+                        source.forget_links()
+                    break
+                yield _finished(plan, shard, entry, progress, resumed=False)
+                own.append(shard)
+                yield from _merge_damaged(plan, own, sink, merger, progress)
+                shard = next(shards, None)
     yield from _waiting(sink.settle, progress)
+
+
+def _tensors_of(plan: Plan, shards: Iterator[Shard | None]) -> Iterator[PlannedTensor | None]:
+    for shard in shards:
+        yield from plan.written_in(shard) if shard is not None else (None,)
+
+
+def _merge_damaged(
+    plan: Plan, own: list[Shard], sink: Sink, merger: Merger, progress: Progress
+) -> Iterator[Event]:
+    """Merge again what was made of files that came as others than the Hub names.
+
+    Raises:
+        StoppedError: they come so a second time.
+    """
+    for last in (False, True):
+        damaged, names = set(), []
+        for source in plan.checkpoints:
+            for stored in checked(iter((source,))):
+                files, stored.damaged = stored.damaged, set()
+                names += [f"{source.id}/{file}" for file in sorted(files)]
+                stored.forget_links()
+                damaged |= {
+                    shard.name
+                    for shard in own
+                    for tensor in plan.written_in(shard)
+                    if files and files_of(source, tensor.spec.name) & files
+                }
+        if not names:
+            return
+        if last:
+            raise StoppedError(
+                f"{listed(names)}: read twice, and twice the bytes are not those of the sha256 "
+                "that the Hub names. Shards were made of them.",
+                Remedy.DISCARD_STAGING,
+            )
+        for shard in own:
+            if shard.name in damaged:
+                before = progress.bytes_written
+                entry = yield from _merge_shard(plan, shard, sink, merger, progress)
+                progress.bytes_written = before
+                yield _finished(plan, shard, entry, progress, resumed=False)
 
 
 def _merge_lost(plan: Plan, sink: Sink, merger: Merger, progress: Progress) -> Iterator[Event]:

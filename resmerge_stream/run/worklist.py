@@ -39,8 +39,12 @@ class WorkList:
             yield shard
 
     def ahead(self) -> Iterator[Shard | None]:
-        """Yield the same shards before they are merged; None where no more may be taken yet."""
-        seen = 0
+        """Yield the same shards before they are merged; None where no more may be taken yet.
+
+        It begins with the one that is being merged.
+        """
+        with self._lock:
+            seen = max(self._begun - 1, 0)
         while True:
             with self._lock:
                 if seen == len(self._taken) and self._left and self._may_take():

@@ -1,6 +1,7 @@
 """A checkpoint on the Hub: pinned to a commit, headers and tensors read in ranges."""
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..errors import (
     PickledWeightsError,
     Remedy,
     ResMergeError,
+    StoppedError,
     listed,
 )
 from ..hub.client import TokenRefusedError, client, patiently
@@ -23,6 +25,7 @@ from ..hub.ranges import CachedFile, RemoteFile
 from ..recipe import ModelRef
 from .adapter_config import CONFIG as ADAPTER_CONFIG
 from .ahead import Ahead
+from .checking import FileCheck
 from .checkpoint import SourceFile, StoredTensor
 from .fetch import PART_BYTES, Fetcher, Span
 from .files import INDEX, MAX_SMALL_BYTES, SMALL_SUFFIXES, WEIGHTS, choose_weights, config_file
@@ -58,6 +61,10 @@ class HubCheckpoint:
         self.small_files: tuple[str, ...] = ()
         self.is_remote = True
         self.ahead: Ahead | None = None
+        self.checks = False
+        self.damaged: set[str] = set()
+        self._heads: dict[str, bytes] = {}
+        self._file_checks: dict[str, FileCheck] = {}
         self._api = api
         self.subfolder = ref.subfolder
         self._asked = ref.revision
@@ -131,6 +138,19 @@ class HubCheckpoint:
         file = self._file(tensor.file)
         if isinstance(file, CachedFile):
             return file.view(begin, end)
+        view = self._fetched(file, begin, end)
+        check = self._file_checks.get(tensor.file) if self.checks else None
+        if check is not None and check.take(begin, view):
+            self.damaged.add(tensor.file)
+        return view
+
+    def forget_links(self) -> None:
+        """Read by fresh links from here on."""
+        for file in self._opened.values():
+            if isinstance(file, RemoteFile):
+                file.forget_link()
+
+    def _fetched(self, file: RemoteFile, begin: int, end: int) -> memoryview:
         if self.ahead is not None:
             view = self.ahead.take(Span(file, begin, end))
             if view is not None:
@@ -210,6 +230,11 @@ class HubCheckpoint:
         self.files = tuple(
             SourceFile(name, self._size(name), _sha256(self._listed[name])) for name in weights
         )
+        self._file_checks = {
+            file.name: FileCheck(self._heads.pop(file.name), file.size, file.sha256)
+            for file in self.files
+            if file.sha256 is not None
+        }
         # What the Hub's local cache holds whole is read from there.
         self.is_remote = any(isinstance(self._file(name), RemoteFile) for name in weights)
         self.small_files = tuple(
@@ -263,6 +288,7 @@ class HubCheckpoint:
         length = header_length(first[:8], size, where=where)
         if 8 + length > len(first):
             first += bytes(self._read_range(name, len(first), 8 + length))
+        self._heads[name] = first[: 8 + length]
         return parse_header(first[8 : 8 + length], size, file=name, where=where)
 
     def _read_range(self, name: str, begin: int, end: int) -> memoryview:
@@ -297,6 +323,18 @@ class HubCheckpoint:
     def _download(self, name: str, limit: int) -> bytes:
         if self._size(name) > limit:
             raise CheckpointFormatError(f"{self._shown}{name} is larger than {limit} bytes.")
+        data = self._downloaded(name, afresh=False)
+        if not _is_of(self._listed[name], data):
+            data = self._downloaded(name, afresh=True)
+            if not _is_of(self._listed[name], data):
+                raise StoppedError(
+                    f"{self._shown}{name}: downloaded twice, and twice its bytes are not those "
+                    "that the Hub names.",
+                    Remedy.CONTINUE,
+                )
+        return data
+
+    def _downloaded(self, name: str, *, afresh: bool) -> bytes:
         path = patiently(
             lambda: hf_hub_download(
                 self.id,
@@ -305,6 +343,7 @@ class HubCheckpoint:
                 token=self._api.token,
                 endpoint=self._api.endpoint,
                 library_name="resmerge-stream",
+                force_download=afresh,
             ),
             what=f"read {self._shown}{name} on the Hub",
         )
@@ -315,6 +354,14 @@ class HubCheckpoint:
         if size is None:
             raise CheckpointFormatError(f"the Hub does not tell the size of {self._shown}{name}.")
         return size
+
+
+def _is_of(sibling: RepoSibling, data: bytes) -> bool:
+    """Whether bytes are those of a file as the Hub names it."""
+    if sibling.lfs is not None:
+        return hashlib.sha256(data).hexdigest() == sibling.lfs.sha256
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)
+    return sibling.blob_id in (None, blob.hexdigest())
 
 
 def _sha256(sibling: RepoSibling) -> str | None:

@@ -25,8 +25,17 @@ OTHER = {
     "tokenizer_from": ("org/math", "org/math"),
     "device": ("cuda:1", "cuda:1"),
     "memory_budget": ("3GB", 3_000_000_000),
+    "check_sources": (False, False),
     "patience": ("20m", 1200),
 }
+
+
+def words_of(key):
+    """Return how a user gives an option another value."""
+    known = next(known for known in declared() if known.key == key)
+    return [known.flag] if isinstance(OTHER[key][0], bool) else [known.flag, OTHER[key][0]]
+
+
 OUTPUT = [known.key for known in declared() if known.changes != "nothing"]
 
 
@@ -67,7 +76,7 @@ def test_an_option_is_the_same_in_words_and_as_a_user_gives_it(key, tmp_path):
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(a_request().recipe.to_yaml())
     asked = a_request(**named([key]))
-    given = ["plan", str(recipe), f"--{key.replace('_', '-')}", OTHER[key][0]]
+    given = ["plan", str(recipe), *words_of(key)]
     again = ["plan", str(recipe), *asked.publication.words(), *asked.options.words()]
 
     assert request_of(_parser().parse_args(given)).options == asked.options
