@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .low_rank import FactorSpace, LowRank, balanced, concatenated, svd
+from .low_rank import LowRank, balanced, concatenated, svd
 from .rounding import Kept
 from .spectral import top_singular
 
@@ -61,6 +61,8 @@ def fitted(
 
 
 def _placed(shape: tuple[int, int], place: Place, part: LowRank) -> LowRank:
+    if part.shape == shape:
+        return part
     left = part.left.new_zeros(shape[0], part.rank, dtype=torch.float64)
     right = part.right.new_zeros(shape[1], part.rank, dtype=torch.float64)
     left[place[0]], right[place[1]] = part.left.double(), part.right.double()
@@ -74,8 +76,8 @@ def _of_factors(update: LowRank, rank: int, dtype: torch.dtype) -> Fitted:
     share = float(energy[:rank].sum()) / total if total > 0 else 1.0
     stored = _cast(balanced(found, rank), rank, dtype)
     exact = balanced(found)
-    gram = FactorSpace([exact, LowRank(stored.left.double(), stored.right.double())]).gram()
-    return Fitted(stored, _kept(total, float(gram[0, 1]), float(gram[1, 1]), update.shape), share)
+    own = LowRank(stored.left.double(), stored.right.double())
+    return Fitted(stored, _kept(total, _inner(exact, own), _inner(own, own), update.shape), share)
 
 
 def _of_values(update: Tensor, rank: int, dtype: torch.dtype) -> Fitted:
@@ -90,8 +92,12 @@ def _of_values(update: Tensor, rank: int, dtype: torch.dtype) -> Fitted:
     inner = 0.0
     for rows in _blocks(update):
         inner += float(((update[rows].double() @ own.right) * own.left[rows]).sum())
-    gram = FactorSpace([own]).gram()
-    return Fitted(stored, _kept(energy, inner, float(gram[0, 0]), update.shape), share)
+    return Fitted(stored, _kept(energy, inner, _inner(own, own), update.shape), share)
+
+
+def _inner(one: LowRank, other: LowRank) -> float:
+    """Return ⟨L·Rᵀ, L'·R'ᵀ⟩; sums are exact enough where columns are orthogonal, or nearly so."""
+    return float(((one.left.T @ other.left) * (one.right.T @ other.right)).sum())
 
 
 def _blocks(update: Tensor) -> list[slice]:
