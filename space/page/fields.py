@@ -101,8 +101,7 @@ def _controls(parts: Parts, method: type[MergeMethod], *, visible: bool) -> None
 
 def _control(field: dataclasses.Field[Any]) -> Any:
     meta, default = field.metadata, cast(Any, field.default)
-    label, low, high = f"{field.name}", meta["minimum"], meta["maximum"]
-    info = meta["label"]
+    label, info = field.name, meta["label"]
     if isinstance(default, bool):
         return gr.Checkbox(default, label=label, info=info, min_width=200)
     if isinstance(default, str):
@@ -112,12 +111,8 @@ def _control(field: dataclasses.Field[Any]) -> Any:
             )
         return gr.Textbox(default, label=label, info=info, min_width=200)
     whole = isinstance(default, int)
-    if low is not None and high is not None and not whole and high - low <= 1:
-        return gr.Slider(low, high, value=default, step=0.01, label=label, info=info, min_width=200)
-    return gr.Number(
-        default, label=label, info=info, minimum=low, maximum=high, precision=0 if whole else None,
-        min_width=200,
-    )  # fmt: skip
+    # Without ends: gradio would refuse the whole form, and not say which field; the plan does.
+    return gr.Number(default, label=label, info=info, precision=0 if whole else None, min_width=200)
 
 
 def _output(parts: Parts) -> None:
@@ -142,8 +137,9 @@ def _output(parts: Parts) -> None:
             ["model", "adapter"], value="model", label="Output",
             info="adapter: a LoRA adapter of the base, from LoRA experts", min_width=200,
         )  # fmt: skip
-        parts["adapter_rank"] = gr.Number(
-            None, label="Adapter's rank, at most", precision=0, minimum=1, min_width=200,
+        # Text: gradio's number makes 0 of an empty field.
+        parts["adapter_rank"] = gr.Textbox(
+            label="Adapter's rank, at most", max_length=8, min_width=200,
             info="empty: as high as it takes to keep all",
         )  # fmt: skip
         parts["tokenizer_from"] = gr.Textbox(
