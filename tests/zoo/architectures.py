@@ -37,6 +37,7 @@ SIZES = {
 }  # fmt: skip
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "layers")
 OWN: dict[str, dict[str, Any]] = {
+    "xlm": {"n_words": VOCABULARY, "emb_dim": 32},
     "xlnet": {"d_head": 8},
     "mamba2": {"num_heads": 8},
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16},

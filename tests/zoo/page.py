@@ -20,8 +20,9 @@ _PUBLISHED = {"gpt_oss": ["MXFP4"]}
 _TOP = """\
 # Which models merge
 
-{merged} of {built} architectures merge and load again; transformers {transformers} has {all} causal
-language models and image-text models, and {unbuilt} of them were not built.
+{merged} of {built} architectures merge, and {loaded} of the results load again; transformers
+{transformers} has {all} causal language models and image-text models, of which {unbuilt} were not
+built.
 
 Written by `python -m tests.zoo`, with torch {torch}. For each architecture transformers makes a
 small random model and writes it with `save_pretrained`, as a base and two experts. Then:
@@ -34,8 +35,8 @@ small random model and writes it with `save_pretrained`, as a base and two exper
   equal logits too. *Weights*: the forward pass asks for more than token ids (an image, mostly), or
   the small sizes do not suit it.
 - **quantised**: the same holds with such a base. FP8 is `weight_scale_inv` with blocks of
-  128 × 128 on every linear map; scales by channel and by tensor are read as well, in every
-  architecture. GPTQ, AWQ, bitsandbytes and GGUF are refused, with what to do.
+  128 × 128 on every linear map but routers and stacks of experts; scales by channel and by tensor
+  are read as well. GPTQ, AWQ, bitsandbytes and GGUF are refused, with what to do.
 
 Small models show names, shapes and storage, not whether a merge is good: see
 [quality.md](quality.md).

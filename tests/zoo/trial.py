@@ -135,7 +135,7 @@ def quantise(folder: Path, target: Path) -> bool:
             if not name.endswith(".weight"):
                 continue
             m, n = tensor.shape
-            scale = tensor.float().abs().max() / 448
+            scale = tensor.float().abs().max().clamp(min=1e-6) / 448
             tensors[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
             tensors[f"{name}_scale_inv"] = scale.expand(-(-m // 128), -(-n // 128)).contiguous()
             count += 1
