@@ -294,8 +294,8 @@ class Staging:
             )
         if self.repo.head(self.branch) is None:
             return StoppedError(
-                f"somebody removed the staging branch {self.branch} of {self.repo.id}. What was "
-                "staged there is lost.",
+                f"the staging branch {self.branch} of {self.repo.id} is gone: another run of this "
+                "merge finished with it, or somebody removed it with what was staged there.",
                 Remedy.CONTINUE,
             )
         return StoppedError(
