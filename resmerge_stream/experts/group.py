@@ -14,7 +14,7 @@ from .tasks import TASKS
 # Of the held-out prompts that the demo asks; training asked none of them.
 SEED = 7
 # What the demo sets beside its merge: the two that everybody tries first, those of the literature
-# that do best here, and the method that docs/quality.md recommends.
+# that do best here, and the sibling of ResMerge that keeps what each head does.
 BESIDE = ("mean", "task_arithmetic", "tsv_m", "swudi", "head_regression")
 
 _FOLDER = Path(__file__).parent
