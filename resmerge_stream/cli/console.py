@@ -63,7 +63,7 @@ def show_plan(plan: Plan) -> None:
     if plan.tensors:
         rules = ", ".join(f"{count} {rule}" for rule, count in plan.by_rule().items())
         print(f"tensors:  {len(plan.tensors)} ({rules})")
-        for line in _patterns(plan.patterns()):
+        for line in [] if plan.refused else _patterns(plan.patterns()):
             print(f"          {line.rstrip()}")
         print(f"sources:  {format_size(plan.read_bytes)} to read, {len(plan.experts)} expert(s)")
         print(f"output:   {format_size(plan.write_bytes)} in {len(plan.shards)} file(s)")

@@ -32,8 +32,8 @@ def check_setting(key: str, setting: object) -> None:
     conditions: Any = [setting] if isinstance(setting, Mapping) else setting
     if not _is_list(conditions) or not conditions or len(conditions) > MAX_VALUES:
         raise RecipeError(
-            f"{key} must be one value, a list of values from the first layer to the last, or a "
-            f"list of '- filter: …, value: …', not {shown(setting)}."
+            f"the parameter {shown(key)} must be one value, a list of values from the first layer "
+            f"to the last, or a list of '- filter: …, value: …', not {shown(setting)}."
         )
     if all(_is_scalar(value) for value in conditions):
         return
@@ -52,14 +52,14 @@ def check_setting(key: str, setting: object) -> None:
         pattern, value = condition.get("filter"), condition["value"]
         if pattern is not None and (not isinstance(pattern, str) or len(pattern) > MAX_FILTER):
             raise RecipeError(
-                f"a filter of {key} must be part of a tensor's name, such as self_attn, "
+                f"a filter of {shown(key)} must be part of a tensor's name, such as self_attn, "
                 f"not {shown(pattern)}."
             )
         if _is_scalar(value):
             continue
         if not _is_list(value) or not value or not all(_is_scalar(item) for item in value):
             raise RecipeError(
-                f"the value of a filter of {key} must be one value or a list of them, "
+                f"the value of a filter of {shown(key)} must be one value or a list of them, "
                 f"not {shown(value)}."
             )
 

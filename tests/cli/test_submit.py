@@ -134,7 +134,7 @@ def test_what_a_job_is_told(bench: Bench) -> None:
     assert command[command.index("--torch-backend") + 1] == "cpu"
     merge = command[command.index("merge") + 2 :]
     expected = ["--push-to", "alice/told", "--public", "--max-disk", "1000000000", "--seed", "7"]
-    assert merge == expected
+    assert merge == [*expected, "--patience", "1h"]
 
 
 def test_a_gpu_gets_torch_with_cuda(bench: Bench) -> None:
