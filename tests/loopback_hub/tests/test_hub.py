@@ -461,11 +461,8 @@ print(hf_hub_download("alice/m", "w.safetensors"))
     assert len(hub.log.find(path="xet-write-token")) == (1 if xet else 0)
 
 
-@MODES
-def test_contents_are_copied_between_repositories(
-    hub: LoopbackHub, tmp_path: Path, xet: bool
-) -> None:
-    """A commit may copy a large file from another repository, whichever way it was uploaded."""
+def test_contents_are_copied_between_repositories(hub: LoopbackHub, tmp_path: Path) -> None:
+    """A commit may copy a large file from another repository; the client copies Xet's alone."""
     (tmp_path / "shard").write_bytes(LARGE)
     script = """
 for name in ("alice/from", "alice/to"):
@@ -475,7 +472,7 @@ source = {"src_repo_id": "alice/from", "src_repo_type": "model"}
 copy = CommitOperationCopy("w.safetensors", "v.safetensors", **source)
 api.create_commit("alice/to", [copy], commit_message="copy")
 """
-    run_client(hub, script, tmp_path, xet=xet)
+    run_client(hub, script, tmp_path, xet=True)
 
     assert hub.read("alice/to", "v.safetensors") == LARGE
 
