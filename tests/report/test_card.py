@@ -115,6 +115,14 @@ def group(tmp_path: Path) -> list[Path]:
     return write_group(tmp_path / "group")
 
 
+# The methods of mergekit 0.1.5.
+MERGEKITS = {
+    "arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della",
+    "della_linear", "karcher", "linear", "model_stock", "multislerp", "nearswap", "nuslerp",
+    "passthrough", "ram", "ramplus_tl", "sce", "slerp", "task_arithmetic", "ties",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("method", "experts"),
     [
@@ -126,17 +134,15 @@ def group(tmp_path: Path) -> list[Path]:
     ],
 )
 def test_every_method_has_a_card(tmp_path: Path, method: str, experts: int) -> None:
-    """A merge by any method, of no expert or more, leaves all four files."""
+    """A merge by any method, of no expert or more, leaves all files; mergekit's if it has it."""
     plan, report = merge(write_group(tmp_path / "group", experts=experts), method)
 
     files = render_card(plan, report)
 
-    assert set(files) == {
-        "README.md",
-        "resmerge/report.json",
-        "resmerge/recipe.yml",
-        "resmerge/gates.png",
-    }
+    expected = {"README.md", "resmerge/report.json", "resmerge/recipe.yml", "resmerge/gates.png"}
+    if method in MERGEKITS:
+        expected |= {"mergekit_config.yml"}
+    assert set(files) == expected
     assert plan.method is not None
     assert plan.method.title in files["README.md"].decode()
 
