@@ -26,7 +26,7 @@ def deltas(base_folder, adapter_folder):
     for name, edit in adapter.edits.items():
         rule = method.rule_for(edit.spec, 1)
         rows, columns = edit.spec.matrix_shape
-        piece = Piece(PlannedTensor(edit.spec, rule, method), 0, rows, True, [])
+        piece = Piece(PlannedTensor(edit.spec, rule, method), 0, rows, None, True, [])
         change = change_of(adapter.read_edit(name), piece, base, lambda tensor: tensor)
         W0 = weights[name].reshape(rows, columns)
         vectors = TaskVectors(W0, [change], Workspace(torch.device("cpu")), resident=False)
