@@ -84,8 +84,8 @@ def test_at_home_the_owners_login_is_for_who_has_the_address(
             assert rebound.status_code == 403
             page = browser.new_page()
             page.goto(f"{space.url}/?key={key}")
-            expect(page.get_by_text("This runs on")).to_be_visible()
             expect(page.get_by_text("Signed in as alice").first).to_be_visible()
+            expect(page.get_by_role("button", name="Plan")).to_be_visible()
             assert key not in page.url
             page.close()
             program = Client(space.url, headers={"x-resmerge-key": key}, verbose=False)
