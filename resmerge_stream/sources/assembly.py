@@ -6,6 +6,7 @@ A `Source` tensor is a small tree whose leaves are tensors of a checkpoint. Noth
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -76,15 +77,15 @@ def storage_type(dtype: str) -> Any:
     return np.dtype(np.float32) if dtype == "F32" else np.dtype(f"u{DTYPES[dtype].nbytes}")
 
 
-class Node:
+class Node(ABC):
     """What all trees share: `array` and `fill`, each made of the other."""
 
     shape: tuple[int, ...]
     dtype: str
 
+    @abstractmethod
     def readings(self, box: Box) -> Iterator[Reading]:
         """Yield which stored rows a box needs."""
-        raise NotImplementedError
 
     def array(self, box: Box) -> Array:
         """Return a box's values; a view of the stored bytes where that can be."""
