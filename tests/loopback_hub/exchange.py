@@ -105,6 +105,11 @@ class Exchange:
         """Handle the request, as far as its faults allow."""
         delay: Delay | None = self._first(Delay)
         await asyncio.sleep(self._limits.latency + (delay.seconds if delay else 0.0))
+        hold: Hold | None = self._first(Hold)
+        if hold is not None:
+            while not self._request_over:
+                self._held.append(await self.receive())
+        # After that: a hook that kills the client must not cut off the request that is to be held.
         hook: Hook | None = self._first(Hook)
         if hook is not None:
             await asyncio.to_thread(hook.call)
@@ -115,10 +120,7 @@ class Exchange:
         if answer is not None:
             await self._drain()
             await self._answer(answer)
-        hold: Hold | None = self._first(Hold)
         if hold is not None:
-            while not self._request_over:
-                self._held.append(await self.receive())
             await asyncio.to_thread(hold.until.wait)
         scope = self._scope
         if self._first(IgnoreRange) is not None:
