@@ -249,12 +249,15 @@ def show_summary(event: Finished) -> None:
         )
     for line in gate_table(event.report["tensors"]):
         print(line)
-    if SAME_AS_BASE in summary["warnings"]:
+    # A result that was there already is read back: its report may hold anything.
+    warnings = summary.get("warnings")
+    if isinstance(warnings, list) and SAME_AS_BASE in warnings:
         print(f"warning: {SAME_AS_BASE}")
-    if summary["kept_cosine"] is not None:
+    norm, cosine = summary.get("kept_norm"), summary.get("kept_cosine")
+    if isinstance(norm, int | float) and isinstance(cosine, int | float):
         print(
-            f"after the cast: {summary['kept_norm']:.2f} of the update's norm is left, "
-            f"cosine {summary['kept_cosine']:.2f} with what was meant"
+            f"after the cast: {norm:.2f} of the update's norm is left, "
+            f"cosine {cosine:.2f} with what was meant"
         )
 
 
@@ -262,12 +265,13 @@ def gate_table(tensors: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return a table of the gates' medians by role, as lines of text."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in tensors:
-        groups.setdefault((str(row["role"]), str(row["rule"])), []).append(row)
+        kind = (plain(str(row.get("role"))), plain(str(row.get("rule"))))
+        groups.setdefault(kind, []).append(row)
     lines = [["role", "rule", "tensors", *(NAMES[key] for key in TERMINAL_COLUMNS)]]
     for (role, rule), rows in sorted(groups.items()):
         cells = [role, rule, str(len(rows))]
         for key in TERMINAL_COLUMNS:
-            values = [row[key] for row in rows if row.get(key) is not None]
+            values = [row[key] for row in rows if isinstance(row.get(key), int | float)]
             cells.append(f"{median(values):.3g}" if values else "-")
         lines.append(cells)
     return _columns(lines)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import PlanRefusedError, RecipeError, Remedy
 from ..planning.plan import Plan
+from ..report.schema import parse_report
 from ..sinks import FolderSink, Sink, target_state
 from ..sinks.folder import REPORT, discard
 from ..sinks.journal import discard_work, work_folder
@@ -29,7 +30,9 @@ def finished_already(plan: Plan, out: Path | None) -> Finished | None:
         if out is None or in_folder:
             info = plan.target.info
             where = f"{plan.target.repo.page}/commit/{info.sha if info else 'main'}"
-            return Finished(where=where, report=plan.target.report, already_there=True)
+            data = json.dumps(plan.target.report).encode()  # anybody may have written it
+            report = parse_report(data, where=f"{plan.target.repo.id}/{REPORT}")
+            return Finished(where=where, report=report, already_there=True)
     if plan.publication is None and out is not None and in_folder:
         return Finished(where=str(out), report=read_report(out), already_there=True)
     return None
@@ -109,6 +112,9 @@ def _asked(plan: Plan) -> dict[str, Any] | None:
 
 
 def read_report(out: Path) -> dict[str, Any]:
-    """Return the report of a finished output folder."""
-    report: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))
-    return report
+    """Return the report of a finished output folder.
+
+    Raises:
+        VerificationError: what stands there is not a report.
+    """
+    return parse_report((out / REPORT).read_bytes(), where=str(out / REPORT))

@@ -71,7 +71,15 @@ def target_state(out: Path, plan_hash: str, *, is_own: bool = False) -> TargetSt
             )
         )
     if _value_in(out / REPORT, "plan_hash") == plan_hash:
-        return TargetState(finished=True)
+        if _has_files(out, _document(out / REPORT).get("files")):
+            return TargetState(finished=True)
+        return TargetState(
+            Notice(
+                f"{str(out)!r} holds this merge's report, but not each file that it names, so it "
+                "is not finished; nothing there is overwritten. Remove it yourself to merge again.",
+                Remedy.ANOTHER_FOLDER,
+            )
+        )
     return TargetState(
         Notice(
             f"{str(out)!r} exists and was not made by this merge; nothing there is overwritten. "
@@ -317,13 +325,31 @@ def _temporary(name: str) -> str:
     return f".{name}.tmp"
 
 
+def _has_files(out: Path, files: object) -> bool:
+    """Whether a folder holds the weight files of a report, which anybody may have written."""
+    if not isinstance(files, list) or not files:
+        return False
+    for file in files:
+        name = file.get("name") if isinstance(file, dict) else None
+        if not isinstance(name, str) or not (out / name).is_file():
+            return False
+        if (out / name).stat().st_size != file.get("size"):
+            return False
+    return True
+
+
 def _value_in(path: Path, key: str) -> str | None:
+    value = _document(path).get(key)
+    return value if isinstance(value, str) else None
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """Return a JSON object, empty where a file is missing or something else."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    value = document.get(key) if isinstance(document, dict) else None
-    return value if isinstance(value, str) else None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 def _write_durably(path: Path, data: bytes) -> None:

@@ -56,6 +56,7 @@ class Settings:
         hardware: the flavours of Jobs, as the Hub lists them.
         run_jobs: run the commands of Jobs, with these variables added; None records them only.
         sign_in_lifetime: seconds for which a token from the sign-in is good.
+        tells_xet_hash: name the Xet hash of files that came by Xet; without it none can be copied.
     """
 
     multipart_over: int = 50_000_000
@@ -66,6 +67,7 @@ class Settings:
     hardware: list[dict[str, Any]] = field(default_factory=_hardware)
     run_jobs: Mapping[str, str] | None = None
     sign_in_lifetime: float = 8 * 3600.0
+    tells_xet_hash: bool = True
 
 
 @dataclass(slots=True, kw_only=True)

@@ -17,7 +17,7 @@ def file_info(call: Call, path: str, entry: Entry) -> dict[str, Any]:
         size = len(pointer(entry.sha256, entry.size))
         info["lfs"] = {"oid": entry.sha256, "size": entry.size, "pointerSize": size}
         xet = call.hub.xet.find(entry.sha256)
-        if xet is not None:
+        if xet is not None and call.hub.settings.tells_xet_hash:
             info["xetHash"] = xet.hash  # what came by LFS has none
     return info
 

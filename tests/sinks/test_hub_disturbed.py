@@ -5,6 +5,7 @@ import json
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,13 @@ from tests.support.hub_runs import Bench, Run, running_bench
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """A Hub with a group of models, shared by the tests of this file."""
     with running_bench(tmp_path_factory.mktemp("disturbed")) as bench:
+        yield bench
+
+
+@pytest.fixture(scope="module")
+def xet_bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """The same for a client that uses Xet storage."""
+    with running_bench(tmp_path_factory.mktemp("disturbed-xet"), xet=True) as bench:
         yield bench
 
 
@@ -185,6 +193,66 @@ def test_a_repository_deleted_meanwhile_is_said_to_be(bench: Bench) -> None:
     assert done.code == 3
     assert "gone from the Hub" in done.err
     assert "another run" not in done.err
+
+
+def test_a_branch_removed_meanwhile_is_said_to_be(bench: Bench) -> None:
+    """Nobody "took over" a branch that somebody removed; the same command starts it anew."""
+
+    def remove() -> None:
+        branch = staging_branch(bench, "alice/pruned")
+        bench.hub.repo("alice/pruned").set_ref(f"refs/heads/{branch}", None)
+
+    bench.hub.faults.add(Hook(call=remove), path="/commit/resmerge", skip=2, times=1)
+
+    stopped = bench.merge("--push-to", "alice/pruned")
+    done = bench.merge("--push-to", "alice/pruned")
+
+    assert stopped.code == 3, stopped.err
+    assert "somebody removed it" in stopped.err
+    assert "took over" not in stopped.err
+    assert done.code == 0, done.err
+    assert bench.published("alice/pruned") == bench.expected()
+
+
+def test_a_shard_damaged_on_this_disk_is_made_again(bench: Bench, tmp_path: Path) -> None:
+    """Killed before a shard is sent; one bit of its file changes; it is merged again, not sent."""
+    options = ("--push-to", "alice/bitten", "--work-dir", str(tmp_path))
+    process = bench.start(["merge", *bench.sources(), *options, "--json"])
+    bench.hub.faults.add(
+        Hook(call=lambda: process.send_signal(signal.SIGKILL)), method="PUT", path="/upload/"
+    )
+    process.communicate(timeout=200)
+    bench.hub.faults.clear()
+    (row, *_) = [
+        json.loads(line)["shard"]
+        for journal in tmp_path.rglob("journal.jsonl")
+        for line in journal.read_text().splitlines()[1:]
+    ]
+    (part,) = tmp_path.rglob(f"{row}.part")
+    data = bytearray(part.read_bytes())
+    data[-1] ^= 1
+    part.write_bytes(data)
+
+    done = bench.merge(*options)
+
+    assert done.code == 0, done.err
+    assert bench.published("alice/bitten") == bench.expected()
+
+
+def test_a_hub_that_tells_no_xet_hash_gets_the_shards_again(xet_bench: Bench) -> None:
+    """What cannot be taken over from the private repository goes where it will stand."""
+    xet_bench.hub.add_repo("alice/no-hash", {".gitattributes": b""})
+    xet_bench.hub.settings.tells_xet_hash = False
+    try:
+        done = xet_bench.merge("--push-to", "alice/no-hash")
+    finally:
+        xet_bench.hub.settings.tells_xet_hash = True
+
+    assert done.code == 0, done.err
+    assert xet_bench.published("alice/no-hash") == xet_bench.expected()
+    assert xet_bench.history("alice/no-hash")[0] == "Merge with ResMerge Stream"
+    left = [repo.id for repo in xet_bench.hub._services.store.repos("models")]
+    assert not [repo_id for repo_id in left if "resmerge" in repo_id]
 
 
 def test_discarding_starts_afresh_on_both_sides(bench: Bench) -> None:

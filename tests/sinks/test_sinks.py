@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
+from resmerge_stream.cli.main import main
 from resmerge_stream.errors import OutputExistsError, PlanRefusedError, StoppedError
 from resmerge_stream.sinks import FolderSink, target_state
 from resmerge_stream.sinks.folder import MARKER, REPORT, discard
@@ -67,7 +69,7 @@ def test_finished_shards_are_found_again(tmp_path):
     again.close()
 
 
-@pytest.mark.parametrize("damage", ["gone", "shorter", "journal cut", "journal gone"])
+@pytest.mark.parametrize("damage", ["gone", "shorter", "a bit", "journal cut", "journal gone"])
 def test_a_damaged_shard_is_made_again(damage, tmp_path):
     """A shard counts as finished only with its whole file and its whole line in the journal."""
     sink = sink_at(tmp_path)
@@ -78,6 +80,10 @@ def test_a_damaged_shard_is_made_again(damage, tmp_path):
         part.unlink()
     elif damage == "shorter":
         os.truncate(part, 20)
+    elif damage == "a bit":
+        data = bytearray(part.read_bytes())
+        data[-1] ^= 1
+        part.write_bytes(data)
     elif damage == "journal cut":
         os.truncate(journal, journal.stat().st_size - 5)
     else:
@@ -161,14 +167,123 @@ def test_the_state_of_a_target_is_told_without_changing_it(tmp_path):
     write(sink, SHARDS[0])
 
     unfinished = target_state(out, "p")
-    sink.publish({REPORT: json.dumps({"plan_hash": "p"}).encode()})
+    files = [{"name": SHARDS[0].name, "size": SHARDS[0].nbytes}]
+    sink.publish({REPORT: json.dumps({"plan_hash": "p", "files": files}).encode()})
     sink.close()
     finished, other = target_state(out, "p"), target_state(out, "q")
+    (out / SHARDS[0].name).unlink()
+    robbed = target_state(out, "p")
 
     assert (unfinished.problem, unfinished.finished) == (None, False)
     assert unfinished.bytes_there == SHARDS[0].nbytes
     assert finished.finished
     assert "not made by this merge" in other.problem
+    assert not robbed.finished
+    assert "not each file that it names" in robbed.problem
+
+
+@pytest.mark.parametrize(
+    "report",
+    ["", "{", "[]", "[" * 100_000, '{"plan_hash": 3}', '{"plan_hash": "p"}',
+     '{"plan_hash": "p", "files": 1}', '{"plan_hash": "p", "files": [1]}',
+     '{"plan_hash": "p", "files": [{"name": 3}]}', '{"plan_hash": "p", "files": [{"name": ".."}]}'],
+)  # fmt: skip
+def test_a_malformed_report_is_not_a_finished_merge(report, tmp_path):
+    """Whatever stands in a folder's `report.json`, the folder is refused in one message."""
+    (tmp_path / "out" / REPORT).parent.mkdir(parents=True)
+    (tmp_path / "out" / REPORT).write_text(report)
+
+    with pytest.raises(OutputExistsError, match="nothing there is overwritten"):
+        sink_at(tmp_path)
+
+    assert names(tmp_path / "out") == ["resmerge"]
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    """A merge in a folder, and the command that made it but for the folder."""
+    root = tmp_path_factory.mktemp("merged")
+    group = make_group(root / "group")
+    words = [word for path in group.experts for word in ("--expert", str(path))]
+    arguments = ["merge", "--base", str(group.base), *words, "--work-dir", str(root / "work")]
+    assert main([*arguments, "--out", str(root / "out")]) == 0
+    return root / "out", arguments
+
+
+@pytest.fixture
+def finished(merged, tmp_path, capsys):
+    """A copy of it in ``out``; returns the command."""
+    shutil.copytree(merged[0], tmp_path / "out")
+    capsys.readouterr()
+    return merged[1]
+
+
+@pytest.mark.parametrize("change", [
+    lambda report: report.pop("tensors"),
+    lambda report: report.update(summary=3),
+    lambda report: report["files"].append("x"),
+], ids=["no tensors", "no summary", "no file"])  # fmt: skip
+def test_a_finished_folder_with_a_malformed_report_is_refused_in_words(
+    change, finished, tmp_path, capsys
+):
+    """The same command again says what is wrong with the report: one message, exit 2."""
+    path = tmp_path / "out" / REPORT
+    report = json.loads(path.read_text())
+    change(report)
+    path.write_text(json.dumps(report))
+
+    assert main([*finished, "--out", str(tmp_path / "out")]) == 2
+
+    said = capsys.readouterr().err
+    assert "report" in said
+    assert len(said.strip().splitlines()) <= 3
+
+
+@pytest.mark.parametrize("change", [
+    lambda report: report["summary"].clear(),
+    lambda report: [row.pop("role") for row in report["tensors"]],
+    lambda report: [row.update(alpha="x", role=[1]) for row in report["tensors"]],
+], ids=["empty summary", "no role", "odd values"])  # fmt: skip
+def test_a_finished_folder_is_told_of_whatever_else_its_report_says(
+    change, finished, tmp_path, capsys
+):
+    """A report is read back as a stranger's: what it lacks is not shown, and nothing breaks."""
+    path = tmp_path / "out" / REPORT
+    report = json.loads(path.read_text())
+    change(report)
+    path.write_text(json.dumps(report))
+
+    assert main([*finished, "--out", str(tmp_path / "out")]) == 0
+
+    assert "already holds the finished result" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["out", "work/shards"])
+@pytest.mark.parametrize("temporary", [False, True])
+def test_an_empty_mark_of_a_full_disk_is_ones_own(temporary, place, tmp_path):
+    """A disk that was full when a run began leaves an empty mark: the same command goes on."""
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / place / (f".{MARKER}.tmp" if temporary else MARKER)).touch()
+
+    sink = FolderSink(tmp_path / place, "p", tmp_path / "work", IDENTITY).open()
+    for shard in SHARDS:
+        write(sink, shard)
+    sink.publish({"config.json": b"{}"})
+    sink.close()
+
+    assert names(tmp_path / place) == ["config.json", *(shard.name for shard in SHARDS)]
+
+
+def test_an_empty_mark_beside_other_files_is_not_ones_own(tmp_path):
+    """In a folder that somebody uses, an empty mark proves nothing."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / MARKER).touch()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+
+    with pytest.raises(OutputExistsError):
+        sink_at(tmp_path)
+
+    assert names(tmp_path / "out") == [MARKER, "notes.txt"]
 
 
 def test_discarding_removes_a_runs_own_files_only(tmp_path):
