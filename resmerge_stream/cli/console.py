@@ -213,11 +213,16 @@ class _Lines:
         """Leave what was said."""
 
 
-def count(events: Iterable[Event]) -> None:
-    """Show on standard error how far a run is that writes no single model."""
+def count(events: Iterable[Event]) -> Event | None:
+    """Show on standard error how far a run is that writes no single model.
+
+    Returns:
+        the last event.
+    """
     from tqdm import tqdm
 
     bar: Any = None
+    event = None
     try:
         for event in events:
             if isinstance(event, Planned):
@@ -234,6 +239,7 @@ def count(events: Iterable[Event]) -> None:
     finally:
         if bar is not None:
             bar.close()
+    return event
 
 
 def show_summary(event: Finished) -> None:

@@ -25,6 +25,7 @@ from ..run.opening import discard_unfinished
 from ..version import __version__
 from . import console
 from .evaluate import add_evaluate, evaluate
+from .extract import add_extract, extract
 from .lasting_imports import lasting_imports
 from .options import add_json, add_publication, add_recipe, add_submit, publication_of, request_of
 from .studies import (
@@ -48,6 +49,7 @@ _EXAMPLES = {
     "verify": "resmerge-stream verify merged",
     "compare": "resmerge-stream compare recipe.yml --methods resmerge,ties,tsv_m --out compared",
     "analyse": "resmerge-stream analyse recipe.yml --out analysis",
+    "extract": "resmerge-stream extract models/math --base models/base --rank 32 --out math-lora",
     "evaluate": "resmerge-stream evaluate models/base models/math merged --tasks questions.jsonl",
     "submit": "resmerge-stream submit recipe.yml --push-to me/merged",
     "methods": "resmerge-stream methods",
@@ -181,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     add_json(verify)
     add_compare(_command(commands, "compare", compare, "merge by several methods in one pass"))
     add_analyse(_command(commands, "analyse", _analyse, "measure the experts' spectra; no merging"))
+    add_extract(_command(commands, "extract", _extract, "a model as a LoRA adapter of its base"))
     add_evaluate(_command(commands, "evaluate", evaluate, "ask models the same questions"))
     add_submit(
         _command(commands, "submit", _submit, "merge as a Job on the Hub; asks before it spends")
@@ -289,6 +292,10 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _analyse(args: argparse.Namespace) -> int:
     return analyse(args, _run)
+
+
+def _extract(args: argparse.Namespace) -> int:
+    return extract(args, _run)
 
 
 def _submit(args: argparse.Namespace) -> int:

@@ -1,9 +1,10 @@
 """The options of the command line, and what they mean: a recipe, options, a publication."""
 
 import argparse
+from typing import Any
 
 from ..errors import RecipeError
-from ..planning.options import Options, declared
+from ..planning.options import Declared, Options, declared
 from ..planning.recipe_places import recipe_at
 from ..planning.request import Request
 from ..recipe import Recipe, override
@@ -78,17 +79,29 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--dtype", metavar="TYPE", help=f"{', '.join(OUTPUT_DTYPES)} (default: the base's)"
     )
+    for known in declared():
+        if known.changes != "nothing":
+            _add(how, known)
+    add_machine(parser)
+    add_json(parser)
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Add what changes nothing that is written."""
     machine = parser.add_argument_group("machine")
     for known in declared():
-        group = machine if known.changes == "nothing" else how
-        if known.default is True:
-            group.add_argument(
-                known.flag, dest=known.key, action="store_const", const=False, help=known.help
-            )
-            continue
-        kind = int if type(known.default) is int else str
-        group.add_argument(known.flag, metavar=known.metavar, type=kind, help=known.help)
-    add_json(parser)
+        if known.changes == "nothing":
+            _add(machine, known)
+
+
+def _add(group: Any, known: Declared) -> None:
+    if known.default is True:
+        group.add_argument(
+            known.flag, dest=known.key, action="store_const", const=False, help=known.help
+        )
+        return
+    kind = int if type(known.default) is int else str
+    group.add_argument(known.flag, metavar=known.metavar, type=kind, help=known.help)
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:

@@ -1,6 +1,6 @@
 """An update as the factors of an adapter: the best of a rank, how much of it that is, the cast."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +23,13 @@ class Fitted:
         factors: of the rank that was asked for, as they are stored; zero columns where the update
             is of lower rank.
         kept: what the stored factors keep of the update; every element counts as changed.
-        share: of ‖ΔW‖², before the cast; 1 for a zero update.
+        shares: of ‖ΔW‖² by rank, before the cast: what the best factors of rank 1, 2, 4, … would
+            hold, and last those of this rank; 1 for a zero update.
     """
 
     factors: LowRank
     kept: Kept
-    share: float
+    shares: Mapping[int, float]
 
 
 def fitted(
@@ -73,11 +74,14 @@ def _of_factors(update: LowRank, rank: int, dtype: torch.dtype) -> Fitted:
     found = svd(update)
     energy = found.sigma.square()
     total = float(energy.sum())
-    share = float(energy[:rank].sum()) / total if total > 0 else 1.0
     stored = _cast(balanced(found, rank), rank, dtype)
     exact = balanced(found)
     own = LowRank(stored.left.double(), stored.right.double())
-    return Fitted(stored, _kept(total, _inner(exact, own), _inner(own, own), update.shape), share)
+    return Fitted(
+        stored,
+        _kept(total, _inner(exact, own), _inner(own, own), update.shape),
+        _shares(energy, total, rank),
+    )
 
 
 def _of_values(update: Tensor, rank: int, dtype: torch.dtype) -> Fitted:
@@ -86,13 +90,21 @@ def _of_values(update: Tensor, rank: int, dtype: torch.dtype) -> Fitted:
         return _nothing((update.shape[0], update.shape[1]), rank, dtype)
     V = top_singular(update, rank, energy=energy).V
     found = svd(LowRank(torch.cat([update[rows].double() @ V for rows in _blocks(update)]), V))
-    share = min(float(found.sigma.square().sum()) / energy, 1.0)
     stored = _cast(balanced(found), rank, dtype)
     own = LowRank(stored.left.double(), stored.right.double())
     inner = 0.0
     for rows in _blocks(update):
         inner += float(((update[rows].double() @ own.right) * own.left[rows]).sum())
-    return Fitted(stored, _kept(energy, inner, _inner(own, own), update.shape), share)
+    shares = _shares(found.sigma.square(), energy, rank)
+    return Fitted(stored, _kept(energy, inner, _inner(own, own), update.shape), shares)
+
+
+def _shares(energies: Tensor, total: float, rank: int) -> dict[int, float]:
+    """Return which share of the total the largest 1, 2, 4, … and `rank` energies are."""
+    steps = [1 << k for k in range((rank - 1).bit_length())] + [rank]
+    if total <= 0:
+        return dict.fromkeys(steps, 1.0)
+    return {step: min(float(energies[:step].sum()) / total, 1.0) for step in steps}
 
 
 def _inner(one: LowRank, other: LowRank) -> float:
@@ -106,7 +118,7 @@ def _blocks(update: Tensor) -> list[slice]:
 
 def _nothing(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> Fitted:
     left, right = (torch.zeros(size, rank, dtype=dtype) for size in shape)
-    return Fitted(LowRank(left, right), _kept(0.0, 0.0, 0.0, shape), 1.0)
+    return Fitted(LowRank(left, right), _kept(0.0, 0.0, 0.0, shape), _shares(left, 0.0, rank))
 
 
 def _cast(factors: LowRank, rank: int, dtype: torch.dtype) -> LowRank:

@@ -105,8 +105,8 @@ class _Output:
             )
         if self._left_out:
             found.warning(
-                f"{len(self._left_out)} tensor(s) that experts changed stay as in the base, since "
-                f"the adapter holds matrices alone: {listed(self._left_out)}"
+                f"{len(self._left_out)} tensor(s) stay as in the base, whatever the experts have "
+                f"there, since the adapter holds no such tensors: {listed(self._left_out)}"
             )
 
     def _cannot_hold(self, reason: str, name: str) -> None:

@@ -91,15 +91,27 @@ def is_base_again(entries: Sequence[Mapping[str, Any]]) -> bool:
 
 def _adapter(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what the adapter's modules have in common, and how much they hold of the update."""
-    energies = [(entry["update_norm"] or 0.0) ** 2 for entry in entries]
-    shares = [entry["adapter"]["kept"] for entry in entries]
-    total = sum(energies)
-    kept = sum(energy * share for energy, share in zip(energies, shares, strict=True))
+    held = [((entry["update_norm"] or 0.0) ** 2, entry["adapter"]["by_rank"]) for entry in entries]
+    total = sum(energy for energy, _ in held)
+    rank = max(entry["adapter"]["rank"] for entry in entries)
+    ranks = sorted({int(step) for _, shares in held for step in shares})
+    by_rank = {
+        str(step): sum(energy * _share_at(shares, step) for energy, shares in held) / total
+        if total > 0
+        else 1.0
+        for step in ranks
+    }
     return {
         "modules": len(entries),
-        "rank": max(entry["adapter"]["rank"] for entry in entries),
-        "kept": kept / total if total > 0 else 1.0,
+        "rank": rank,
+        "kept": by_rank[str(rank)],
+        "by_rank": by_rank,
     }
+
+
+def _share_at(shares: Mapping[str, float], rank: int) -> float:
+    """Return what a module holds at a rank: it has no more than its own."""
+    return max((share for step, share in shares.items() if int(step) <= rank), default=0.0)
 
 
 def _whole_model_kept(entries: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

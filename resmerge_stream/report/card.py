@@ -160,11 +160,15 @@ def _introduction(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> 
     exactly = f" (variant `{variant}`)" if variant else ""
     short = escape(names.sources[0].name.rsplit("/", 1)[-1])
     count = f"{len(experts)} expert{'s' * (len(experts) != 1)}"
+    version = escape(str((report.get("environment") or {}).get("resmerge_stream")))
+    heading = f"# {short}: {count} merged with {title}"
+    made = f"Fine-tuned models of one base, merged with **{title}**{exactly}"
+    if _is_extract(plan):
+        heading = f"# {escape(experts[0].name.rsplit('/', 1)[-1])} as a LoRA adapter of {short}"
+        made, words = "What sets a model apart from its base, extracted as a LoRA adapter", ""
     lines = [
-        f"# {short}: {count} merged with {title}",
-        f"Fine-tuned models of one base, merged with **{title}**{exactly} by ResMerge Stream "
-        f"{escape(str((report.get('environment') or {}).get('resmerge_stream')))}; no training, "
-        "no data.",
+        heading,
+        f"{made} by ResMerge Stream {version}; no training, no data.",
         *(
             f"> [!WARNING]\n> {escape(names.clean(text[0].upper() + text[1:]))}."
             for text in _doubts(plan, report)
@@ -176,6 +180,12 @@ def _introduction(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> 
         f"**How it decides.** {words}" if words else "",
     ]
     return "\n\n".join(line for line in lines if line)
+
+
+def _is_extract(plan: Plan) -> bool:
+    """Return whether an adapter holds what one model differs by, and no more was decided."""
+    only = len(plan.experts) == 1 and plan.recipe.method == "mean"
+    return only and plan.options.output == "adapter"
 
 
 def _doubts(plan: Plan, report: Mapping[str, Any]) -> list[str]:
@@ -239,12 +249,15 @@ def _factors(plan: Plan, report: Mapping[str, Any]) -> str:
     if plan.options.adapter_rank is None:
         text += "; the rest is rounding. The rank is the sum of the experts' ranks."
     else:
-        text += f", the most that rank {plan.options.adapter_rank} can."
+        text += f" there, the most that rank {plan.options.adapter_rank} can."
     if plan.method is not None and plan.method.name == "iso_c":
         text += (
             " Published ISO-C gives its level to every direction of the matrix; here it ends with "
             "the directions that the experts have. The level is Σσ/min(m, n) all the same."
         )
+    if plan.options.adapter_rank is not None:
+        rows = [f"| {rank} | {share:.2%} |" for rank, share in adapter["by_rank"].items()]
+        text += "\n\n| rank | share |\n|---:|---:|\n" + "\n".join(rows)
     return text
 
 

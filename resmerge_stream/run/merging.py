@@ -182,8 +182,10 @@ class Merger:
         gathered.append(bytes_of(up))
         self._sample()
         stored = {spec.name: list(spec.shape) for spec in piece.tensor.stored}
+        shares = {str(rank): share for rank, share in result.shares.items()}
+        kept = result.shares[output.rank]
         of_adapter = {
-            "adapter": {"rank": output.rank, "kept": result.share, "tensors": stored},
+            "adapter": {"rank": output.rank, "kept": kept, "by_rank": shares, "tensors": stored},
         }
         all_gates = gates[0] if len(gates) == 1 else combine_slices(gates) if gates else {}
         update = replace(decided.update, gates=all_gates | of_adapter)

@@ -1,1 +1,1 @@
-"""Several methods in one pass, or none: compare and analyse."""
+"""Several methods in one pass, or none: compare, analyse, extract."""

@@ -28,7 +28,7 @@ from tests.support.checkpoints import (
 )
 
 Q = "model.layers.0.self_attn.q_proj.weight"
-COMMANDS = ("plan", "merge", "verify", "compare", "analyse", "submit", "methods", "demo")
+COMMANDS = ("plan", "merge", "verify", "compare", "analyse", "extract", "submit", "methods", "demo")
 PLAN_KEYS = {
     "refused", "problems", "warnings", "tensors", "by_rule", "shards", "read_bytes", "write_bytes",
     "peak_memory_bytes", "peak_disk_bytes", "seconds_estimate", "sources", "plan_hash",

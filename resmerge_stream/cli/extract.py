@@ -1,0 +1,111 @@
+"""The command ``extract``: a model as a LoRA adapter of its base."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from ..errors import RecipeError, Remedy, listed
+from ..planning.plan import Plan
+from ..recipe import override
+from ..run.events import Finished
+from ..specs import OUTPUT_DTYPES
+from . import console
+from .lasting_imports import lasting_imports
+from .options import add_json, add_machine, add_publication, options_of, publication_of
+
+_BAR = 40  # characters
+
+
+class RunPlan(Protocol):
+    """Merges, as the command ``merge`` does."""
+
+    def __call__(self, plan: Plan, out: str | None, work_dir: str | None, *, as_json: bool) -> int:
+        """Return the exit code."""
+        ...
+
+
+def add_extract(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``extract``."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="an expert, a finished merge or an adapter: folder or namespace/name[@revision]",
+    )
+    parser.add_argument(
+        "--base", metavar="ID", required=True, help="what the adapter is to be put on"
+    )
+    parser.add_argument(
+        "--rank",
+        metavar="K",
+        dest="adapter_rank",
+        default="32",
+        help="of the adapter's modules, at most (default: 32)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only read, and print how much of the difference each rank up to K holds",
+    )
+    parser.add_argument("--out", metavar="DIR", help="the output folder; must not exist yet")
+    parser.add_argument(
+        "--dtype", metavar="TYPE", help=f"{', '.join(OUTPUT_DTYPES)} (default: float32)"
+    )
+    add_publication(parser)
+    add_machine(parser)
+    add_json(parser)
+
+
+def extract(args: argparse.Namespace, run_plan: RunPlan) -> int:
+    """Run ``extract`` and return its exit code.
+
+    Args:
+        args: the options.
+        run_plan: merges.
+
+    Raises:
+        ResMergeError: it was refused, or stopped.
+    """
+    if not (args.out or args.push_to or args.dry_run):
+        raise RecipeError("nowhere to write.", Remedy.GIVE_TARGET)
+    with lasting_imports():
+        from ..studies.extract import kept_by_rank, plan_extract
+
+    plan = plan_extract(
+        override(None, base=args.base, experts=[args.model], dtype=args.dtype),
+        options_of(args),
+        out=args.out,
+        publication=publication_of(args),
+        work_dir=args.work_dir,
+    )
+    if not args.dry_run:
+        return run_plan(plan, args.out, args.work_dir, as_json=args.json)
+    events = kept_by_rank(plan)
+    try:
+        if args.json:
+            console.print_json(events)
+        else:
+            last = console.count(events)
+            for line in _curve(last.report) if isinstance(last, Finished) else ():
+                print(console.plain(line))
+    finally:
+        events.close()  # type: ignore[attr-defined]  # a generator; closing it ends its threads
+        plan.close()
+    return 0
+
+
+def _curve(report: Mapping[str, Any]) -> list[str]:
+    """Return how much each rank holds, as lines of text."""
+    adapter, outside = report["adapter"], report["outside"]
+    if outside is None:
+        return ["the model does not differ from the base: there is nothing to extract"]
+    modules = adapter["modules"]
+    lines = [f"share of the squared length of the difference, in {modules} matrices, by rank:"]
+    for rank, share in adapter["by_rank"].items():
+        lines.append(f"{rank:>6}  {100 * share:6.2f} %  {'█' * round(_BAR * share)}")
+    if outside["tensors"]:
+        lines.append(
+            f"{100 * outside['share']:.2f} % of all that differs lies in "
+            f"{len(outside['tensors'])} tensor(s) that the adapter does not hold: "
+            f"{listed(outside['tensors'])}"
+        )
+    return lines
