@@ -3,9 +3,13 @@
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import console
 from .lasting_imports import lasting_imports
+
+if TYPE_CHECKING:
+    from ..evaluation.run import Examination
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -13,27 +17,49 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "models", nargs="+", metavar="MODEL", help="folder or namespace/name[@revision]; base first"
     )
-    parser.add_argument(
-        "--tasks",
-        required=True,
-        metavar="A,B,C",
-        help="built-in tasks (add, sort, reverse, close), files FILE.jsonl or FILE.yaml, or tasks "
-        "of lm-evaluation-harness",
-    )
+    add_questions(parser, required=True)
     parser.add_argument(
         "--out",
         metavar="DIR",
         default="evaluation",
         help="the folder for results and for the answers so far",
     )
-    parser.add_argument(
-        "--limit", metavar="N", type=int, default=500, help="questions for each task (default: 500)"
-    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument(
         "--card", metavar="MERGE", help="put the results into the card of this one of the models"
     )
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+
+
+def add_questions(parser: argparse._ActionsContainer, *, required: bool) -> None:
+    """Add ``--tasks`` and ``--limit``."""
+    parser.add_argument(
+        "--tasks",
+        required=required,
+        metavar="A,B,C",
+        help="built-in tasks (add, sort, reverse, close), files FILE.jsonl or FILE.yaml, or tasks "
+        "of lm-evaluation-harness",
+    )
+    parser.add_argument(
+        "--limit", metavar="N", type=int, default=500, help="questions for each task (default: 500)"
+    )
+
+
+def examination_of(args: argparse.Namespace, out: str) -> "Examination":
+    """Return the questions of a command, whose answers are kept in a folder.
+
+    Raises:
+        RecipeError: there are no such questions.
+    """
+    from ..errors import RecipeError
+
+    if args.limit < 1:
+        raise RecipeError(f"a task needs at least one question, not {args.limit}.")
+    with lasting_imports():
+        from ..evaluation.run import Examination
+
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    return Examination(names, out=out, limit=args.limit, device=args.device, say=console.say)
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -44,23 +70,13 @@ def evaluate(args: argparse.Namespace) -> int:
     """
     from ..errors import RecipeError
 
-    if args.limit < 1:
-        raise RecipeError(f"a task needs at least one question, not {args.limit}.")
     if args.card and args.card not in args.models:
         raise RecipeError(f"{args.card} is none of the models that are asked.")
     with lasting_imports():
         from ..evaluation.card import into_card
         from ..evaluation.run import evaluate_models
 
-    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    document = evaluate_models(
-        args.models,
-        names,
-        out=args.out,
-        limit=args.limit,
-        device=args.device,
-        say=console.say,
-    )
+    document = evaluate_models(args.models, examination_of(args, args.out))
     if args.card:
         into_card(args.card, args.card, document)
     if args.json:

@@ -4,15 +4,19 @@ import argparse
 import math
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import RecipeError
 from ..planning.plan import Plan, plan_merge
 from ..run.events import Event
 from ..units import format_size
 from . import console
+from .evaluate import add_questions, examination_of
 from .lasting_imports import lasting_imports
 from .options import add_recipe, options_of, recipe_of
+
+if TYPE_CHECKING:
+    from ..studies.compare_plan import Comparison
 
 
 class RunPlan(Protocol):
@@ -44,6 +48,19 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         help="write reports, table and picture, but no weights",
     )
     parser.add_argument("--work-dir", metavar="DIR", help="as for merge")
+    asked = parser.add_argument_group("which merge is best")
+    asked.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="ask base, experts and merges the same questions (--tasks)",
+    )
+    add_questions(asked, required=False)
+    asked.add_argument(
+        "--keep",
+        choices=("all", "best"),
+        default="all",
+        help="best: merge one after another and keep the best model's files only",
+    )
 
 
 def add_analyse(parser: argparse.ArgumentParser) -> None:
@@ -127,18 +144,34 @@ def compare(args: argparse.Namespace) -> int:
     """
     from ..studies.compare_plan import plan_comparison
 
+    if args.evaluate != bool(args.tasks):
+        raise RecipeError("--evaluate and --tasks go together: to ask, and what.")
+    if args.keep == "best" and not args.evaluate:
+        raise RecipeError("which merge is best is known when they are asked: --evaluate --tasks.")
     names = [name for name in args.methods.split(",") if name.strip()]
     comparison = plan_comparison(
         recipe_of(args), names, options_of(args), out=args.out, report_only=args.report_only
     )
     comparison.raise_if_refused()
-    with lasting_imports():
-        from ..studies.compare import run_comparison
-
     console.say(f"memory: at most {format_size(comparison.peak_memory_bytes)} private")
-    _show(run_comparison(comparison, work_dir=args.work_dir), args, table="comparison.md")
+    if args.evaluate:
+        _contest(comparison, args)
+    else:
+        with lasting_imports():
+            from ..studies.compare import run_comparison
+
+        _show(run_comparison(comparison, work_dir=args.work_dir), args, "comparison.md")
     comparison.close()
     return 0
+
+
+def _contest(comparison: "Comparison", args: argparse.Namespace) -> None:
+    with lasting_imports():
+        from ..evaluation.contest import run_contest
+
+    examination = examination_of(args, args.out)
+    events = run_contest(comparison, examination, keep=args.keep, work_dir=args.work_dir)
+    _show(events, args, "comparison.md", "evaluation.md")
 
 
 def analyse(args: argparse.Namespace, run_plan: RunPlan) -> int:
@@ -166,17 +199,18 @@ def analyse(args: argparse.Namespace, run_plan: RunPlan) -> int:
     sft = [ModelRef.parse(text) for text in args.sft]
     plan = plan_analysis(recipe, sft, options_of(args), rank=args.rank)
     share = share_of(args.sample)
-    _show(run_analysis(plan, out=args.out, sft=len(sft), share=share), args, table="analysis.md")
+    _show(run_analysis(plan, out=args.out, sft=len(sft), share=share), args, "analysis.md")
     plan.close()
     return 0
 
 
-def _show(events: Iterator[Event], args: argparse.Namespace, *, table: str) -> None:
-    """Print events as JSON, or a count of them and then the table that they end in."""
+def _show(events: Iterator[Event], args: argparse.Namespace, *tables: str) -> None:
+    """Print events as JSON, or a count of them and then the tables that they end in."""
     from pathlib import Path
 
     if args.json:
         console.print_json(events)
         return
     console.count(events)
-    print((Path(os.path.expanduser(args.out)) / table).read_text(encoding="utf-8"), end="")
+    for table in tables:
+        print((Path(os.path.expanduser(args.out)) / table).read_text(encoding="utf-8"), end="")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..device import available_memory, choose_device
@@ -47,8 +47,10 @@ def open_model(text: str, device: str) -> Checkpoint:
 
 def ask(
     text: str, tasks: Sequence[Task], device: str, limit: int, say: Callable[[str], None]
-) -> dict[str, list[bool]]:
-    """Return for each task which of its questions a model answers rightly, by greedy decoding.
+) -> Iterator[tuple[str, list[bool]]]:
+    """Yield each task's name, and which of its questions a model answers rightly, decoded greedily.
+
+    The model is loaded once, when the first is asked for.
 
     Args:
         text: a folder, or namespace/name[@revision].
@@ -62,16 +64,14 @@ def ask(
         RecipeError: a task's check failed.
     """
     model, tokenizer = _load(text, device)
-    found = {}
     for task in tasks:
         say(f"{text}: {task.name}")
         if isinstance(task, Harness):
-            found[task.name] = _ask_harness(model, tokenizer, task, limit)
+            yield task.name, _ask_harness(model, tokenizer, task, limit)
         elif task.name in TASKS and _knows(tokenizer, task.prompts[0]):
-            found[task.name] = right_answers(model, tokenizer, task.prompts)
+            yield task.name, right_answers(model, tokenizer, task.prompts)
         else:
-            found[task.name] = verify(task.rules, _answers(model, tokenizer, task))
-    return found
+            yield task.name, verify(task.rules, _answers(model, tokenizer, task))
 
 
 def _load(text: str, device: str) -> tuple[Any, Any]:

@@ -5,31 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError, StoppedError
 from ..sources import Checkpoint
 from .asking import ask, open_model
-from .results import evaluation, evaluation_files
+from .results import Verdicts, evaluation, evaluation_files
 from .tasks import Questions, Task, check_harness, find_task
 
 
-def evaluate_models(
-    models: Sequence[str],
-    tasks: Sequence[str],
-    *,
-    out: str | Path,
-    limit: int = 500,
-    device: str = "auto",
-    say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
-    """Ask models the same questions, and write what they answered.
+class Examination:
+    """The questions that models are asked, and a folder that keeps their answers.
 
     Args:
-        models: folders, or namespace/name[@revision]; the first is what the others are held
-            against.
         tasks: as `find_task` takes them.
         out: the folder for ``evaluation.json``, ``.md`` and ``.png``, and for the answers so far,
             so that a run that ended early goes on.
@@ -39,62 +30,119 @@ def evaluate_models(
 
     Raises:
         RecipeError: a task does not exist, or is malformed.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        *,
+        out: str | Path,
+        limit: int = 500,
+        device: str = "auto",
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        if not tasks:
+            raise RecipeError("an evaluation needs at least one task.")
+        self._tasks = [find_task(task, limit) for task in dict.fromkeys(tasks)]
+        if len({task.name for task in self._tasks}) < len(self._tasks):
+            raise RecipeError("two of the tasks have the same name.")
+        check_harness(self._tasks)
+        self._folder = Path(os.path.expanduser(out))
+        self._limit, self._device, self._say = limit, device, say
+
+    def open(self, model: str) -> Checkpoint:
+        """Open a model's headers.
+
+        Raises:
+            CheckpointError: it is no model, or broken.
+            NotEnoughMemoryError: it does not fit.
+        """
+        return open_model(model, self._device)
+
+    def known(self, name: str, identity: Any) -> dict[str, list[bool]] | None:
+        """Return a model's verdicts by task, where an earlier run asked it everything."""
+        stores = {task.name: self._store(name, identity, task) for task in self._tasks}
+        if not all(store.is_file() for store in stores.values()):
+            return None
+        return {task: json.loads(path.read_text("utf-8")) for task, path in stores.items()}
+
+    def verdicts(self, name: str, identity: Any, model: str) -> dict[str, list[bool]]:
+        """Return by task whether each answer of a model is right, each task asked once.
+
+        Args:
+            name: what the model is called.
+            identity: of its files, as plain data: another identity is another model.
+            model: a folder, or namespace/name[@revision].
+
+        Raises:
+            CheckpointError: the model cannot be loaded.
+            RecipeError: a task's check failed.
+            StoppedError: the answers cannot be written.
+        """
+        stores = {task.name: self._store(name, identity, task) for task in self._tasks}
+        missing = [task for task in self._tasks if not stores[task.name].is_file()]
+        if missing:
+            for task, bits in ask(model, missing, self._device, self._limit, self._say):
+                with _written_to(self._folder):
+                    stores[task].parent.mkdir(parents=True, exist_ok=True)
+                    staged = stores[task].with_suffix(".partial")
+                    staged.write_text(json.dumps(bits), encoding="utf-8")
+                    os.replace(staged, stores[task])
+        return {task: json.loads(path.read_text("utf-8")) for task, path in stores.items()}
+
+    def write(self, verdicts: Verdicts) -> dict[str, Any]:
+        """Write table, picture and JSON of all verdicts, and return the JSON's content.
+
+        Raises:
+            StoppedError: they cannot be written.
+        """
+        with _written_to(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for file, data in evaluation_files(verdicts).items():
+                (self._folder / file).write_bytes(data)
+        return evaluation(verdicts)
+
+    def _store(self, name: str, identity: Any, task: Task) -> Path:
+        asked: Any = [task.name, self._limit]
+        if isinstance(task, Questions):
+            asked += [task.prompts, [dict(rule) for rule in task.rules], task.new_tokens]
+        elif task.folder is not None:
+            asked += [sorted(p.read_text("utf-8") for p in task.folder.glob("*.y*ml"))]
+        known = json.dumps([name, identity, asked], default=str)
+        return self._folder / "answers" / f"{hashlib.sha256(known.encode()).hexdigest()[:32]}.json"
+
+
+def evaluate_models(models: Sequence[str], examination: Examination) -> dict[str, Any]:
+    """Ask models the same questions, write what they answered, and return it.
+
+    Args:
+        models: folders, or namespace/name[@revision]; the first is what the others are held
+            against.
+        examination: the questions.
+
+    Raises:
+        RecipeError: there is no model, or a task's check failed.
         CheckpointError: a model is none, or broken.
         NotEnoughMemoryError: a model does not fit.
         StoppedError: the results cannot be written.
     """
     names = list(dict.fromkeys(models))
-    if not names or not tasks:
-        raise RecipeError("an evaluation needs at least one model and one task.")
-    found = [find_task(task, limit) for task in dict.fromkeys(tasks)]
-    if len({task.name for task in found}) < len(found):
-        raise RecipeError("two of the tasks have the same name.")
-    check_harness(found)
-    opened = {name: open_model(name, device) for name in names}
-    folder = Path(os.path.expanduser(out))
-    verdicts: dict[str, dict[str, list[bool]]] = {}
+    if not names:
+        raise RecipeError("an evaluation needs at least one model.")
+    # All of them before the first is asked: a typo in the last name must not cost hours.
+    opened = {name: examination.open(name) for name in names}
+    verdicts = {}
+    for name, checkpoint in opened.items():
+        verdicts[name] = examination.verdicts(name, checkpoint.identity, name)
+        checkpoint.close()
+    return examination.write(verdicts)
+
+
+@contextmanager
+def _written_to(folder: Path) -> Iterator[None]:
     try:
-        (folder / "answers").mkdir(parents=True, exist_ok=True)
-        for name, checkpoint in opened.items():
-            verdicts[name] = _answers(name, checkpoint, found, folder, device, limit, say)
-            checkpoint.close()
-        for file, data in evaluation_files(verdicts).items():
-            (folder / file).write_bytes(data)
+        yield
     except OSError as exc:
         raise StoppedError(
             f"the evaluation cannot be written to {folder}: {exc.strerror}."
         ) from exc
-    return evaluation(verdicts)
-
-
-def _answers(
-    name: str,
-    checkpoint: Checkpoint,
-    tasks: Sequence[Task],
-    folder: Path,
-    device: str,
-    limit: int,
-    say: Callable[[str], None],
-) -> dict[str, list[bool]]:
-    """Return a model's verdicts, each task asked once; kept by what was asked of which files."""
-    found: dict[str, list[bool]] = {}
-    for task in tasks:
-        store = folder / "answers" / f"{_key(name, checkpoint, task, limit)}.json"
-        if store.is_file():
-            found[task.name] = json.loads(store.read_text(encoding="utf-8"))
-            continue
-        found |= ask(name, [task], device, limit, say)
-        staged = store.with_suffix(".partial")
-        staged.write_text(json.dumps(found[task.name]), encoding="utf-8")
-        os.replace(staged, store)
-    return found
-
-
-def _key(name: str, checkpoint: Checkpoint, task: Task, limit: int) -> str:
-    asked: Any = [task.name, limit]
-    if isinstance(task, Questions):
-        asked += [task.prompts, [dict(rule) for rule in task.rules], task.new_tokens]
-    elif task.folder is not None:
-        asked += [sorted(p.read_text("utf-8") for p in task.folder.glob("*.y*ml"))]
-    known = [name, checkpoint.identity, asked]
-    return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()[:32]

@@ -11,7 +11,7 @@ from resmerge_stream.errors import CheckpointFormatError, NotEnoughMemoryError, 
 from resmerge_stream.evaluation import asking, run
 from resmerge_stream.evaluation.card import into_card
 from resmerge_stream.evaluation.results import evaluation
-from resmerge_stream.evaluation.run import evaluate_models
+from resmerge_stream.evaluation.run import Examination, evaluate_models
 from resmerge_stream.evaluation.tasks import find_task
 from resmerge_stream.evaluation.verifiers import verify
 from resmerge_stream.experts.evaluate import load_model, load_tokenizer, right_answers
@@ -33,7 +33,7 @@ def jsonl(path, rules):
 
 def test_all_models_are_asked_alike_and_differences_are_of_pairs(tmp_path):
     """Accuracies are those of our own evaluation; an expert's lead is that of paired prompts."""
-    document = evaluate_models([BASE, EXPERT], ["sort", "add"], out=tmp_path, limit=60)
+    document = evaluate_models([BASE, EXPERT], Examination(["sort", "add"], out=tmp_path, limit=60))
 
     prompts = draw_prompts("sort", 60, seed=7, split="held-out")
     right = [
@@ -55,7 +55,8 @@ def test_a_jsonl_asks_by_generation_what_the_built_in_task_asks(tmp_path):
     rules = [{"prompt": p, "answer": answer(p), "max_new_tokens": 12} for p in prompts]
     path = jsonl(tmp_path / "sorting.jsonl", rules)
 
-    found = asking.ask(EXPERT, [find_task(path, 500), find_task("sort", 40)], "cpu", 40, print)
+    tasks = [find_task(path, 500), find_task("sort", 40)]
+    found = dict(asking.ask(EXPERT, tasks, "cpu", 40, print))
 
     assert found["sorting"] == found["sort"]
     assert any(found["sort"])
@@ -126,13 +127,13 @@ def test_what_was_answered_is_not_asked_again(tmp_path, monkeypatch):
         asked.append(name)
         if name == EXPERT and asked.count(EXPERT) == 1:
             raise KeyboardInterrupt
-        return {task.name: [True, False] for task in tasks}
+        yield from ((task.name, [True, False]) for task in tasks)
 
     monkeypatch.setattr(run, "ask", failing)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_models([BASE, EXPERT], ["add"], out=tmp_path, limit=2)
+        evaluate_models([BASE, EXPERT], Examination(["add"], out=tmp_path, limit=2))
     for _ in range(2):
-        evaluate_models([BASE, EXPERT], ["add"], out=tmp_path, limit=2)
+        evaluate_models([BASE, EXPERT], Examination(["add"], out=tmp_path, limit=2))
 
     assert asked == [BASE, EXPERT, EXPERT]
 
@@ -146,10 +147,10 @@ def test_a_broken_model_is_one_message(tmp_path):
     (broken / "config.json").write_text(json.dumps(config | more))
 
     with pytest.raises(CheckpointFormatError, match="lacks weights"):
-        evaluate_models([BASE, str(broken)], ["add"], out=tmp_path / "out", limit=2)
+        evaluate_models([BASE, str(broken)], Examination(["add"], out=tmp_path / "out", limit=2))
     (broken / "model.safetensors").write_bytes(b"no")
     with pytest.raises(CheckpointFormatError):
-        evaluate_models([str(broken)], ["add"], out=tmp_path / "out", limit=2)
+        evaluate_models([str(broken)], Examination(["add"], out=tmp_path / "out", limit=2))
 
 
 def test_a_model_too_large_is_one_message(tmp_path, monkeypatch):
@@ -157,7 +158,7 @@ def test_a_model_too_large_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setattr(asking, "available_memory", lambda: 3_000_000)
 
     with pytest.raises(NotEnoughMemoryError, match=r"needs 3\.97 MB"):
-        evaluate_models([BASE], ["add"], out=tmp_path, limit=2)
+        evaluate_models([BASE], Examination(["add"], out=tmp_path, limit=2))
 
 
 def test_an_unknown_task_is_one_message(capsys, tmp_path):
