@@ -1,6 +1,7 @@
 """Threads around a loop: work ahead of it and writes behind it, each bounded in bytes."""
 
 import itertools
+import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -8,6 +9,8 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 E = TypeVar("E")
+# Soon enough for whoever pressed Ctrl-C, and seldom enough to cost nothing.
+_HEARD_WITHIN_S = 0.2
 
 
 class _Window:
@@ -257,3 +260,39 @@ def meanwhile(call: Callable[[], object], seconds: float, tick: Callable[[], E])
         yield tick()
     if errors:
         raise errors[0]
+
+
+def heard(items: Iterable[T]) -> Iterator[T]:
+    """Yield items that a thread reads, so that Ctrl-C is heard at once, whatever it waits for.
+
+    Python looks at signals between two of its instructions. One that comes right before a wait
+    within a library, or to another thread, is heard when that wait is over: minutes, for a log
+    in which nothing happens.
+
+    Args:
+        items: may be left waiting when the iterator is closed.
+
+    Raises:
+        BaseException: whatever reading the items raised.
+    """
+    came: queue.SimpleQueue[tuple[T] | BaseException | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        try:
+            for item in items:
+                came.put((item,))
+            came.put(None)
+        except BaseException as exc:  # handed to the caller, whatever it is
+            came.put(exc)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            found = came.get(timeout=_HEARD_WITHIN_S)
+        except queue.Empty:
+            continue
+        if found is None:
+            return
+        if isinstance(found, BaseException):
+            raise found
+        yield found[0]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import JobRefusedError, RecipeError, StoppedError, listed
 from ..hub.flavors import Flavor
+from ..pipes import heard
 from ..planning.machines import Estimate, estimates, largest, shortage, timeout_for
 from ..planning.plan import Plan, plan_merge
 from ..units import dollars, duration, format_size
@@ -183,7 +184,7 @@ def _follow(jobs: "HubJobs", job_id: str, show: "_Show") -> int:
 
 
 def _show_log(lines: Iterable[str], log: JobLog, show: "_Show") -> None:
-    for line in lines:
+    for line in heard(lines):
         log.read(line)
         show.line(line)
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from resmerge_stream.pipes import WorkAhead, WriteBehind, meanwhile
+from resmerge_stream.pipes import WorkAhead, WriteBehind, heard, meanwhile
 
 
 def jobs(count, size=1, started=None):
@@ -228,3 +228,22 @@ def test_closing_ends_a_wait_for_writes():
 
     assert set(waiting) <= {"tick"}
     go_on.set()
+
+
+def test_what_a_thread_reads_comes_in_order():
+    """Every item once, in order, and then the end."""
+    assert list(heard(iter(range(50)))) == list(range(50))
+
+
+def test_an_error_of_the_reader_comes_after_its_items():
+    """What was read before is not lost, and the error is the reader's own."""
+
+    def items():
+        yield 1
+        raise ValueError("broken")
+
+    reading = heard(items())
+
+    assert next(reading) == 1
+    with pytest.raises(ValueError, match="broken"):
+        next(reading)
