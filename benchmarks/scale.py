@@ -289,7 +289,7 @@ def one(processes: int, kind: str, spectrum: str) -> dict:
         Options(memory_budget=int(0.8 * machine.memory)),
         publication=Publication(repo_id="alice/merged"),
     )
-    plan.raise_if_refused()
+    plan = plan.accepted()
     sim = Simulation(plan, processes, machine, svd=SVD[spectrum], own=own)
     sim.run()
     busy = {key: sum(p.busy[key] for p in sim.all) / processes / sim.now for key in sim.all[0].busy}

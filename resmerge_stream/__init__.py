@@ -16,7 +16,7 @@ Importing this package does not import torch; running a merge does.
 from typing import TYPE_CHECKING, Any
 
 from .errors import ResMergeError, StoppedError
-from .planning.plan import Options, Plan, plan_merge
+from .planning.plan import Options, Plan, RefusedPlan, plan_merge
 from .planning.recipe_file import load_recipe
 from .recipe import Recipe
 from .version import __version__
@@ -29,6 +29,7 @@ __all__ = [
     "Options",
     "Plan",
     "Recipe",
+    "RefusedPlan",
     "ResMergeError",
     "StoppedError",
     "__version__",

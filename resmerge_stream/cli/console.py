@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import ResMergeError
 from ..experts.accuracy import Accuracy, mean_accuracy
-from ..planning.plan import Plan
+from ..planning.plan import Plan, RefusedPlan
 from ..report.build import SAME_AS_BASE
 from ..report.values import median
 from ..report.words import NAMES, TERMINAL_COLUMNS
@@ -54,7 +54,7 @@ def failed(error: ResMergeError, *, as_json: bool) -> None:
     say(f"resmerge-stream: {error}")
 
 
-def show_plan(plan: Plan) -> None:
+def show_plan(plan: Plan | RefusedPlan) -> None:
     """Print a plan: problems first."""
     for problem in plan.problems:
         print(plain(f"problem: {problem}"))

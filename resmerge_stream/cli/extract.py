@@ -2,26 +2,18 @@
 
 import argparse
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import RecipeError, Remedy, listed
-from ..planning.plan import Plan
 from ..recipe import override
 from ..run.events import Finished
 from ..specs import OUTPUT_DTYPES
 from . import console
 from .lasting_imports import lasting_imports
 from .options import add_json, add_machine, add_publication, options_of, publication_of
+from .studies import RunPlan
 
 _BAR = 40  # characters
-
-
-class RunPlan(Protocol):
-    """Merges, as the command ``merge`` does."""
-
-    def __call__(self, plan: Plan, out: str | None, work_dir: str | None, *, as_json: bool) -> int:
-        """Return the exit code."""
-        ...
 
 
 def add_extract(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from ..errors import RecipeError, Remedy, ResMergeError, StoppedError
 from ..hub.patience import PATIENCE
-from ..planning.plan import Plan, plan_merge
+from ..planning.plan import Plan, RefusedPlan, plan_merge
 from ..planning.planned import refused_plan
 from ..planning.recipe_file import load_recipe
 from ..run.crew import Crew, ToldError, crew_of_launcher
@@ -219,7 +219,7 @@ def _command(
     return parser
 
 
-def _plan_of(args: argparse.Namespace) -> Plan:
+def _plan_of(args: argparse.Namespace) -> Plan | RefusedPlan:
     asked = request_of(args)
     return plan_merge(
         asked.recipe,
@@ -232,7 +232,7 @@ def _plan_of(args: argparse.Namespace) -> Plan:
 
 def _plan(args: argparse.Namespace) -> int:
     plan = _plan_of(args)
-    advice = advise(plan, args.sample) if args.advice and not plan.refused else None
+    advice = advise(plan, args.sample) if args.advice and isinstance(plan, Plan) else None
     if args.json:
         print(json.dumps(plan.to_dict() | ({"advice": advice} if advice else {})))
         return 2 if plan.refused else 0
@@ -256,14 +256,14 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _run(
-    plan: Plan,
+    plan: Plan | RefusedPlan,
     out: str | None,
     work_dir: str | None,
     *,
     as_json: bool,
     crew: Crew | None = None,
 ) -> int:
-    plan.raise_if_refused()
+    plan = plan.accepted()
     with lasting_imports():
         from ..run.engine import run_merge
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import RecipeError
-from ..planning.plan import Plan, plan_merge
+from ..planning.plan import Plan, RefusedPlan, plan_merge
 from ..run.events import Event
 from ..units import format_size
 from . import console
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 class RunPlan(Protocol):
     """Merges, as the command ``merge`` does."""
 
-    def __call__(self, plan: Plan, out: str | None, work_dir: str | None, *, as_json: bool) -> int:
+    def __call__(
+        self, plan: Plan | RefusedPlan, out: str | None, work_dir: str | None, *, as_json: bool
+    ) -> int:
         """Return the exit code."""
         ...
 
@@ -152,7 +154,6 @@ def compare(args: argparse.Namespace) -> int:
     comparison = plan_comparison(
         recipe_of(args), names, options_of(args), out=args.out, report_only=args.report_only
     )
-    comparison.raise_if_refused()
     console.say(f"memory: at most {format_size(comparison.peak_memory_bytes)} private")
     if args.evaluate:
         _contest(comparison, args)

@@ -49,8 +49,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         work_dir=args.work_dir,
         machine=largest(),
     )
-    plan.raise_if_refused()
-    return plan
+    return plan.accepted()
 
 
 def _submit(args: argparse.Namespace, plan: Plan, timeout: int | None, show: "_Show") -> int:

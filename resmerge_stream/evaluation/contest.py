@@ -53,7 +53,6 @@ def run_contest(
         RecipeError: the comparison writes no weights, or a task's check failed.
         ResMergeError: as `run_comparison` and `evaluate_models`.
     """
-    comparison.raise_if_refused()
     if comparison.report_only:
         raise RecipeError("a comparison that writes reports only leaves no model to evaluate.")
     verdicts = {}

@@ -35,7 +35,7 @@ from .fused import fused_in
 from .matching import Matched, match
 from .memory_fit import fit_memory
 from .options import Options
-from .planned import Plan, PlannedTensor
+from .planned import Draft, Plan, PlannedTensor, RefusedPlan
 from .resolve import Resolver, check_count
 from .sidefiles import output_config
 from .target import check_folder, check_publication, look_at_repository, pinned_commits
@@ -59,9 +59,9 @@ def plan_merge(
     token: str | bool | None = None,
     work_dir: str | Path | None = None,
     machine: Machine | None = None,
-    like: Plan | None = None,
-) -> Plan:
-    """Plan a merge. Problems are collected in the plan, not raised.
+    like: Draft | None = None,
+) -> Plan | RefusedPlan:
+    """Plan a merge. Problems are not raised but collected, in a plan that is refused.
 
     Args:
         recipe: what to merge.
@@ -80,24 +80,34 @@ def plan_merge(
     Memory: the headers and configs of the checkpoints; no tensor is read, save an LM head that
     a tied config says is redundant.
     """
-    plan = Plan(recipe, options or Options(), publication=publication, token=token, machine=machine)
+    draft = Draft(
+        recipe=recipe,
+        options=options or Options(),
+        publication=publication,
+        token=token,
+        machine=machine,
+    )
     found = Findings()
-    plan = _planned(plan, found, out, work_dir, like)
-    return replace(plan, problems=tuple(found.problems), warnings=tuple(found.warnings))
-
-
-def _planned(
-    plan: Plan,
-    found: Findings,
-    out: str | Path | None,
-    work_dir: str | Path | None,
-    like: Plan | None,
-) -> Plan:
-    """Return the plan with all that could be decided: up to the first step that had to give up."""
-    recipe = plan.recipe
     folder = Path(os.path.expanduser(out)) if out is not None else None
+    draft = _begun(draft, found, folder, work_dir, like)
+    if not found.problems and draft.method is not None:
+        draft = _planned(Plan.of(draft, draft.method), found, folder, work_dir)
+    draft = replace(draft, warnings=tuple(found.warnings))
+    if isinstance(draft, Plan) and not found.problems:
+        return draft
+    return RefusedPlan.of(draft, *found.problems)
+
+
+def _begun(
+    plan: Draft,
+    found: Findings,
+    folder: Path | None,
+    work_dir: str | Path | None,
+    like: Draft | None,
+) -> Draft:
+    """Choose the method, look at the target and open the models."""
     if folder is not None and ("\x00" in str(folder) or len(os.fsencode(folder.name)) > 255):
-        found.problem(f"{shown(str(out))} cannot be a folder's name.", Remedy.ANOTHER_FOLDER)
+        found.problem(f"{shown(str(folder))} cannot be a folder's name.", Remedy.ANOTHER_FOLDER)
         return plan
     if plan.options.adapter_rank is not None and plan.options.output == "model":
         found.problem("a rank is given, but the output is a whole model.", Remedy.AS_ADAPTER)
@@ -107,9 +117,13 @@ def _planned(
         plan = look_at_repository(plan, found)
         commits = pinned_commits(plan, folder, work_dir)
     check_named_bases(plan.recipe, found)
-    plan = _opened(plan, found, commits, like)
-    if not found.problems:
-        check_whole(plan.layout, found)
+    return _opened(plan, found, commits, like)
+
+
+def _planned(plan: Plan, found: Findings, folder: Path | None, work_dir: str | Path | None) -> Plan:
+    """Return the plan with all that could be decided: up to the first step that had to give up."""
+    recipe = plan.recipe
+    check_whole(plan.layout, found)
     if found.problems:
         return plan
     plan = _in_one_layout(plan, found)
@@ -157,7 +171,7 @@ def _planned(
     return plan
 
 
-def _with_method(plan: Plan, found: Findings) -> Plan:
+def _with_method(plan: Draft, found: Findings) -> Draft:
     recipe = plan.recipe
     for note in recipe.notes:
         found.warning(note)
@@ -170,7 +184,9 @@ def _with_method(plan: Plan, found: Findings) -> Plan:
         return plan
 
 
-def _opened(plan: Plan, found: Findings, commits: Sequence[str | None], like: Plan | None) -> Plan:
+def _opened(
+    plan: Draft, found: Findings, commits: Sequence[str | None], like: Draft | None
+) -> Draft:
     recipe, limit = plan.recipe, plan.options.max_header_bytes
     refs = list(recipe.models)
     other = _tokenizer_alone(plan)
@@ -212,7 +228,7 @@ def _opened(plan: Plan, found: Findings, commits: Sequence[str | None], like: Pl
     )
 
 
-def _tokenizer_alone(plan: Plan) -> ModelRef | None:
+def _tokenizer_alone(plan: Draft) -> ModelRef | None:
     """Return the model that is opened for its tokenizer and nothing else."""
     if plan.options.tokenizer_from is not None:
         return ModelRef.parse(plan.options.tokenizer_from)
@@ -223,7 +239,7 @@ def _tokenizer_alone(plan: Plan) -> ModelRef | None:
     return None if asked.source.place in merged else asked.source
 
 
-def _opened_by(plan: Plan) -> dict[tuple[str, str | None, str | None], Checkpoint]:
+def _opened_by(plan: Draft) -> dict[tuple[str, str | None, str | None], Checkpoint]:
     """Return the checkpoints of a plan by id, revision and subfolder as written."""
     refs, sources = plan.recipe.models, list(plan.checkpoints)
     if len(refs) != len(sources):
@@ -294,7 +310,7 @@ def _with_carried_rounded(plan: Plan, sets: TensorSets) -> Plan:
 
 
 def _tensors(plan: Plan, sets: TensorSets) -> dict[str, PlannedTensor]:
-    layout, method = plan.opened
+    layout = plan.layout
     first = int(plan.base is None)
     chosen = Resolver(plan.recipe).each(layout.tensors)
     named = plan.recipe.dtype
@@ -313,7 +329,7 @@ def _tensors(plan: Plan, sets: TensorSets) -> dict[str, PlannedTensor]:
             fused = fused_in(spec, layout.tensors, layout.config) if apart else None
             planned[name] = PlannedTensor(spec, rule, merging, experts, weights, own, fused)
         elif name in sets.carried:
-            planned[name] = PlannedTensor(stored.spec, None, method)
+            planned[name] = PlannedTensor(stored.spec, None, plan.method)
     return planned
 
 
@@ -351,7 +367,7 @@ def _estimated(plan: Plan, out: Path | None) -> Plan:
     """Say what the merge reads, how long it takes, and what it holds on the disk at most."""
     count = len(plan.experts)
     seconds, read = _SECONDS_START, 0
-    passes = 1 + plan.opened[1].counting_passes()
+    passes = 1 + plan.method.counting_passes()
     for name, tensor in plan.tensors.items():
         stored = sum(source.read_cost(name) for source in plan.read_for(tensor))
         read += stored * (passes if tensor.rule else 1)
@@ -371,4 +387,4 @@ def _estimated(plan: Plan, out: Path | None) -> Plan:
     )
 
 
-__all__ = ["Options", "Plan", "PlannedTensor", "Role", "plan_merge"]
+__all__ = ["Options", "Plan", "PlannedTensor", "RefusedPlan", "Role", "plan_merge"]

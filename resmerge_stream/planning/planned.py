@@ -5,9 +5,9 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 from ..device import Machine, machine_share
 from ..errors import Notice, PlanRefusedError
@@ -135,11 +135,11 @@ class TokenFiles:
     left_out: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Everything that a merge will do. Made by `plan_merge`, run by `run_merge`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """What planning has found so far: each step makes a new one.
 
-    Each step of planning makes a new one; nothing changes it afterwards.
+    It ends as a `Plan`, which can run, or as a `RefusedPlan`, which says why it cannot.
     """
 
     recipe: Recipe
@@ -154,7 +154,6 @@ class Plan:
     left_out: Mapping[str, str] = field(default_factory=dict)
     # Of each expert: the base's tensors → what stands for them under other names, where it differs.
     matched: tuple[Mapping[str, tuple[str, ...]], ...] = ()
-    problems: tuple[Notice, ...] = ()
     warnings: tuple[Notice, ...] = ()
     machine: Machine | None = None  # where it will run; None: here
     memory_budget: int = 0
@@ -174,11 +173,6 @@ class Plan:
     def request(self) -> Request:
         """What was asked for."""
         return Request(recipe=self.recipe, options=self.options, publication=self.publication)
-
-    @property
-    def refused(self) -> bool:
-        """Whether there are problems, so that the merge will not start."""
-        return bool(self.problems)
 
     @property
     def checkpoints(self) -> Iterator[Checkpoint]:
@@ -205,43 +199,6 @@ class Plan:
         if self.publication is None or self.target is None:
             return False
         return self.publication.public is True or not self.target.ends_public
-
-    @property
-    def opened(self) -> tuple[Checkpoint, MergeMethod]:
-        """The layout's checkpoint and the method, which a plan without problems has.
-
-        Raises:
-            RuntimeError: the plan was not made by `plan_merge`, or was refused.
-        """
-        layout = next(self.checkpoints, None)
-        if layout is None or self.method is None:
-            raise RuntimeError("this plan has no model or no method; plan_merge makes plans")
-        return layout, self.method
-
-    @property
-    def layout(self) -> Checkpoint:
-        """The checkpoint whose names and shapes the output has: the base, else the first model.
-
-        Task vectors are differences to it.
-        """
-        return self.opened[0]
-
-    def sources_of(self, tensor: PlannedTensor) -> list[Checkpoint]:
-        """Return what is read for a tensor: the layout, then the experts that take part."""
-        if tensor.rule is None:
-            return [self.layout]
-        return [self.layout, *(self.experts[i] for i in tensor.experts)]
-
-    def read_for(self, tensor: PlannedTensor) -> list[Checkpoint]:
-        """Return the sources of a tensor whose values are read."""
-        return self.sources_of(tensor)[0 if tensor.reads_layout else 1 :]
-
-    def written_in(self, shard: Shard) -> list[PlannedTensor]:
-        """Return what is merged for a shard, in the order of the file."""
-        if self.options.output == "model":
-            return [self.tensors[spec.name] for spec in shard.tensors]
-        factored = {t.factors.down.name: t for t in self.tensors.values() if t.factors is not None}
-        return [factored[spec.name] for spec in shard.tensors if spec.name in factored]
 
     @property
     def write_bytes(self) -> int:
@@ -289,6 +246,124 @@ class Plan:
         key = [recipe, *self.options.to_dict().values(), __version__]
         text = json.dumps(key, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def by_rule(self) -> dict[str, int]:
+        """Return how many tensors each rule takes."""
+        names = (t.rule.name if t.rule else "carried" for t in self.tensors.values())
+        return dict(sorted(Counter(names).items()))
+
+    def patterns(self) -> list[dict[str, Any]]:
+        """Return what is done with which tensors: names with stars for numbers, and their rule.
+
+        Settings are those that differ between tensors of the plan, each with its values.
+        """
+        found: dict[tuple[str, str, str], list[PlannedTensor]] = {}
+        for name, tensor in self.tensors.items():
+            rule, role = (tensor.rule.name, tensor.rule.role) if tensor.rule else ("carried", "")
+            found.setdefault((pattern_of(name), rule, str(role)), []).append(tensor)
+        every = _values(self.tensors.values())
+        differ = [key for key, values in every.items() if len(values) > 1]
+        return [
+            {
+                "pattern": pattern,
+                "tensors": len(tensors),
+                "rule": rule,
+                "role": role or None,
+                "settings": {k: v for k, v in _values(tensors).items() if k in differ},
+            }
+            for (pattern, rule, role), tensors in found.items()
+        ]
+
+    def told(self, problems: tuple[Notice, ...] = ()) -> dict[str, Any]:
+        """Return what is known as plain data, as ``plan --json`` prints it."""
+        return {
+            "refused": bool(problems),
+            "problems": list(problems),
+            "warnings": list(self.warnings),
+            "notices": {
+                "problems": [problem.to_dict() for problem in problems],
+                "warnings": [warning.to_dict() for warning in self.warnings],
+            },
+            "tensors": len(self.tensors),
+            "by_rule": self.by_rule(),
+            "patterns": self.patterns(),
+            "shards": [
+                {"name": shard.name, "bytes": shard.nbytes, "tensors": len(shard.tensors)}
+                for shard in self.shards
+            ],
+            "read_bytes": self.read_bytes,
+            "write_bytes": self.write_bytes,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "peak_disk_bytes": self.peak_disk_bytes,
+            "seconds_estimate": round(self.seconds_estimate, 1),
+            "sources": [
+                {
+                    "id": source.id,
+                    "revision": source.revision,
+                    "subfolder": source.subfolder,
+                    "bytes": sum(file.size for file in source.files),
+                    "license": source.license,
+                    "gated": source.gated,
+                }
+                for source in self.checkpoints
+            ],
+            "plan_hash": self.plan_hash,
+        }
+
+    def close(self) -> None:
+        """Close every source."""
+        for source in (*self.checkpoints, *((self.tokenizer,) if self.tokenizer else ())):
+            source.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan(Draft):
+    """Everything that a merge will do. Made by `plan_merge`, run by `run_merge`.
+
+    A plan that exists can run: its models are open, its method is known, nothing refuses it.
+    """
+
+    method: MergeMethod
+    refused: ClassVar[bool] = False
+    problems: ClassVar[tuple[Notice, ...]] = ()
+
+    @classmethod
+    def of(cls, draft: Draft, method: MergeMethod) -> Self:
+        """Return the plan of a draft whose models are all open."""
+        return cls(**_values_of(draft) | {"method": method})
+
+    def accepted(self) -> Self:
+        """Return this plan; a refused one raises here."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data, as ``plan --json`` prints it."""
+        return self.told()
+
+    @property
+    def layout(self) -> Checkpoint:
+        """The checkpoint whose names and shapes the output has: the base, else the first model.
+
+        Task vectors are differences to it.
+        """
+        return self.experts[0] if self.base is None else self.base
+
+    def sources_of(self, tensor: PlannedTensor) -> list[Checkpoint]:
+        """Return what is read for a tensor: the layout, then the experts that take part."""
+        if tensor.rule is None:
+            return [self.layout]
+        return [self.layout, *(self.experts[i] for i in tensor.experts)]
+
+    def read_for(self, tensor: PlannedTensor) -> list[Checkpoint]:
+        """Return the sources of a tensor whose values are read."""
+        return self.sources_of(tensor)[0 if tensor.reads_layout else 1 :]
+
+    def written_in(self, shard: Shard) -> list[PlannedTensor]:
+        """Return what is merged for a shard, in the order of the file."""
+        if self.options.output == "model":
+            return [self.tensors[spec.name] for spec in shard.tensors]
+        factored = {t.factors.down.name: t for t in self.tensors.values() if t.factors is not None}
+        return [factored[spec.name] for spec in shard.tensors if spec.name in factored]
 
     def working_bytes_of(self, tensor: PlannedTensor) -> int:
         """Return bytes of float32 memory that are held while a tensor's piece is in work."""
@@ -355,82 +430,34 @@ class Plan:
             files["model.safetensors.index.json"] = index_json(self.shards)
         return files
 
-    def by_rule(self) -> dict[str, int]:
-        """Return how many tensors each rule takes."""
-        names = (t.rule.name if t.rule else "carried" for t in self.tensors.values())
-        return dict(sorted(Counter(names).items()))
 
-    def patterns(self) -> list[dict[str, Any]]:
-        """Return what is done with which tensors: names with stars for numbers, and their rule.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusedPlan(Draft):
+    """Why a merge cannot be, and what planning had found until then."""
 
-        Settings are those that differ between tensors of the plan, each with its values.
-        """
-        found: dict[tuple[str, str, str], list[PlannedTensor]] = {}
-        for name, tensor in self.tensors.items():
-            rule, role = (tensor.rule.name, tensor.rule.role) if tensor.rule else ("carried", "")
-            found.setdefault((pattern_of(name), rule, str(role)), []).append(tensor)
-        every = _values(self.tensors.values())
-        differ = [key for key, values in every.items() if len(values) > 1]
-        return [
-            {
-                "pattern": pattern,
-                "tensors": len(tensors),
-                "rule": rule,
-                "role": role or None,
-                "settings": {k: v for k, v in _values(tensors).items() if k in differ},
-            }
-            for (pattern, rule, role), tensors in found.items()
-        ]
+    problems: tuple[Notice, ...]
+    refused: ClassVar[bool] = True
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plan as plain data, as ``plan --json`` prints it."""
-        return {
-            "refused": self.refused,
-            "problems": list(self.problems),
-            "warnings": list(self.warnings),
-            "notices": {
-                "problems": [problem.to_dict() for problem in self.problems],
-                "warnings": [warning.to_dict() for warning in self.warnings],
-            },
-            "tensors": len(self.tensors),
-            "by_rule": self.by_rule(),
-            "patterns": self.patterns(),
-            "shards": [
-                {"name": shard.name, "bytes": shard.nbytes, "tensors": len(shard.tensors)}
-                for shard in self.shards
-            ],
-            "read_bytes": self.read_bytes,
-            "write_bytes": self.write_bytes,
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "peak_disk_bytes": self.peak_disk_bytes,
-            "seconds_estimate": round(self.seconds_estimate, 1),
-            "sources": [
-                {
-                    "id": source.id,
-                    "revision": source.revision,
-                    "subfolder": source.subfolder,
-                    "bytes": sum(file.size for file in source.files),
-                    "license": source.license,
-                    "gated": source.gated,
-                }
-                for source in self.checkpoints
-            ],
-            "plan_hash": self.plan_hash,
-        }
+    @classmethod
+    def of(cls, draft: Draft, *problems: Notice) -> Self:
+        """Return a draft as refused."""
+        return cls(**_values_of(draft), problems=problems)
 
-    def raise_if_refused(self) -> None:
-        """Raise the plan's problems as one error.
+    def accepted(self) -> NoReturn:
+        """Raise the problems as one error.
 
         Raises:
-            PlanRefusedError: there are problems.
+            PlanRefusedError: always.
         """
-        if self.problems:
-            raise PlanRefusedError.of(self.problems)
+        raise PlanRefusedError.of(self.problems)
 
-    def close(self) -> None:
-        """Close every source."""
-        for source in (*self.checkpoints, *((self.tokenizer,) if self.tokenizer else ())):
-            source.close()
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain data, with the keys of a plan's."""
+        return self.told(self.problems)
+
+
+def _values_of(draft: Draft) -> dict[str, Any]:
+    return {one.name: getattr(draft, one.name) for one in fields(Draft)}
 
 
 def _values(tensors: Iterable[PlannedTensor]) -> dict[str, list[Any]]:
@@ -461,5 +488,5 @@ def _lasting_name(ref: ModelRef) -> str:
 
 def refused_plan(*problems: Notice) -> dict[str, Any]:
     """Return what `Plan.to_dict` would, for a recipe that is none."""
-    plan = Plan(Recipe(ModelRef(""), ()), Options(), problems=problems)
-    return {**plan.to_dict(), "plan_hash": None}
+    draft = Draft(recipe=Recipe(ModelRef(""), ()), options=Options())
+    return {**draft.told(problems), "plan_hash": None}

@@ -10,13 +10,13 @@ from ..methods import MERGEKITS
 from ..sinks import target_state
 from ..sinks.journal import known_commits, work_folder
 from ..units import format_size
-from .planned import Plan
+from .planned import Draft, Plan
 
 if TYPE_CHECKING:
     from ..sinks.hub.target import HubTarget
 
 
-def look_at_repository(plan: Plan, found: Findings) -> Plan:
+def look_at_repository(plan: Draft, found: Findings) -> Draft:
     """Ask the Hub what stands where the merge is to be published, if it is."""
     if plan.publication is None:
         return plan
@@ -27,7 +27,7 @@ def look_at_repository(plan: Plan, found: Findings) -> Plan:
     return replace(plan, target=target)
 
 
-def pinned_commits(plan: Plan, out: Path | None, work_dir: str | Path | None) -> list[str | None]:
+def pinned_commits(plan: Draft, out: Path | None, work_dir: str | Path | None) -> list[str | None]:
     """Return the commits that an earlier start pinned the sources to; those win over any branch."""
     staged = plan.target.staged if plan.target is not None else None
     commits = staged.commits if staged is not None else []

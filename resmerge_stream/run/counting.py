@@ -40,7 +40,7 @@ def counted(
         StoppedError: the store cannot be written.
     """
     found: list[dict[str, Any]] = [{} for _ in plans]
-    passes = [plan.opened[1].counting_passes() for plan in plans]
+    passes = [plan.method.counting_passes() for plan in plans]
     if not max(passes, default=0):
         return found
     restored = _restored(plans, store)
@@ -51,7 +51,7 @@ def counted(
         asking = {i: plans[i] for i, count in enumerate(passes) if number < count}
         mergers = {i: Merger(plan, device, found[i]) for i, plan in asking.items()}
         counters = {
-            i: plan.opened[1].counter(number, found[i], len(plan.experts))
+            i: plan.method.counter(number, found[i], len(plan.experts))
             for i, plan in asking.items()
         }
         with contextlib.closing(_counting(asking, mergers, counters)) as pieces:

@@ -13,7 +13,7 @@ from ..errors import NonFiniteError, Remedy, StoppedError, listed
 from ..hub.patience import MERGING_S, PATIENCE
 from ..memory import WRITE_QUEUE_BYTES
 from ..pipes import WriteBehind, meanwhile
-from ..planning.plan import Plan, PlannedTensor
+from ..planning.plan import Plan, PlannedTensor, RefusedPlan
 from ..report.build import build_report
 from ..report.card import render_card
 from ..report.rows import Rows
@@ -40,7 +40,7 @@ _RESENT_TRIES = 3
 
 
 def run_merge(
-    plan: Plan,
+    plan: Plan | RefusedPlan,
     *,
     out: str | Path | None = None,
     work_dir: str | Path | None = None,
@@ -59,7 +59,7 @@ def run_merge(
             yields what happens in all of them, the others what they do themselves.
 
     Raises:
-        PlanRefusedError: the plan has problems, or the sources changed since a first run.
+        PlanRefusedError: the plan is refused, or the sources changed since a first run.
         NonFiniteError: a weight is NaN or infinite, or overflows the output dtype.
         OutputExistsError: somebody else put something there since the plan was made.
         StoppedError: disk, network or permission; the same command continues.
@@ -67,7 +67,7 @@ def run_merge(
     Memory: `plan.peak_memory_bytes`, whatever the model's size.
     """
     crew = crew or Crew()
-    plan.raise_if_refused()
+    plan = plan.accepted()
     crew.agree(plan)
     folder = Path(os.path.expanduser(out)) if out is not None else None
     done = finished_already(plan, folder) if crew.is_main else None
@@ -104,7 +104,7 @@ def _counted(
 ) -> Generator[Event, None, dict[str, Any]]:
     """Make the method's counting passes in the main process; the value is what they found."""
     found: list[dict[str, Any]] = [{}]
-    if not plan.opened[1].counting_passes():
+    if not plan.method.counting_passes():
         return found[0]
     if crew.is_main:
         found = yield from counted([plan], device, work_dir / "counted.json")

@@ -99,7 +99,7 @@ class Merger:
     """Merges the pieces of a plan's tensors. It keeps nothing of one piece for the next.
 
     Args:
-        plan: without problems.
+        plan: what is merged.
         device: where the arithmetic happens.
         counted: what the method's counting passes found.
         sample: called when much memory is in use.

@@ -42,7 +42,7 @@ def open_sink(plan: Plan, out: Path | None, work: Path, membership: Membership) 
     """Return where a plan is written to.
 
     Args:
-        plan: without problems.
+        plan: what is written.
         out: the output folder, if any.
         work: the folder of this plan and target, for journal, lock and unsent shards.
         membership: as what this process of the run comes.

@@ -13,7 +13,7 @@ import torch
 from ..errors import RecipeError, VerificationError, listed
 from ..maths.stored_bytes import as_tensor
 from ..maths.task_vectors import block_rows
-from ..planning.plan import Options, Plan, PlannedTensor, plan_merge
+from ..planning.plan import Options, Plan, PlannedTensor, RefusedPlan, plan_merge
 from ..planning.recipe_file import load_recipe
 from ..recipe import ModelRef, Recipe
 from ..report.schema import MAX_REPORT_BYTES, parse_report
@@ -171,7 +171,7 @@ def check_sample(
         except RecipeError as exc:
             return Check("recomputed", (), f"skipped: {exc}")
     plan = _plan_again(report, recipe, token)
-    if plan.problems:
+    if isinstance(plan, RefusedPlan):
         return Check("recomputed", (), f"skipped, the sources are not at hand: {plan.problems[0]}")
     names = sorted(
         name
@@ -191,7 +191,7 @@ def check_sample(
     return Check("recomputed", tuple(problems), f"{len(chosen)} tensors: {', '.join(chosen)}")
 
 
-def _plan_again(report: Mapping[str, Any], recipe: Recipe, token: str | None) -> Plan:
+def _plan_again(report: Mapping[str, Any], recipe: Recipe, token: str | None) -> Plan | RefusedPlan:
     return plan_merge(recipe, Options.from_dict(report.get("options", {})), token=token)
 
 

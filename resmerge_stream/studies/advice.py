@@ -110,7 +110,7 @@ def read_regime(plan: Plan, share: float = 1.0) -> Iterator[tuple[str, int, Regi
     """Read experts tensor by tensor, without any decomposition.
 
     Args:
-        plan: without problems.
+        plan: whose experts are read.
         share: of the layers that are read.
 
     Yields:

@@ -26,7 +26,7 @@ from ..maths.task_vectors import TaskVectors
 from ..memory import svd_bytes
 from ..methods.parts.gates import Knobs, decide
 from ..methods.parts.heads import head_of, project_heads, residual_gram
-from ..planning.plan import Options, Plan, PlannedTensor, plan_merge
+from ..planning.plan import Options, Plan, PlannedTensor, RefusedPlan, plan_merge
 from ..recipe import ModelRef, Recipe
 from ..run.engine import environment
 from ..run.events import Analysed, Event, Finished, Planned
@@ -46,7 +46,7 @@ _GATES = ("c_R", "c_R_floor", "s_R", "S_H", "ret_H", "ret_R", "pair_cosines_H", 
 
 def plan_analysis(
     recipe: Recipe, sft: Sequence[ModelRef] = (), options: Options | None = None, *, rank: int = 1
-) -> Plan:
+) -> Plan | RefusedPlan:
     """Plan an analysis: as a merge that writes nothing.
 
     Args:
@@ -59,12 +59,14 @@ def plan_analysis(
     plan = plan_merge(
         replace(recipe, experts=everyone, method="resmerge", parameters={"rank": rank}), options
     )
+    if isinstance(plan, RefusedPlan):
+        return plan
     matrices = [t.matrix for t in plan.tensors.values() if t.rule and t.rule.needs_matrix]
     spectrum = max((svd_bytes(m, n, 0) for m, n in matrices), default=0)
     needed = plan.peak_memory_bytes + spectrum
-    problems = plan.problems
-    if not problems and needed > plan.memory_budget:
-        problems = (
+    if needed > plan.memory_budget:
+        return RefusedPlan.of(
+            plan,
             Notice(
                 f"the analysis needs {format_size(needed)} of memory, but the budget is "
                 f"{format_size(plan.memory_budget)}.",
@@ -72,16 +74,11 @@ def plan_analysis(
                 needed=f"{-(-needed // 1_000_000)}MB",
             ),
         )
-    return replace(
-        plan,
-        working_bytes=plan.working_bytes + spectrum,
-        peak_memory_bytes=needed,
-        problems=problems,
-    )
+    return replace(plan, working_bytes=plan.working_bytes + spectrum, peak_memory_bytes=needed)
 
 
 def run_analysis(
-    plan: Plan, *, out: str | Path, sft: int = 0, share: float = 1.0
+    plan: Plan | RefusedPlan, *, out: str | Path, sft: int = 0, share: float = 1.0
 ) -> Iterator[Event]:
     """Run an analysis, and yield what happens; the last event carries ``analysis.json``.
 
@@ -92,13 +89,13 @@ def run_analysis(
         share: of the layers that are read, evenly spaced; 1 is everything.
 
     Raises:
-        PlanRefusedError: the plan has problems.
+        PlanRefusedError: the plan is refused.
         NonFiniteError: a weight is NaN or infinite.
         StoppedError: the results cannot be written.
 
     Memory: `plan.peak_memory_bytes`.
     """
-    plan.raise_if_refused()
+    plan = plan.accepted()
     out = Path(os.path.expanduser(out))
     merged = [tensor for tensor in plan.tensors.values() if tensor.rule]
     tensors = sampled(merged, share)
@@ -130,7 +127,7 @@ def run_analysis(
         "version": 1,
         "regime": regime.to_dict(),
         "advice": advise(regime).to_dict(),
-        "rank": plan.opened[1].parameters()["rank"],
+        "rank": plan.method.parameters()["rank"],
         "base": str(plan.recipe.base),
         "experts": [
             {"id": str(ref), "group": name}

@@ -38,16 +38,14 @@ def run_comparison(
     A stopped comparison continues with the same command: finished methods and shards are kept.
 
     Args:
-        comparison: from `plan_comparison`, without problems.
+        comparison: from `plan_comparison`.
         work_dir: where journals are kept; the user's cache folder when None.
 
     Raises:
-        PlanRefusedError: the comparison has problems.
         NonFiniteError, StoppedError: as `run_merge`.
 
     Memory: `Comparison.peak_memory_bytes`.
     """
-    comparison.raise_if_refused()
     out = comparison.out
     done = {} if comparison.report_only else _finished(comparison)
     with contextlib.ExitStack() as stack:

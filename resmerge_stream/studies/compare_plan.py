@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import Notice, PlanRefusedError, RecipeError, Remedy
 from ..memory import SPARE_BYTES, block_bytes, matrix_bytes
 from ..methods import parse_method
-from ..planning.plan import Options, Plan, plan_merge
+from ..planning.plan import Options, Plan, RefusedPlan, plan_merge
 from ..recipe import Recipe
 from ..units import format_size
 
@@ -30,7 +30,6 @@ class Comparison:
     out: Path
     report_only: bool
     plans: Mapping[str, Plan]
-    problems: tuple[Notice, ...] = ()
     working_bytes: int = 0
     peak_memory_bytes: int = 0
     resident: bool = True
@@ -44,15 +43,6 @@ class Comparison:
         """Return bytes held while a tensor is in work: its task vectors, every method's scratch."""
         return _working_bytes(self.plans.values(), name, resident=self.resident)
 
-    def raise_if_refused(self) -> None:
-        """Raise the problems as one error.
-
-        Raises:
-            PlanRefusedError: there are problems.
-        """
-        if self.problems:
-            raise PlanRefusedError.of(self.problems)
-
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison as plain data; sizes are those of the whole run."""
         plans = {label: plan.to_dict() for label, plan in self.plans.items()}
@@ -61,15 +51,15 @@ class Comparison:
             for label, plan in plans.items()
             for shard in plan["shards"]
         ]
-        passes = max(plan.opened[1].counting_passes() for plan in self.plans.values())
+        passes = max(plan.method.counting_passes() for plan in self.plans.values())
         stored = sum(
             source.read_cost(name)
             for name, tensor in self.first.tensors.items()
             for source in self.first.sources_of(tensor)
         )
         return {
-            "refused": bool(self.problems),
-            "problems": list(self.problems),
+            "refused": False,
+            "problems": [],
             "warnings": list(self.first.warnings),
             "methods": {label: plan["by_rule"] for label, plan in plans.items()},
             "shards": shards,
@@ -103,9 +93,10 @@ def plan_comparison(
 
     Raises:
         RecipeError: no method, one named twice, or not of this form.
+        PlanRefusedError: a method's plan has problems, or all together need too much memory.
     """
     folder = Path(os.path.expanduser(out))
-    plans: dict[str, Plan] = {}
+    plans: dict[str, Plan | RefusedPlan] = {}
     for text in methods:
         label = re.sub(r"[^\w.=+-]+", "-", text.strip())
         if label in plans:
@@ -129,8 +120,12 @@ def plan_comparison(
         problems.append(
             Notice("a comparison writes whole models; merge the method you choose as an adapter.")
         )
-    comparison = Comparison(folder, report_only, plans, tuple(problems))
-    return comparison if problems else _fitted(comparison)
+    accepted = {label: plan for label, plan in plans.items() if isinstance(plan, Plan)}
+    if problems:
+        for one in plans.values():
+            one.close()
+        raise PlanRefusedError.of(problems)
+    return _fitted(Comparison(folder, report_only, accepted))
 
 
 def _fitted(comparison: Comparison) -> Comparison:
@@ -144,23 +139,20 @@ def _fitted(comparison: Comparison) -> Comparison:
         worst = max((size, name) for name, size in sizes.items())
         if worst[0] <= room:
             break
-    problems: tuple[Notice, ...] = ()
     if worst[0] > room:
-        problems = (
-            Notice(
-                f"comparing {len(plans)} methods on {worst[1]} needs "
-                f"{format_size(fixed + worst[0])} of memory, but the budget is "
-                f"{format_size(first.memory_budget)}. Compare fewer SVD methods at once.",
-                Remedy.MORE_MEMORY,
-                needed=f"{-(-(fixed + worst[0]) // 1_000_000)}MB",
-            ),
+        comparison.close()
+        raise PlanRefusedError(
+            f"comparing {len(plans)} methods on {worst[1]} needs "
+            f"{format_size(fixed + worst[0])} of memory, but the budget is "
+            f"{format_size(first.memory_budget)}. Compare fewer SVD methods at once.",
+            Remedy.MORE_MEMORY,
+            needed=f"{-(-(fixed + worst[0]) // 1_000_000)}MB",
         )
     # While the largest tensor is written the next ones are decided, where the budget has room.
     working = max(worst[0], min(room, SPARE_BYTES + 2 * worst[0]))
     return replace(
         comparison,
         plans={label: _with_memory(plan, worst[0], resident) for label, plan in plans.items()},
-        problems=problems,
         working_bytes=working,
         peak_memory_bytes=fixed + working,
         resident=resident,

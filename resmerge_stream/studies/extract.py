@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..device import choose_device
-from ..planning.plan import Options, Plan, PlannedTensor, plan_merge
+from ..planning.plan import Options, Plan, PlannedTensor, RefusedPlan, plan_merge
 from ..recipe import Recipe
 from ..report.build import build_report
 from ..report.rows import Rows
@@ -34,7 +34,7 @@ def plan_extract(
     out: str | Path | None = None,
     publication: Publication | None = None,
     work_dir: str | Path | None = None,
-) -> Plan:
+) -> Plan | RefusedPlan:
     """Plan an extract; as `plan_merge`, whose arguments these are.
 
     Args:
@@ -49,7 +49,7 @@ def plan_extract(
     return plan_merge(recipe, options, out=out, publication=publication, work_dir=work_dir)
 
 
-def kept_by_rank(plan: Plan) -> Iterator[Event]:
+def kept_by_rank(plan: Plan | RefusedPlan) -> Iterator[Event]:
     """Find what each rank would hold, and write nothing; the last event's report says it.
 
     ``adapter`` there is that of a merge's report. ``outside`` names the tensors that differ and
@@ -57,20 +57,19 @@ def kept_by_rank(plan: Plan) -> Iterator[Event]:
     length of all that differs is theirs; None where nothing differs.
 
     Args:
-        plan: from `plan_extract`, without problems.
+        plan: from `plan_extract`.
 
     Raises:
-        PlanRefusedError: the plan has problems.
+        PlanRefusedError: the plan is refused.
         NonFiniteError: a weight is NaN or infinite.
         StoppedError: the sources cannot be read.
 
     Memory: `plan.peak_memory_bytes`.
     """
-    plan.raise_if_refused()
+    plan = plan.accepted()
     whole = plan_merge(
         plan.recipe, replace(plan.options, output="model", adapter_rank=None), like=plan
-    )
-    whole.raise_if_refused()
+    ).accepted()
     outside = [
         tensor
         for name, tensor in whole.tensors.items()

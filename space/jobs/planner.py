@@ -11,7 +11,7 @@ from typing import Any
 
 from resmerge_stream.device import available_memory, free_disk, private_memory, usable_cores
 from resmerge_stream.errors import ResMergeError
-from resmerge_stream.planning.plan import plan_merge
+from resmerge_stream.planning.plan import Plan, plan_merge
 
 from ..asked import web_request
 from ..examples import on_this_machine, web_names
@@ -69,7 +69,9 @@ def plan_of(request: dict[str, Any], settings: Settings) -> dict[str, Any]:
     try:
         here = Machine(usable_cores(), available_memory(), free_disk(settings.folder))
         found = plan_said(json.loads(web_names(json.dumps(plan.to_dict()))))
-        found["hardware"] = [] if plan.refused else [fit.to_dict() for fit in fits(plan, here)]
+        found["hardware"] = (
+            [fit.to_dict() for fit in fits(plan, here)] if isinstance(plan, Plan) else []
+        )
         found["target_checked"] = publication is not None
         return found
     finally:

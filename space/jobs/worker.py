@@ -67,10 +67,9 @@ def _events(request: dict[str, Any]) -> Iterator[Event]:
         if plan.target is not None and not plan.target.account:
             # The account could not be asked for: signing in again mends it, so nothing is lost.
             raise StoppedError.of(plan.problems)
-        plan.raise_if_refused()
         from resmerge_stream.run.engine import run_merge
 
-        events = run_merge(plan, out=out, work_dir=request["work_dir"])
+        events = run_merge(plan.accepted(), out=out, work_dir=request["work_dir"])
         try:
             yield from events
         finally:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from resmerge_stream.cli.console import show_plan
 from resmerge_stream.errors import PlanRefusedError, RecipeError
-from resmerge_stream.planning.plan import Options, plan_merge
+from resmerge_stream.planning.plan import Options, RefusedPlan, plan_merge
 from resmerge_stream.recipe import ModelRef, Recipe
 from tests.support.checkpoints import (
     edit_config,
@@ -137,8 +137,9 @@ def test_problems_are_collected_not_raised(tmp_path):
     assert len(plan.problems) == 2
     assert "Did you mean 'resmerge'" in plan.problems[0]
     assert str(group.experts[1]) in plan.problems[1]
+    assert isinstance(plan, RefusedPlan)
     with pytest.raises(PlanRefusedError, match="resmurge"):
-        plan.raise_if_refused()
+        plan.accepted()
 
 
 def test_a_refused_plan_does_not_run(group, tmp_path):

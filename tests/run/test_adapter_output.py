@@ -10,6 +10,7 @@ pytest.importorskip("peft")
 from safetensors.torch import load_file
 
 from resmerge_stream import Options, Recipe, plan_merge, run_merge
+from resmerge_stream.errors import PlanRefusedError
 from resmerge_stream.recipe import ModelRef
 from resmerge_stream.run.verify import verify_folder
 from resmerge_stream.studies.compare_plan import plan_comparison
@@ -237,9 +238,8 @@ def test_a_comparison_writes_models(tmp_path, group):
     base, made = group
     recipe = Recipe(ModelRef(str(base)), tuple(ModelRef(str(m)) for m in made))
 
-    plan = plan_comparison(recipe, ["mean"], Options(output="adapter"), out=tmp_path / "out")
-
-    assert any("whole models" in problem for problem in plan.problems)
+    with pytest.raises(PlanRefusedError, match="whole models"):
+        plan_comparison(recipe, ["mean"], Options(output="adapter"), out=tmp_path / "out")
 
 
 def test_a_rank_of_a_whole_model_is_refused(group):
