@@ -1,4 +1,4 @@
-"""Sizes, times and prices as people write them."""
+"""Sizes, times, prices and names as people read them."""
 
 import re
 
@@ -78,3 +78,8 @@ def dollars(amount: float) -> str:
     """Return a price for people: ``$0.07``, ``$120``; less than a cent is a cent."""
     amount = max(amount, 0.01) if amount > 0 else 0.0
     return f"${amount:.2f}" if amount < 100 else f"${amount:.0f}"
+
+
+def printable(text: str, instead: str = " ") -> str:
+    """Return text without control characters: names come from strangers' files."""
+    return "".join(c if c.isprintable() else instead for c in text)

@@ -7,6 +7,7 @@ from typing import Any
 from resmerge_stream.report.unusual import unusual
 from resmerge_stream.report.values import family_rank, median, module_label, module_rank, value_of
 from resmerge_stream.roles import Role, layer_of
+from resmerge_stream.units import printable
 
 NUMBERS = (
     "S_H", "above_floor", "alpha_R", "head_energy", "head_share", "c_R", "c_R_floor", "s_R",
@@ -64,7 +65,7 @@ def row_of(row: Mapping[str, Any]) -> Row:
 
 def _text(value: object) -> str:
     text = value if isinstance(value, str) else ""
-    return "".join(c if c.isprintable() else " " for c in text[:_NAME])
+    return printable(text[:_NAME])
 
 
 def modules(rows: Iterable[Row], key: str) -> list[str]:

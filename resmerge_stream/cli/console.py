@@ -24,7 +24,7 @@ from ..run.events import (
     ShardFinished,
     TensorMerged,
 )
-from ..units import format_size
+from ..units import format_size, printable
 
 # Of a merge in a log.
 _LINE_EACH_S = 60.0
@@ -43,7 +43,7 @@ _MOST_SETTINGS = 3
 
 def plain(text: str) -> str:
     """Return text without control characters: names come from strangers' files."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "\n".join(printable(line, "\N{REPLACEMENT CHARACTER}") for line in text.split("\n"))
 
 
 def failed(error: ResMergeError, *, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError, StoppedError
+from ..sinks.durable import write_durably
 from ..sources import Checkpoint
 from .asking import ask, open_model
 from .results import Verdicts, evaluation, evaluation_files
@@ -85,9 +86,7 @@ class Examination:
             for task, bits in ask(model, missing, self._device, self._limit, self._say):
                 with _written_to(self._folder):
                     stores[task].parent.mkdir(parents=True, exist_ok=True)
-                    staged = stores[task].with_suffix(".partial")
-                    staged.write_text(json.dumps(bits), encoding="utf-8")
-                    os.replace(staged, stores[task])
+                    write_durably(stores[task], json.dumps(bits).encode())
         return {task: json.loads(path.read_text("utf-8")) for task, path in stores.items()}
 
     def write(self, verdicts: Verdicts) -> dict[str, Any]:
@@ -99,7 +98,7 @@ class Examination:
         with _written_to(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             for file, data in evaluation_files(verdicts).items():
-                (self._folder / file).write_bytes(data)
+                write_durably(self._folder / file, data)
         return evaluation(verdicts)
 
     def _store(self, name: str, identity: Any, task: Task) -> Path:

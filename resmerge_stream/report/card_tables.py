@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..planning.plan import Plan
-from .public_names import PublicNames, printable
+from ..units import printable
+from .public_names import PublicNames
 from .unusual import NOTHING, by_reason, unusual
 from .values import family_rank, median, module_label, module_rank, value_of
 from .words import COLUMNS, NAMES

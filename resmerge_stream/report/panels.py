@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..roles import Role
+from ..units import printable
 from .values import median, value_of
 from .words import Measure
 
@@ -188,7 +189,7 @@ def draw_strip(
 
 def _safe(text: str, limit: int) -> str:
     """Return text that the font can draw and that is not taken for TeX."""
-    plain = "".join(c if c.isascii() and c.isprintable() else "?" for c in text)
+    plain = printable(text, "?").encode("ascii", "replace").decode()
     plain = plain if len(plain) <= limit else plain[: limit - 3] + "..."
     return plain.replace("$", r"\$")
 

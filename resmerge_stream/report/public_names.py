@@ -13,6 +13,7 @@ from typing import Any
 from ..planning.plan import Plan
 from ..recipe import ModelRef
 from ..sources import Checkpoint
+from ..units import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +143,3 @@ def _public_name(
     while taken.setdefault(name, source.id) != source.id:
         name, number = f"{wanted}-{number}", number + 1
     return PublicName(name, kind)
-
-
-def printable(text: str) -> str:
-    """Return text with a space for every control character."""
-    return "".join(c if c.isprintable() else " " for c in text)

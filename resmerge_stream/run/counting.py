@@ -7,7 +7,6 @@ size find the same; they are kept in the work folder, so that a resumed run need
 
 import contextlib
 import json
-import os
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from ..errors import StoppedError
 from ..methods.base import Counter
 from ..planning.plan import Plan
+from ..sinks.durable import write_durably
 from .events import Counted, Event
 from .merging import Merger
 from .pieces import Piece
@@ -123,12 +123,8 @@ def _restored(plans: Sequence[Plan], store: Path) -> list[dict[str, Any]] | None
 
 def _keep(plans: Sequence[Plan], found: Sequence[Mapping[str, Any]], store: Path) -> None:
     document = {"identity": _identity(plans), "counted": list(found)}
-    temporary = store.with_suffix(".tmp")
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(document), encoding="utf-8")
-        os.replace(temporary, store)
+        write_durably(store, json.dumps(document).encode())
     except OSError as exc:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise StoppedError(f"cannot write {str(store)!r}: {exc.strerror}.") from exc

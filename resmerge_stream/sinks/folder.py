@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from ..errors import Notice, OutputExistsError, PlanRefusedError, Remedy, StoppedError
+from .durable import temporary, write_durably
 from .journal import Journal
 from .layout import Shard
 from .safetensors_file import SafetensorsFile
 from .sink import Membership
 
 MARKER = ".resmerge-stream.json"
+_HALF_MARKER = temporary(MARKER)
 REPORT = "resmerge/report.json"
 _PART = ".part"
 # How long a network's folder may take to show a file that another machine wrote.
@@ -56,7 +58,7 @@ def target_state(out: Path, plan_hash: str, *, is_own: bool = False) -> TargetSt
         return TargetState(
             Notice(f"cannot look into {str(out)!r}: {exc.strerror}.", Remedy.ANOTHER_FOLDER)
         )
-    if is_own or not set(names) - {_temporary(MARKER)} or _is_empty_mark(out, names):
+    if is_own or not set(names) - {_HALF_MARKER} or _is_empty_mark(out, names):
         return TargetState()
     if MARKER in names:
         if _value_in(out / MARKER, "plan_hash") == plan_hash:
@@ -103,7 +105,7 @@ def discard(out: Path) -> list[str]:
         )
     removed = []
     for path in sorted(out.iterdir()):
-        if path.name in (MARKER, _temporary(MARKER)) or path.name.endswith(f".safetensors{_PART}"):
+        if path.name in (MARKER, _HALF_MARKER) or path.name.endswith(f".safetensors{_PART}"):
             path.unlink()
             removed.append(path.name)
     if not any(out.iterdir()):
@@ -211,11 +213,11 @@ class FolderSink:
                 if name != index:
                     path = self._out / name
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    _write_durably(path, data)
+                    write_durably(path, data)
             for part in sorted(self._out.glob(f"*.safetensors{_PART}")):
                 os.replace(part, part.with_name(part.name.removesuffix(_PART)))
             if index in files:
-                _write_durably(self._out / index, files[index])
+                write_durably(self._out / index, files[index])
             (self._out / MARKER).unlink(missing_ok=True)
             _sync_folder(self._out)
             self._journal.forget()
@@ -267,7 +269,7 @@ class FolderSink:
         self._finished = self._resume(plan_hash, identity)
         if _value_in(self._out / MARKER, "run") != self._mark:
             marker = {"plan_hash": plan_hash, "run": self._mark}
-            _write_durably(self._out / MARKER, json.dumps(marker).encode())
+            write_durably(self._out / MARKER, json.dumps(marker).encode())
 
     def _find_marker(self) -> None:
         """Wait for the main process's marker; a network's folder may show it late."""
@@ -313,16 +315,12 @@ def _lock_or_stop(lock: TextIO, out: Path, kind: int) -> None:
 
 def _is_empty_mark(out: Path, names: list[str]) -> bool:
     """Whether a folder holds nothing but an empty mark: a disk that was full when a run began."""
-    return set(names) <= {MARKER, _temporary(MARKER)} and (out / MARKER).stat().st_size == 0
+    return set(names) <= {MARKER, _HALF_MARKER} and (out / MARKER).stat().st_size == 0
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _temporary(name: str) -> str:
-    return f".{name}.tmp"
 
 
 def _has_files(out: Path, files: object) -> bool:
@@ -350,19 +348,6 @@ def _document(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    temporary = path.with_name(_temporary(path.name))
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from ..errors import StoppedError
 from ..maths.task_vectors import block_gram
 from ..report.values import median
 from ..report.words import NAMES
+from ..sinks.durable import write_durably
 from .analysis_plots import comparison_png
 
 
@@ -108,9 +108,7 @@ def write_files(out: Path, files: Mapping[str, bytes]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
-            temporary = out / f".{name}.tmp"
-            temporary.write_bytes(data)
-            os.replace(temporary, out / name)
+            write_durably(out / name, data)
     except OSError as exc:
         raise StoppedError(f"cannot write into {str(out)!r}: {exc.strerror}.") from exc
 

@@ -1,7 +1,6 @@
 """A job as it is remembered: what was asked, how far it is, what it said; never a token."""
 
 import json
-import os
 import re
 import secrets
 import time
@@ -9,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from resmerge_stream.sinks.durable import write_durably
 
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{43}")
 QUEUED, PLANNING, RUNNING = "queued", "planning", "running"
@@ -143,8 +144,5 @@ class Records:
                 yield job
 
     def _replace(self, name: str, text: str) -> None:
-        path, part = self.folder / name, self.folder / f"{name}.part"
         # Only the account that runs the Space may read what its visitors merge.
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(text)
-        part.replace(path)
+        write_durably(self.folder / name, text.encode(), mode=0o600)
