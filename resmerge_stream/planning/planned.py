@@ -377,6 +377,9 @@ class Plan(Draft):
         output = m * n * DTYPES[tensor.spec.dtype].nbytes
         if tensor.fused is not None and not tensor.fused.in_rows:
             output *= 1 + 2 * tensor.parts  # they wait for each other, and are woven
+            if tensor.fused.turned:  # every model's matrix, as its own layer would store it
+                stored = [source.tensors[tensor.spec.name] for source in self.read_for(tensor)]
+                output += m * n * sum(DTYPES[one.spec.dtype].nbytes for one in stored)
         if not tensor.rule.needs_matrix:
             held = PIECE_BYTES if tensor.rule.in_pieces else HELD_BYTES
             return block + (min(output, held) if self.is_held(tensor) else 0)

@@ -80,8 +80,8 @@ class _Row:
 
     def finished(self, tensor: PlannedTensor, rule: Rule) -> dict[str, Any]:
         spec, gates = tensor.spec, dict[str, Any]()
-        if tensor.fused is not None:
-            gates["fused"] = list(tensor.fused.names)
+        if tensor.parts > 1:
+            gates["fused"] = list(tensor.fused.names if tensor.fused is not None else ())
         if len(self.gates) == 1 and len(self.rules) == 1:
             gates |= self.gates[0]
         elif self.gates:

@@ -63,7 +63,7 @@ class _Builder:
         if edit.stored is not None and self._read.stored is not None:
             dtype = self._read.specs[edit.stored].dtype
             values = as_tensor(self._read.stored, dtype, self._piece.read_shape)
-            found.append(Stored(self._cross(values[self._piece.place])))
+            found.append(Stored(self._cross(self._piece.part_of(values))))
         if edit.tokens is not None:
             found.append(self._tokens(*edit.tokens))
         if edit.magnitude is not None:
@@ -85,7 +85,8 @@ class _Builder:
     def _placed(self, read: LowRank) -> LowRank:
         """Return the part of what was read that the piece is about."""
         rows, columns = self._piece.place
-        return LowRank(read.left[rows], read.right[columns])
+        left, right = read.left[rows], read.right[columns]
+        return LowRank(right, left) if self._piece.is_turned else LowRank(left, right)
 
     def _low_rank(self, expert: int | None) -> LowRank:
         """Return the sum of the terms of the tensor, or of one matrix of a stack; float32."""

@@ -216,15 +216,15 @@ class Merger:
         rule, spec = piece.tensor.rule, piece.tensor.spec
         sources = self.plan.sources_of(piece.tensor)
         dtypes = [source.tensors[spec.name].spec.dtype for source in sources]
+        shape = piece.read_shape
         if piece.tensor.reads_layout:
-            stored = as_tensor(piece.layout_bytes, dtypes[0], piece.read_shape)[piece.place]
-            base = lane.cross(stored)
+            base = lane.cross(piece.part_of(as_tensor(piece.layout_bytes, dtypes[0], shape)))
         else:
             base = lane.cross(torch.zeros(1, 1)).expand(piece.matrix_shape)  # nobody looks at it
         changes = [
             change_of(buffer, piece, sources[0], lane.cross)
             if isinstance(buffer, EditRows)
-            else lane.cross(as_tensor(buffer, dtype, piece.read_shape)[piece.place])
+            else lane.cross(piece.part_of(as_tensor(buffer, dtype, shape)))
             for buffer, dtype in zip(piece.buffers[1:], dtypes[1:], strict=True)
         ]
         resident = rule is not None and rule.needs_matrix and piece.tensor.resident and lane.whole

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..memory import PIECE_BYTES
 from ..planning.plan import PlannedTensor
 from ..sources.adapter import EditRows
 from ..specs import DTYPES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +20,8 @@ class Piece:
     Attributes:
         tensor: as planned.
         start_row, stop_row: which rows (first axis) the buffers hold.
-        part: which of the matrices that take turns or lie side by side in these rows; else None.
+        part: which of the matrices that take turns, lie side by side or turned in these rows;
+            else None.
         is_last: whether these are the tensor's last rows.
         buffers: stored bytes of the layout's model, then of each expert that takes part, or what
             an adapter stores about these rows; of the first alone if carried.
@@ -75,8 +79,13 @@ class Piece:
         return self.stop_row - self.start_row, spec.matrix_shape[1]
 
     @property
+    def is_turned(self) -> bool:
+        """Whether what is merged is the transpose of what is read."""
+        return self.part is not None and self.tensor.fused is not None and self.tensor.fused.turned
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
-        """Rows and columns of the matrix that is merged: what is read, or a part of it."""
+        """Rows and columns of the matrix that is merged: what is read, a part of it, or its turn."""
         fused = self.tensor.fused
         if self.part is None or fused is None:
             return self.read_shape
@@ -89,6 +98,16 @@ class Piece:
         if self.part is None or fused is None:
             return slice(None), slice(None)
         return fused.place(self.part, *self.read_shape)
+
+    def part_of(self, read: "Tensor") -> "Tensor":
+        """Return the matrix that is merged, of what is read; a copy where it is turned.
+
+        Args:
+            read: shape `read_shape`.
+        """
+        part = read[self.place]
+        # Sums depend on how a matrix lies in memory: so it lies as its own layer would store it.
+        return part.T.contiguous() if self.is_turned else part
 
 
 class Cut(NamedTuple):
@@ -161,5 +180,6 @@ class Assembly:
         if fused is not None:
             for number, data in enumerate(self._parts):
                 part = np.frombuffer(data, np.uint8).reshape(*fused.shape(m, n), size)
+                part = part.swapaxes(0, 1) if fused.turned else part
                 whole[fused.place(number, m, n)] = part
         return memoryview(whole.reshape(-1))  # type: ignore[arg-type]  # as bytes_of
