@@ -74,6 +74,7 @@ class Remedy(Enum):
     NO_DISK = "give --max-disk 0 to send shards without any file"
     MORE_DISK = "allow at least one shard on the disk (--max-disk 5GB)"
     MORE_MEMORY = "give --memory-budget {needed} or more on a machine that has it"
+    TRAINED_EXPERTS = "give experts that were trained from this base"
     FEWER_PROCESSES = "start fewer processes"
     AS_ADAPTER = "give --as adapter"
     AS_MODEL = "leave --as adapter away to write the whole model"
@@ -269,7 +270,7 @@ class NonFiniteError(CheckpointError, ArithmeticError):
 
 
 class PlanRefusedError(ResMergeError, ValueError):
-    """The plan found problems; nothing was read or written beyond headers."""
+    """The plan found problems, or nothing that differs; nothing was written."""
 
     kind = "refused"
 

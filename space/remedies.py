@@ -28,6 +28,7 @@ PAGE_WORDS: Mapping[Remedy, str] = {
     Remedy.NO_DISK: "",
     Remedy.MORE_DISK: "",
     Remedy.MORE_MEMORY: "use larger hardware, with {needed} of memory or more",
+    Remedy.TRAINED_EXPERTS: "fill in experts that were trained from this base",
     Remedy.FEWER_PROCESSES: "",
     Remedy.AS_ADAPTER: "choose “Output: adapter”",
     Remedy.AS_MODEL: "choose “Output: model”",

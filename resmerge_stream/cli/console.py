@@ -9,7 +9,6 @@ from typing import Any
 from ..errors import ResMergeError
 from ..experts.accuracy import Accuracy, mean_accuracy
 from ..planning.plan import Plan, RefusedPlan
-from ..report.build import SAME_AS_BASE
 from ..report.values import median
 from ..report.words import NAMES, TERMINAL_COLUMNS
 from ..roles import MATRIX_ROLES
@@ -256,9 +255,6 @@ def show_summary(event: Finished) -> None:
     for line in gate_table(event.report["tensors"]):
         print(line)
     # A result that was there already is read back: its report may hold anything.
-    warnings = summary.get("warnings")
-    if isinstance(warnings, list) and SAME_AS_BASE in warnings:
-        print(f"warning: {SAME_AS_BASE}")
     norm, cosine = summary.get("kept_norm"), summary.get("kept_cosine")
     if isinstance(norm, int | float) and isinstance(cosine, int | float):
         print(

@@ -19,6 +19,8 @@ from ..specs import DTYPES
 # Kinds of warnings that the report says in numbers of its own.
 KEPT_AS_IN_BASE, LEFT_OUT = "kept-as-in-base", "left-out"
 DEQUANTISED, MATCHED, MISSING, BARELY = "dequantised", "matched", "missing", "barely-touched"
+# Kind of the problem that there is nothing to merge.
+NOTHING_DIFFERS = "nothing-differs"
 # Config keys that change what the weights mean; any other difference is a warning.
 STRUCTURE = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
@@ -290,7 +292,9 @@ def check_different(layout: Checkpoint, experts: Sequence[Checkpoint], found: Fi
     if experts and files is not None and all(_contents(expert) == files for expert in experts):
         found.problem(
             f"every expert has the weight files of {layout.id}: nothing differs, so there is "
-            "nothing to merge. Give experts that were trained from it."
+            "nothing to merge.",
+            Remedy.TRAINED_EXPERTS,
+            kind=NOTHING_DIFFERS,
         )
 
 

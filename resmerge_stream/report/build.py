@@ -8,8 +8,6 @@ from typing import Any
 from ..planning.plan import Plan
 
 REPORT_VERSION = 1
-# Equal files are told while planning only where their hashes are known for free.
-SAME_AS_BASE = "no expert differs from the base in any tensor: the result is the base again"
 
 
 def build_report(
@@ -35,8 +33,7 @@ def build_report(
         seconds, bytes_read, bytes_written, peak_private_bytes: of this run.
     """
     # The plan counts what it intended; here guards and unchanged tensors have spoken.
-    warnings = [SAME_AS_BASE] if plan.base is not None and is_base_again(entries) else []
-    warnings += [warning.text for warning in plan.warnings]
+    warnings = [warning.text for warning in plan.warnings]
     flagged = Counter(text for entry in entries for text in entry["warnings"])
     warnings += [f"{count} tensor(s): {text}" for text, count in flagged.most_common()]
     return {
@@ -82,11 +79,6 @@ def build_report(
         "files": list(files),
         "tensors": list(entries),
     }
-
-
-def is_base_again(entries: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether no tensor of a report was changed by any expert."""
-    return {entry["rule"] for entry in entries} <= {"copy", "carried"}
 
 
 def _adapter(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

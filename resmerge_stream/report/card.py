@@ -13,7 +13,6 @@ from ..planning.plan import Plan
 from ..planning.sidefiles import main_dtype
 from ..recipe import ModelRef, Tokenizer
 from ..units import format_size
-from .build import SAME_AS_BASE
 from .card_tables import LISTED, code_list, escape, gate_tables, unusual_tensors
 from .gates_plot import gates_png
 from .mergekit_config import FILE as MERGEKIT
@@ -171,7 +170,7 @@ def _introduction(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> 
         f"{made} by ResMerge Stream {version}; no training, no data.",
         *(
             f"> [!WARNING]\n> {escape(names.clean(text[0].upper() + text[1:]))}."
-            for text in _doubts(plan, report)
+            for text in _doubts(plan)
         ),
         "\n".join(
             ([f"- Base: {_link(base)}"] if base is not None else [])
@@ -188,10 +187,9 @@ def _is_extract(plan: Plan) -> bool:
     return only and plan.options.output == "adapter"
 
 
-def _doubts(plan: Plan, report: Mapping[str, Any]) -> list[str]:
+def _doubts(plan: Plan) -> list[str]:
     """Return why this may be no merge at all, for the top of the card."""
-    doubts = [warning.text for warning in plan.warnings if warning.kind == BARELY]
-    return doubts + [SAME_AS_BASE] * (SAME_AS_BASE in report["summary"]["warnings"])
+    return [warning.text for warning in plan.warnings if warning.kind == BARELY]
 
 
 def _kept(plan: Plan, report: Mapping[str, Any]) -> str:

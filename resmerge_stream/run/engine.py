@@ -24,6 +24,7 @@ from ..sources.checking import checked, files_of
 from ..version import __version__
 from .counting import counted
 from .crew import Crew
+from .difference import is_begun, refused_if_equal
 from .events import Event, Finished, Planned, Progressed, Published, ShardFinished, TensorMerged
 from .merging import Merged, Merger, Prepared, reported
 from .opening import finished_already, open_sink
@@ -59,7 +60,8 @@ def run_merge(
             yields what happens in all of them, the others what they do themselves.
 
     Raises:
-        PlanRefusedError: the plan is refused, or the sources changed since a first run.
+        PlanRefusedError: the plan is refused, no expert differs from the base in any value, or the
+            sources changed since a first run.
         NonFiniteError: a weight is NaN or infinite, or overflows the output dtype.
         OutputExistsError: somebody else put something there since the plan was made.
         StoppedError: disk, network or permission; the same command continues.
@@ -71,6 +73,10 @@ def run_merge(
     crew.agree(plan)
     folder = Path(os.path.expanduser(out)) if out is not None else None
     done = finished_already(plan, folder) if crew.is_main else None
+    planned, is_told = Planned(plan=plan.to_dict()), False
+    if crew.is_main and done is None and not is_begun(plan, folder):
+        with PATIENCE.of(plan.options.patience or MERGING_S):
+            is_told = yield from refused_if_equal(plan, planned)
     if crew.shared("finished", lambda: done is not None):
         yield from () if done is None else (done,)
         return
@@ -83,7 +89,8 @@ def run_merge(
     with contextlib.closing(sink), PATIENCE.of(plan.options.patience or MERGING_S):
         try:
             progress = Progress(lambda: sink.bytes_sent)
-            yield Planned(plan=plan.to_dict())
+            if not is_told:
+                yield planned
             found = yield from _counted(plan, device, work_dir, crew)
             merger = Merger(plan, device, found, progress.sample_memory)
             yield from _merge(plan, sink, merger, progress, crew)

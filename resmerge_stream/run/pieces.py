@@ -85,7 +85,7 @@ class Piece:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """Rows and columns of the matrix that is merged: what is read, a part of it, or its turn."""
+        """Rows and columns of the matrix that is merged: all that is read, or a part, or turned."""
         fused = self.tensor.fused
         if self.part is None or fused is None:
             return self.read_shape

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from ..device import machine_share
 from ..planning.plan import Plan, PlannedTensor
@@ -39,8 +40,15 @@ class _Rows:
         return Piece(tensor, *cut, buffers, release, close or _keep)
 
 
+def rows_of(plan: Plan, tensor: PlannedTensor, start: int, stop: int) -> Piece:
+    """Return some rows of a tensor by themselves, which the merge reads again."""
+    sources = plan.read_for(tensor)
+    piece = _Rows().piece(tensor, sources, Cut(start, stop, None, True))
+    return replace(piece, close=_keep)
+
+
 def _keep() -> None:
-    """Keep the buffers: another part of the same rows comes."""
+    """Keep the buffers: the same rows are wanted again."""
 
 
 def reads(plan: Plan, tensors: list[PlannedTensor]) -> Iterator[tuple[int, Callable[[], Piece]]]:

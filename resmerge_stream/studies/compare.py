@@ -15,6 +15,7 @@ from ..errors import NonFiniteError
 from ..report.build import build_report
 from ..report.card import render_card
 from ..run.counting import counted
+from ..run.difference import refused_if_equal
 from ..run.engine import environment
 from ..run.events import Event, Finished, Planned, Published, ShardFinished
 from ..run.merging import Merger
@@ -42,16 +43,21 @@ def run_comparison(
         work_dir: where journals are kept; the user's cache folder when None.
 
     Raises:
+        PlanRefusedError: no expert differs from the base in any value.
         NonFiniteError, StoppedError: as `run_merge`.
 
     Memory: `Comparison.peak_memory_bytes`.
     """
     out = comparison.out
     done = {} if comparison.report_only else _finished(comparison)
+    planned, is_told = Planned(plan=comparison.to_dict()), False
+    if not done:
+        is_told = yield from refused_if_equal(comparison.first, planned)
     with contextlib.ExitStack() as stack:
         sinks = _open(comparison, work_dir, done, stack)
         run = _run_of(comparison)
-        yield Planned(plan=comparison.to_dict())
+        if not is_told:
+            yield planned
         reports = dict(done)
         if sinks:
             plans = [comparison.plans[label] for label in sinks]

@@ -175,20 +175,6 @@ def test_experts_that_are_the_base_are_refused(tmp_path, how):
     assert any("nothing differs" in text for text in plan.problems)
 
 
-def test_copies_of_the_base_are_told_in_report_and_card(tmp_path):
-    """Experts that turn out to be the base, tensor by tensor, make no merge, and that is said."""
-    group = make_group(tmp_path / "group", experts=1)
-    copies = (tmp_path / "a", tmp_path / "b")
-    for copy in copies:
-        shutil.copytree(group.base, copy)
-
-    merged = merge(Group(group.base, copies), tmp_path / "out")
-
-    assert "no expert differs" in merged.report["summary"]["warnings"][0]
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert card.index("No expert differs") < card.index("- Base:")
-
-
 def test_the_report_says_what_was_matched(tmp_path):
     """Each expert's tensors with other names stand in the report beside the base's."""
     group = make_group(tmp_path / "group", experts=2)

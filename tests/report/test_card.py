@@ -21,6 +21,7 @@ from resmerge_stream.planning.recipe_file import parse_recipe
 from resmerge_stream.recipe import ModelRef
 from resmerge_stream.report.card import render_card
 from resmerge_stream.run.events import Finished
+from tests.support.checkpoints import edit_tensors
 
 CONFIG = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 2}
 
@@ -171,12 +172,14 @@ def test_stack_shows_the_gates_of_its_slices(tmp_path: Path) -> None:
     assert "–" not in (cell.strip() for cell in cells)
 
 
-def test_unchanged_model_has_a_card(tmp_path: Path) -> None:
-    """Where no expert differs from the base, the card says that there was nothing to keep."""
-    text = readme(*merge(write_group(tmp_path / "group", step=0.0)))
+def test_unchanged_tensors_are_counted(tmp_path: Path) -> None:
+    """Tensors that no expert changed stand in the card's table of rules."""
+    folders = write_group(tmp_path / "group", step=0.0)
+    edit_tensors(folders[1], lambda tensors: tensors["model.embed_tokens.weight"].add_(1))
 
-    assert "no tensor differs from the base" in text
-    assert "no expert changed it | 9 |" in text
+    text = readme(*merge(folders))
+
+    assert "no expert changed it | 8 |" in text
 
 
 def test_null_values_never_fail(group: list[Path]) -> None:

@@ -87,9 +87,11 @@ def test_size_does_not_grow_with_layers_or_experts(
     assert size_of(gates_png(spread(report, layers=layers, experts=experts))) == reference
 
 
-def test_unchanged_model_has_a_picture(tmp_path: Path) -> None:
-    """A merge of copies of the base is drawn, with nothing in it."""
-    _, report = merge(write_group(tmp_path / "group", step=0.0))
+def test_unchanged_model_has_a_picture(report: dict[str, Any]) -> None:
+    """A report in which no expert changed any tensor is drawn, with nothing in it."""
+    kept = ("name", "role", "shape", "dtype", "warnings")
+    for row in report["tensors"]:
+        row.update({key: None for key in row if key not in kept}, rule="copy")
 
     assert size_of(gates_png(report))[1] < 200
 

@@ -1,13 +1,16 @@
 """Adapters merged into a full model equal the experts that PEFT makes of them, merged whole."""
 
+import shutil
+
 import pytest
 import torch
 
 pytest.importorskip("peft")
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from resmerge_stream import Options, Recipe, plan_merge, run_merge
+from resmerge_stream.errors import PlanRefusedError
 from resmerge_stream.recipe import ModelRef
 from tests.support import adapters
 from tests.support.method_tools import run_method
@@ -66,6 +69,23 @@ def test_a_merge_of_adapters_is_the_merge_of_the_models_that_peft_makes(
         if method == "ties":
             error = _away_from_thresholds(update, expected.double(), deltas, parameters)
         assert error <= 2e-6 * expected.double().norm() + rounding, name
+
+
+def test_adapters_that_add_nothing_are_refused(tmp_path, group):
+    """Factors decide for an adapter: one whose B is zero is the base, as PEFT begins it."""
+    base, (first, *_), _ = group
+    empty = [shutil.copytree(first, tmp_path / name) for name in ("a", "b")]
+    for folder in empty:
+        file = folder / "adapter_model.safetensors"
+        tensors = load_file(file)
+        zeroed = {n: t * 0 if "lora_B" in n else t for n, t in tensors.items()}
+        save_file(zeroed, file)
+
+    with pytest.raises(PlanRefusedError, match="nothing differs"):
+        merged(tmp_path / "out", base, empty, "mean")
+
+    found, _ = merged(tmp_path / "out", base, [empty[0], first], "mean")
+    assert any((found[name] != tensor).any() for name, tensor in adapters.weights(base).items())
 
 
 def _built(method, parameters):

@@ -4,6 +4,7 @@ Whole processes under a real launcher: `tests/run/test_processes.py`.
 """
 
 import itertools
+import shutil
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,6 +122,20 @@ def test_a_run_is_continued_by_another_number_of_processes(tmp_path):
     assert sum(event.resumed for event in shards.values()) == 1
     assert file_bytes(out) == file_bytes(expected.out)
     assert done[0].events[-1].report["tensors"] == expected.report["tensors"]
+
+
+def test_a_merge_of_copies_is_refused_in_every_process(tmp_path):
+    """The main process says that nothing differs, the others end with it; no folder is made."""
+    models = make_group(tmp_path / "group", experts=0)
+    shutil.copytree(models.base, tmp_path / "copy")
+    same = Models(models.base, (tmp_path / "copy",))
+
+    main, *others = run_together(same, [tmp_path / "out"] * 3)
+
+    assert isinstance(main.error, PlanRefusedError)
+    assert "nothing differs" in str(main.error)
+    assert all(isinstance(other.error, OthersStoppedError) for other in others)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_counted_over_the_whole_model_is_counted_once(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from tests.loopback_hub import FAULTS, Hook
-from tests.support.hub_runs import Bench, Run, running_bench
+from tests.support.checkpoints import read_tensors
+from tests.support.hub_runs import MODELS, Bench, Run, running_bench
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +302,38 @@ def test_streaming_leaves_no_weight_file(xet_bench: Bench) -> None:
     assert done.code == 0, done.err
     assert not seen
     check_published(xet_bench, "alice/streamed")
+
+
+def test_models_that_are_equal_in_other_files_make_no_repository(bench: Bench) -> None:
+    """The base's values as float32 in one file: seen before anything is made on the Hub."""
+    twin = bench.folder / "twin"
+    shutil.copytree(bench.group / "base", twin)
+    tensors = {name: tensor.float() for name, tensor in read_tensors(twin).items()}
+    for file in twin.glob("model*"):
+        file.unlink()
+    save_file(tensors, twin / "model.safetensors")
+    bench.hub.add_repo("alice/twin", twin)
+    models = ("--base", "alice/base", "--expert", "alice/twin")
+    assert bench.run("plan", *models, "--push-to", "alice/again").code == 0
+
+    done = bench.run("merge", *models, "--push-to", "alice/again", "--json")
+
+    assert done.code == 2, done.err
+    assert done.last["notices"][0]["kind"] == "nothing-differs"
+    assert not bench.hub.log.find(method="POST", path="/create|/commit|/branch|/lfs")
+
+
+def test_one_small_read_of_each_model_tells_that_they_differ(bench: Bench) -> None:
+    """Before the repository is made, a merge reads what a plan reads and a few rows more."""
+    assert bench.run("plan", *bench.sources(), "--push-to", "alice/looked").code == 0
+    planning = len(bench.hub.log.find(method="GET", path=r"\.safetensors"))
+    bench.hub.log.clear()
+
+    assert bench.merge("--push-to", "alice/looked").code == 0
+
+    made = bench.hub.log.find(method="POST", path="/repos/create")[0].time
+    reads = bench.hub.log.find(method="GET", path=r"\.safetensors")
+    assert sum(read.time < made for read in reads) <= planning + 2 * len(MODELS)
 
 
 def test_transformers_loads_what_was_published(bench: Bench) -> None:

@@ -38,6 +38,9 @@ small random model and writes it with `save_pretrained`, as a base and two exper
   128 × 128 on every linear map but routers and stacks of experts; scales by channel and by tensor
   are read as well. GPTQ, AWQ, bitsandbytes and GGUF are refused, with what to do.
 
+Gate and up in one tensor, and experts in stacks, give the bytes that the same model gives with each
+in a tensor of its own, also where a stack stores its maps as (in, out), as Llama 4 and gpt-oss do.
+
 Small models show names, shapes and storage, not whether a merge is good: see
 [quality.md](quality.md).
 
