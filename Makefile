@@ -1,18 +1,22 @@
-# make setup · demo · space · test · test-all · lint · style · bench · quality
+# make setup · demo · space · test · test-all · lint · style · bench · quality · audit · lock
 # Everything runs in .venv, made on first use.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export PYTHONWARNINGS ?= default::DeprecationWarning:resmerge_stream
 
-.PHONY: setup demo space test test-all lint style bench quality size clean
+.PHONY: setup demo space test test-all lint style bench quality audit lock size clean
 
 setup: .venv/.ready
 
-.venv/.ready: requirements.txt requirements-dev.txt pyproject.toml
+# What is downloaded has to have the lock's hashes. Not torch: each of its builds (CPU, CUDA) has
+# its own, and which one there is depends on the machine. The lock has what torch needs beside CUDA.
+.venv/.ready: requirements.lock requirements.txt requirements-dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 setuptools
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	$(PIP) --require-hashes --no-deps -r requirements.lock
+	$(PIP) torch==2.13.0
+	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
 demo: setup
@@ -44,6 +48,21 @@ bench: setup
 
 quality: setup
 	$(BIN)/python -m benchmarks.quality
+
+audit: setup
+	$(BIN)/python -m tests.support.audit
+
+# What torch brings along is not locked: it depends on the build.
+UNLOCKED := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti \
+	nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand \
+	nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink \
+	nvidia-nvshmem-cu13 nvidia-nvtx
+
+# After a change of requirements*.txt; needs uv. Pins that still fit stay as they are.
+lock:
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		$(addprefix --no-emit-package=,$(UNLOCKED)) \
+		requirements.txt requirements-dev.txt --output-file requirements.lock
 
 size:
 	@git ls-files "resmerge_stream/*.py" "space/*.py" app.py | xargs wc -l | sort -n | tail -50
