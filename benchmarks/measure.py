@@ -58,22 +58,23 @@ def run(command: Sequence[str], *, env: dict[str, str] | None = None, check: boo
 
 
 def alternate(
-    commands: dict[str, Sequence[str]], *, times: int, before=None
+    commands: dict[str, Sequence[str]], *, times: int, before=None, warm: int = 1
 ) -> dict[str, list[Run]]:
     """Run commands in turn, so that a drifting machine touches all alike.
 
     Args:
         commands: by name.
-        times: rounds that count; one more is run first to warm up.
+        times: rounds that count.
         before: called with the name before each run.
+        warm: rounds that are run first and do not count.
     """
     runs: dict[str, list[Run]] = {name: [] for name in commands}
-    for number in range(times + 1):
+    for number in range(warm + times):
         for name, command in commands.items():
             if before is not None:
                 before(name)
             result = run(command)
-            if number:
+            if number >= warm:
                 runs[name].append(result)
     return runs
 

@@ -298,6 +298,7 @@ class Draft:
             "seconds_estimate": round(self.seconds_estimate, 1),
             "sources": [
                 {
+                    "part": part,
                     "id": source.id,
                     "revision": source.revision,
                     "subfolder": source.subfolder,
@@ -305,7 +306,7 @@ class Draft:
                     "license": source.license,
                     "gated": source.gated,
                 }
-                for source in self.checkpoints
+                for part, source in zip(self.parts, self.checkpoints, strict=True)
             ],
             "plan_hash": self.plan_hash,
         }

@@ -4,7 +4,7 @@ import hashlib
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from ..errors import RecipeError, VerificationError, listed
 from ..maths.stored_bytes import as_tensor
 from ..maths.task_vectors import block_rows
+from ..methods import find_methods
 from ..planning.plan import Options, Plan, PlannedTensor, RefusedPlan, plan_merge
 from ..planning.recipe_file import load_recipe
 from ..recipe import ModelRef, Recipe
@@ -192,7 +193,20 @@ def check_sample(
 
 
 def _plan_again(report: Mapping[str, Any], recipe: Recipe, token: str | None) -> Plan | RefusedPlan:
-    return plan_merge(recipe, Options.from_dict(report.get("options", {})), token=token)
+    options = Options.from_dict(report.get("options", {}))
+    return plan_merge(_as_it_was(recipe, report), options, token=token)
+
+
+def _as_it_was(recipe: Recipe, report: Mapping[str, Any]) -> Recipe:
+    """Return a recipe with what its release took by default, where its report has other names."""
+    made = report.get("method")
+    kind = find_methods().get(recipe.method)
+    if not isinstance(made, Mapping) or made.get("name") != recipe.method or kind is None:
+        return recipe
+    stored = made.get("parameters")
+    if not isinstance(stored, Mapping) or set(stored) == set(kind().parameters()):
+        return recipe
+    return replace(recipe, parameters={**kind.earlier, **stored, **recipe.parameters})
 
 
 def _merge_again(plan: Plan, merger: Merger, name: str) -> bytes:

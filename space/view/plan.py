@@ -88,11 +88,11 @@ def _rules(plan: Mapping[str, Any]) -> str:
 
 def _sources(sources: Iterable[Mapping[str, Any]]) -> str:
     rows = []
-    for number, source in enumerate(sources):
+    for source in sources:
         name, commit = esc(source["id"]), source.get("revision")
         rows.append(
             (
-                "base" if number == 0 else f"expert {number}",
+                source["part"],
                 f"<code>{name}</code>",
                 f"<code>{esc(str(commit)[:10])}</code>" if commit else "comes with this app",
                 format_size(source["bytes"]),

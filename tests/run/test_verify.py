@@ -554,3 +554,29 @@ class TestCommand:
         for path in out.glob("*.safetensors"):
             with safe_open(path, "pt") as file:
                 assert len(list(file.keys())) == 13
+
+
+@pytest.mark.parametrize(
+    ("method", "today", "earlier"),
+    [
+        ("ties", {"preset": "paper"},
+         {"density": 0.2, "trim": "model", "reduce": "mean", "scale": 1.0}),
+        ("dare_ties", {"preset": "paper"},
+         {"density": 0.2, "rescale": "inverse", "trim": "none", "reduce": "mean", "scale": 1.0}),
+        ("karcher", {"preset": "task_vectors"}, {"scale": 1.0}),
+    ],
+)  # fmt: skip
+def test_a_report_of_an_earlier_release_is_read_with_its_defaults(tmp_path, method, today, earlier):
+    """What 0.1 wrote: parameters under old names, and a recipe that says nothing of them."""
+    group = make_group(tmp_path / "group", layers=1)
+    merge(group, tmp_path / "out", method=method, parameters=today)
+    file = tmp_path / "out" / "resmerge" / "report.json"
+    report = json.loads(file.read_text())
+    report["method"]["parameters"] = earlier
+    file.write_text(json.dumps(report))
+
+    recipe = recipe_of(group, method=method)
+    checks = {c.name: c for c in verify_folder(tmp_path / "out", recipe=recipe, sample=ALL)}
+
+    assert checks["recomputed"].problems == ()
+    assert "q_proj" in checks["recomputed"].detail

@@ -23,9 +23,10 @@ def plan(**values):
         "read_bytes": 61e9, "write_bytes": 15e9, "peak_memory_bytes": 2e9, "peak_disk_bytes": 1e10,
         "seconds_estimate": 1220.0, "plan_hash": "0",
         "sources": [
-            {"id": "org/base", "revision": "0123456789abcdef", "bytes": 15e9,
+            {"part": "base", "id": "org/base", "revision": "0123456789abcdef", "bytes": 15e9,
              "license": "apache-2.0", "gated": False},
-            {"id": "org/<b>", "revision": None, "bytes": 1, "license": None, "gated": True},
+            {"part": "expert 1", "id": "org/<b>", "revision": None, "bytes": 1,
+             "license": None, "gated": True},
         ],
         "hardware": [], "target_checked": True,
     }  # fmt: skip
