@@ -66,6 +66,7 @@ class Remedy(Enum):
     ANOTHER_REPO = "choose another --push-to"
     ONLY_PUBLISH = "leave --out away to publish it"
     REPLACE = "give --update to replace the model there"
+    PULL_REQUEST = "give --create-pr to open a pull request there"
     NAME_PRIVATE = "give --public to name them"
     MATCH_TOKENS = "give --tokenizer-source base, or union to keep every model's tokens"
     TOKENIZER_FROM = "take the tokenizer from a model of your choice with --tokenizer-from"

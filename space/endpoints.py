@@ -30,6 +30,9 @@ EXAMPLES: dict[str, Any] = {
     "push_to": "your-name/merged",
     "private": True,
     "update": False,
+    "create_pr": False,
+    "collection": "your-name/merges-0123456789abcdef",
+    "discuss": False,
     "job": _ID,
     "job_or_repo": "your-name/merged",
 }
@@ -84,6 +87,7 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
     def plan(
         recipe: dict,  # type: ignore[type-arg]
         push_to: str = "",
+        create_pr: bool = False,
         request: gr.Request = None,  # type: ignore[assignment]
         oauth_token: gr.OAuthToken | None = None,
         x_hf_token: gr.Header | None = None,
@@ -93,13 +97,14 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
         Args:
             recipe: in mergekit's vocabulary, such as {"base_model": "built-in/base", "models": ["built-in/rl-add", "built-in/rl-sort"]}, or with namespace/name of the Hub, @revision if you like; merge_method (default resmerge), parameters and dtype may be added. At most 16 experts and 32 kB.
             push_to: the repository to publish to, namespace/name, to have it checked too; empty for none.
+            create_pr: whether that is to be a pull request on it.
 
         Returns:
             An object: refused, problems, warnings, bytes, memory, disk, time, tensors, sources.
         """  # noqa: E501 - gradio drops what follows the first line of a description
         with _told():
             visitor = visitor_of(oauth_token, x_hf_token)
-            document = {"recipe": recipe, "push_to": push_to}
+            document = {"recipe": recipe, "push_to": push_to, "create_pr": create_pr}
             found = service.plan(document, visitor, caller(request))
             return {key: found[key] for key in found if key not in ("hardware", "target_checked")}
 
@@ -108,6 +113,9 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
         push_to: str = "",
         private: bool = True,
         update: bool = False,
+        create_pr: bool = False,
+        collection: str = "",
+        discuss: bool = False,
         request: gr.Request = None,  # type: ignore[assignment]
         oauth_token: gr.OAuthToken | None = None,
         x_hf_token: gr.Header | None = None,
@@ -119,6 +127,9 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
             push_to: the repository to publish to, namespace/name; empty for the built-in example's files.
             private: whether the repository stays private; false makes it public at the very end.
             update: whether to replace a model that stands there already.
+            create_pr: whether to open a pull request on that repository instead; private is then ignored.
+            collection: a collection of the account to add the model to, owner/title-id; empty for none.
+            discuss: whether to open a discussion in the repository when the merge is done.
 
         Returns:
             {"job": id}, for status, cancel, resume, files and report.
@@ -128,8 +139,11 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
             document = {
                 "recipe": recipe,
                 "push_to": push_to,
-                "public": not private,
+                "public": None if create_pr else not private,
                 "update": update,
+                "create_pr": create_pr,
+                "collection": collection,
+                "discuss": discuss,
             }
             asked = web_request(document, service.settings)
             return {"job": service.submit(asked, visitor, address=caller(request)).id}

@@ -165,6 +165,20 @@ def address_of(request: Any) -> str:
     return ""
 
 
+def network_of(who: str) -> str:
+    """Return the network of an address, which one owner may have whole; anything else as it is.
+
+    Args:
+        who: as `address_of` gives it, or an account's name after an ``@``.
+    """
+    try:
+        address = ipaddress.ip_address(who)
+    except ValueError:
+        return who
+    wide = ipaddress.ip_network((address, 24 if address.version == 4 else 48), strict=False)
+    return str(wide)
+
+
 def caller(request: Any) -> str:
     """Return `address_of` on a Space; at home all come from one address, and none is told apart."""
     return address_of(request) if on_space() else ""

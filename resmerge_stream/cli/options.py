@@ -37,6 +37,17 @@ def add_publication(parser: argparse.ArgumentParser) -> None:
         help="replace the model that is there; the plan lists the files",
     )
     hub.add_argument(
+        "--create-pr",
+        action="store_true",
+        help="open a pull request on it instead; nothing else there is touched",
+    )
+    hub.add_argument(
+        "--collection", metavar="OWNER/SLUG", help="add the model to this collection of yours"
+    )
+    hub.add_argument(
+        "--discuss", action="store_true", help="open a discussion there when it is done"
+    )
+    hub.add_argument(
         "--max-disk",
         metavar="SIZE",
         help="disk for unsent shards (default: two for each process); 0: no files",
@@ -142,7 +153,9 @@ def publication_of(args: argparse.Namespace) -> Publication | None:
         RecipeError: it is said how but not where.
     """
     if not args.push_to:
-        for option in ("private", "public", "update", "max_disk"):
+        for option in (
+            "private", "public", "update", "create_pr", "collection", "discuss", "max_disk",
+        ):  # fmt: skip
             if getattr(args, option):
                 name = option.replace("_", "-")
                 raise RecipeError(f"--{name} says how to publish: give --push-to as well.")
@@ -151,6 +164,9 @@ def publication_of(args: argparse.Namespace) -> Publication | None:
         repo_id=args.push_to,
         public=True if args.public else False if args.private else None,
         update=args.update,
+        create_pr=args.create_pr,
+        collection=args.collection or "",
+        discuss=args.discuss,
         max_disk=parse_size(args.max_disk, name="max-disk") if args.max_disk else None,
     )
 

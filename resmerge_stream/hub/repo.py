@@ -6,6 +6,7 @@ A commit whose answer was lost may have happened: whether it did is told by its 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
@@ -182,6 +183,71 @@ class HubRepo:
                 if not tries.failed():
                     raise explain(exc, what) from exc
                 tries.wait(wait_seconds(tries.failures, exc), f"cannot {what}: {reason(exc)}")
+
+    def open_pull_request(
+        self,
+        operations: Callable[[], Sequence[Operation]],
+        *,
+        parent: str,
+        message: str,
+        description: str,
+        known: Callable[[], int | None],
+    ) -> int:
+        """Open a pull request with one commit on top of `parent`; return its number.
+
+        Args:
+            operations: makes them afresh for every try.
+            parent: the commit of main that it starts from; main may have moved on.
+            message: the pull request's title.
+            description: what it says.
+            known: returns the number of one that a lost answer may have left.
+
+        Raises:
+            StoppedError: the Hub kept failing, or refused.
+        """
+        what, tries = f"open a pull request on {self.id}", Tries()
+        while True:
+            try:
+                info = self.api.create_commit(
+                    self.id,
+                    list(operations()),
+                    commit_message=message,
+                    commit_description=description,
+                    revision="main",
+                    parent_commit=parent,
+                    create_pr=True,
+                )
+                if info.pr_num is None:
+                    raise StoppedError(f"cannot {what}: nothing there would change.")
+                return int(info.pr_num)
+            except FAILURES as exc:
+                refused = not is_transient(exc)
+                if refused and not (is_link_refused(exc) and tries.failures < _REFUSED_TRIES):
+                    raise explain(exc, what) from exc
+                number = known()
+                if number is not None:
+                    return number
+                if not tries.failed():
+                    raise explain(exc, what) from exc
+                tries.wait(wait_seconds(tries.failures, exc), f"cannot {what}: {reason(exc)}")
+
+    def pull_requests(self, author: str, *, limit: int) -> list[int]:
+        """Return the numbers of somebody's open pull requests, at most so many."""
+        found = patiently(
+            lambda: list(
+                islice(
+                    self.api.get_repo_discussions(
+                        self.id,
+                        author=author,
+                        discussion_type="pull_request",
+                        discussion_status="open",
+                    ),
+                    limit,
+                )
+            ),
+            what=f"look at the pull requests of {self.id}",
+        )
+        return [discussion.num for discussion in found]
 
     def head(self, branch: str) -> str | None:
         """Return the commit that a branch is at, or None where there is no branch."""

@@ -10,6 +10,9 @@ from ..sinks.publication import Publication
 from .options import Options
 from .recipe_file import parse_recipe, recipe_from_dict
 
+# How to publish, and what that is by default; not part of what is asked without a repository.
+_EXTRAS: dict[str, Any] = {"update": False, "create_pr": False, "collection": "", "discuss": False}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -36,7 +39,7 @@ class Request:
             "options": self.options.to_dict(),
             "push_to": publication.repo_id if publication is not None else "",
             "public": publication.public if publication is not None else None,
-            "update": publication.update if publication is not None else False,
+            **{name: getattr(publication, name, default) for name, default in _EXTRAS.items()},
         }
 
     @classmethod
@@ -45,22 +48,26 @@ class Request:
 
         Args:
             document: ``recipe`` in mergekit's vocabulary, as a mapping or as YAML; ``options`` (by
-                their keys), ``push_to``, ``public`` and ``update`` may be left out.
+                their keys), ``push_to``, ``public``, ``update``, ``create_pr``, ``collection`` and
+                ``discuss`` may be left out.
 
         Raises:
             RecipeError: something is wrong.
         """
         recipe, repo_id = document.get("recipe"), document.get("push_to") or ""
-        public, update = document.get("public"), document.get("update", False)
-        if not isinstance(public, bool | None) or not isinstance(update, bool):
-            raise RecipeError("public and update must be true or false.")
+        public = document.get("public")
+        extras = {name: document.get(name, default) for name, default in _EXTRAS.items()}
+        if not isinstance(public, bool | None):
+            raise RecipeError("public must be true or false.")
+        for name, default in _EXTRAS.items():
+            if not isinstance(extras[name], type(default)):
+                wanted = "true or false" if default is False else "text"
+                raise RecipeError(f"{name} must be {wanted}, not {shown(extras[name])}.")
         if not isinstance(repo_id, str):
             raise RecipeError(f"push_to must be namespace/name, not {shown(repo_id)}.")
         repo_id = repo_id.strip()
         return cls(
             recipe=parse_recipe(recipe) if isinstance(recipe, str) else recipe_from_dict(recipe),
             options=Options.from_dict(document.get("options") or {}),
-            publication=Publication(repo_id=repo_id, public=public, update=update)
-            if repo_id
-            else None,
+            publication=Publication(repo_id=repo_id, public=public, **extras) if repo_id else None,
         )

@@ -80,7 +80,8 @@ def check_publication(
             f"the public card {does} private or gated models: {listed(private)}",
             *([] if plan.name_private else [Remedy.NAME_PRIVATE]),
         )
-    if target.publication.update:
+    if target.publication.update or target.publication.create_pr:
+        what = "the pull request" if target.publication.create_pr else "the merge"
         written = [
             *(shard.name for shard in plan.shards),
             *hub_target.CARD_FILES,
@@ -89,9 +90,9 @@ def check_publication(
         ]
         replaced, stale = hub_target.replaced_files(target, written)
         if replaced:
-            found.warning(f"the merge replaces in {target.repo.id}: {', '.join(replaced)}")
+            found.warning(f"{what} replaces in {target.repo.id}: {', '.join(replaced)}")
         if stale:
-            found.warning(f"the merge removes from {target.repo.id}: {', '.join(stale)}")
+            found.warning(f"{what} removes from {target.repo.id}: {', '.join(stale)}")
     card = hub_target.card_problem(target, [(s.id, s.license) for s in plan.checkpoints])
     found.problems += target.found.problems
     found.warnings += target.found.warnings

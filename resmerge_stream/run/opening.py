@@ -26,13 +26,12 @@ def finished_already(plan: Plan, out: Path | None) -> Finished | None:
     if plan.target is not None and on_hub:
         from ..sinks.hub.sink import finish_target
 
-        finish_target(plan.target, plan.plan_hash)
+        target = plan.target
+        data = json.dumps(target.report).encode()  # anybody may have written it
+        report = parse_report(data, where=f"{target.repo.id}/{REPORT}")
+        finish_target(target, plan.plan_hash, report)
         if out is None or in_folder:
-            info = plan.target.info
-            where = f"{plan.target.repo.page}/commit/{info.sha if info else 'main'}"
-            data = json.dumps(plan.target.report).encode()  # anybody may have written it
-            report = parse_report(data, where=f"{plan.target.repo.id}/{REPORT}")
-            return Finished(where=where, report=report, already_there=True)
+            return Finished(where=target.page, report=report, already_there=True)
     if plan.publication is None and out is not None and in_folder:
         return Finished(where=str(out), report=read_report(out), already_there=True)
     return None
@@ -98,7 +97,7 @@ def discard_unfinished(
     if publication is not None:
         from ..sinks.hub.discard import discard_staging
 
-        removed += discard_staging(publication.repo_id, None)
+        removed += discard_staging(publication.repo_id, None, create_pr=publication.create_pr)
     if folder is not None:
         removed += discard(folder)
     return removed

@@ -14,6 +14,7 @@ from typing import Any
 from resmerge_stream.errors import RecipeError, Remedy, error_from_dict
 from resmerge_stream.planning.request import Request
 
+from ..identity import network_of
 from ..remedies import said
 from ..settings import Settings
 from .process import events, let_end, send, start_worker
@@ -183,6 +184,8 @@ class Jobs:
     def check_caps(self, owner: str, address: str = "") -> None:
         """Refuse an account, an address without one, or all of those, with too many jobs already.
 
+        A network, which may have any number of addresses, holds half of those places at most.
+
         Args:
             owner: the account; empty for none.
             address: of somebody without one; empty where it says nothing.
@@ -200,6 +203,14 @@ class Jobs:
                 kind="busy",
             )
         cap = settings.jobs_per_user if owner else settings.anonymous_jobs
+        network = network_of(address)
+        near = sum(network_of(self._address(job)) == network for job in mine)
+        if not owner and address and near >= max(1, cap // 2):
+            raise RecipeError(
+                f"visitors from your network have {near} jobs queued or running. Wait.",
+                Remedy.SIGN_IN,
+                kind="busy",
+            )
         if len(mine) >= cap:
             whose = f"you have {len(mine)} jobs" if owner else f"visitors have {len(mine)} jobs"
             raise RecipeError(

@@ -14,12 +14,12 @@ from resmerge_stream.planning.request import Request
 
 from ..asked import needs_account
 from ..hardware import Fit
-from ..identity import Visitor
+from ..identity import Visitor, network_of
 from ..settings import Settings
 from .process import end, send, start_worker
 
 _AT_A_TIME = 3
-# Of one visitor and of all; more would only fill the server's threads.
+# Of one visitor and of all; more would only fill the server's threads. A network has half of all.
 _MAY_WAIT, _ALL_WAIT = 4, 24
 _REMEMBERED = 1000
 
@@ -76,7 +76,8 @@ class Turns:
         ticket = object()
         with self._changed:
             mine = sum(waits == who for waits in self._waiting.values())
-            if mine >= _MAY_WAIT or len(self._waiting) >= _ALL_WAIT:
+            near = sum(network_of(waits) == network_of(who) for waits in self._waiting.values())
+            if mine >= _MAY_WAIT or near >= _ALL_WAIT // 2 or len(self._waiting) >= _ALL_WAIT:
                 raise RecipeError(
                     "this Space is busy planning. Try again in a moment.", kind="busy"
                 )

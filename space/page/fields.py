@@ -10,7 +10,18 @@ from resmerge_stream.specs import OUTPUT_DTYPES
 
 from ..examples import examples
 from ..view.jobs import method_html
-from .forms import AS_IT_IS, PRIVATE, PUBLIC, ROWS, SAME_AS_BASE, field_name, output_options
+from .forms import (
+    AS_IT_IS,
+    AS_NEW,
+    AS_PULL_REQUEST,
+    AS_UPDATE,
+    PRIVATE,
+    PUBLIC,
+    ROWS,
+    SAME_AS_BASE,
+    field_name,
+    output_options,
+)
 from .texts import heading
 
 Parts = dict[str, Any]
@@ -50,6 +61,7 @@ def choose(parts: Parts) -> None:
         for name, method in methods.items():
             _controls(parts, method, visible=name == METHOD)
         _output(parts)
+        _publish(parts)
 
 
 def names() -> list[str]:
@@ -61,7 +73,7 @@ def names() -> list[str]:
         for field in dataclasses.fields(method)
     ]
     output = ["dtype", *output_options()]
-    goal = ["namespace", "name", "visibility", "update"]
+    goal = ["namespace", "name", "publish", "visibility", "collection", "discuss"]
     return ["base", *rows, "method", *controls, *output, *goal]
 
 
@@ -150,5 +162,26 @@ def _output(parts: Parts) -> None:
             ["base", "refuse"], value="base", label="Tensors that some lack",
             info="base: merged among the experts that have them", min_width=200,
         )  # fmt: skip
-    parts["visibility"] = gr.Radio([PRIVATE, PUBLIC, AS_IT_IS], value=PRIVATE, label="Visibility")
-    parts["update"] = gr.Checkbox(False, label="Replace the model that stands there")
+
+
+def _publish(parts: Parts) -> None:
+    """Add how the result is published, and what follows."""
+    with gr.Row():
+        parts["publish"] = gr.Radio(
+            [AS_NEW, AS_UPDATE, AS_PULL_REQUEST], value=AS_NEW, label="Publish as",
+            info="an update replaces the model there; a pull request proposes to",
+            min_width=320,
+        )  # fmt: skip
+        parts["visibility"] = gr.Radio(
+            [PRIVATE, PUBLIC, AS_IT_IS], value=PRIVATE, label="Visibility",
+            info="set when everything is there; a pull request leaves it", min_width=320,
+        )  # fmt: skip
+    with gr.Row():
+        parts["collection"] = gr.Textbox(
+            label="Add to the collection", placeholder="owner/title-id, or its address",
+            info="one of yours; empty for none", max_length=300, min_width=320,
+        )  # fmt: skip
+        parts["discuss"] = gr.Checkbox(
+            False, label="Post when it is done",
+            info="opens a discussion in the new repository", min_width=320,
+        )  # fmt: skip

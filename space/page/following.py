@@ -100,7 +100,11 @@ class Following:
 
         def remove(job: Job, visitor: Visitor) -> None:
             target = job.asked.get("push_to")
-            removed = discard_staging(target, visitor.token) if target and visitor.token else []
+            removed = (
+                discard_staging(target, visitor.token, create_pr=bool(job.asked.get("create_pr")))
+                if target and visitor.token
+                else []
+            )
             self._service.jobs.give_up(job, removed)
 
         return self._change(form, token, remove)

@@ -11,6 +11,7 @@ from resmerge_stream.recipe import Recipe
 # Rows of experts in the form; a pasted recipe may have more.
 ROWS = 8
 SAME_AS_BASE = "same as the base"
+AS_NEW, AS_UPDATE, AS_PULL_REQUEST = "a new repository", "an update", "a pull request"
 PRIVATE, PUBLIC, AS_IT_IS = "private", "public", "leave as it is"
 
 
@@ -30,7 +31,8 @@ def document_of(form: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         form: values by field: ``base``, ``expert0`` … with ``weight0`` …, ``count``, ``method``,
             the method's parameters as ``method.parameter``, ``dtype``, the output options by
-            their keys, ``namespace``, ``name``, ``visibility``, ``update``.
+            their keys, ``namespace``, ``name``, ``publish``, ``visibility``, ``collection``,
+            ``discuss``.
     """
     method = str(form.get("method") or "resmerge")
     kind = find_methods().get(method)
@@ -62,8 +64,19 @@ def document_of(form: Mapping[str, Any]) -> dict[str, Any]:
         "recipe": recipe,
         "options": {key: form[key] for key in output_options() if form.get(key) not in (None, "")},
         "push_to": target_of(form),
+        **_publishing(form),
+    }
+
+
+def _publishing(form: Mapping[str, Any]) -> dict[str, Any]:
+    publish = form.get("publish")
+    if publish == AS_PULL_REQUEST:
+        return {"public": None, "create_pr": True}
+    return {
         "public": {PRIVATE: False, PUBLIC: True}.get(str(form.get("visibility"))),
-        "update": bool(form.get("update")),
+        "update": publish == AS_UPDATE,
+        "collection": str(form.get("collection") or "").strip(),
+        "discuss": bool(form.get("discuss")),
     }
 
 

@@ -141,7 +141,11 @@ class Handlers:
         return {
             "planned": document if ready else None,
             "plan_html": plan_html(
-                plan, push_to=push_to, hindrance=hindrance, recipe=document["recipe"]
+                plan,
+                push_to=push_to,
+                create_pr=bool(document.get("create_pr")),
+                hindrance=hindrance,
+                recipe=document["recipe"],
             ),
             "merge": gr.update(interactive=ready and not hindrance),
             "merge_note": "",

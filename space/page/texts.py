@@ -40,7 +40,8 @@ def from_code(url: str, asked: Mapping[str, Any], *, key: bool) -> str:
         f"recipe = {_python(recipe)}\n"
         'plan = space.predict(recipe=recipe, api_name="/plan")\n'
         'print(plan["problems"], plan["read_bytes"])\n'
-        f'job = space.predict(recipe=recipe, push_to="{push_to}", api_name="/merge")["job"]\n'
+        f'job = space.predict(recipe=recipe, push_to="{push_to}"{_more(asked)}, '
+        'api_name="/merge")["job"]\n'
         'while (now := space.predict(job=job, api_name="/status"))["state"] in (\n'
         '    "queued", "planning", "running"\n):\n'
         '    print(f"{now[\'progress\']:.0%}", now["message"])\n    time.sleep(5)\n'
@@ -86,11 +87,34 @@ def terminal(asked: Mapping[str, Any]) -> str:
         f"--{key.replace('_', '-')} {shlex.quote(str(value))}"
         for key, value in asked["options"].items()
     )
-    where = f"--push-to {asked['push_to']}" if asked["push_to"] else "--out merged"
+    where = "--out merged"
+    if asked["push_to"]:
+        where = " ".join([f"--push-to {shlex.quote(asked['push_to'])}", *_words(asked)])
     return (
         f"cat > recipe.yml <<'END'\n{recipe}END\n"
         f"resmerge-stream merge recipe.yml {' '.join(filter(None, [options, where]))}"
     )
+
+
+# As the terminal says how to publish, beside where.
+_FLAGS = {"update": "--update", "create_pr": "--create-pr", "discuss": "--discuss"}
+
+
+def _words(asked: Mapping[str, Any]) -> list[str]:
+    words = ["--public"] if asked.get("public") else []
+    words += [flag for key, flag in _FLAGS.items() if asked.get(key)]
+    if asked.get("collection"):
+        words.append(f"--collection {shlex.quote(asked['collection'])}")
+    return words
+
+
+def _more(asked: Mapping[str, Any]) -> str:
+    """Return the arguments of the endpoint that say how to publish, beside where."""
+    if not asked["push_to"]:
+        return ""
+    given: dict[str, Any] = {"private": False} if asked.get("public") else {}
+    given |= {key: asked[key] for key in (*_FLAGS, "collection") if asked.get(key)}
+    return "".join(f", {key}={value!r}" for key, value in given.items())
 
 
 def _code(title: str, text: str) -> str:

@@ -80,6 +80,7 @@ def title_of(asked: Mapping[str, Any]) -> str:
     recipe = asked.get("recipe") or {}
     count = len(recipe.get("models") or ())
     made = asked.get("push_to") or "files to download"
+    made = f"a pull request on {made}" if asked.get("create_pr") else made
     method = recipe.get("merge_method", "resmerge")
     return f"{count} experts of {recipe.get('base_model')} by {method} → {made}"
 
@@ -122,8 +123,9 @@ def result_html(job: Job) -> str:
         return ""
     if job.url:
         page = esc(job.url.partition("/commit/")[0])
-        text = f'Published: <a href="{page}" target="_blank" rel="noopener">{page}</a>'
-        text += "</b>" + _next_steps(str(job.asked.get("push_to")))
+        what = "Opened a pull request" if job.asked.get("create_pr") else "Published"
+        text = f'{what}: <a href="{page}" target="_blank" rel="noopener">{page}</a></b>'
+        text += "" if job.asked.get("create_pr") else _next_steps(str(job.asked.get("push_to")))
     else:
         text = "Merged. The files are below, also as one archive; they stay here for a day.</b>"
     bars = _accuracies(job.accuracies)

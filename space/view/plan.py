@@ -16,6 +16,7 @@ def plan_html(
     plan: Mapping[str, Any],
     *,
     push_to: str,
+    create_pr: bool = False,
     hindrance: str = "",
     recipe: Mapping[str, Any] | None = None,
 ) -> str:
@@ -24,6 +25,7 @@ def plan_html(
     Args:
         plan: as the service gives it.
         push_to: where it is to be published; empty for files.
+        create_pr: whether as a pull request.
         hindrance: why Merge would not start it for this visitor, and what to do.
         recipe: what the link to this recipe has in it.
     """
@@ -37,7 +39,7 @@ def plan_html(
             f"<ul>{items}</ul></div>"
         )
     else:
-        parts.append(_verdict(plan, push_to, hindrance))
+        parts.append(_verdict(plan, _where(push_to, create_pr), hindrance))
     if plan["warnings"]:
         items = "".join(f"<li>{esc(text)}</li>" for text in plan["warnings"])
         parts.append(f'<div class="rm-note rm-warn"><b>Good to know</b><ul>{items}</ul></div>')
@@ -52,13 +54,18 @@ def plan_html(
     return '<div class="rm">' + "".join(parts) + "</div>"
 
 
-def _verdict(plan: Mapping[str, Any], push_to: str, hindrance: str) -> str:
+def _where(push_to: str, create_pr: bool) -> str:
+    if not push_to:
+        return "into files to download"
+    return f"into {'a pull request on ' * create_pr}<code>{esc(push_to)}</code>"
+
+
+def _verdict(plan: Mapping[str, Any], where: str, hindrance: str) -> str:
     if hindrance:
         return (
             '<div class="rm-note rm-warn" role="status"><b>These models can be merged, but not '
             f"yet:</b> {esc(hindrance)}</div>"
         )
-    where = f"into <code>{esc(push_to)}</code>" if push_to else "into files to download"
     seconds = duration(plan["seconds_estimate"])
     return (
         f'<div class="rm-note rm-good" role="status"><b>This can be merged</b> {where}, in about '

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from starlette.responses import JSONResponse, Response
 
+from .community import open_to
 from .lfs import check_quota
 from .tree import front_matter, repo_info
 from .web import REPO, Call, HubError, Route, route
@@ -123,8 +124,7 @@ def _card_errors(card: Any) -> list[str]:
 async def xet_token(call: Call) -> Response:
     """Give access to Xet storage: a store of the client's own to write, a snapshot to read."""
     if call.part("need") == "write":
-        repo = call.repo() if call.flag("create_pr") else call.writable_repo()
-        call.caller()
+        repo = open_to(call) if call.flag("create_pr") else call.writable_repo()
         if repo.settings["private"]:
             check_quota(call, repo.namespace, 1)
         client = call.request.scope["state"]["connection"].pid

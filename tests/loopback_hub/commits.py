@@ -7,6 +7,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
+from . import community
 from .lfs import check_quota
 from .repo import Commit, Entry, Repo, StaleParentError
 from .store import is_large
@@ -17,8 +18,7 @@ def _repo_for_commit(call: Call) -> Repo:
     """Whoever may read may open a pull request; everything else needs the right to write."""
     if not call.flag("create_pr"):
         return call.writable_repo()
-    call.caller()
-    return call.repo()
+    return community.open_to(call)
 
 
 async def preupload(call: Call) -> Response:
@@ -51,7 +51,7 @@ async def commit(call: Call) -> Response:
     revision = call.part("revision")
     ref: str | None = repo.ref_of(revision)
     if call.flag("create_pr"):
-        number = sum(name.startswith("refs/pr/") for name in repo.refs()) + 1
+        number = community.next_number(repo)
         ref = f"refs/pr/{number}"
         answer["pullRequestUrl"] = f"{page}/discussions/{number}"
     if ref is None:
@@ -63,7 +63,8 @@ async def commit(call: Call) -> Response:
             title=header["summary"],
             description=header.get("description", ""),
             author=call.caller().user,
-            base=revision,
+            # A pull request starts from the parent, wherever the branch is by now.
+            base=header.get("parentCommit") or revision if call.flag("create_pr") else revision,
             expected_parent=header.get("parentCommit"),
         )
     except StaleParentError as error:
@@ -114,27 +115,6 @@ async def refs(call: Call) -> Response:
     return JSONResponse(
         answer | ({"pullRequests": named["pr"]} if call.flag("include_prs") else {})
     )
-
-
-async def discussions(call: Call) -> Response:
-    """List the open pull requests, each by the title of its last commit."""
-    repo = call.repo()
-    numbers = sorted(
-        int(ref.rpartition("/")[2]) for ref in repo.refs() if ref.startswith("refs/pr/")
-    )
-    found = [
-        {
-            "num": number,
-            "title": repo.at(f"refs/pr/{number}").title,
-            "author": {"name": repo.at(f"refs/pr/{number}").author},
-            "createdAt": repo.at(f"refs/pr/{number}").date,
-            "status": "open",
-            "isPullRequest": True,
-            "repo": {"name": repo.id, "type": "model"},
-        }
-        for number in numbers
-    ]
-    return JSONResponse({"discussions": found, "count": len(found), "start": 0})
 
 
 async def history(call: Call) -> Response:
@@ -207,7 +187,6 @@ ROUTES: tuple[Route, ...] = (
     route("POST", f"{REPO}/preupload{REVISION}", preupload),
     route("POST", f"{REPO}/commit{REVISION}", commit),
     route("GET", f"{REPO}/refs", refs),
-    route("GET", f"{REPO}/discussions", discussions),
     route("GET", f"{REPO}/commits{REVISION}", history),
     route("POST", f"{REPO}/branch/(?P<branch>[^/]+)", create_branch),
     route("DELETE", f"{REPO}/branch/(?P<branch>[^/]+)", delete_ref),

@@ -13,8 +13,11 @@ from .web import GIT, Call, HubError, Route, route
 
 async def batch(call: Call) -> Response:
     """Say for each object where to upload it, or that it is here already."""
-    repo = call.writable_repo()
-    objects = (await call.json())["objects"]
+    asked = await call.json()
+    # Without a branch it is for a pull request, which whoever may read may open.
+    repo = call.writable_repo() if "ref" in asked else call.repo()
+    call.caller()
+    objects = asked["objects"]
     missing = [item for item in objects if not _is_here(call, item["oid"])]
     check_quota(call, repo.namespace, sum(item["size"] for item in missing))
     answers = []

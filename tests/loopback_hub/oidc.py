@@ -17,7 +17,9 @@ from .web import Call, HubError, Route, route
 
 CLIENT_ID = "loopback-app"
 CLIENT_SECRET = "loopback-app-secret"
-SCOPES = "openid profile contribute-repos gated-repos read-repos"
+SCOPES = (
+    "openid profile contribute-repos gated-repos write-discussions write-collections read-repos"
+)
 
 
 def space_env(endpoint: str, space_id: str, scopes: str = SCOPES) -> dict[str, str]:

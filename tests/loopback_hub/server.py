@@ -5,7 +5,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from . import api, cdn, commits, jobs, lfs, oidc, tree
+from . import api, cdn, commits, community, jobs, lfs, oidc, tree
 from .accounts import Accounts, Role
 from .faults import Faults
 from .gate import Gate
@@ -29,6 +29,7 @@ ROUTES: Mapping[str, tuple[Route, ...]] = {
         *jobs.ROUTES,
         *oidc.ROUTES,
         *commits.ROUTES,
+        *community.ROUTES,
         *tree.ROUTES,
     ),
     "cdn": (*lfs.CDN_ROUTES, *cdn.CDN_ROUTES),

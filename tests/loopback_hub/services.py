@@ -76,10 +76,12 @@ class Recorded:
 
     Attributes:
         jobs: job id → what the Hub answers about it, its log, its process.
+        collections: ``owner/title-id`` → the models in it.
         payloads: (`METHOD path`, JSON body) in the order in which they came; may hold secrets.
     """
 
     jobs: dict[str, JobRecord] = field(default_factory=dict)
+    collections: dict[str, list[str]] = field(default_factory=dict)
     payloads: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
 

@@ -92,9 +92,13 @@ class Call:
     def writable_repo(self) -> Repo:
         """The repository in the path, if the caller may change it."""
         repo = self.repo()
-        if not self.hub.accounts.may_write(self.caller(), repo):
+        if not self.may_write(repo):
             raise HubError(403, f"You don't have the rights to write to {repo.id}.")
         return repo
+
+    def may_write(self, repo: Repo) -> bool:
+        """Whether the caller may change a repository."""
+        return self.hub.accounts.may_write(self.caller(), repo)
 
     def commit(self, repo: Repo) -> Commit:
         """The commit that the path's revision names."""

@@ -45,7 +45,9 @@ def a_request(**options):
     return Request(
         recipe=Recipe(ModelRef("org/base"), experts, "task_arithmetic", {"scale": 0.5}, "float32"),
         options=Options(**options),
-        publication=Publication(repo_id="me/merged", public=True, update=True),
+        publication=Publication(
+            repo_id="me/merged", public=True, update=True, collection="me/merges-1", discuss=True
+        ),
     )
 
 
@@ -57,8 +59,10 @@ def named(keys):
 def test_a_request_survives_as_data():
     """Written as JSON and read again, it asks for the same, every output option included."""
     asked = a_request(**named(OUTPUT))
+    offered = replace(asked, publication=Publication(repo_id="org/theirs", create_pr=True))
 
-    assert Request.from_dict(json.loads(json.dumps(asked.to_dict()))) == asked
+    for request in (asked, offered, replace(asked, publication=None)):
+        assert Request.from_dict(json.loads(json.dumps(request.to_dict()))) == request
 
 
 def test_options_of_a_machine_are_not_part_of_the_data():

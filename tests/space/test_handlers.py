@@ -367,7 +367,13 @@ def test_readme_names_the_gradio_that_is_installed():
     assert front["sdk_version"] == gr.__version__
     assert f"gradio[oauth,mcp]=={gr.__version__}" in required
     assert (front["sdk"], front["app_file"], front["hf_oauth"]) == ("gradio", "app.py", True)
-    assert front["hf_oauth_scopes"] == ["contribute-repos", "gated-repos", "read-repos"]
+    assert front["hf_oauth_scopes"] == [
+        "contribute-repos",
+        "gated-repos",
+        "write-discussions",
+        "write-collections",
+        "read-repos",
+    ]
 
 
 def test_nothing_is_open_that_a_space_does_not_need(service, monkeypatch):

@@ -27,10 +27,11 @@ class Deposit:
 
     Args:
         repo: the target.
+        create_pr: whether what names the shards at the end is a pull request.
     """
 
-    def __init__(self, repo: HubRepo) -> None:
-        self._repo = repo
+    def __init__(self, repo: HubRepo, *, create_pr: bool = False) -> None:
+        self._repo, self._create_pr = repo, create_pr
 
     def send(self, path: Path, entry: Mapping[str, Any], now_at: Callable[[int], None]) -> None:
         """Send a shard's file; see `upload_file`.
@@ -38,7 +39,15 @@ class Deposit:
         Raises:
             StoppedError: the network or the Hub kept failing, or the storage is full.
         """
-        upload_file(self._repo, "main", path, str(entry["name"]), str(entry["sha256"]), now_at)
+        upload_file(
+            self._repo,
+            "main",
+            path,
+            str(entry["name"]),
+            str(entry["sha256"]),
+            now_at,
+            create_pr=self._create_pr,
+        )
 
 
 def deposited(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,8 +60,16 @@ def is_deposited(entry: Mapping[str, Any]) -> bool:
     return entry.get(_KEY) is True
 
 
-def missing_from(repo: HubRepo, entries: Iterable[Mapping[str, Any]]) -> set[str]:
+def missing_from(
+    repo: HubRepo, entries: Iterable[Mapping[str, Any]], *, create_pr: bool = False
+) -> set[str]:
     """Return the names of shards that a repository's storage does not hold (any more).
+
+    Args:
+        repo: the target.
+        entries: the shards' rows of the journal.
+        create_pr: whether they are for a pull request: without a branch, the right to read is
+            enough to ask.
 
     Raises:
         StoppedError: the network or the Hub kept failing.
@@ -69,7 +86,7 @@ def missing_from(repo: HubRepo, entries: Iterable[Mapping[str, Any]]) -> set[str
                 token=None,  # within the headers
                 repo_type="model",
                 repo_id=repo.id,
-                revision="main",
+                revision=None if create_pr else "main",
                 endpoint=repo.api.endpoint,
                 headers=repo.api._build_hf_headers(),
             )

@@ -3,17 +3,23 @@
 from huggingface_hub.hf_api import HfApi
 
 from ...errors import ResMergeError
+from ...hub.account import whoami
 from ...hub.client import FAILURES, client, patiently, status_of
 from ...hub.repo import HubRepo, listed
 from .staging import HEAD, branch_name, is_branch_name
-from .target import sibling_id
+from .target import pull_request_sibling, sibling_id
 
 
-def discard_staging(repo_id: str, token: str | None) -> list[str]:
+def discard_staging(repo_id: str, token: str | None, *, create_pr: bool = False) -> list[str]:
     """Remove the staging of every unfinished merge into a repository; return what was removed.
 
     A staging branch is told by its name and by the mark in it; a sibling repository is removed
     only where its mark says that a run made it, and its main branch is empty.
+
+    Args:
+        repo_id: the target.
+        token: of the account; None for the login.
+        create_pr: whether they were to be pull requests, which leave nothing in the target.
 
     Raises:
         ResMergeError: the Hub refuses or fails.
@@ -21,21 +27,23 @@ def discard_staging(repo_id: str, token: str | None) -> list[str]:
     api = client(token)
     repo = HubRepo(api, repo_id)
     removed = []
-    if repo.info() is not None:
+    named = sibling_id(repo_id, "")
+    if create_pr:
+        named = pull_request_sibling(str(whoami(api)["name"]), repo_id, "")
+    elif repo.info() is not None:
         for name in repo.branches():
             if is_branch_name(name) and _is_marked(repo, name):
                 repo.delete_branch(name)
                 removed.append(f"branch {name} of {repo_id}")
-    for found in _siblings(api, repo_id):
+    for found in _siblings(api, named):
         plan_hash = found.id.rpartition("-resmerge-")[2]
-        if discard_sibling(repo, plan_hash):
+        if discard_sibling(found, plan_hash):
             removed.append(f"repository {found.id}")
     return removed
 
 
-def discard_sibling(target: HubRepo, plan_hash: str) -> bool:
-    """Remove the private repository that a run made beside a public target, if it did."""
-    repo = HubRepo(target.api, sibling_id(target.id, plan_hash))
+def discard_sibling(repo: HubRepo, plan_hash: str) -> bool:
+    """Remove the private repository that a run made for its staging alone, if it did."""
     info = repo.info(branch_name(plan_hash))
     main = repo.info()
     if info is None or main is None or listed(main):
@@ -65,13 +73,12 @@ def _is_marked(repo: HubRepo, branch: str) -> bool:
     return head is not None and branch_name(str(head.get("plan_hash"))) == branch
 
 
-def _siblings(api: HfApi, repo_id: str) -> list[HubRepo]:
-    namespace, name = repo_id.split("/")
-    prefix = f"{namespace}/{name[:60]}-resmerge-"
+def _siblings(api: HfApi, prefix: str) -> list[HubRepo]:
+    namespace, name = prefix.split("/")
     try:
         found = patiently(
-            lambda: list(api.list_models(author=namespace, search=f"{name[:60]}-resmerge-")),
-            what=f"look for staging repositories beside {repo_id}",
+            lambda: list(api.list_models(author=namespace, search=name)),
+            what=f"look for staging repositories {prefix}…",
         )
     except ResMergeError:
         return []

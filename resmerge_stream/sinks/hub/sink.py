@@ -1,5 +1,9 @@
-"""A repository as target: shards staged one by one, then one commit on main that shows them all."""
+"""A repository as target: shards staged one by one, then one commit that shows them all.
 
+That commit is main's next one, or a pull request, for which nothing else there is touched.
+"""
+
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
@@ -10,13 +14,23 @@ from ...device import machine_share
 from ...errors import OutputExistsError, PlanRefusedError, Remedy
 from ...hub.repo import HubRepo, MovedError, Operation, listed
 from ...pipes import WriteBehind
-from ..folder import FolderSink
+from ..folder import REPORT, FolderSink
 from ..layout import Shard
 from ..sink import Membership, ShardWriter
+from .afterwards import add_to_collection, discuss
 from .deposit import Deposit, deposited, deposited_file, is_deposited, missing_from
 from .discard import discard_sibling
 from .staging import Staging, branch_name
-from .target import HubTarget, finished_at, has_xet, no_xet, replaced_files, staging_repo
+from .target import (
+    HubTarget,
+    finished_at,
+    has_xet,
+    no_xet,
+    pull_request_of,
+    replaced_files,
+    sibling_id,
+    staging_repo,
+)
 from .upload import StreamedShard, upload_file
 
 
@@ -52,6 +66,7 @@ class HubSink:
         self._shelf, self._keep_files = shelf, keep_files
         self._plan_hash, self._identity, self._asked = plan_hash, identity, asked
         self._streams = target.publication.max_disk == 0
+        self._creates_pr = target.publication.create_pr
         self._deposit: Deposit | None = None
         self._streamed: dict[str, StreamedShard] = {}
         largest = max((shard.nbytes for shard in shards), default=0)
@@ -88,7 +103,7 @@ class HubSink:
         if self._streams and not has_xet(repo):
             raise PlanRefusedError(no_xet(repo))
         if repo is not target.repo and not (is_xet_available() and has_xet(repo)):
-            self._deposit = Deposit(target.repo)
+            self._deposit = Deposit(target.repo, create_pr=self._creates_pr)
         self._staging = Staging(
             repo, plan_hash, self._identity, member, made_repo=made, asked=self._asked
         )
@@ -143,19 +158,45 @@ class HubSink:
         wanted = {str(file["name"]): file for file in files}
         names = self._staging.differing(wanted)
         if self._deposit is not None:
-            names |= missing_from(self._target.repo, wanted.values()) & set(self._staging.deposits)
+            gone = missing_from(self._target.repo, wanted.values(), create_pr=self._creates_pr)
+            names |= gone & set(self._staging.deposits)
         elif self._staging.repo is not self._target.repo and (
             unshown := self._staging.without_xet(set(wanted) - names)
         ):
             # Nothing can be taken over from the private repository: it goes where it will stand.
-            self._deposit = Deposit(self._target.repo)
+            self._deposit = Deposit(self._target.repo, create_pr=self._creates_pr)
             names |= unshown
         for name in names:
             self._staging.entries.pop(name, None)
         return sorted(names)
 
     def publish(self, files: Mapping[str, bytes]) -> str:
-        """Make the one commit on main, set the visibility, clean up."""
+        """Make the one commit that shows everything, then do what was asked for beside it."""
+        report = json.loads(files[REPORT])
+        where = self._open_pull_request(files) if self._creates_pr else self._commit(files)
+        finish_target(self._target, self._plan_hash, report)
+        if self._keep_files:
+            self._shelf.publish(files)
+        else:
+            self._shelf.abandon()
+        return where
+
+    def _open_pull_request(self, files: Mapping[str, bytes]) -> str:
+        target = self._target
+        _, stale = replaced_files(target, [*self._shards, *files])
+        target.pull_request = target.repo.open_pull_request(
+            lambda: self._final_operations(files, stale),
+            parent=self._main,
+            message="Merge with ResMerge Stream",
+            description=(
+                "A merged model in place of what stands here. Its card says what was merged and "
+                "how to make it again; `resmerge/report.json` has what was decided for each tensor."
+            ),
+            known=lambda: pull_request_of(target, self._plan_hash)[0],
+        )
+        return target.page
+
+    def _commit(self, files: Mapping[str, bytes]) -> str:
         repo = self._target.repo
         _, stale = replaced_files(self._target, [*self._shards, *files])
         try:
@@ -164,7 +205,7 @@ class HubSink:
                 lambda: self._final_operations(files, stale),
                 parent=self._main,
                 message="Merge with ResMerge Stream",
-                proof={"resmerge/report.json": files["resmerge/report.json"]},
+                proof={REPORT: files[REPORT]},
             )
         except MovedError as exc:
             landed = finished_at(repo, self._plan_hash)
@@ -178,11 +219,6 @@ class HubSink:
                 ) from exc
             # The last commit of a run that was killed was still on its way.
             commit = landed
-        finish_target(self._target, self._plan_hash)
-        if self._keep_files:
-            self._shelf.publish(files)
-        else:
-            self._shelf.abandon()
         return f"{repo.page}/commit/{commit}"
 
     def abandon(self) -> None:
@@ -214,7 +250,8 @@ class HubSink:
         """Find what earlier runs finished, and send what they had not sent."""
         on_shelf = dict(self._shelf.finished_shards())
         entries = [e for n, e in self._staging.entries.items() if n in self._shards]
-        gone = missing_from(self._target.repo, [e for e in entries if is_deposited(e)])
+        waiting = [entry for entry in entries if is_deposited(entry)]
+        gone = missing_from(self._target.repo, waiting, create_pr=self._creates_pr)
         for name in gone:
             del self._staging.entries[name]
         staged = {
@@ -289,13 +326,24 @@ def _is_unmarked(sibling: HubRepo, plan_hash: str) -> bool:
     return sibling.head(branch_name(plan_hash)) in (None, info.sha)
 
 
-def finish_target(target: HubTarget, plan_hash: str) -> None:
-    """Do what follows the commit on main: the staging goes, the visibility is set last.
+def finish_target(target: HubTarget, plan_hash: str, report: Mapping[str, Any]) -> None:
+    """Do what follows the commit: the staging goes, the visibility is set, then the rest.
 
     Safe to repeat, so that a run killed in the middle of it can be finished by the next.
+
+    Raises:
+        StoppedError: the network or the Hub kept failing.
     """
+    publication = target.publication
+    if publication.create_pr:
+        discard_sibling(staging_repo(target, plan_hash), plan_hash)
+        return
     target.repo.delete_branch(branch_name(plan_hash))
-    discard_sibling(target.repo, plan_hash)
-    public = target.publication.public
+    discard_sibling(HubRepo(target.repo.api, sibling_id(target.repo.id, plan_hash)), plan_hash)
+    public = publication.public
     if public is not None and public is target.is_private:
         target.repo.set_public(public)
+    if publication.collection:
+        add_to_collection(target.repo, publication.collection)
+    if publication.discuss:
+        discuss(target.repo, target.account, plan_hash, report)

@@ -22,12 +22,15 @@ from ...sources import REPO_ID
 from ...units import format_size
 from ..folder import REPORT
 from ..publication import Publication
+from .afterwards import collection_problem, discussion_problem
 from .staging import Staged, branch_name, is_branch_name, read_staged
 
 # What every merge writes beside weights and side files.
 CARD_FILES = ("README.md", REPORT, "resmerge/recipe.yml", "resmerge/gates.png")
 # Beside them where mergekit could run the recipe.
 MERGEKIT_CONFIG = "mergekit_config.yml"
+# Of the account's own pull requests on the target.
+_MOST_PULL_REQUESTS = 50
 # What the Hub gives an account for private repositories (docs, 2026-08).
 _PRIVATE_BYTES = {False: 100_000_000_000, True: 1_000_000_000_000}
 
@@ -41,7 +44,9 @@ class HubTarget:
         publication: what was asked for.
         info: its main branch, or None where the repository does not exist.
         account: the Hub's answer to who the caller is.
-        finished: whether main holds the finished result of this very plan.
+        finished: whether main, or an open pull request, holds the finished result of this very
+            plan.
+        pull_request: its number, where that is one.
         report: that result's report.
         staged: what an earlier run of this plan left.
         found: why it cannot be used, and what is to be known first.
@@ -52,6 +57,7 @@ class HubTarget:
     info: ModelInfo | None = None
     account: dict[str, Any] = field(default_factory=dict)
     finished: bool = False
+    pull_request: int | None = None
     report: dict[str, Any] = field(default_factory=dict)
     staged: Staged | None = None
     found: Findings = field(default_factory=Findings)
@@ -68,6 +74,14 @@ class HubTarget:
         return not self.is_private if public is None else public
 
     @property
+    def page(self) -> str:
+        """Where people see the finished result."""
+        if self.pull_request is not None:
+            return f"{self.repo.page}/discussions/{self.pull_request}"
+        commit = self.info.sha if self.info is not None else None
+        return f"{self.repo.page}/commit/{commit or 'main'}"
+
+    @property
     def bytes_staged(self) -> int:
         """Bytes of shards that need not be made again."""
         entries = self.staged.entries if self.staged is not None else {}
@@ -77,8 +91,12 @@ class HubTarget:
 def staging_repo(target: HubTarget, plan_hash: str) -> HubRepo:
     """Return where shards are staged: in the target, or beside it when the target is public.
 
-    A branch of a public repository would show everybody a half-made model.
+    A branch of a public repository would show everybody a half-made model. For a pull request it is
+    a private repository of the account's own, which may not be allowed to write to the target.
     """
+    if target.publication.create_pr:
+        mine = pull_request_sibling(str(target.account.get("name")), target.repo.id, plan_hash)
+        return HubRepo(target.repo.api, mine)
     if target.is_private:
         return target.repo
     return HubRepo(target.repo.api, sibling_id(target.repo.id, plan_hash))
@@ -88,6 +106,11 @@ def sibling_id(repo_id: str, plan_hash: str) -> str:
     """Return the name of the private repository beside a public target."""
     namespace, name = repo_id.split("/")
     return f"{namespace}/{name[:60]}-{branch_name(plan_hash)}"
+
+
+def pull_request_sibling(account: str, repo_id: str, plan_hash: str) -> str:
+    """Return the name of the account's private repository for a pull request on a target."""
+    return sibling_id(f"{account}/{repo_id.replace('/', '-')}", plan_hash)
 
 
 def look_at_target(publication: Publication, plan_hash: str, token: str | bool | None) -> HubTarget:
@@ -100,13 +123,21 @@ def look_at_target(publication: Publication, plan_hash: str, token: str | bool |
     target = HubTarget(HubRepo(api, publication.repo_id), publication)
     try:
         target.account = whoami(api)
-        for text in rights_missing(target.account, target.repo.id):
+        writes_to = target.repo.id
+        if publication.create_pr:
+            writes_to = f"{target.account.get('name')}/staging"
+        for text in rights_missing(target.account, writes_to):
             target.found.problem(text)
         if target.found.problems:
             return target
         target.info = target.repo.info()
-        if target.info is not None:
+        if publication.create_pr:
+            _check_pull_requests(target, plan_hash)
+        elif target.info is not None:
             _check_content(target, plan_hash)
+        _check_afterwards(target)
+        if target.found.problems:
+            return target
         if not target.finished:
             target.staged = read_staged(staging_repo(target, plan_hash), plan_hash)
     except StoppedError:
@@ -114,6 +145,50 @@ def look_at_target(publication: Publication, plan_hash: str, token: str | bool |
     except ResMergeError as exc:
         target.found.problems += exc.notices
     return target
+
+
+def _check_pull_requests(target: HubTarget, plan_hash: str) -> None:
+    repo, info = target.repo, target.info
+    if info is None:
+        target.found.problem(
+            f"there is no {repo.id} that you may see, so nothing to open a pull request on. Check "
+            "the name.",
+            Remedy.SIGN_IN_TO_SEE,
+            kind="no-repository",
+        )
+    elif (problem := discussion_problem(repo)) is not None:
+        target.found.problems.append(problem)
+    elif (report := _finished_report(repo, info, plan_hash)) is not None:
+        target.finished, target.report = True, report
+    else:
+        number, report = pull_request_of(target, plan_hash)
+        if report is not None:
+            target.finished, target.report, target.pull_request = True, report, number
+
+
+def pull_request_of(target: HubTarget, plan_hash: str) -> tuple[int | None, dict[str, Any] | None]:
+    """Return the account's open pull request that holds a plan's result, and its report; or none.
+
+    Raises:
+        ResMergeError: the network or the Hub kept failing.
+    """
+    repo, author = target.repo, str(target.account.get("name"))
+    for number in repo.pull_requests(author, limit=_MOST_PULL_REQUESTS):
+        info = repo.info(f"refs/pr/{number}")
+        report = _finished_report(repo, info, plan_hash) if info is not None else None
+        if report is not None:
+            return number, report
+    return None, None
+
+
+def _check_afterwards(target: HubTarget) -> None:
+    publication = target.publication
+    if publication.collection:
+        problem = collection_problem(target.repo.api, target.account, publication.collection)
+        target.found.problems += [] if problem is None else [problem]
+    if publication.discuss and target.info is not None:
+        problem = discussion_problem(target.repo)
+        target.found.problems += [] if problem is None else [problem]
 
 
 def _check_content(target: HubTarget, plan_hash: str) -> None:
@@ -129,7 +204,10 @@ def _check_content(target: HubTarget, plan_hash: str) -> None:
         if exc.__cause__ is None or status_of(exc.__cause__) != 403:
             raise
         target.found.problem(
-            f"you may not write to {repo.id}", Remedy.ANOTHER_REPO, Remedy.SIGN_IN_AGAIN
+            f"you may not write to {repo.id}",
+            Remedy.ANOTHER_REPO,
+            Remedy.PULL_REQUEST,
+            Remedy.SIGN_IN_AGAIN,
         )
         return
     files = listed(info)
@@ -153,6 +231,7 @@ def _check_content(target: HubTarget, plan_hash: str) -> None:
             "nothing is overwritten.",
             Remedy.ANOTHER_REPO,
             Remedy.REPLACE,
+            Remedy.PULL_REQUEST,
         )
 
 
@@ -246,15 +325,18 @@ def _check_xet(target: HubTarget) -> None:
             "switched off (HF_HUB_DISABLE_XET). Install it.",
             Remedy.MORE_DISK,
         )
-    elif target.info is not None and not has_xet(target.repo):
+    elif target.info is not None and not has_xet(
+        target.repo, create_pr=target.publication.create_pr
+    ):
         target.found.problems.append(no_xet(target.repo))
 
 
-def has_xet(repo: HubRepo) -> bool:
-    """Whether a repository's Hub takes uploads through Xet."""
+def has_xet(repo: HubRepo, *, create_pr: bool = False) -> bool:
+    """Whether a repository's Hub takes uploads through Xet, for a pull request or a branch."""
 
     def ask() -> bool:
         url = f"{repo.api.endpoint}/api/models/{repo.id}/xet-write-token/main"
+        url += "?create_pr=1" if create_pr else ""
         response = get_session().get(url, headers=repo.api._build_hf_headers(), timeout=60)
         if response.status_code == 404:
             return False

@@ -19,7 +19,7 @@ class Unfinished:
         plan_hash: of the run.
         shards: how many are finished.
         nbytes: their bytes.
-        asked: what was asked for: recipe, options, push_to, public, update; as the run wrote it.
+        asked: what was asked for: as `Request.to_dict`, from the run's own hand.
     """
 
     repo_id: str

@@ -51,6 +51,8 @@ def upload_file(
     name: str,
     sha256: str,
     now_at: Callable[[int], None],
+    *,
+    create_pr: bool = False,
 ) -> CommitOperationAdd:
     """Send a shard that lies in a file; return what commits it.
 
@@ -61,6 +63,7 @@ def upload_file(
         name: of the shard.
         sha256: in hex, taken when the file was written.
         now_at: is called with how many of its bytes were read to be sent, where that is known.
+        create_pr: whether that commit will open a pull request, for which reading is right enough.
 
     Raises:
         StoppedError: the network or the Hub kept failing, or the storage is full.
@@ -70,7 +73,7 @@ def upload_file(
     operation.upload_info.sha256 = bytes.fromhex(sha256)
     patiently(
         lambda: repo.api.preupload_lfs_files(
-            repo.id, [operation], revision=branch, free_memory=False
+            repo.id, [operation], revision=branch, create_pr=create_pr, free_memory=False
         ),
         what=f"send {name} to {repo.id}",
         refused_tries=_REFUSED_TRIES,

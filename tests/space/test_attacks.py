@@ -1,0 +1,192 @@
+"""What strangers tried, one row a test: how much of the Space each may take. Nothing is timed."""
+
+import json
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from gradio_client.exceptions import AppError
+
+from resmerge_stream.errors import RecipeError, VerificationError
+from space.asked import web_request
+from space.examples import examples
+from space.explore import MAX_BYTES, MAX_ROWS, open_report
+from space.identity import network_of
+from space.jobs.jobs import Jobs
+from space.jobs.planning import Turns
+from space.settings import Settings
+from space.view.figures import report_html
+from space.view.report import compared_html, summary_html
+from tests.support.hub_runs import ROOT
+from tests.support.space_runs import Town, client_of, recipe, wait_for
+
+BUILT_IN = {"base_model": "built-in/base", "models": ["built-in/rl-add", "built-in/rl-sort"]}
+
+
+def call(town: Town, endpoint: str, headers: dict[str, str] | None = None, **body: Any) -> str:
+    """Call an endpoint over plain HTTP, as a stranger's script does; return what it answers."""
+    url = f"{town.space.url}/gradio_api/call/v2/{endpoint}"
+    event = httpx.post(url, json=body, headers=headers, timeout=120).json()["event_id"]
+    url = f"{town.space.url}/gradio_api/call/{endpoint}/{event}"
+    return httpx.get(url, headers=headers, timeout=120).text
+
+
+def test_a_malformed_token_costs_the_hub_nothing(town: Town) -> None:
+    """Forty calls with what can be no token: no request, no job, and a plan is made beside them."""
+    town.hub.log.clear()
+    with ThreadPoolExecutor(8) as pool:
+        asked = [
+            pool.submit(call, town, "plan", recipe=BUILT_IN, oauth_token=token)
+            for token in ["x\n", "two words", "ü", "x" * 2000] * 10
+        ]
+        innocent = call(town, "plan", recipe=BUILT_IN)
+        answers = [each.result() for each in asked]
+
+    assert '"refused": false' in innocent
+    assert all("error" in answer and '"refused"' not in answer for answer in answers)
+    assert not town.hub.log.find(path="whoami")
+
+
+def test_a_wrong_token_is_one_question(town: Town) -> None:
+    """Twenty calls with a token that the Hub does not know, or revoked: it is asked once."""
+    town.hub.log.clear()
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(call, town, "jobs", oauth_token="hf_nobodys_token") for _ in range(20)]
+        answers = [each.result() for each in asked]
+
+    assert all("error" in answer for answer in answers)
+    # The library asks once more where a token was refused, to tell an outage from a refusal.
+    assert len(town.hub.log.find(path="whoami")) <= 2
+
+
+def test_a_repository_of_headers_is_not_read(town: Town) -> None:
+    """Its index says 40 MB of headers: the plan is refused, and a fraction of that was sent."""
+    size = 40_000_000
+    town.hub.add_repo("alice/headers", {
+        "config.json": b'{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}',
+        "model.safetensors": size.to_bytes(8, "little") + b"{" + b" " * size,
+    })  # fmt: skip
+    town.hub.log.clear()
+
+    with client_of(town) as client:
+        plan = client.predict(
+            recipe=recipe() | {"models": [{"model": "alice/headers"}]}, api_name="/plan"
+        )
+
+    assert plan["refused"]
+    assert sum(entry.sent for entry in town.hub.log.find(path="headers")) < size / 2
+
+
+def test_a_plan_has_a_limit_of_memory() -> None:
+    """Its process cannot have what would take the server's."""
+    script = (
+        "from space.jobs.planner import _limit_memory\n_limit_memory()\n"
+        "try:\n    bytearray(2_000_000_000)\nexcept MemoryError:\n    print('refused')"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout.split() == ["refused"]
+
+
+def submit(jobs: Jobs, address: str = "", owner: str = "") -> None:
+    """Queue the built-in example for somebody."""
+    asked = web_request({"recipe": examples()[0].recipe}, jobs.settings)
+    jobs.submit(asked, owner=owner, key="", token=None, address=address)
+
+
+@pytest.mark.parametrize("address", ["198.51.100.{}", "2001:db8:1:{}::"])
+def test_a_network_holds_half_of_the_places_of_strangers(tmp_path, monkeypatch, address):
+    """Whoever has many addresses is refused at the half; others still get in, accounts too."""
+    jobs = Jobs(Settings(folder=tmp_path, anonymous_jobs=8))
+    monkeypatch.setattr(jobs, "_start_runners", lambda: None)
+    for number in range(4):
+        submit(jobs, address.format(number))
+
+    with pytest.raises(RecipeError, match="your network"):
+        submit(jobs, address.format(9))
+    submit(jobs, "192.0.2.1")
+    submit(jobs, owner="alice")
+    assert network_of("@alice") == "@alice"
+
+
+def test_a_network_holds_half_of_the_places_to_plan():
+    """From hundred addresses of one network, half of the waiting places are taken; not more."""
+    turns, end = Turns(1), threading.Event()
+
+    def ask(who: str) -> None:
+        try:
+            with turns.turn(who):
+                end.wait(60)
+        except RecipeError:
+            refused.append(who)
+
+    refused: list[str] = []
+    threads = [threading.Thread(target=ask, args=(f"198.51.100.{n}",)) for n in range(100)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(refused) == 87, "all but one that runs and twelve that wait")
+    others = [threading.Thread(target=ask, args=(who,)) for who in ("@alice", "192.0.2.1")]
+    for thread in others:
+        thread.start()
+    wait_for(lambda: len(turns._waiting) == 14, "the others to wait beside them")
+
+    end.set()
+    for thread in [*threads, *others]:
+        thread.join(60)
+    assert len(refused) == 87
+
+
+def report_of(count: int) -> bytes:
+    """A stranger's report of so many tensors, each with every gate."""
+    gates = {"S_H": 0.5, "c_R": 0.6, "c_R_floor": 0.5, "alpha_R": 0.8, "kept_norm": 1.0,
+             "kept_cosine": 0.9, "changed_fraction": 0.4, "update_norm": 1.0}  # fmt: skip
+    tensors = [
+        {"name": f"model.layers.{n // 40}.part{n % 40}.weight", "role": "attention",
+         "rule": "resmerge", "shape": [8, 8], "warnings": [], **gates}
+        for n in range(count)
+    ]  # fmt: skip
+    return json.dumps(
+        {"version": 1, "summary": {}, "files": [], "recipe": {}, "sources": [], "tensors": tensors}
+    ).encode()
+
+
+def test_a_large_report_makes_a_page_of_bounded_size():
+    """Of 50,000 tensors a sample is drawn: no more nodes than a browser draws at once."""
+    opened = open_report(report_of(50_000), name="x/y")
+
+    assert len(opened.rows) <= MAX_ROWS
+    html = summary_html(opened) + report_html(opened.rows)
+    assert html.count("<") < 60_000
+    assert compared_html(opened, opened).count("<") < 60_000
+
+
+def test_a_report_larger_than_any_is_refused():
+    """It is not even parsed."""
+    with pytest.raises(VerificationError, match="more than"):
+        open_report(b"{" + b" " * MAX_BYTES, name="x/y")
+
+
+def test_a_request_larger_than_any_form_is_refused(town: Town) -> None:
+    """A megabyte of JSON is answered with 413 before it is parsed."""
+    url = f"{town.space.url}/gradio_api/call/v2/plan"
+
+    answer = httpx.post(url, content=b'{"recipe": "' + b"x" * 1_000_000 + b'"}', timeout=60)
+
+    assert answer.status_code == 413
+
+
+def test_nothing_secret_is_in_the_configuration(town: Town) -> None:
+    """What everybody may read names no variable of the server, and no private endpoint."""
+    shown = httpx.get(f"{town.space.url}/config", timeout=60).text
+
+    assert "OAUTH_CLIENT_SECRET" not in shown
+    assert "loopback-app-secret" not in shown
+    with client_of(town) as client, pytest.raises((AppError, ValueError)):
+        client.predict(api_name="/merge_1")
