@@ -6,6 +6,7 @@ from starlette.middleware import Middleware
 from .doorway import Doorway, address_with, new_key
 from .identity import at_home, has_login
 from .jobs.downloads import remove_downloads
+from .leaving import Leaving
 from .limits import Limits
 from .page.news import News
 from .page.ui import CSS, build_page
@@ -57,7 +58,7 @@ def launch(settings: Settings | None = None, *, block: bool = True, port: int | 
         port: any free one from 7860 when None.
     """
     key = new_key()
-    guard = [Middleware(Limits)]
+    guard = [Middleware(Limits), Middleware(Leaving)]
     if at_home():
         guard.insert(0, Middleware(Doorway, key=key, is_locked=has_login))
     remove_downloads()

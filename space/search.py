@@ -1,9 +1,10 @@
-"""Model ids of the Hub that match what somebody types."""
+"""Model ids to suggest: those that match what somebody types, and a visitor's own."""
 
 import re
 import threading
 import time
 from itertools import islice
+from typing import Any
 
 from resmerge_stream.sources import REPO_ID
 
@@ -11,14 +12,19 @@ from .identity import Visitor
 
 _TEXT = re.compile(r"[\w.\-/ ]{2,96}", re.ASCII)
 _LIMIT, _KEPT, _KEPT_S = 8, 256, 120.0
+_OWN, _OWN_S = 20, 300.0
 # How long the keys rest before the Hub is asked.
 _REST_S = 0.25
 
 
 class Search:
-    """Looks for ids, and remembers what was found for two minutes; public ones only."""
+    """Looks for ids, and remembers what was found for two minutes; public ones only.
+
+    A visitor's own are remembered for five, by account.
+    """
 
     def __init__(self) -> None:
+        self._own: dict[str, tuple[float, list[str]]] = {}
         self._found: dict[str, tuple[float, list[str]]] = {}
         self._typed: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -35,6 +41,22 @@ class Search:
                 del self._typed[session]
         return is_last
 
+    def own(self, visitor: Visitor) -> list[str]:
+        """Return the models of an account, the last modified first; none without an account."""
+        if not visitor.name:
+            return []
+        now = time.monotonic()
+        with self._lock:
+            known = self._own.get(visitor.name)
+        if known is not None and now - known[0] < _OWN_S:
+            return known[1]
+        found = _ask(visitor, author=visitor.name, sort="last_modified", limit=_OWN)
+        with self._lock:
+            while len(self._own) >= _KEPT:
+                del self._own[next(iter(self._own))]
+            self._own[visitor.name] = (now, found)
+        return found
+
     def ids(self, text: str, visitor: Visitor) -> list[str]:
         """Return up to eight ids; none where the text is too short or the Hub cannot be asked."""
         text = text.strip()
@@ -47,7 +69,7 @@ class Search:
             known = self._found.get(key) if key else None
         if known is not None and now - known[0] < _KEPT_S:
             return known[1]
-        found = _ask(text, visitor)
+        found = _ask(visitor, search=text, limit=_LIMIT)
         if key:
             with self._lock:
                 while len(self._found) >= _KEPT:
@@ -56,11 +78,11 @@ class Search:
         return found
 
 
-def _ask(text: str, visitor: Visitor) -> list[str]:
+def _ask(visitor: Visitor, *, limit: int, **wanted: Any) -> list[str]:
     from resmerge_stream.hub.client import FAILURES, client
 
     try:
-        models = client(visitor.token_or_nobody).list_models(search=text, limit=_LIMIT)
-        return [model.id for model in islice(models, _LIMIT) if REPO_ID.fullmatch(model.id)]
+        models = client(visitor.token_or_nobody).list_models(limit=limit, **wanted)
+        return [model.id for model in islice(models, limit) if REPO_ID.fullmatch(model.id)]
     except FAILURES:
         return []  # suggestions are a help, not a need

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from resmerge_stream.errors import PublishError, RecipeError, Remedy, ResMergeError
@@ -56,10 +56,20 @@ class Service:
         """Return the plan of what a mapping asks for; a wrong recipe is a refused plan."""
         try:
             asked = web_request(document, self.settings)
-            return self.planners.plan(asked, visitor, address)
+            plan = self.planners.plan(asked, visitor, address)
+            return self._as_here(plan)
         except ResMergeError as exc:
             refused = plan_said(refused_plan(*exc.notices))
             return {**refused, "hardware": [], "target_checked": False}
+
+    def _as_here(self, plan: dict[str, Any]) -> dict[str, Any]:
+        """Return a plan with the time that finished merges here make likely."""
+        seconds = self.jobs.expected_seconds(float(plan["seconds_estimate"]))
+        if plan["refused"] or seconds is None:
+            return plan
+        hardware = list(plan["hardware"])
+        hardware[:1] = [replace(fit, seconds=seconds) for fit in hardware[:1]]
+        return {**plan, "seconds_estimate": round(seconds, 1), "hardware": hardware}
 
     def check(self, asked: Request, visitor: Visitor, address: str = "") -> None:
         """Refuse what `submit` would not queue for this visitor now; the plan's verdict too.

@@ -88,6 +88,15 @@ def town(tmp_path_factory):
         yield running
 
 
+@pytest.fixture
+def lone_town(tmp_path):
+    """A town of a test's own, whose Space may be killed and started with other variables."""
+    from tests.support.space_runs import running_town
+
+    with running_town(tmp_path) as running:
+        yield running
+
+
 @pytest.fixture(scope="module")
 def browser():
     """One Chromium for a file's visitors; a test that needs it is skipped where there is none."""

@@ -17,6 +17,7 @@ from resmerge_stream.planning.request import Request
 from ..identity import network_of
 from ..remedies import said
 from ..settings import Settings
+from .estimates import expected_seconds
 from .process import events, let_end, send, start_worker
 from .progress import Live, apply, begin
 from .records import (
@@ -162,6 +163,10 @@ class Jobs:
         queue = self._in_order()
         running = sum(run.process is not None for run in list(self._runs.values()))
         return queue.index(job.id) + running if job.id in queue else 0
+
+    def expected_seconds(self, planned: float) -> float | None:
+        """Return how long a merge takes here by the finished ones, see `expected_seconds`."""
+        return expected_seconds(planned, list(self._jobs.values()))
 
     def report(self, job: Job) -> bytes | None:
         """Return the report of a finished job as JSON, or None."""

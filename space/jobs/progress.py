@@ -80,7 +80,7 @@ def apply(job: Job, live: Live, event: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _planned(job: Job, plan: Mapping[str, Any]) -> None:
-    job.state, job.started = RUNNING, time.time()
+    job.state = RUNNING
     job.message = "Merging."
     job.plan = {
         "tensors": plan["tensors"],
@@ -117,16 +117,18 @@ def _finished(job: Job, live: Live, event: Finished) -> dict[str, Any]:
     # A run that was continued only merged the rest; the report has every tensor.
     live.rows = [row_of(row) for row in event.report["tensors"]]
     job.tensors_done = len(live.rows)
+    job.took = 0.0 if event.already_there else time.time() - job.started
     job.message = (
         "An earlier run had finished this merge; nothing was left to do."
         if event.already_there
-        else f"Done in {_duration(time.time() - job.started)}."
+        else f"Done in {_duration(job.took)}, from the first header to the last "
+        f"file; of that, merging took {_duration(event.report['summary']['seconds'])}."
     )
     return dict(event.report)
 
 
 def _duration(seconds: float) -> str:
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{max(seconds, 1):.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -38,6 +38,7 @@ class Job:
         bytes_read, bytes_written, bytes_sent: of this run.
         bytes_kept: finished by earlier runs.
         tensors_done, shards_done: so far.
+        started, took: when its last run began, and how many seconds it took if that finished it.
         read_speed, write_speed, sent_speed: bytes a second, over the last moments.
         seconds_left: until everything is merged and sent, where that can be told.
         memory_bytes: private memory of the merge now.
@@ -67,6 +68,7 @@ class Job:
     tensors_done: int = 0
     shards_done: int = 0
     memory_bytes: int = 0
+    took: float = 0.0
     accuracies: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
 

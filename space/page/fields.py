@@ -39,7 +39,8 @@ def choose(parts: Parts) -> None:
     for number in range(ROWS):
         name = f"expert{number}"
         parts[name] = _model(f"Expert {number + 1}", name, visible=number < 2)
-    parts["add"] = gr.Button("Add an expert", size="sm")
+    with gr.Row():
+        parts["add"] = gr.Button("Add an expert", size="sm", scale=0, min_width=160)
     methods = find_methods()
     titles = [(method.title, name) for name, method in methods.items()]
     parts["method"] = gr.Dropdown(titles, value=METHOD, label="Method")
@@ -52,7 +53,9 @@ def choose(parts: Parts) -> None:
         )  # fmt: skip
     parts["chips"] = gr.HTML(label="What was changed", container=False, padding=False)
     with gr.Accordion("Advanced", open=False):
+        _part("Start from")
         _start_from(parts)
+        _part("The method")
         with gr.Row():
             for number in range(ROWS):
                 parts[f"weight{number}"] = gr.Number(
@@ -60,7 +63,9 @@ def choose(parts: Parts) -> None:
                 )
         for name, method in methods.items():
             _controls(parts, method, visible=name == METHOD)
+        _part("What is written")
         _output(parts)
+        _part("How it is published")
         _publish(parts)
 
 
@@ -81,6 +86,10 @@ def filled() -> list[str]:
     """Return the names of every part that filling the form may change."""
     groups = [f"controls.{name}" for name in find_methods()]
     return [*names(), "count", *groups, "about_method", "planned"]
+
+
+def _part(title: str) -> None:
+    gr.HTML(f'<h3 class="rm-part">{title}</h3>', container=False, padding=False)
 
 
 def _start_from(parts: Parts) -> None:
@@ -166,16 +175,14 @@ def _output(parts: Parts) -> None:
 
 def _publish(parts: Parts) -> None:
     """Add how the result is published, and what follows."""
-    with gr.Row():
-        parts["publish"] = gr.Radio(
-            [AS_NEW, AS_UPDATE, AS_PULL_REQUEST], value=AS_NEW, label="Publish as",
-            info="an update replaces the model there; a pull request proposes to",
-            min_width=320,
-        )  # fmt: skip
-        parts["visibility"] = gr.Radio(
-            [PRIVATE, PUBLIC, AS_IT_IS], value=PRIVATE, label="Visibility",
-            info="set when everything is there; a pull request leaves it", min_width=320,
-        )  # fmt: skip
+    parts["publish"] = gr.Radio(
+        [AS_NEW, AS_UPDATE, AS_PULL_REQUEST], value=AS_NEW, label="Publish as",
+        info="an update replaces the model that stands there; a pull request proposes to",
+    )  # fmt: skip
+    parts["visibility"] = gr.Radio(
+        [PRIVATE, PUBLIC, AS_IT_IS], value=PRIVATE, label="Visibility",
+        info="set when everything is there; a pull request leaves it as it is",
+    )  # fmt: skip
     with gr.Row():
         parts["collection"] = gr.Textbox(
             label="Add to the collection", placeholder="owner/title-id, or its address",

@@ -10,6 +10,7 @@ from resmerge_stream.errors import ResMergeError
 from resmerge_stream.sinks.hub.unfinished import Unfinished, unfinished_merges
 
 from ..asked import web_request
+from ..examples import built_in_folders
 from ..explore import Opened, open_report
 from ..identity import Visitor, secret_key
 from ..jobs.downloads import downloads
@@ -20,11 +21,14 @@ from ..view import jobs as view
 from ..view import report as view_report
 from ..view.figures import report_html
 from ..view.words import notice
+from .fields import MODELS
 from .news import News
 
 Form = Mapping[str, Any]
 Changes = dict[str, Any]
 Token = gr.OAuthToken | None
+# Jobs whose models are suggested again.
+_RECENT = 5
 # For how long what was found on the Hub is believed.
 _FOUND_S = 300.0
 
@@ -73,7 +77,7 @@ class Following:
         except ResMergeError:
             return {"watching": gr.update(active=False)}
         return {
-            **self._shown(job, visitor, _secret(form)),
+            **self._shown(job, visitor, secret_of(form)),
             "state": job.state,
             "watching": gr.update(active=job.state in ACTIVE),
         }
@@ -111,7 +115,7 @@ class Following:
 
     def look_for_unfinished(self, form: Form, token: Token) -> Changes:
         """Offer a visitor's unfinished merges: from the records, and from the Hub."""
-        return self.waiting(self._visitor(token), _secret(form))
+        return self.waiting(self._visitor(token), secret_of(form))
 
     def waiting(self, visitor: Visitor, secret: str) -> Changes:
         """Return what shows the jobs of an account, or of a browser, and unfinished merges."""
@@ -135,11 +139,26 @@ class Following:
             "mine": view.jobs_html(jobs, signed_in=bool(visitor.name)),
             "report_a": gr.update(choices=done),
             "report_b": gr.update(choices=done),
+            **dict.fromkeys(MODELS, gr.update(choices=self.suggestions(visitor, secret))),
         }
+
+    def suggestions(self, visitor: Visitor, secret: str) -> list[str]:
+        """Return the models that a visitor may mean: merged lately, their own, built-in ones."""
+        jobs = self._service.jobs.of(visitor.name, secret_key(secret))
+        recipes = [job.asked.get("recipe") or {} for job in jobs[:_RECENT]]
+        lately = [
+            model["model"] if isinstance(model, dict) else model
+            for recipe in recipes
+            for model in [recipe.get("base_model"), *(recipe.get("models") or ())]
+        ]
+        named = [str(name) for name in lately if name]
+        return list(
+            dict.fromkeys([*named, *self._service.search.own(visitor), *built_in_folders()])
+        )
 
     def go_on(self, form: Form, token: Token) -> Changes:
         """Continue the unfinished merge that was chosen from the list."""
-        visitor, secret = self._visitor(token), _secret(form)
+        visitor, secret = self._visitor(token), secret_of(form)
         kind, _, name = str(form.get("chosen") or "").partition(":")
         try:
             if kind == "job":
@@ -169,7 +188,7 @@ class Following:
         return view_report.summary_html(opened[0]) + report_html(opened[0].rows)
 
     def _change(self, form: Form, token: Token, act: Any) -> Changes:
-        visitor, secret = self._visitor(token), _secret(form)
+        visitor, secret = self._visitor(token), secret_of(form)
         try:
             job = self._service.job(
                 str(form.get("job") or ""), visitor, key=secret_key(secret), change=True
@@ -224,7 +243,8 @@ class Following:
         return self._service.visitors.who_or_nobody(token.token if token else None)
 
 
-def _secret(form: Form) -> str:
+def secret_of(form: Form) -> str:
+    """Return what tells this browser from others, see `secret_key`."""
     return str(dict(form.get("remembered") or {}).get("secret") or "")
 
 

@@ -54,7 +54,7 @@ def document_of(form: Mapping[str, Any]) -> dict[str, Any]:
     parameters = {
         name: form[field_name(method, name)]
         for name in ([field.name for field in dataclasses.fields(kind)] if kind else [])
-        if form.get(field_name(method, name)) is not None
+        if form.get(field_name(method, name)) not in (None, "")
     }
     if parameters:
         recipe["parameters"] = parameters

@@ -20,7 +20,7 @@ from ..view import jobs as view
 from ..view.plan import plan_html
 from ..view.words import notice
 from .fields import METHOD, MODEL_INFO, MODELS, names
-from .following import Following
+from .following import Following, secret_of
 from .forms import ROWS, document_of, form_of
 from .news import News
 from .texts import from_code
@@ -118,9 +118,11 @@ class Handlers:
         if not self._service.search.is_last(str(request.session_hash)):
             return {}
         text = str(typed.input_value or "")
-        found = self._service.search.ids(text, self._visitor(token))
-        built_in = [name for name in self._built_in() if text.lower() in name]
-        return {"suggested": gr.update(choices=[*found, *built_in][:10])}
+        visitor = self._visitor(token)
+        near = self.following.suggestions(visitor, secret_of(form))
+        mine = [name for name in near if text.strip().lower() in name.lower()]
+        found = dict.fromkeys([*mine, *self._service.search.ids(text, visitor)])
+        return {"suggested": gr.update(choices=list(found)[:10])}
 
     def choose_method(self, form: Form) -> Changes:
         """Show the chosen method's own controls and what it is."""
@@ -197,10 +199,6 @@ class Handlers:
 
     def _visitor(self, token: Token) -> Visitor:
         return self._service.visitors.who_or_nobody(token.token if token else None)
-
-    def _built_in(self) -> list[str]:
-        first = examples()[0]
-        return [first.base, *first.experts]
 
     def _hindrance(self, document: Form, visitor: Visitor, address: str) -> str:
         """Return why Merge would not start what can be planned, and what to do; or nothing."""

@@ -80,10 +80,10 @@ def build_page(service: Service, news: News) -> gr.Blocks:
 
 def _header(parts: Parts) -> None:
     gr.HTML(SKIP, container=False, padding=False, elem_classes="rm-first")
-    with gr.Row(equal_height=True):
+    with gr.Row(equal_height=True, elem_id="head"):
         gr.HTML(TITLE, container=False, padding=False, elem_classes="rm-title", min_width=320)
         if on_space():
-            with gr.Column(min_width=180, scale=0):
+            with gr.Column(min_width=240, scale=0):
                 gr.LoginButton(size="sm")
                 gr.DuplicateButton("Duplicate this Space", size="sm")
     parts["who"] = gr.HTML(label="Account", container=False, padding=False)
@@ -155,7 +155,7 @@ _JOB = [
     "job", "state", "watching", "follow", "status", "cancel", "resume", "discard",
     "act_note", "link", "gates", "log", "done", "result", "files", "figures",
 ]  # fmt: skip
-_UNFINISHED = ["unfinished", "chosen", "mine", "report_a", "report_b"]
+_UNFINISHED = ["unfinished", "chosen", "mine", "report_a", "report_b", *fields.MODELS]
 
 
 def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
@@ -181,12 +181,12 @@ def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
     parts["file"].click(None, None, parts["yaml"], js=_FILE.read_text(), api_visibility="private")
     on(parts["add"].click, handlers.add_row, ["count", "method"], filled)
     for name in fields.MODELS:
-        renamed = {"suggested": parts[name]}
+        renamed = {"suggested": parts[name], "remembered": parts["remembered"]}
         _on(
             renamed,
             parts[name].key_up,
             handlers.suggest,
-            [],
+            ["remembered"],
             ["suggested"],
             quick=True,
             mode="multiple",

@@ -7,6 +7,7 @@ from resmerge_stream.report.unusual import NOTHING, by_reason
 from resmerge_stream.report.words import CHANGES, GATES, KEPT, Measure
 
 from ..rows import Row, cells, families, modules
+from .layers import layers_html
 from .words import esc, table
 
 _CELL_H, _LEFT, _PLOT, _TOP, _BOTTOM = 21, 112, 420, 6, 42
@@ -27,7 +28,7 @@ def live_html(rows: Sequence[Row]) -> str:
 
 
 def report_html(rows: Sequence[Row]) -> str:
-    """Return every figure of a report, and its unusual tensors."""
+    """Return every figure of a report, its unusual tensors, and all tensors folded by layer."""
     gates = [figure for gate in GATES if (figure := heatmap(rows, gate, named=True))]
     gates = gates or [f for gate in CHANGES if (f := heatmap(rows, gate, named=True))]
     shown = GATES if any("S_H" in row.numbers for row in rows) else CHANGES
@@ -38,6 +39,7 @@ def report_html(rows: Sequence[Row]) -> str:
         _section("By family", strips),
         _section("What the cast to the output format kept", kept),
         unusual_html(rows),
+        layers_html(rows),
     ]
     return f'<div class="rm">{"".join(parts)}</div>'
 

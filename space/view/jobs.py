@@ -8,6 +8,7 @@ from resmerge_stream.methods import MergeMethod
 from resmerge_stream.units import format_size
 
 from ..jobs.records import ACTIVE, CONTINUABLE, DONE, QUEUED, RUNNING, Job
+from .shares import shares_html
 from .words import duration, esc, facts, notice, table
 
 _STATES = {
@@ -128,7 +129,7 @@ def result_html(job: Job) -> str:
         text += "" if job.asked.get("create_pr") else _next_steps(str(job.asked.get("push_to")))
     else:
         text = "Merged. The files are below, also as one archive; they stay here for a day.</b>"
-    bars = _accuracies(job.accuracies)
+    bars = shares_html(job.accuracies, "merged")
     return f'<div class="rm"><div class="rm-note rm-good"><b>{text}</div>{bars}</div>'
 
 
@@ -139,35 +140,6 @@ def _next_steps(repo: str) -> str:
         f'target="_blank" rel="noopener">Make a GGUF, also quantised</a>, of '
         f"<code>{esc(repo)}</code></p>"
     )
-
-
-def _accuracies(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """Return how many held-out questions each model answers rightly: bars, then task by task."""
-    if not found:
-        return ""
-    tasks = list(next(iter(found.values())))
-    means = {model: sum(row[t][0] for t in tasks) / len(tasks) for model, row in found.items()}
-    bars = "".join(
-        f"<li{' class=rm-own' * (model == 'merged')}><span>{esc(model)}</span>"
-        f'<i><i style="width:{100 * mean:.0f}%"></i></i><b>{mean:.0%}</b></li>'
-        for model, mean in means.items()
-    )
-    rows = [
-        (esc(model), *(f"{row[task][0]:.0%}{_interval(row[task])}" for task in tasks))
-        for model, row in found.items()
-    ]
-    count = int(found["merged"][tasks[0]][3])
-    caption = f"Right answers to {count} held-out questions a task, with 95 % intervals"
-    shown = table(("Model", *(esc(task) for task in tasks)), rows, caption)
-    return (
-        f"<h3>Right answers, mean of {len(tasks)} tasks</h3>"
-        f'<ul class="rm-bars">{bars}</ul>'
-        f"<details><summary>Task by task</summary>{shown}</details>"
-    )
-
-
-def _interval(share: Sequence[float]) -> str:
-    return f' <span class="rm-range">({share[1]:.0%} … {share[2]:.0%})</span>'
 
 
 def who_html(name: str, on_space: bool) -> str:

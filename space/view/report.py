@@ -10,6 +10,7 @@ from resmerge_stream.units import format_size
 from ..explore import Opened
 from ..rows import Row, families, roles
 from .figures import heatmap
+from .shares import evaluated, shares_html
 from .words import duration, esc, facts, table
 
 
@@ -36,6 +37,8 @@ def summary_html(opened: Opened) -> str:
             (part, f"<code>{esc(_short(item.get('id')))}</code>", f"<code>{esc(commit)}</code>")
         )
     parts = [facts([(k, v) for k, v in pairs if v])]
+    shares = evaluated(report)
+    parts.append(shares_html(shares, next(reversed(shares), "")))
     parts.append(table(("Part", "Model", "Commit"), sources, "Merged from"))
     parts.append(_medians(opened.rows))
     return f'<div class="rm"><h3>{esc(opened.name)}</h3>{"".join(parts)}</div>'

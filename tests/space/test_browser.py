@@ -1,9 +1,13 @@
 """The Space in a real browser: the whole way, a reload, a cancel, other visitors."""
 
+import re
+import signal
 from collections.abc import Callable
 
 from playwright.sync_api import expect
 
+from space.page.ui import TICK_S
+from tests.support.hub_runs import ROOT
 from tests.support.space_pages import Visit
 from tests.support.space_runs import Town, wait_for
 
@@ -176,15 +180,60 @@ def test_a_recipe_is_a_link(visit: Visitors) -> None:
     expect(base).to_have_value("built-in/base")
 
 
+def test_ten_seconds_are_enough_to_notice() -> None:
+    """A tab asks every so often, and waits so long for an answer: together less than ten."""
+    script = (ROOT / "space" / "page" / "watch.js").read_text()
+
+    (patience,) = re.findall(r"AbortSignal\.timeout\((\d+)\)", script)
+
+    assert TICK_S + int(patience) / 1000 <= 10
+
+
 def test_a_server_that_is_gone_is_noticed(visit: Visitors, town: Town) -> None:
-    """An open tab says within ten seconds that nobody answers, and when it can go on."""
+    """An open tab says that nobody answers, and when it can go on."""
     alice = visit("alice")
     with town.held("alice/gone"):
         alice.start("gone")
         alice.expect_state("Merging")
         alice.page.context.set_offline(True)
-        expect(alice.page.get_by_text("The connection is lost")).to_be_visible(timeout=10_000)
+        expect(alice.page.get_by_text("The connection is lost")).to_be_visible()
         alice.page.context.set_offline(False)
 
     alice.expect_state("Done")
     expect(alice.page.get_by_text("The connection is lost")).not_to_be_visible()
+
+
+def test_a_logout_forgets(visit: Visitors, town: Town) -> None:
+    """Afterwards this browser shows nothing of the account: no job, and an empty form."""
+    alice = visit("alice")
+    alice.start("before-leaving")
+    alice.expect_state("Done")
+    alice.fill("typed")
+
+    alice.page.get_by_role("button", name="Logout (alice)").click()
+    expect(alice.page.get_by_text("Without an account")).to_be_visible()
+    alice.open()
+
+    expect(alice.page.get_by_role("heading", name="Your merge")).not_to_be_visible()
+    base = alice.page.get_by_role("combobox", name="Base model", exact=True)
+    expect(base).to_have_value("")
+    assert "before-leaving" not in alice.page.content()
+
+
+def test_a_restarted_server_is_noticed(visit: Visitors, lone_town: Town) -> None:
+    """An open tab says that nobody answers, then by itself that the job can be continued."""
+    guest = Visit(visit().page, lone_town).open()
+    with lone_town.held("alice/restarted", lost=True) as hold:
+        guest.sign_in("alice")
+        guest.start("restarted")
+        wait_for(lambda: hold.hits, "the merge to stand still")
+        guest.expect_state("Merging")
+        lone_town.space.stop(signal.SIGKILL)
+        # By gradio, which then loads the page again by itself, or by the page.
+        lost = guest.page.get_by_text(re.compile("connection (to the server was|is) lost", re.I))
+        expect(lost.first).to_be_visible()
+    lone_town.space.start()
+
+    guest.expect_state("Stopped, can go on")
+    expect(guest.page.get_by_text("The Space was restarted")).to_be_visible()
+    expect(lost.first).not_to_be_visible()

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
@@ -11,12 +12,14 @@ import pytest
 
 from resmerge_stream.methods import find_methods
 from space import launch
+from space.asked import web_request
 from space.examples import examples
 from space.jobs.records import ACTIVE, new_job
 from space.page import fields, ui
 from space.page.forms import document_of
 from space.page.handlers import Handlers
 from space.page.news import News
+from space.settings import Settings
 from tests.support.checkpoints import ROOT, run_python
 
 PATIENCE_S = 180.0  # a busy machine is slow
@@ -29,6 +32,7 @@ def request(host="203.0.113.7", **query):
 
 
 NOBODY = request()
+SETTINGS = Settings(folder=Path("unused"))
 ALICE = gr.OAuthToken("t-alice", "openid", 0)
 BOB = gr.OAuthToken("t-bob", "openid", 0)
 
@@ -38,6 +42,9 @@ def handlers(service, monkeypatch):
     """The page's handlers; unfinished merges are not looked for on a Hub, which is not here."""
     made = Handlers(service, News(service))
     monkeypatch.setattr(made.following, "_on_hub", lambda visitor: [])
+    monkeypatch.setattr(
+        service.search, "own", lambda visitor: [f"{visitor.name}/model"] if visitor.name else []
+    )
     return made
 
 
@@ -223,6 +230,50 @@ def test_unfinished_merges_are_offered_to_their_owner(service, handlers):
     assert mine["chosen"]["value"] == f"job:{job.id}"
     assert f"?job={job.id}" in mine["mine"]
     assert not other["unfinished"]["visible"]
+
+
+def test_models_are_suggested_before_anything_is_typed(service, handlers):
+    """Those merged lately come first, then the account's own, then the built-in ones."""
+    asked = {"recipe": {"base_model": "o/b", "models": [{"model": "o/a"}, "o/c"]}}
+    job = new_job(asked, "alice", "")
+    service.jobs._jobs[job.id] = job
+
+    mine = handlers.following.look_for_unfinished({}, ALICE)
+    other = handlers.following.look_for_unfinished({}, None)
+
+    for field in fields.MODELS:
+        assert mine[field]["choices"][:5] == ["o/b", "o/a", "o/c", "alice/model", "built-in/base"]
+        assert other[field]["choices"][0] == "built-in/base"
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+def test_an_empty_number_is_its_default(handlers, empty):
+    """Whoever clears a parameter, the seed, a weight or the rank can still plan and merge."""
+    form = form_after({**handlers.example({}, 0), "dtype": {"value": "same as the base"}})
+    numbers = [name for name in form if name.startswith(("weight", "resmerge.", "head_regress"))]
+    form |= dict.fromkeys([*numbers, "seed", "adapter_rank", "max_shard_size"], empty)
+
+    planned = handlers.plan(form, NOBODY, None)
+
+    assert planned["merge"]["interactive"], planned["plan_html"]
+
+
+def test_how_it_is_published_is_one_choice():
+    """A pull request asks for nothing that it cannot have; the rest says what it replaces."""
+    form = {"base": "o/b", "expert0": "o/a", "count": 1, "name": "me/m", "visibility": "public",
+            "collection": " me/merges-1 ", "discuss": True}  # fmt: skip
+
+    asked = {
+        publish: document_of({**form, "publish": publish})
+        for publish in ("a new repository", "an update", "a pull request")
+    }
+
+    found = {publish: web_request(each, SETTINGS).publication for publish, each in asked.items()}
+    assert found["a new repository"].words() == [
+        "--push-to", "me/m", "--public", "--collection", "me/merges-1", "--discuss"
+    ]  # fmt: skip
+    assert "--update" in found["an update"].words()
+    assert found["a pull request"].words() == ["--push-to", "me/m", "--create-pr"]
 
 
 def test_a_pasted_recipe_fills_the_form(handlers):

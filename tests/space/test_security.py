@@ -15,7 +15,6 @@ from tests.support.space_runs import (
     client_of,
     ended,
     recipe,
-    running_town,
     status,
     wait_for,
 )
@@ -95,13 +94,6 @@ def test_a_token_is_written_nowhere(town: Town) -> None:
     assert not [name for name in town.hub.files(repo) if secret in town.hub.read(repo, name)]
     assert town.space.process is not None
     assert secret not in Path(f"/proc/{town.space.process.pid}/cmdline").read_bytes()
-
-
-@pytest.fixture
-def lone_town(tmp_path: Path) -> Iterator[Town]:
-    """A town of a test's own, whose Space may be killed; its environment holds alice's token."""
-    with running_town(tmp_path) as town:
-        yield town
 
 
 def test_the_owners_secret_serves_no_visitor(lone_town: Town) -> None:

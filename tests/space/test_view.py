@@ -2,10 +2,13 @@
 
 import re
 
+import pytest
+
 from resmerge_stream.report import words
 from resmerge_stream.run.events import Progressed
 from space.explore import Opened
 from space.hardware import MODEL, Fit, Machine
+from space.jobs.estimates import expected_seconds
 from space.jobs.progress import Live, apply
 from space.jobs.records import Job
 from space.rows import row_of
@@ -78,6 +81,69 @@ def test_the_built_in_merge_shows_what_it_can_do():
     assert "32 held-out questions" in html
     assert "50% " in html
     assert "75%" in html
+
+
+def evaluation(**models):
+    """Return a report's evaluation on one task, with its mean."""
+    rows = {
+        name: {"maths": {"accuracy": share, "low": share, "high": share, "n": 20}, "mean": {}}
+        for name, share in models.items()
+    }
+    return {"evaluation": {"version": 1, "models": rows, "differences": []}}
+
+
+def test_an_evaluation_that_was_made_is_drawn():
+    """The base, the experts and the merge are bars, and the merge, the last, stands out."""
+    report = {"summary": {}, **evaluation(base=0.25, expert=0.5, merge=0.75)}
+
+    html = view_report.summary_html(Opened("x/y", report, []))
+
+    assert re.findall(r"width:(\d+)%", html) == ["25", "50", "75"]
+    assert "<li class=rm-own><span>merge</span>" in html
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"evaluation": 5},
+        {"evaluation": {"models": {"a": {"t": {"accuracy": 2, "low": 0, "high": 1, "n": 1}}}}},
+        {"evaluation": {"models": {"a": {"t": {"accuracy": "<b>", "low": 0, "high": 1, "n": 1}}}}},
+        {"evaluation": {"models": {"a": [], "b": {"mean": {}}}}},
+    ],
+)
+def test_a_strangers_evaluation_is_no_bar(wrong):
+    """What is no share of right answers is left out; nothing fails."""
+    assert "rm-bars" not in view_report.summary_html(Opened("x/y", {"summary": {}, **wrong}, []))
+
+
+def test_tensors_are_folded_by_layer():
+    """Each layer is closed until it is opened, and has its tensors with their gates."""
+    html = figures.report_html(gates(layers=3))
+
+    assert re.findall(r"<summary>(Layer \d), 2 tensors", html) == ["Layer 0", "Layer 1", "Layer 2"]
+    assert "model.layers.2.up_proj.weight" in html.partition("<summary>Layer 2")[2]
+
+
+@pytest.mark.parametrize(
+    ("finished", "planned", "seconds"),
+    [
+        ([], 3, None),
+        ([(1, 11), (2, 14), (3, 15)], 3, 15),  # what each took beside its bytes
+        ([(100, 200), (300, 600)], 1000, 2000),  # a machine half as fast
+        ([(1, 11), (100, 210)], 1000, 2010),  # both
+    ],
+)
+def test_an_estimate_is_what_merges_took_here(finished, planned, seconds):
+    """Short merges tell the time beside the bytes, long ones the machine's speed."""
+    jobs = [
+        job(state="done", took=took, plan={"seconds_estimate": estimate}, created=number)
+        for number, (estimate, took) in enumerate(finished)
+    ]
+    stopped = job(state="done", took=9999.0, bytes_kept=5, plan={"seconds_estimate": 1})
+
+    found = expected_seconds(planned, [*jobs, stopped, job(state="failed", took=9999.0)])
+
+    assert found == pytest.approx(seconds)
 
 
 def job(**values):

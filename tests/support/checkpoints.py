@@ -260,7 +260,7 @@ def run_python(code: str, *args: str, **options: Any) -> subprocess.CompletedPro
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
         **options,
     )

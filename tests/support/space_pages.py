@@ -9,6 +9,7 @@ from playwright.sync_api import CDPSession, Locator, Page, expect
 from tests.support.hub_runs import MODELS
 from tests.support.space_runs import Town
 
+LONG_S = 240.0  # for a whole merge beside other work
 # What a visitor can act on.
 CONTROLS = {"button", "checkbox", "combobox", "link", "radio", "slider", "spinbutton", "tab",
             "textbox", "searchbox", "listbox"}  # fmt: skip
@@ -109,7 +110,8 @@ class Visit:
 
     def expect_state(self, words: str) -> None:
         """Wait until the followed job's badge says this."""
-        expect(self.page.locator("#follow .rm-badge").first).to_have_text(words)
+        badge = self.page.locator("#follow .rm-badge").first
+        expect(badge).to_have_text(words, timeout=LONG_S * 1000)
 
     def is_above_the_fold(self, words: str) -> bool:
         """Whether some text is seen without scrolling."""

@@ -65,7 +65,7 @@ class Space:
         )  # fmt: skip
         log.close()
         there = self._prints if locked else self._answers
-        wait_for(there, "the app to answer", patience_s=120.0)
+        wait_for(there, "the app to answer", patience_s=300.0)
 
     def _prints(self) -> bool:
         assert self.process is not None
