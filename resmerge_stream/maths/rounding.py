@@ -4,10 +4,11 @@ import hashlib
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .task_vectors import block_gram
+from .task_vectors import block_inner
 
 
 @dataclass(slots=True)
@@ -26,14 +27,17 @@ class Kept:
 
     def add(self, update: Tensor, kept: Tensor) -> None:
         """Add one block: ΔW and K, float32, same shape."""
-        gram = block_gram(torch.stack((update, kept)))
-        self.update_sq += float(gram[0, 0])
-        self.inner += float(gram[0, 1])
-        self.kept_sq += float(gram[1, 1])
-        # As integers, less the sign: torch counts nonzero floats fifteen times slower.
-        self.changed += int(torch.count_nonzero(kept.view(torch.int32) << 1))
+        kept_sq = block_inner(kept, kept)
+        self.update_sq += block_inner(update, update)
+        self.inner += block_inner(update, kept)
+        self.kept_sq += kept_sq
+        if kept.device.type == "cpu":
+            # torch counts nonzero floats fifteen times slower.
+            self.changed += int(np.count_nonzero(kept.numpy() != 0))
+        else:
+            self.changed += int(torch.count_nonzero(kept))
         self.numel += kept.numel()
-        self.overflowed |= not math.isfinite(float(gram[1, 1]))
+        self.overflowed |= not math.isfinite(kept_sq)
 
     def absorb(self, other: "Kept") -> None:
         """Add the sums of other blocks of the same tensor."""

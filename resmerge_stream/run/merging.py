@@ -304,8 +304,9 @@ class Merger:
 
         def merge(rows: slice) -> MergedRows:
             # An update from factors needs no Δ, so that none is formed.
-            stack = vectors.stack(rows) if decided.update.needs_stack else torch.empty(0)
-            return self.merge_rows(decided, rows, stack, vectors.base(rows))
+            if not decided.update.needs_stack:
+                return self.merge_rows(decided, rows, torch.empty(0), vectors.base(rows))
+            return self.merge_rows(decided, rows, *vectors.block(rows))
 
         return blocks_ahead(vectors.blocks(), merge, threads)
 
@@ -327,8 +328,8 @@ class Merger:
             merged = decided.base[rows].to(dtype)  # signed zeros included
         else:
             merged = cast(base + delta, dtype, seed=self._cast_seed(decided.piece, rows))
-        kept = Kept()
-        kept.add(delta, merged.to(base.device, torch.float32) - base)
+        kept, back = Kept(), merged.to(base.device, torch.float32)
+        kept.add(delta, back - base if back is merged else back.sub_(base))
         if kept.overflowed:
             raise NonFiniteError(
                 f"{spec.name} overflows {DTYPES[spec.dtype].torch_name} after the merge. "
