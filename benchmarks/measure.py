@@ -2,6 +2,7 @@
 
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -24,12 +25,17 @@ class Run:
         peak_private: highest RssAnon + RssShmem that was sampled, in bytes.
         code: exit code.
         output: standard output and error together.
+        user, system: processor seconds, its children's as well.
+        faults: page faults that needed no disk.
     """
 
     seconds: float
     peak_private: int
     code: int
     output: str
+    user: float = 0.0
+    system: float = 0.0
+    faults: int = 0
 
 
 def run(command: Sequence[str], *, env: dict[str, str] | None = None, check: bool = True) -> Run:
@@ -38,6 +44,7 @@ def run(command: Sequence[str], *, env: dict[str, str] | None = None, check: boo
     Raises:
         RuntimeError: it failed, and `check` is true.
     """
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
     process = subprocess.Popen(
         command,
@@ -54,7 +61,16 @@ def run(command: Sequence[str], *, env: dict[str, str] | None = None, check: boo
     watcher.join()
     if check and process.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{output[-2000:]}")
-    return Run(seconds, peak[0], process.returncode, output)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Run(
+        seconds,
+        peak[0],
+        process.returncode,
+        output,
+        after.ru_utime - before.ru_utime,
+        after.ru_stime - before.ru_stime,
+        after.ru_minflt - before.ru_minflt,
+    )
 
 
 def alternate(
