@@ -33,6 +33,8 @@ class Dropped(Sparsified):
     url: ClassVar[str] = "https://arxiv.org/abs/2311.03099"
     earlier: ClassVar[Mapping[str, Any]] = {"density": 0.2, "rescale": "inverse"}
 
+    masks: ClassVar[bool] = True
+
     density: float | tuple[float, ...] = density_param()
     normalize: bool = normalize_param(False)
     rescale: str = param("l1", RESCALE_LABEL, choices=RESCALES, words=RESCALE_WORDS)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ...maths.task_vectors import TaskVectors
 
 RESCALES = ("l1", "inverse", "none")
+# Entries whose keys stay in the cache while they are sorted.
+_SORTED_ENTRIES = 1 << 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,8 @@ class MagnitudeDropped(Sparsified):
 
     paper: ClassVar[str] = "Deep et al. 2024, DELLA-Merging"
     url: ClassVar[str] = "https://arxiv.org/abs/2406.11617"
+
+    masks: ClassVar[bool] = True
 
     density: float | tuple[float, ...] = density_param()
     epsilon: float | tuple[float, ...] = param(
@@ -105,7 +109,29 @@ def chances(delta: Tensor, density: float, epsilon: float, *, is_row: bool) -> T
 
     rows = delta.T if is_row else delta
     n = rows.shape[1]
-    order = rows.abs().argsort(dim=1, stable=True)
     places = torch.linspace(density - epsilon, density + epsilon, n, device=delta.device)
+    order = _ascending(rows)
     found = torch.empty_like(rows).scatter_(1, order, places.expand_as(order))
     return found.T if is_row else found
+
+
+def _ascending(rows: Tensor) -> Tensor:
+    """Return the order of the magnitudes in each row, equal ones in the order of their places."""
+    import numpy as np
+    import torch
+
+    if rows.device.type != "cpu" or rows.dtype != torch.float32:
+        return rows.abs().argsort(dim=1, stable=True)
+    # Bit patterns of magnitudes are ordered like them: with its place below it each is a different
+    # number, and numbers are sorted by numpy in half the time of torch's stable order.
+    b, n = rows.shape
+    order = np.empty((b, n), np.int64)
+    places, height = np.arange(n), max(_SORTED_ENTRIES // max(n, 1), 1)
+    for start in range(0, b, height):
+        keys = order[start : start + height]
+        keys[...] = rows[start : start + height].abs().view(torch.int32).numpy()
+        keys <<= 32
+        keys |= places
+        keys.sort(axis=1)
+        keys &= 0xFFFFFFFF
+    return torch.from_numpy(order)

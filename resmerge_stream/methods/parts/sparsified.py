@@ -26,6 +26,8 @@ RESCALE_WORDS = {True: "l1", False: "none"}
 # Weights and norms that small count as none.
 _NO_WEIGHT = 1e-8
 _NO_NORM = 1e-7
+# What may be noted of a tensor's entries, beside its row blocks.
+_NOTED_BYTES = 8_000_000
 
 Sparse = Callable[[slice, "Tensor"], Sequence["Tensor"]]
 
@@ -58,11 +60,14 @@ class Sparsified(MergeMethod):
 
     Class attributes:
         elects: whether signs are elected.
+        masks: whether Δ̂ is Δ times zeros and ones, dear to find; unless it is enlarged entry by
+            entry.
     """
 
     weighted: ClassVar[bool] = True
     aliases: ClassVar[Mapping[str, Alias]] = OLD_NAMES
     elects: ClassVar[bool] = False
+    masks: ClassVar[bool] = False
 
     normalize: bool
     lambda_: float
@@ -96,8 +101,9 @@ class Sparsified(MergeMethod):
         if not self.dense():
             sparse, gates = self.sparse(vectors, site)
             if self.rescale_to_norm():
+                choose, sparse = chosen_once(vectors, sparse) if self.masks else (sparse, sparse)
                 # w·(f·Δ̂) = (w·f)·Δ̂, but the division below is by the w alone.
-                factors = l1_factors(vectors, sparse)
+                factors = l1_factors(vectors, choose)
                 sparse = _times(sparse, factors)
 
         total = sum(weights)
@@ -123,6 +129,43 @@ def _times(sparse: Sparse, factors: Sequence[float]) -> Sparse:
         return [x * f for x, f in zip(sparse(block, stack), factors, strict=True)]
 
     return scaled
+
+
+def chosen_once(vectors: TaskVectors, sparse: Sparse) -> tuple[Sparse, Sparse]:
+    """Return a function that notes which entries stay, and one that repeats it, to the bit.
+
+    Both are `sparse` itself where there would be more to note than a few MB, one bit an entry.
+
+    Args:
+        vectors: of the tensor; the first function is called with all of its blocks, in one thread.
+        sparse: gives Δ times zeros and ones.
+    """
+    import numpy as np
+    import torch
+
+    m, n = vectors.shape
+    blocks = vectors.blocks()
+    if vectors.device.type != "cpu" or not blocks or vectors.count * m * n > 8 * _NOTED_BYTES:
+        return sparse, sparse
+    height = blocks[0].stop
+    # Taken at once, so that no heap is broken into pieces.
+    noted = np.zeros((len(blocks), vectors.count, -(-height * n // 8)), np.uint8)
+
+    def note(block: slice, stack: Tensor) -> Sequence[Tensor]:
+        kept = sparse(block, stack)
+        for bits, values in zip(noted[block.start // height], kept, strict=True):
+            packed = np.packbits(values.numpy() != 0)
+            bits[: packed.size] = packed
+        return kept
+
+    def repeat(block: slice, stack: Tensor) -> Sequence[Tensor]:
+        found = []
+        for bits, delta in zip(noted[block.start // height], stack, strict=True):
+            mask = np.unpackbits(bits, count=delta.numel())
+            found.append(delta * torch.from_numpy(mask).view_as(delta))
+        return found
+
+    return note, repeat
 
 
 def l1_factors(vectors: TaskVectors, sparse: Sparse) -> list[float]:
