@@ -27,7 +27,11 @@ class SafetensorsFile:
             self._file = path.open("wb", buffering=0)
         except OSError as exc:
             raise _stopped(path, exc) from exc
-        self.write(memoryview(shard.header))
+        try:
+            self.write(memoryview(shard.header))
+        except StoppedError:
+            self.abort()  # nobody else knows of it yet
+            raise
 
     def write(self, data: memoryview) -> None:
         """Append bytes and hash them.
