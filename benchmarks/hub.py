@@ -5,14 +5,17 @@ m4  the largest disk use of shards while a merge runs, with two shards and with 
 m5  planning of models that exist as headers only: 405B dense, 671B mixture of experts
 r1  SIGKILL at random moments, then the same command until it is done
 r2  every fault of the loopback Hub: alone at every kind of request, and at random 5 %
+checks  time of a merge from the Hub into a folder, with its source check and without, in turn
 
 Each prints a table. --layers and --hidden make the group larger, --dir says where it is kept.
 """
 
 import argparse
 import random
+import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -295,6 +298,35 @@ def r2(args: argparse.Namespace) -> None:
     table(("fault", "where", "exit", "after a rerun", "bytes"), rows)
 
 
+def checks(args: argparse.Namespace) -> None:
+    """Print what comparing every source with the Hub's hash costs: medians of runs in turn."""
+    wall: dict[str, list[float]] = {"checked": [], "--no-check-sources": []}
+    cpu: dict[str, list[float]] = {name: [] for name in wall}
+    with bench(args) as made:
+        for number in range(args.times):
+            for name in wall:
+                out, before = made.folder / f"out{number}", _cpu_of_children()
+                words = ["merge", *made.sources(), "--out", str(out), "--json"]
+                words += [] if name == "checked" else [name]
+                seconds, done = timed(lambda words=words: made.fresh(words))  # type: ignore[misc]
+                if done.code:
+                    raise RuntimeError(done.err)
+                wall[name].append(seconds)
+                cpu[name].append(_cpu_of_children() - before)
+                shutil.rmtree(out)
+    rows = []
+    for what, taken in (("wall", wall), ("CPU", cpu)):
+        checked, free = (statistics.median(seconds) for seconds in taken.values())
+        cost = f"{100 * (checked / free - 1):+.1f} %"
+        rows.append((what, f"{checked:.2f} s", f"{free:.2f} s", cost))
+    table(("time", *wall, "cost"), rows)
+
+
+def _cpu_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def _sha256(data: bytes | Path) -> str:
     import hashlib
 
@@ -309,21 +341,24 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
         print("| " + " | ".join(row) + " |")
 
 
+_MEASURES = {"s5": s5, "m4": m4, "m5": m5, "r1": r1, "r2": r2, "checks": checks}
+
+
 def main() -> None:
     """Run one benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("name", choices=("s5", "m4", "m5", "r1", "r2"))
+    parser.add_argument("name", choices=tuple(_MEASURES))
     parser.add_argument("--dir", type=Path, default=scratch_folder("hub"))
     parser.add_argument("--hidden", type=int, default=64, help="width of the model (64)")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model (4)")
     parser.add_argument("--shard", type=float, default=0.2, help="megabytes of a shard (0.2)")
     parser.add_argument("--rate", type=float, default=_RATE / 1e6, help="s5: MB/s each way (40)")
-    parser.add_argument("--times", type=int, default=25, help="r1: how many kills (25)")
+    parser.add_argument("--times", type=int, default=25, help="r1: how many kills; checks: runs")
     parser.add_argument("--seed", type=int, default=0, help="r1: of the moments (0)")
     args = parser.parse_args()
-    {"s5": s5, "m4": m4, "m5": m5, "r1": r1, "r2": r2}[args.name](args)
+    _MEASURES[args.name](args)
 
 
 if __name__ == "__main__":

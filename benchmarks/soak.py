@@ -222,16 +222,16 @@ class _Running:
         faults = self.bench.hub.faults
         faults.clear()
         program = ["-m", "resmerge_stream"]
-        if "full disk" in self.case.troubles and number == 1:
+        if "full disk" in self.case.troubles and number == 0:
             program = ["-c", FULL, "15000"]
         process = subprocess.Popen(
             [sys.executable, *program, *words],
             env=self.bench.env(), cwd=self.bench.folder, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
-        faults.add(Hook(call=self._look_at_disk))
         if number < TROUBLED:
             self._trouble(process, words, number)
+        faults.add(Hook(call=self._look_at_disk))  # last: of several hooks the first is called
         try:
             out, err = process.communicate(timeout=300)
         except subprocess.TimeoutExpired:

@@ -21,7 +21,10 @@ class Clock:
 def test_the_time_left_is_right_within_a_quarter(
     monkeypatch: pytest.MonkeyPatch, send_speed: float, step: int
 ) -> None:
-    """From a fifth of the way on, whether sending or merging decides, told byte by byte or not."""
+    """From a fifth of the way on, whether sending or merging decides, told byte by byte or not.
+
+    In the last seconds, when a quarter is next to nothing, within 3 % of the whole.
+    """
     clock = Clock()
     monkeypatch.setattr(module, "time", clock)
     shards, shard_bytes, warm_up = 20, 100, 3.0
@@ -54,4 +57,4 @@ def test_the_time_left_is_right_within_a_quarter(
 
     assert told
     for moment, left, truth in told:
-        assert abs(left - truth) <= 0.25 * truth + 0.05 * total, moment
+        assert abs(left - truth) <= max(0.25 * truth, 0.03 * total), moment
