@@ -51,6 +51,8 @@ TARGET = "alice/merged"
 ROUNDS, TROUBLED = 10, 4
 # More than the sampling of a run's memory can be off by.
 MEMORY_SLACK = 64_000_000
+# Seconds that a run may take before it is said to hang: a busy machine is slow.
+RUN_S = 900
 FULL = (
     "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
     "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2);"
@@ -233,11 +235,11 @@ class _Running:
             self._trouble(process, words, number)
         faults.add(Hook(call=self._look_at_disk))  # last: of several hooks the first is called
         try:
-            out, err = process.communicate(timeout=300)
+            out, err = process.communicate(timeout=RUN_S)
         except subprocess.TimeoutExpired:
             process.kill()
             out, err = process.communicate()
-            self.wrong.append("a run did not end within 300 s")
+            self.wrong.append(f"a run did not end within {RUN_S} s")
         faults.clear()
         return process.returncode, out, err
 
