@@ -220,7 +220,7 @@ def test_no_is_an_answer(bench: Bench) -> None:
     process, terminal = on_terminal(bench, "alice/no", "")
 
     shown = read_until(terminal, "nothing was started")
-    code = process.wait(60)  # before its terminal goes, to which it may still be writing
+    code = process.wait(300)  # before its terminal goes, to which it may still be writing
     os.close(terminal)
 
     assert code == 2, shown
@@ -244,7 +244,7 @@ def test_ctrl_c_leaves_the_job_running(bench: Bench, hears: str) -> None:
         signal_thread(process, threads_of(process)[-1])
     shown = read_until(terminal, "hf jobs cancel")
     reference = f"alice/{jobs(bench)[0].answer['id']}"
-    code = process.wait(120)
+    code = process.wait(300)
     os.close(terminal)
     assert code == 130
     assert f"resmerge-stream submit --attach {reference}" in shown
@@ -388,11 +388,12 @@ def test_the_same_submit_follows_the_job_that_runs(bench: Bench) -> None:
     ends(bench, "said to both", skip=1)
     first = bench.start(["submit", *bench.sources(), "--push-to", "alice/twice", "--yes"])
     while not jobs(bench):
+        assert first.poll() is None
         time.sleep(0.02)
 
     second = submit(bench, "alice/twice", yes=False)
 
-    out, err = first.communicate(timeout=60)
+    out, err = first.communicate(timeout=300)
     assert (first.returncode, second.code) == (0, 0), err + second.err
     assert len(jobs(bench)) == 1
     assert "already runs" in second.err
@@ -482,7 +483,7 @@ def test_a_cancelled_job_ends_its_process(bench: Bench) -> None:
 
     process = jobs(bench)[0].process
     assert process is not None
-    assert process.wait(60) == -signal.SIGKILL
+    assert process.wait(300) == -signal.SIGKILL
     assert done.code == 3
     assert "was cancelled" in done.err
 

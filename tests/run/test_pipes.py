@@ -132,7 +132,7 @@ def test_writes_happen_in_order():
 
 def test_a_producer_waits_while_the_window_is_full():
     """No more bytes wait than the limit allows."""
-    gate, waiting = threading.Event(), []
+    gate, waiting, first = threading.Event(), [], threading.Event()
     queue = WriteBehind(10)
     queue.put(6, gate.wait)
 
@@ -140,10 +140,12 @@ def test_a_producer_waits_while_the_window_is_full():
         for number in range(4):
             queue.put(4, lambda number=number: None)
             waiting.append(number)
+            first.set()
 
     producer = threading.Thread(target=produce)
     producer.start()
-    producer.join(0.1)
+    assert first.wait(120)
+    producer.join(0.1)  # time enough to do what it must not
     assert len(waiting) == 1
 
     gate.set()

@@ -126,7 +126,7 @@ def test_a_last_commit_that_lands_late_is_success(bench: Bench) -> None:
 
     def land() -> None:
         lands.set()
-        assert landed.wait(20)
+        assert landed.wait(120)
 
     bench.hub.faults.add(Hook(call=land), method="POST", path="/commit/resmerge", times=1)
     done = bench.fresh(arguments)
