@@ -32,7 +32,7 @@ LIGHT = ("errors", "specs", "units", "roles", "recipe", "memory", "sources/__ini
          "methods/__init__", "methods/base", "planning/*", "sinks/layout", "sinks/publication",
          "sinks/journal", "run/events", "report/build", "report/rows", "report/unusual",
          "report/values", "report/words")  # fmt: skip
-HUB = re.compile(r"hub/\w+|sources/hub|sinks/hub/\w+|report/card|evaluation/card")
+HUB = re.compile(r"hub/\w+|sources/hub|sinks/hub/\w+|report/card|evaluation/(card|proposal)")
 HEAVY = {"torch", "numpy", "safetensors", "transformers", "gradio", "huggingface_hub", "accelerate"}
 
 

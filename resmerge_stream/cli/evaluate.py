@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,10 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument(
-        "--card", metavar="MERGE", help="put the results into the card of this one of the models"
+        "--card",
+        metavar="MERGE",
+        help="put the results into the card of this one of the models; on the Hub, by a "
+        "pull request",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
 
@@ -76,9 +80,15 @@ def evaluate(args: argparse.Namespace) -> int:
         from ..evaluation.card import into_card
         from ..evaluation.run import evaluate_models
 
-    document = evaluate_models(args.models, examination_of(args, args.out))
-    if args.card:
+    examination = examination_of(args, args.out)
+    document = evaluate_models(args.models, examination)
+    if args.card and os.path.isdir(os.path.expanduser(args.card)):
         into_card(args.card, args.card, document)
+    elif args.card:
+        from ..evaluation.proposal import propose
+
+        page = propose(args.card, document, examination.datasets, name=args.card)
+        console.say(f"proposed for the card: {page}")
     if args.json:
         print(json.dumps({"event": "evaluated", **document}))
         return 0

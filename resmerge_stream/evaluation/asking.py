@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..device import available_memory, choose_device
 from ..errors import CheckpointFormatError, NotEnoughMemoryError, Remedy, shown
 from ..experts.evaluate import right_answers
 from ..experts.tasks import TASKS
 from ..recipe import ModelRef
-from ..sources import Checkpoint, open_checkpoint
+from ..sources import REPO_ID, Checkpoint, open_checkpoint
 from ..units import format_size
 from .tasks import Harness, Questions, Task
 from .verifiers import verify
 
 _BATCH = 32
+
+
+class Answers(NamedTuple):
+    """Which questions of a task were answered rightly, and whose questions they are.
+
+    Attributes:
+        right: by question.
+        dataset: their id on the Hub, where the harness has them from there.
+    """
+
+    right: list[bool]
+    dataset: str | None = None
 
 
 def open_model(text: str, device: str) -> Checkpoint:
@@ -47,7 +60,7 @@ def open_model(text: str, device: str) -> Checkpoint:
 
 def ask(
     text: str, tasks: Sequence[Task], device: str, limit: int, say: Callable[[str], None]
-) -> Iterator[tuple[str, list[bool]]]:
+) -> Iterator[tuple[str, Answers]]:
     """Yield each task's name, and which of its questions a model answers rightly, decoded greedily.
 
     The model is loaded once, when the first is asked for.
@@ -69,9 +82,9 @@ def ask(
         if isinstance(task, Harness):
             yield task.name, _ask_harness(model, tokenizer, task, limit)
         elif task.name in TASKS and _knows(tokenizer, task.prompts[0]):
-            yield task.name, right_answers(model, tokenizer, task.prompts)
+            yield task.name, Answers(right_answers(model, tokenizer, task.prompts))
         else:
-            yield task.name, verify(task.rules, _answers(model, tokenizer, task))
+            yield task.name, Answers(verify(task.rules, _answers(model, tokenizer, task)))
 
 
 def _load(text: str, device: str) -> tuple[Any, Any]:
@@ -133,7 +146,7 @@ def _answers(model: Any, tokenizer: Any, task: Questions) -> list[str]:
     return texts
 
 
-def _ask_harness(model: Any, tokenizer: Any, task: Harness, limit: int) -> list[bool]:
+def _ask_harness(model: Any, tokenizer: Any, task: Harness, limit: int) -> Answers:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -148,7 +161,9 @@ def _ask_harness(model: Any, tokenizer: Any, task: Harness, limit: int) -> list[
     )
     samples = [s for name in sorted(found["samples"]) for s in found["samples"][name]]
     samples.sort(key=lambda sample: sample["doc_id"])
-    return [_is_right(sample) for sample in samples]
+    path = str(next(iter(found["configs"].values())).get("dataset_path", ""))
+    dataset = path if REPO_ID.fullmatch(path) and not os.path.exists(path) else None
+    return Answers([_is_right(sample) for sample in samples], dataset)
 
 
 def _is_right(sample: Mapping[str, Any]) -> bool:

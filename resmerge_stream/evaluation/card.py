@@ -13,6 +13,8 @@ from typing import Any
 from ..errors import RecipeError
 from .results import markdown, renamed
 
+# The card and the report, in this order.
+CARD_FILES = ("README.md", "resmerge/report.json")
 _NOBODY = "Nobody has evaluated this model yet. "
 _SECTION = re.compile(r"\n## Evaluation\n.*?(?=\n## |\Z)", re.DOTALL)
 
@@ -28,18 +30,36 @@ def into_card(folder: str | Path, name: str, document: Mapping[str, Any]) -> Non
     Raises:
         RecipeError: the folder has no card and report of a merge.
     """
-    from huggingface_hub import EvalResult, ModelCard
-
     root = Path(os.path.expanduser(folder))
-    readme, report = root / "README.md", root / "resmerge" / "report.json"
-    if not readme.is_file() or not report.is_file():
-        raise RecipeError(f"{root} has no README.md and resmerge/report.json of a merge.")
-    card = ModelCard.load(readme)
+    paths = {file: root / file for file in CARD_FILES}
+    if not all(path.is_file() for path in paths.values()):
+        raise RecipeError(f"{root} has no {' and '.join(CARD_FILES)} of a merge.")
+    stored = {file: path.read_bytes() for file, path in paths.items()}
+    for file, data in with_evaluation(stored, name, document, title=root.name).items():
+        paths[file].write_bytes(data)
+
+
+def with_evaluation(
+    stored: Mapping[str, bytes], name: str, document: Mapping[str, Any], *, title: str
+) -> dict[str, bytes]:
+    """Return a merge's card and report with an evaluation in them, in place of an earlier one.
+
+    Args:
+        stored: the content of `CARD_FILES`.
+        name: of the merge in the evaluation.
+        document: from `evaluation`.
+        title: what the card calls the model in its model-index.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    readme, report = (stored[file].decode() for file in CARD_FILES)
+    card = ModelCard(readme)
+    data: ModelCardData = card.data  # type: ignore[assignment]  # of a model's card it is one
     names = _public_names(document["models"])
     document, name = renamed(document, names), names[name]
     shares = document["models"][name]
-    card.data.model_name = root.name
-    card.data.eval_results = [
+    data.model_name = title
+    data.eval_results = [
         EvalResult("text-generation", task, task, "accuracy", round(share["accuracy"], 4))
         for task, share in shares.items()
         if task != "mean"
@@ -48,9 +68,9 @@ def into_card(folder: str | Path, name: str, document: Mapping[str, Any]) -> Non
     text = _SECTION.sub("", card.text).replace(_NOBODY, "")
     before, heading, after = text.partition("\n## Before you use it")
     card.text = f"{before.rstrip()}\n{section}{heading}{after}"
-    readme.write_text(str(card), encoding="utf-8")
-    stored = json.loads(report.read_text(encoding="utf-8")) | {"evaluation": document}
-    report.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    told = json.loads(report) | {"evaluation": document}
+    found = (str(card), json.dumps(told, indent=1) + "\n")
+    return {file: text.encode() for file, text in zip(CARD_FILES, found, strict=True)}
 
 
 def _public_names(models: Iterable[str]) -> dict[str, str]:

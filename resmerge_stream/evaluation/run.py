@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ class Examination:
         device: as ``--device``.
         say: told what is asked.
 
+    Attributes:
+        datasets: by task the id of the dataset on the Hub that its questions are from.
+
     Raises:
         RecipeError: a task does not exist, or is malformed.
     """
@@ -50,6 +53,7 @@ class Examination:
         check_harness(self._tasks)
         self._folder = Path(os.path.expanduser(out))
         self._limit, self._device, self._say = limit, device, say
+        self.datasets: dict[str, str] = {}
 
     def open(self, model: str) -> Checkpoint:
         """Open a model's headers.
@@ -65,7 +69,7 @@ class Examination:
         stores = {task.name: self._store(name, identity, task) for task in self._tasks}
         if not all(store.is_file() for store in stores.values()):
             return None
-        return {task: json.loads(path.read_text("utf-8")) for task, path in stores.items()}
+        return self._read(stores)
 
     def verdicts(self, name: str, identity: Any, model: str) -> dict[str, list[bool]]:
         """Return by task whether each answer of a model is right, each task asked once.
@@ -83,11 +87,11 @@ class Examination:
         stores = {task.name: self._store(name, identity, task) for task in self._tasks}
         missing = [task for task in self._tasks if not stores[task.name].is_file()]
         if missing:
-            for task, bits in ask(model, missing, self._device, self._limit, self._say):
+            for task, answers in ask(model, missing, self._device, self._limit, self._say):
                 with _written_to(self._folder):
                     stores[task].parent.mkdir(parents=True, exist_ok=True)
-                    write_durably(stores[task], json.dumps(bits).encode())
-        return {task: json.loads(path.read_text("utf-8")) for task, path in stores.items()}
+                    write_durably(stores[task], json.dumps(answers).encode())
+        return self._read(stores)
 
     def write(self, verdicts: Verdicts) -> dict[str, Any]:
         """Write table, picture and JSON of all verdicts, and return the JSON's content.
@@ -100,6 +104,13 @@ class Examination:
             for file, data in evaluation_files(verdicts).items():
                 write_durably(self._folder / file, data)
         return evaluation(verdicts)
+
+    def _read(self, stores: Mapping[str, Path]) -> dict[str, list[bool]]:
+        verdicts = {}
+        for task, path in stores.items():
+            verdicts[task], dataset = json.loads(path.read_text(encoding="utf-8"))
+            self.datasets |= {task: dataset} if dataset else {}
+        return verdicts
 
     def _store(self, name: str, identity: Any, task: Task) -> Path:
         asked: Any = [task.name, self._limit]

@@ -59,7 +59,7 @@ def test_a_jsonl_asks_by_generation_what_the_built_in_task_asks(tmp_path):
     found = dict(asking.ask(EXPERT, tasks, "cpu", 40, print))
 
     assert found["sorting"] == found["sort"]
-    assert any(found["sort"])
+    assert any(found["sort"].right)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_what_was_answered_is_not_asked_again(tmp_path, monkeypatch):
         asked.append(name)
         if name == EXPERT and asked.count(EXPERT) == 1:
             raise KeyboardInterrupt
-        yield from ((task.name, [True, False]) for task in tasks)
+        yield from ((task.name, asking.Answers([True, False])) for task in tasks)
 
     monkeypatch.setattr(run, "ask", failing)
     with pytest.raises(KeyboardInterrupt):
