@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .low_rank import LowRank, balanced, concatenated, svd
+from .low_rank import Factors, LowRank, balanced, concatenated, svd
 from .rounding import Kept
 from .spectral import top_singular
 
@@ -34,7 +34,7 @@ class Fitted:
 
 def fitted(
     shape: tuple[int, int],
-    parts: Sequence[tuple[Place, LowRank | Tensor]],
+    parts: Sequence[tuple[Place, Factors | LowRank | Tensor]],
     rank: int,
     dtype: torch.dtype,
 ) -> Fitted:
@@ -42,7 +42,8 @@ def fitted(
 
     Args:
         shape: of the update, (m, n).
-        parts: the update's parts, where they lie in it: as factors, or as float32 values.
+        parts: the update's parts, where they lie in it: as an SVD, as factors, or as float32
+            values.
         rank: r ≥ 1.
         dtype: of the factors as they are stored.
 
@@ -50,13 +51,18 @@ def fitted(
     """
     if not parts:
         return _nothing(shape, rank, dtype)
-    factored = [(place, part) for place, part in parts if isinstance(part, LowRank)]
-    if len(factored) == len(parts):
-        return _of_factors(concatenated([_placed(shape, *one) for one in factored]), rank, dtype)
-    whole = parts[0][1]
+    only = parts[0][1]
+    if len(parts) == 1 and isinstance(only, Factors):
+        return _of_svd(only, shape, rank, dtype)
+    given = [(place, balanced(p) if isinstance(p, Factors) else p) for place, p in parts]
+    factored = [(place, part) for place, part in given if isinstance(part, LowRank)]
+    if len(factored) == len(given):
+        found = svd(concatenated([_placed(shape, *one) for one in factored]))
+        return _of_svd(found, shape, rank, dtype)
+    whole = only
     if not isinstance(whole, Tensor) or whole.shape != shape:
         whole = torch.zeros(shape)
-        for place, part in parts:
+        for place, part in given:
             whole[place] = part if isinstance(part, Tensor) else part.block(slice(None))
     return _of_values(whole, rank, dtype)
 
@@ -70,18 +76,22 @@ def _placed(shape: tuple[int, int], place: Place, part: LowRank) -> LowRank:
     return LowRank(left, right)
 
 
-def _of_factors(update: LowRank, rank: int, dtype: torch.dtype) -> Fitted:
-    found = svd(update)
+def _of_svd(found: Factors, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> Fitted:
     energy = found.sigma.square()
     total = float(energy.sum())
-    stored = _cast(balanced(found, rank), rank, dtype)
-    exact = balanced(found)
-    own = LowRank(stored.left.double(), stored.right.double())
-    return Fitted(
-        stored,
-        _kept(total, _inner(exact, own), _inner(own, own), update.shape),
-        _shares(energy, total, rank),
-    )
+    exact = balanced(found, rank)
+    stored = _cast(exact, rank, dtype)
+    # With L and R of orthogonal columns of length √σ, all that the cast kept follows from what it
+    # changed, L' = L + E: L'ᵀ·L = diag(σ) + Eᵀ·L. Products of the small E need no float64.
+    sigma = found.sigma[:rank].diag()
+    inner = own = torch.ones((), dtype=torch.float64)
+    for side, cast_side in ((exact.left, stored.left), (exact.right, stored.right)):
+        E = (cast_side[:, : side.shape[1]].double() - side.cpu()).float()
+        crossed = (E.T @ side.cpu().float()).double()
+        inner = inner * (sigma + crossed)
+        own = own * (sigma + crossed + crossed.T + (E.T @ E).double())
+    kept = _kept(total, float(inner.sum()), float(own.sum()), shape)
+    return Fitted(stored, kept, _shares(energy, total, rank))
 
 
 def _of_values(update: Tensor, rank: int, dtype: torch.dtype) -> Fitted:

@@ -98,6 +98,7 @@ class FactorSpace:
             self._rights.append(Q_R)
             self._cores.append(S @ T.T)
         self._svds: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._lefts_crossed: dict[tuple[int, int], Tensor] = {}
 
     def gram(self) -> Tensor:
         """Return D, D_ij = ⟨Δ_i, Δ_j⟩, shape (N, N), on the CPU."""
@@ -127,10 +128,11 @@ class FactorSpace:
             ]
         )
 
-    def svd(self, i: int) -> Factors:
-        """Return the SVD of Δ_i up to its numerical rank."""
+    def svd(self, i: int, keep: int | None = None) -> Factors:
+        """Return the SVD of Δ_i up to its numerical rank, or its `keep` leading triplets."""
         U, sigma, V = self._core_svd(i)
         rank = numerical_rank(sigma)
+        rank = rank if keep is None else min(rank, keep)
         return Factors(
             self._lefts[i] @ U[:, :rank], sigma[:rank].cpu(), self._rights[i] @ V[:, :rank]
         )
@@ -151,9 +153,15 @@ class FactorSpace:
         for i in range(count):
             for j in range(i, count):
                 # ⟨Q_i·C_i·Z_iᵀ, Q_j·C_j·Z_jᵀ⟩ = tr(C_iᵀ·Q_iᵀQ_j·C_j·Z_jᵀZ_i)
-                left = self._cores[i].T @ (self._lefts[i].T @ self._lefts[j]) @ self._cores[j]
+                left = self._cores[i].T @ self._left_products(i, j) @ self._cores[j]
                 gram[i, j] = gram[j, i] = (left * (rights[i].T @ rights[j])).sum().cpu()
         return gram
+
+    def _left_products(self, i: int, j: int) -> Tensor:
+        """Return Q_iᵀ·Q_j, which both D and G take."""
+        if (i, j) not in self._lefts_crossed:
+            self._lefts_crossed[i, j] = self._lefts[i].T @ self._lefts[j]
+        return self._lefts_crossed[i, j]
 
 
 def numerical_rank(sigma: Tensor) -> int:
@@ -170,11 +178,13 @@ def svd(matrix: LowRank) -> Factors:
 
     Memory: 8·(m + n)·r bytes twice, and a few r × r matrices.
     """
-    left, C_L = _basis(matrix.left.double())
-    right, C_R = _basis(matrix.right.double())
+    L, R = matrix.left.double(), matrix.right.double()
+    to_left, C_L = _basis(L)
+    to_right, C_R = _basis(R)
     U, sigma, Vh = torch.linalg.svd(C_L @ C_R.T)
     rank = numerical_rank(sigma)
-    return Factors(left @ U[:, :rank], sigma[:rank].cpu(), right @ Vh[:rank].T)
+    # The small products first: each large factor is multiplied once.
+    return Factors(L @ (to_left @ U[:, :rank]), sigma[:rank].cpu(), R @ (to_right @ Vh[:rank].T))
 
 
 def balanced(found: Factors, rank: int | None = None) -> LowRank:
@@ -189,12 +199,12 @@ def balanced(found: Factors, rank: int | None = None) -> LowRank:
 
 
 def _basis(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Q and C with X = Q·C, Q of orthonormal columns that span those of X."""
-    lengths = torch.linalg.vector_norm(columns, dim=0)
+    """Return T and C: Q = X·T has orthonormal columns that span those of X, and X = Q·C."""
+    gram = columns.T @ columns
+    lengths = gram.diagonal().clamp_min(0).sqrt()
     safe = torch.where(lengths > 0, lengths, 1.0)
-    unit = columns / safe
-    values, vectors = torch.linalg.eigh(unit.T @ unit)
+    values, vectors = torch.linalg.eigh(gram / (safe[:, None] * safe))
     alive = values > _DEPENDENT * len(values) * values.max().clamp_min(1.0)
     root = values[alive].sqrt()
     vectors = vectors[:, alive]
-    return unit @ (vectors / root), (vectors * root).T * lengths
+    return vectors / (safe[:, None] * root), (vectors * root).T * lengths

@@ -173,14 +173,19 @@ class TaskVectors:
         found: T = self._made[key]
         return found
 
-    def factored_svd(self, i: int) -> Factors | None:
-        """Return the SVD of Δ_i if the expert gives it by factors, else None; computed once."""
+    def factored_svd(self, i: int, keep: int | None = None) -> Factors | None:
+        """Return the SVD of Δ_i if the expert gives it by factors, else None.
+
+        Args:
+            i: the expert's index.
+            keep: how many of the leading triplets; None for all.
+        """
         if self.space is not None:
-            return self.space.svd(i)
+            return self.space.svd(i, keep)
         factors = _factors_of(self._changes[i], self.shape, self.device)
         if factors is None:
             return None
-        return self.once(("factored svd", i), lambda: FactorSpace([factors]).svd(0))
+        return self.once(("factors of", i), lambda: FactorSpace([factors])).svd(0, keep)
 
     def blocks(self) -> list[slice]:
         """Return the row blocks, in order."""

@@ -18,7 +18,7 @@ from ..device import usable_cores
 from ..errors import NonFiniteError, Remedy
 from ..maths.factoring import Place, fitted
 from ..maths.lanes import Lane, lanes_of
-from ..maths.low_rank import LowRank, balanced, svd
+from ..maths.low_rank import Factors, LowRank, balanced, svd
 from ..maths.rounding import Kept, block_seed, cast
 from ..maths.stored_bytes import Gathered, as_tensor, bytes_of
 from ..maths.task_vectors import NonFiniteValues, TaskVectors
@@ -51,7 +51,7 @@ class Decided:
         vectors: its task vectors, open.
         update: the decision.
         remarks: for the report, on how it was made.
-        factors: the same ΔW, where it is a product of factors.
+        factors: the same ΔW, where it is a product of factors; its SVD, where that was needed.
     """
 
     piece: Piece
@@ -60,7 +60,7 @@ class Decided:
     vectors: TaskVectors
     update: Update
     remarks: tuple[str, ...] = ()
-    factors: LowRank | None = None
+    factors: LowRank | Factors | None = None
 
     @property
     def is_copy(self) -> bool:
@@ -162,7 +162,7 @@ class Merger:
     def _factored(self, piece: Piece, output: OutputFactors, rule: Rule, lane: Lane) -> Merged:
         """Return the bytes of A and B: the whole update as factors, of all its parts."""
         fused = piece.tensor.fused
-        found: list[tuple[Place, LowRank | Tensor]] = []
+        found: list[tuple[Place, LowRank | Factors | Tensor]] = []
         gates: list[dict[str, Any]] = []
         for part in (None,) if fused is None else range(len(fused.names)):
             own = replace(piece, part=part)
@@ -193,7 +193,7 @@ class Merger:
         decided = replace(decided, piece=piece, update=update, remarks=remarks)
         return Merged(decided, gathered.data, result.kept)
 
-    def _change(self, decided: Decided) -> LowRank | Tensor:
+    def _change(self, decided: Decided) -> LowRank | Factors | Tensor:
         """Return ΔW: as factors where it has some and they are what is asked for, else whole."""
         if not decided.piece.tensor.reads_layout:
             if decided.factors is None:
@@ -241,12 +241,13 @@ class Merger:
         tensor = piece.tensor
         if rule.needs_matrix and tensor.base_weight is None and vectors.is_zero():
             update = Update(lambda block, stack: torch.zeros_like(stack[0]), "copy")
-            factors = None
+            factors: LowRank | Factors | None = None
         else:
             update = tensor.method.merge(vectors, self.site(piece, rule))
-            factors = update.factors(vectors)
+            found = update.factors(vectors)
+            factors = svd(found) if found is not None and rule.needs_matrix else found
             if factors is not None:
-                update, factors = from_factors(update, factors, rule)
+                update = from_factors(update, factors)
             self._sample()
         return Decided(piece, rule, base, vectors, update, factors=factors)
 
@@ -378,13 +379,13 @@ def reported(rows: Rows, prepared: Prepared, kept: Kept) -> dict[str, Any] | Non
     )
 
 
-def from_factors(update: Update, factors: LowRank, rule: Rule) -> tuple[Update, LowRank]:
-    """Return an update that multiplies its factors, and needs no task vector; and the factors.
+def from_factors(update: Update, factors: LowRank | Factors) -> Update:
+    """Return an update that multiplies its factors, and needs no task vector.
 
-    A matrix that was decided whole is first brought to its own singular directions in float64, so
-    that terms which cancel cost no digits.
+    Those of a matrix that was decided whole are its own singular directions in float64, so that
+    terms which cancel cost no digits.
     """
-    factors = balanced(svd(factors)) if rule.needs_matrix else factors
-    left, right = factors.left.float(), factors.right.float().T.contiguous()
+    product = balanced(factors) if isinstance(factors, Factors) else factors
+    left, right = product.left.float(), product.right.float().T.contiguous()
     rows = lambda block, stack: left[block] @ right  # noqa: E731  # as methods give it
-    return replace(update, rows=rows, needs_stack=False), factors
+    return replace(update, rows=rows, needs_stack=False)

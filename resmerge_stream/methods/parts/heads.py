@@ -24,7 +24,8 @@ def head_of(vectors: TaskVectors, i: int, rank: int, solver: str, energy: float)
     """Return the head of Δ_i with ‖Δ_i‖² = `energy`, found once for all methods that ask."""
     from ...maths.spectral import head_from_factors, top_singular
 
-    factors = vectors.factored_svd(i)
+    # One more than the head has: the gap to it is reported.
+    factors = vectors.factored_svd(i, keep=rank + 1)
     if factors is not None:
         return head_from_factors(factors, min(rank, *vectors.shape))
 
