@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("peft")
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from resmerge_stream import Options, Recipe, plan_merge, run_merge
 from resmerge_stream.errors import PlanRefusedError
+from resmerge_stream.planning.recipe_file import load_recipe
 from resmerge_stream.recipe import ModelRef
 from tests.support import adapters
 from tests.support.method_tools import run_method
@@ -153,3 +155,18 @@ def test_more_than_factors_is_merged_too(tmp_path, kind, method):
         expected, _ = run_method(method, torch.zeros_like(before[name]), deltas, name=name)
         error = (found[name].double() - W0 - expected.double()).norm()
         assert error <= 2e-6 * expected.double().norm() + 2.0**-24 * W0.norm(), name
+
+
+def test_mergekit_is_told_of_adapters_on_the_base(tmp_path, group, monkeypatch):
+    """Its recipe names ``base+adapter``, and read again it is the same merge."""
+    monkeypatch.chdir(group[0].parent)
+    first, _ = merged(tmp_path / "first", "base", ["adapter0", "adapter1"], "task_arithmetic")
+    written = tmp_path / "first" / "mergekit_config.yml"
+
+    recipe = load_recipe(written)
+    list(run_merge(plan_merge(recipe), out=tmp_path / "again"))
+
+    names = [model["model"] for model in yaml.safe_load(written.read_text())["models"]]
+    again = adapters.weights(tmp_path / "again")
+    assert names == ["base+adapter0", "base+adapter1"]
+    assert all(torch.equal(first[name], again[name]) for name in first)
