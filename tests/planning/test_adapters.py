@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from resmerge_stream import Recipe, plan_merge
+from resmerge_stream.cli.main import main
 from resmerge_stream.errors import RecipeError
 from resmerge_stream.recipe import ModelRef
 from tests.support import adapters
@@ -94,6 +95,36 @@ def test_a_bad_adapter_is_refused_in_one_message(pair, tmp_path, what):
 
     assert len(problems) == 1
     assert words in problems[0]
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "a missing factor",
+        "transposed factors",
+        "another rank",
+        "rank 0",
+        "a target that the base lacks",
+        "an adapter of another base",
+        "NaN",
+        "a huge config",
+    ],
+)
+def test_a_bad_adapter_ends_the_command_with_2(pair, tmp_path, capsys, what):
+    """The command line prints one message, exits with 2, and leaves no output folder."""
+    bad_values = {f"{Q}.lora_B.weight": torch.full((16, 4), float("nan"))}
+    late = {"NaN": ({}, bad_values, "NaN"), "a huge config": ({"n": "x" * 5_000_000}, {}, "larger")}
+    config, tensors, words = (WRONG | late)[what]
+    bad = changed(pair, tmp_path / "bad", config=config, tensors=tensors)
+    out = tmp_path / "out"
+
+    code = main(["merge", "--base", str(pair[0]), "--expert", str(bad), "--out", str(out)])
+
+    err = capsys.readouterr().err
+    assert code == 2
+    assert err.count("resmerge-stream:") == 1
+    assert words in err
+    assert not out.exists()
 
 
 def test_a_config_larger_than_any_is_refused(pair, tmp_path):
