@@ -39,8 +39,9 @@ def main() -> int:
     threading.Thread(target=_stop_when_told, daemon=True).start()
     try:
         for event in _events(request):
-            if isinstance(event, Finished) and request.get("prompts"):
-                _evaluate(event.where, request["prompts"])
+            # An adapter answers on its base only, and is not asked.
+            if isinstance(event, Finished) and not event.report.get("adapter"):
+                _evaluate(event.where, request.get("prompts") or 0)
             _say({**event.to_dict(), "memory_bytes": private_memory()})
     except ResMergeError as exc:
         _say({"event": "refused" if exc.exit_code == 2 else "stopped", **exc.to_dict()})
@@ -79,7 +80,9 @@ def _events(request: dict[str, Any]) -> Iterator[Event]:
 
 
 def _evaluate(merged: str, prompts: int) -> None:
-    """Ask the built-in models and their merge questions that training never asked."""
+    """Ask the built-in models and their merge questions that training never asked, if any."""
+    if not prompts:
+        return
     from resmerge_stream.experts.group import demo_accuracies
 
     found = demo_accuracies(

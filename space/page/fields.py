@@ -154,14 +154,14 @@ def _output(parts: Parts) -> None:
             label="File size, at most", placeholder="as the base's files, cut at 5GB",
             info="such as 5GB or 800MB", max_length=40, min_width=200,
         )  # fmt: skip
-        parts["as"] = gr.Dropdown(
-            ["model", "adapter"], value="model", label="Output",
-            info="adapter: a LoRA adapter of the base, from LoRA experts", min_width=200,
+        parts["as"] = gr.Radio(
+            [("whole model", "model"), ("as adapter", "adapter")], value="model", label="Output",
+            info="adapter: a LoRA adapter of the base, a few megabytes", min_width=200,
         )  # fmt: skip
         # Text: gradio's number makes 0 of an empty field.
         parts["adapter_rank"] = gr.Textbox(
-            label="Adapter's rank, at most", max_length=8, min_width=200,
-            info="empty: as high as it takes to keep all",
+            label="Adapter's rank, at most", max_length=8, min_width=200, visible=False,
+            info="whole experts need one; empty: as high as it takes to keep all",
         )  # fmt: skip
         parts["tokenizer_from"] = gr.Textbox(
             label="Tokenizer from", placeholder="the base", info="namespace/name",

@@ -10,6 +10,7 @@ from resmerge_stream.recipe import Recipe
 
 # Rows of experts in the form; a pasted recipe may have more.
 ROWS = 8
+ADAPTER = "adapter"
 SAME_AS_BASE = "same as the base"
 AS_NEW, AS_UPDATE, AS_PULL_REQUEST = "a new repository", "an update", "a pull request"
 PRIVATE, PUBLIC, AS_IT_IS = "private", "public", "leave as it is"
@@ -60,9 +61,12 @@ def document_of(form: Mapping[str, Any]) -> dict[str, Any]:
         recipe["parameters"] = parameters
     if form.get("dtype") and form["dtype"] != SAME_AS_BASE:
         recipe["dtype"] = form["dtype"]
+    options = {key: form[key] for key in output_options() if form.get(key) not in (None, "")}
+    if options.get("as") != ADAPTER:
+        options.pop("adapter_rank", None)  # not to be seen then
     return {
         "recipe": recipe,
-        "options": {key: form[key] for key in output_options() if form.get(key) not in (None, "")},
+        "options": options,
         "push_to": target_of(form),
         **_publishing(form),
     }

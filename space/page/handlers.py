@@ -21,7 +21,7 @@ from ..view.plan import plan_html
 from ..view.words import notice
 from .fields import METHOD, MODEL_INFO, MODELS, names
 from .following import Following, secret_of
-from .forms import ROWS, document_of, form_of
+from .forms import ADAPTER, ROWS, document_of, form_of
 from .news import News
 from .texts import from_code
 
@@ -127,6 +127,10 @@ class Handlers:
     def choose_method(self, form: Form) -> Changes:
         """Show the chosen method's own controls and what it is."""
         return self._method_shown(str(form["method"]), int(form["count"]))
+
+    def choose_output(self, form: Form) -> Changes:
+        """Show the rank where the result is an adapter."""
+        return {"adapter_rank": gr.update(visible=form["as"] == ADAPTER)}
 
     def plan(self, form: Form, request: gr.Request, token: Token) -> Changes:
         """Plan what the form asks for; what is no model is said at its field."""

@@ -192,6 +192,7 @@ def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
             mode="multiple",
         )
     on(parts["method"].change, handlers.choose_method, ["method", "count"], filled, quick=True)
+    on(parts["as"].change, handlers.choose_output, ["as"], ["adapter_rank"], quick=True)
     planned = ["planned", "plan_html", "merge", "merge_note", *fields.MODELS]
     on(parts["plan"].click, handlers.plan, form, planned, busy="plan_html")
     merge = [*form, "planned", "remembered"]

@@ -126,15 +126,22 @@ def result_html(job: Job) -> str:
         page = esc(job.url.partition("/commit/")[0])
         what = "Opened a pull request" if job.asked.get("create_pr") else "Published"
         text = f'{what}: <a href="{page}" target="_blank" rel="noopener">{page}</a></b>'
-        text += "" if job.asked.get("create_pr") else _next_steps(str(job.asked.get("push_to")))
+        is_adapter = (job.asked.get("options") or {}).get("as") == "adapter"
+        steps = _next_steps(str(job.asked.get("push_to")), is_adapter=is_adapter)
+        text += "" if job.asked.get("create_pr") else steps
     else:
         text = "Merged. The files are below, also as one archive; they stay here for a day.</b>"
     bars = shares_html(job.accuracies, "merged")
     return f'<div class="rm"><div class="rm-note rm-good"><b>{text}</div>{bars}</div>'
 
 
-def _next_steps(repo: str) -> str:
+def _next_steps(repo: str, *, is_adapter: bool) -> str:
     gguf = "https://huggingface.co/spaces/ggml-org/gguf-my-repo"
+    if is_adapter:
+        return (
+            f"<p>An adapter of the base: <code>PeftModel.from_pretrained(base, "
+            f'"{esc(repo)}")</code> puts it on. Its card says more.</p>'
+        )
     return (
         f'<p>Try it: <code>transformers chat {esc(repo)}</code></p><p><a href="{gguf}" '
         f'target="_blank" rel="noopener">Make a GGUF, also quantised</a>, of '

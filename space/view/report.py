@@ -28,6 +28,7 @@ def summary_html(opened: Opened) -> str:
         ("Written", _size(summary.get("bytes_written"))),
         ("Memory, at most", _size(summary.get("peak_private_bytes"))),
         ("Kept after the cast", _share(summary.get("kept_cosine"))),
+        ("Adapter", _adapter(_mapping(report.get("adapter")))),
     ]
     sources = []
     for number, item in enumerate(map(_mapping, _list(report.get("sources"))[:40])):
@@ -149,6 +150,14 @@ def _size(value: object) -> str:
 def _share(value: object) -> str:
     number = _number(value)
     return f"cosine {number:.3f}" if number is not None else ""
+
+
+def _adapter(adapter: Mapping[str, Any]) -> str:
+    """Return what an adapter that was written is, and how much of the update it holds."""
+    modules, rank, kept = (_number(adapter.get(key)) for key in ("modules", "rank", "kept"))
+    if modules is None or rank is None or kept is None:
+        return ""
+    return f"{modules:,.0f} modules, rank {rank:,.0f}, holds {kept:.2%} of ‖ΔW‖²"
 
 
 def _short(value: object) -> str:

@@ -279,3 +279,15 @@ def test_unusual_tensors_are_named_by_reason():
 
     assert html.index("rank too low") < html.index("no expert changed it")
     assert "and 2 more" in html
+
+
+def test_an_adapter_says_what_it_holds_and_how_it_is_loaded():
+    """The result of a merge written as an adapter has rank and share, and names PEFT."""
+    adapter = {"modules": 35, "rank": 16, "kept": 0.8783, "by_rank": {"16": 0.8783}}
+    opened = Opened("me/m", {"summary": {}, "adapter": adapter}, [])
+    done = job(state="done", url="https://h.co/me/m/commit/main")
+    done.asked["options"] = {"as": "adapter"}
+
+    assert "35 modules, rank 16, holds 87.83%" in view_report.summary_html(opened)
+    assert "PeftModel" in view.result_html(done)
+    assert "PeftModel" not in view.result_html(job(state="done", url="https://h.co/me/m"))
