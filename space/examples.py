@@ -1,10 +1,10 @@
-"""The ready examples: the built-in expert group, and the paper's two Qwen2.5-7B groups."""
+"""The ready examples: the built-in expert group, also as adapters; the paper's two groups."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resmerge_stream.experts.group import built_in_recipe
+from resmerge_stream.experts.group import built_in_recipe, builtin_adapters
 from resmerge_stream.recipe import ModelRef, Recipe
 
 # What the web calls the folders of the built-in group; no path of this machine is ever shown.
@@ -41,13 +41,15 @@ class Example:
 
 def built_in_folders() -> dict[str, str]:
     """Return the folders of the built-in group by the names that the web knows."""
-    recipe = built_in_recipe()
-    return {PREFIX + Path(ref.id).name: ref.id for ref in recipe.models}
+    group = {Path(ref.id).name: ref.id for ref in built_in_recipe().models}
+    adapters = {name: str(folder) for name, folder in builtin_adapters().items()}
+    return {PREFIX + name: folder for name, folder in (group | adapters).items()}
 
 
 def examples() -> tuple[Example, ...]:
-    """Return the three examples, the one that needs nothing first."""
-    base, *experts = built_in_folders()
+    """Return the examples, the one that needs nothing first."""
+    base, *experts = (PREFIX + Path(ref.id).name for ref in built_in_recipe().models)
+    adapters = tuple(PREFIX + name for name in builtin_adapters())
     return (
         Example(
             "Built-in experts",
@@ -75,6 +77,13 @@ def examples() -> tuple[Example, ...]:
                 "emrecanacikgoz/Qwen2.5-7B-Instruct-ToolRL-grpo-cold",
             ),
             "qwen2.5-7b-instruct-resmerge",
+        ),
+        Example(
+            "Built-in experts as LoRA adapters",
+            base,
+            adapters,
+            "",
+            "head_regression",
         ),
     )
 

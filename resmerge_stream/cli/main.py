@@ -201,6 +201,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="prompts to ask for each task (default: 500; 0: none)",
     )
+    demo.add_argument(
+        "--lora",
+        action="store_true",
+        help="merge the experts as LoRA adapters of rank 16, extracted from them",
+    )
     add_json(demo)
     return parser
 
@@ -321,14 +326,14 @@ def _demo(args: argparse.Namespace) -> int:
 
     if args.prompts < 0:
         raise RecipeError(f"--prompts must be 0 or more prompts a task, not {args.prompts}.")
-    recipe = built_in_recipe()
+    recipe = built_in_recipe(lora=args.lora)
     plan = plan_merge(recipe, out=args.out)
     _run(plan, args.out, None, as_json=args.json)
     passed = console.show_checks(verify_folder(args.out, recipe=recipe), as_json=args.json)
     if args.prompts:
         with tempfile.TemporaryDirectory() as folder:
             console.say("merging them by other methods as well, to compare")
-            merges = {"resmerge": args.out, **merged_otherwise(Path(folder))}
+            merges = {"resmerge": args.out, **merged_otherwise(Path(folder), recipe)}
             console.say(f"asking every model {args.prompts} held-out prompts a task")
             accuracies = demo_accuracies(merges, args.prompts, say=console.say)
         console.show_accuracies(accuracies, as_json=args.json)

@@ -25,19 +25,33 @@ def builtin_group() -> dict[str, Path]:
     return {name: _FOLDER / name for name in ("base", *(f"rl-{task}" for task in TASKS))}
 
 
-def built_in_recipe() -> Recipe:
-    """Return the recipe that merges the built-in group with every default."""
+def builtin_adapters() -> dict[str, Path]:
+    """Return the folders of the experts as LoRA adapters of rank 16: "lora-TASK" by task.
+
+    They were extracted from the experts (``resmerge-stream extract``), not trained.
+    """
+    return {f"lora-{task}": _FOLDER / f"lora-{task}" for task in TASKS}
+
+
+def built_in_recipe(*, lora: bool = False) -> Recipe:
+    """Return the recipe that merges the built-in group with every default.
+
+    Args:
+        lora: the experts as adapters rather than whole.
+    """
     base, *experts = builtin_group().values()
+    if lora:
+        experts = list(builtin_adapters().values())
     return Recipe(ModelRef(str(base)), tuple(ModelRef(str(expert)) for expert in experts))
 
 
-def merged_otherwise(folder: Path) -> dict[str, Path]:
+def merged_otherwise(folder: Path, recipe: Recipe) -> dict[str, Path]:
     """Merge the built-in group by every method of `BESIDE`, and return the folders by method."""
     # With torch, which the recipe alone does not need.
     from ..studies.compare import run_comparison
     from ..studies.compare_plan import plan_comparison
 
-    comparison = plan_comparison(built_in_recipe(), BESIDE, out=folder / "merges")
+    comparison = plan_comparison(recipe, BESIDE, out=folder / "merges")
     try:
         for _ in run_comparison(comparison, work_dir=folder / "work"):
             pass

@@ -448,5 +448,16 @@ def test_nothing_is_open_that_a_space_does_not_need(service, monkeypatch):
 
 
 def test_an_example_is_there_for_each_button():
-    """There are three; those that are published have a name for the result."""
-    assert [bool(example.name) for example in examples()] == [False, True, True]
+    """There are four; those that are published have a name for the result."""
+    assert [bool(example.name) for example in examples()] == [False, True, True, False]
+
+
+def test_the_rank_is_asked_for_where_the_result_is_an_adapter(handlers):
+    """The field is shown for an adapter alone, and one that is hidden asks for nothing."""
+    form = {"base": "o/b", "expert0": "o/a", "count": 1, "adapter_rank": "8"}
+
+    shown = [handlers.choose_output({"as": kind})["adapter_rank"] for kind in ("adapter", "model")]
+    sent = [document_of({**form, "as": kind})["options"] for kind in ("adapter", "model")]
+
+    assert [change["visible"] for change in shown] == [True, False]
+    assert sent == [{"as": "adapter", "adapter_rank": "8"}, {"as": "model"}]
