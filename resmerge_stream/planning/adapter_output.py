@@ -11,7 +11,7 @@ from ..errors import Findings, Remedy, listed
 from ..methods.base import is_matrix
 from ..roles import Role, role_of
 from ..sinks.layout import shard_of
-from ..sources.adapter import AdapterCheckpoint
+from ..sources.adapter import AdapterCheckpoint, rank_of
 from ..sources.adapter_config import WEIGHTS
 from ..specs import OUTPUT_DTYPES, TensorSpec
 from .planned import OutputFactors, Plan, PlannedTensor
@@ -70,7 +70,7 @@ class _Output:
         """Return the tensor as a module of the adapter; None where it is not changed or held."""
         if tensor.rule is None or tensor.rule.name == "base":
             return None
-        ranks = [_rank(self._plan.experts[i], name) for i in tensor.experts]
+        ranks = [rank_of(self._plan.experts[i], name) for i in tensor.experts]
         if not any(rank != 0 for rank in ranks):
             return None
         spec = tensor.spec
@@ -163,10 +163,6 @@ class _Output:
             return module, True, True
         conv = self._plan.layout.config.get("model_type") in _TRANSPOSED_TYPES
         return module, False, conv and role is not Role.HEAD
-
-
-def _rank(expert: object, name: str) -> int | None:
-    return expert.rank_of(name) if isinstance(expert, AdapterCheckpoint) else None
 
 
 def _config(plan: Plan, tensors: Mapping[str, PlannedTensor], *, fan_in_fan_out: bool) -> bytes:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from ..device import Machine
 from ..hub.flavors import FLAVORS, Flavor
 from ..units import format_size
+from .estimates import HUB_RATE
 from .memory_fit import SHARE, fit
-from .plan import HUB_RATE
 from .planned import Plan
 
 # Seconds until a Job's merge begins: machine, image, packages. Assumed, never measured.

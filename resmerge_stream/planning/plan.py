@@ -31,6 +31,7 @@ from .compat import (
     match_tensors,
     readable,
 )
+from .estimates import estimated
 from .fused import fused_in
 from .matching import Matched, match
 from .memory_fit import fit_memory
@@ -41,12 +42,6 @@ from .sidefiles import output_config
 from .target import check_folder, check_publication, look_at_repository, pinned_commits
 from .vocabulary import with_vocabulary
 
-# Seconds an element and expert on two cores, measured (docs/performance.md).
-_SECONDS_START = 3.0
-_SECONDS_ROWS = 0.6e-9
-_SECONDS_MATRIX = 4.0e-9
-# Bytes a second from and to the Hub: a modest line; the two go on at the same time.
-HUB_RATE = 50e6
 _OPEN_THREADS = 4
 
 
@@ -163,7 +158,7 @@ def _planned(plan: Plan, found: Findings, folder: Path | None, work_dir: str | P
     else:
         check_small_files(layout, plan.tokenizer or layout, found)
         _check_code(plan, found)
-    plan = fit_memory(_estimated(plan, folder), found)
+    plan = fit_memory(estimated(plan, has_folder=folder is not None), found)
     if folder is not None:
         check_folder(plan, folder, found)
     if plan.target is not None:
@@ -361,30 +356,6 @@ def _check_code(plan: Plan, found: Findings) -> None:
         found.warning(
             f"the base needs its own code to load (auto_map); copied: {', '.join(code) or 'none'}"
         )
-
-
-def _estimated(plan: Plan, out: Path | None) -> Plan:
-    """Say what the merge reads, how long it takes, and what it holds on the disk at most."""
-    count = len(plan.experts)
-    seconds, read = _SECONDS_START, 0
-    passes = 1 + plan.method.counting_passes()
-    for name, tensor in plan.tensors.items():
-        stored = sum(source.read_cost(name) for source in plan.read_for(tensor))
-        read += stored * (passes if tensor.rule else 1)
-        seconds += tensor.spec.numel * (count + 1) * _SECONDS_ROWS * passes
-        if tensor.rule and tensor.rule.needs_matrix:
-            seconds += tensor.spec.numel * len(tensor.experts) * _SECONDS_MATRIX
-    sources = list(plan.checkpoints)
-    share = sum(source.is_remote for source in sources) / len(sources)
-    sent = plan.write_bytes if plan.publication is not None else 0
-    disk = plan.unsent_bytes if plan.publication is not None else 0
-    return replace(
-        plan,
-        read_bytes=read,
-        compute_seconds=seconds,
-        seconds_estimate=max(seconds, read * share / HUB_RATE, sent / HUB_RATE),
-        peak_disk_bytes=plan.write_bytes if out is not None else disk,
-    )
 
 
 __all__ = ["Options", "Plan", "PlannedTensor", "RefusedPlan", "Role", "plan_merge"]

@@ -18,7 +18,7 @@ from ..roles import layer_of, pattern_of
 from ..sinks.layout import Shard, index_json
 from ..sinks.publication import Publication
 from ..sources import Checkpoint
-from ..sources.adapter import AdapterCheckpoint
+from ..sources.adapter import rank_of
 from ..sources.adapter_config import CONFIG as ADAPTER_CONFIG
 from ..sources.view import made_bytes
 from ..specs import DTYPES, TensorSpec
@@ -396,10 +396,7 @@ class Plan(Draft):
     def _factoring_bytes(self, tensor: PlannedTensor) -> int:
         """Return bytes that are held while a tensor's update becomes factors."""
         (m, n), count = tensor.spec.matrix_shape, len(tensor.experts)
-        ranks = [
-            expert.rank_of(tensor.spec.name) if isinstance(expert, AdapterCheckpoint) else None
-            for expert in (self.experts[i] for i in tensor.experts)
-        ]
+        ranks = [rank_of(self.experts[i], tensor.spec.name) for i in tensor.experts]
         # Factors as read, orthonormal, and twice as the update's: float64 but the first.
         held = (m + n) * sum(rank or 0 for rank in ranks) * (4 + 8 + 2 * 8 + 8)
         if tensor.reads_layout and tensor.factors is not None:

@@ -181,6 +181,11 @@ def is_bare_adapter(checkpoint: Checkpoint) -> bool:
     return not isinstance(checkpoint, AdapterCheckpoint) and "peft_type" in checkpoint.config
 
 
+def rank_of(expert: Checkpoint, name: str) -> int | None:
+    """Return the rank of an expert's update of a tensor at most; None where it is no product."""
+    return expert.rank_of(name) if isinstance(expert, AdapterCheckpoint) else None
+
+
 def base_mismatch(adapter: AdapterCheckpoint, base: Checkpoint) -> str | None:
     """Return a warning where an adapter says that it was trained on another base."""
     said = adapter.settings.base
