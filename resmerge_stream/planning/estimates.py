@@ -49,13 +49,15 @@ def _seconds(plan: Plan, tensor: PlannedTensor, passes: int) -> float:
         return size * _SECONDS_ROWS
     ranks = [rank_of(plan.experts[number], tensor.spec.name) for number in tensor.experts]
     whole, rank = ranks.count(None), sum(rank or 0 for rank in ranks)
+    # What is not decided from factors alone is made whole, theirs too.
+    decomposed = 0 if plan.is_factored(tensor) else len(ranks)
     seconds = size * (whole + tensor.reads_layout) * _SECONDS_ROWS * passes
     if tensor.reads_layout:
         seconds += size * rank * _SECONDS_PRODUCT * passes
     if tensor.rule.needs_matrix:
-        seconds += size * whole * _SECONDS_MATRIX
+        seconds += size * decomposed * _SECONDS_MATRIX
     if tensor.factors is not None and tensor.reads_layout:
         seconds += size * _SECONDS_MATRIX  # the update whole, and its leading directions
-    elif tensor.factors is not None or tensor.rule.needs_matrix:
+    if not decomposed:
         seconds += (rows + columns) * rank**2 * _SECONDS_FACTORS
     return seconds

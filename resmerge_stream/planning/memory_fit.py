@@ -81,8 +81,7 @@ def fit_memory(plan: Plan, found: Findings) -> Plan:
     sharing = machine_share()[1] if plan.machine is None else 1
     budget = (asked if asked is not None else int(free * SHARE)) // sharing
     fitted = fit(plan, budget, elsewhere=plan.machine is not None)
-    largest = max((math.prod(t.matrix) for t in _matrices(plan)), default=0)
-    ample = SPARE_BYTES + 4 * (len(plan.experts) + 2) * largest
+    ample = SPARE_BYTES + max((_ample_bytes(plan, tensor) for tensor in _matrices(plan)), default=0)
     room = fitted.room
     working = max(fitted.worst, min(room, ample) if asked is None else room)
     if fitted.worst > room:
@@ -108,6 +107,13 @@ def fit_memory(plan: Plan, found: Findings) -> Plan:
         working_bytes=working,
         peak_memory_bytes=budget - room + working,
     )
+
+
+def _ample_bytes(plan: Plan, tensor: PlannedTensor) -> int:
+    """Return bytes in which two workers need not wait for each other at a tensor of its size."""
+    if plan.is_factored(tensor):
+        return 2 * plan.working_bytes_of(tensor)
+    return 4 * (len(plan.experts) + 2) * math.prod(tensor.matrix)
 
 
 def _matrices(plan: Plan) -> list[PlannedTensor]:

@@ -381,11 +381,23 @@ class Plan(Draft):
             if tensor.fused.turned:  # every model's matrix, as its own layer would store it
                 stored = [source.tensors[tensor.spec.name] for source in self.read_for(tensor)]
                 output += m * n * sum(DTYPES[one.spec.dtype].nbytes for one in stored)
+        if self.is_factored(tensor):
+            return block + output + self._factoring_bytes(tensor)
         if not tensor.rule.needs_matrix:
             held = PIECE_BYTES if tensor.rule.in_pieces else HELD_BYTES
             return block + (min(output, held) if self.is_held(tensor) else 0)
         scratch = tensor.method.scratch_bytes(m, n, count)
         return block + output + matrix_bytes(m, n, count, scratch, resident=tensor.resident)
+
+    def is_factored(self, tensor: PlannedTensor) -> bool:
+        """Return whether a matrix is decided from factors alone: no task vector is made whole."""
+        if tensor.factors is not None:
+            return not tensor.reads_layout
+        if tensor.rule is None or not tensor.rule.needs_matrix:
+            return False
+        ranks = [rank_of(self.experts[i], tensor.spec.name) for i in tensor.experts]
+        low = tensor.method.keeps_low_rank(tensor.weights, tensor.base_weight)
+        return None not in ranks and low
 
     def made_bytes_of(self, tensor: PlannedTensor) -> int:
         """Return bytes of one piece that are made when it is read: dequantised, or put together."""
@@ -395,7 +407,8 @@ class Plan(Draft):
 
     def _factoring_bytes(self, tensor: PlannedTensor) -> int:
         """Return bytes that are held while a tensor's update becomes factors."""
-        (m, n), count = tensor.spec.matrix_shape, len(tensor.experts)
+        m, n = tensor.matrix if tensor.factors is None else tensor.spec.matrix_shape
+        count = len(tensor.experts)
         ranks = [rank_of(self.experts[i], tensor.spec.name) for i in tensor.experts]
         # Factors as read, orthonormal, and twice as the update's: float64 but the first.
         held = (m + n) * sum(rank or 0 for rank in ranks) * (4 + 8 + 2 * 8 + 8)
