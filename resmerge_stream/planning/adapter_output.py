@@ -76,7 +76,7 @@ class _Output:
         spec = tensor.spec
         if len(spec.shape) != 2 or not name.endswith(".weight"):
             what = "fused experts" if len(spec.shape) == 3 else "vectors and the like"
-            self._cannot_hold(f"are {what}, which no factors of an adapter hold", name)
+            self._cannot_hold(f"are {what}, which are not written as factors", name)
             return None
         exact = None not in ranks and tensor.method.keeps_low_rank(
             tensor.weights, tensor.base_weight

@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from resmerge_stream import Options, plan_merge, run_merge
+from resmerge_stream.cli.main import main
 from resmerge_stream.experts.evaluate import load_model, load_tokenizer
 from resmerge_stream.experts.group import built_in_recipe, builtin_adapters, builtin_group
 from resmerge_stream.experts.tasks import TASKS, draw_prompts
@@ -47,6 +48,19 @@ def test_an_adapter_on_the_base_says_what_the_full_merge_says(tmp_path, method):
 
     assert answers == said(load_model(tmp_path / "model"))
     assert answers != said(load_model(BASE))
+
+
+def test_the_demo_merges_the_adapters_and_verifies_the_result(tmp_path, monkeypatch, capsys):
+    """`demo --lora` reads adapters beside the base, writes a whole model, and checks it."""
+    monkeypatch.chdir(tmp_path)
+
+    code = main(["demo", "--lora", "--prompts", "0", "--out", "out"])
+
+    report = json.loads((tmp_path / "out" / "resmerge" / "report.json").read_text())
+    files = [[file["name"] for file in source["files"]] for source in report["sources"]]
+    assert code == 0
+    assert files == [["model.safetensors"], *[["adapter_model.safetensors"]] * len(TASKS)]
+    assert "FAILED" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("task", TASKS)
