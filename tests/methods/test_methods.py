@@ -104,19 +104,6 @@ def test_larger_updates_give_a_larger_merge(name):
     assert relative(eight, 8 * once) < 1e-5
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_experts_equal_to_the_base_give_the_base(name, tmp_path):
-    """Where no expert changed anything, the output has the base's own bits."""
-    count = count_of(name)
-    write_group(tmp_path, SMALL, experts=count, updates=Updates(unchanged=1.0))
-
-    tensors, report = merged(tmp_path, tmp_path, name, count)
-
-    base = load_file(tmp_path / "base" / "model.safetensors")
-    assert all(torch.equal(tensors[key], base[key]) for key in base)
-    assert report["summary"]["by_rule"] == {"copy": len(base)}
-
-
 @pytest.mark.parametrize("name", sorted(KEEPS_ONE))
 def test_a_single_expert_comes_out_as_it_is(name):
     """These methods, given one expert, return that expert."""
