@@ -21,6 +21,7 @@ from tests.support.space_runs import Town, running_town, wait_for
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 SHAPE = Shape(hidden_size=96, intermediate_size=256, num_hidden_layers=24, vocab_size=1024)
 WIDE, PHONE = {"width": 940, "height": 800}, {"width": 390, "height": 800}
+FORM = "Merge your own"
 _COLOURS = 256
 
 
@@ -52,25 +53,30 @@ def keep(visit: Visit, name: str, *, top: str | None = None, height: int | None 
 
 
 def choose(browser: Browser, town: Town) -> None:
-    """Step 1, before anything is chosen."""
-    keep(enter(browser, town), "space-choose", height=1150)
+    """The page as it opens, wide and on a phone in the dark; then everything under Advanced."""
+    keep(enter(browser, town, dark=True, phone=True), "space-phone-start", height=1100)
+    guest = enter(browser, town)
+    keep(guest, "space-choose", height=1150)
+    guest.advanced()
+    keep(guest, "space-advanced", top=FORM)
 
 
 def plan(browser: Browser, town: Town) -> None:
-    """A plan that can be merged, and the hardware that it was reckoned for."""
+    """A plan that can be merged, with what it takes on other hardware; and as a pull request."""
     alice = enter(browser, town).sign_in("alice")
     alice.fill("math-and-code")
     alice.plan()
     alice.page.get_by_text("Here and on other hardware", exact=True).click()
-    keep(alice, "space-plan", top="Plan")
+    keep(alice, "space-plan", top=FORM)
 
 
 def refused(browser: Browser, town: Town) -> None:
-    """A plan that is refused."""
+    """A plan that is refused: what is wrong stands at its fields too."""
     bob = enter(browser, town).sign_in("bob")
     bob.fill("math-and-code")
+    bob.choose("Expert 2", "not a model")
     bob.plan()
-    keep(bob, "space-refused", top="Plan", height=620)
+    keep(bob, "space-refused", top=FORM)
 
 
 def follow(browser: Browser, town: Town) -> None:
@@ -82,27 +88,55 @@ def follow(browser: Browser, town: Town) -> None:
         expect(alice.page.get_by_text("How far the heads agree").first).to_be_visible()
         alice.page.wait_for_timeout(9000)
         alice.page.get_by_role("button", name=re.compile("^Log ")).click()
-        keep(alice, "space-follow", top="Follow")
+        keep(alice, "space-follow", height=1250)
         link = alice.link
         small = enter(browser, town, dark=True, phone=True).sign_in("alice")
         small.open(f"{link}&__theme=dark")
         small.expect_state("Merging")
-        keep(small, "space-phone", top="Follow", height=1100)
+        keep(small, "space-phone", height=1100)
         alice.button("Cancel").click()
         alice.expect_state("Cancelled")
         alice.page.get_by_role("button", name=re.compile("^Log ")).click()
-        keep(alice, "space-cancelled", top="Follow", height=620)
+        keep(alice, "space-cancelled", height=900)
+    again = enter(browser, town).sign_in("alice")
+    expect(again.button("Continue this merge")).to_be_visible()
+    keep(again, "space-continue", height=900)
+
+
+def example(browser: Browser, town: Town) -> None:
+    """What one click on the example gives, wide and on a phone in the dark."""
+    guest = enter(browser, town)
+    guest.try_example()
+    guest.expect_state("Done")
+    keep(guest, "space-example", height=1250)
+    small = enter(browser, town, dark=True, phone=True)
+    small.open(f"{guest.link}&__theme=dark")
+    small.expect_state("Done")
+    keep(small, "space-phone-result", height=1500)
 
 
 def result(browser: Browser, town: Town) -> None:
-    """What was merged: the published model, its gates, the files; then the jobs."""
+    """What was merged: the published model and its gates; a pull request; then the jobs."""
     alice = enter(browser, town).sign_in("alice")
     alice.start("math-and-code")
     alice.expect_state("Done")
-    keep(alice, "space-result", top="Follow", height=1500)
+    alice.page.get_by_text("What each tensor's gates decided").click()
+    keep(alice, "space-result", height=2300)
+    town.hub.add_repo("bob/model", {"config.json": b"{}"})
+    alice.open()
+    alice.fill("bob/model")
+    alice.advanced()
+    alice.page.get_by_role("radio", name="a pull request").check()
+    alice.plan()
+    alice.merge()
+    expect(alice.page.locator("#follow")).to_contain_text("a pull request on bob/model")
+    alice.expect_state("Done")
+    keep(alice, "space-pull-request", height=700)
     alice.open()
     alice.tab("My jobs")
     keep(alice, "space-jobs", height=700)
+    alice.tab("From code")
+    keep(alice, "space-code", height=1500)
 
 
 def explore(browser: Browser, town: Town) -> None:
@@ -111,6 +145,7 @@ def explore(browser: Browser, town: Town) -> None:
     for name, rho in (("compared-a", "0.2"), ("compared-b", "0.5")):
         alice.open()
         alice.fill(name)
+        alice.advanced()
         alice.page.get_by_role("spinbutton", name=re.compile("^rho")).fill(rho)
         alice.plan()
         alice.merge()
@@ -124,7 +159,7 @@ def explore(browser: Browser, town: Town) -> None:
 
 
 STEPS: dict[str, Callable[[Browser, Town], None]] = {
-    step.__name__: step for step in (choose, plan, refused, follow, result, explore)
+    step.__name__: step for step in (choose, plan, refused, follow, example, result, explore)
 }
 
 

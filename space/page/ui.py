@@ -64,7 +64,7 @@ def build_page(service: Service, news: News) -> gr.Blocks:
             parts["merge_note"] = gr.HTML(container=False, padding=False)
             fields.choose(parts)
             _plan_and_merge(parts)
-        with gr.Tab("My jobs"):
+        with gr.Tab("My jobs") as parts["my_jobs"]:
             parts["mine"] = gr.HTML(label="My jobs", container=False, padding=False)
             parts["refresh"] = gr.Button("Look again", size="sm")
         with gr.Tab("Explore"):
@@ -214,7 +214,8 @@ def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
     on(parts["dismiss"].click, following.dismiss, ["remembered"], [*_JOB, "remembered"])
     continued = [*_JOB, *_UNFINISHED, "remembered", "go_on_note"]
     on(parts["go_on"].click, following.go_on, ["chosen", "remembered"], continued)
-    on(parts["refresh"].click, following.look_for_unfinished, ["remembered"], _UNFINISHED)
+    for look in (parts["my_jobs"].select, parts["refresh"].click):
+        on(look, following.look_for_unfinished, ["remembered"], _UNFINISHED)
     on(parts["from_code"].select, handlers.from_code, form, ["code"])
     on(
         parts["open"].click,
