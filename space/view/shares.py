@@ -34,9 +34,9 @@ def shares_html(found: Shares, own: str) -> str:
     asked = f"{max(counts)} " if len(counts) == 1 else ""
     caption = f"Right answers to {asked}held-out questions a task, with 95 % intervals"
     shown = table(("Model", *(esc(task) for task in tasks)), rows, caption)
-    of = "one task" if len(tasks) == 1 else f"{len(tasks)} tasks, their mean"
+    of = "of one task" if len(tasks) == 1 else f"mean of {len(tasks)} tasks"
     return (
-        f"<h3>Right answers in {of}</h3>"
+        f"<h3>Right answers, {of}</h3>"
         f'<ul class="rm-bars">{bars}</ul>'
         f"<details><summary>Task by task</summary>{shown}</details>"
     )
