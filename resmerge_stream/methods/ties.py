@@ -15,15 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .base import Counter, Site, param
-from .parts.sparsified import (
-    RESCALE_WORDS,
-    Sparse,
-    Sparsified,
-    all_ones,
-    density_param,
-    lambda_param,
-    normalize_param,
-)
+from .parts.sparsified import Sparse, Thinned, normalize_param
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ties(Sparsified):
+class Ties(Thinned):
     """Of each expert's changes the largest are kept; every weight then takes the mean of those
     that have the sign with more total weight."""
 
@@ -48,22 +40,8 @@ class Ties(Sparsified):
     }
     earlier: ClassVar[Mapping[str, Any]] = {"density": 0.2, "trim": "model"}
 
-    density: float | tuple[float, ...] = density_param()
     normalize: bool = normalize_param(True)
-    rescale: str = param(
-        "none", "Enlarge what is kept to the whole norm", choices=("none", "l1"),
-        words=RESCALE_WORDS,
-    )  # fmt: skip
-    lambda_: float = lambda_param()
     trim: str = param("tensor", "Rank entries in each tensor or all", choices=("tensor", "model"))
-
-    def dense(self) -> bool:
-        """Return whether nothing is trimmed."""
-        return all_ones(self.density)
-
-    def rescale_to_norm(self) -> bool:
-        """Return whether what is kept is enlarged."""
-        return self.rescale == "l1"
 
     def is_local(self) -> bool:
         """Return whether the thresholds are known before a tensor is read."""

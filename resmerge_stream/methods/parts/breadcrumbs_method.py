@@ -15,15 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..base import Site, of_each, param
-from .sparsified import (
-    RESCALE_WORDS,
-    Sparse,
-    Sparsified,
-    all_ones,
-    density_param,
-    lambda_param,
-    normalize_param,
-)
+from .sparsified import Sparse, Thinned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,30 +24,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trimmed(Sparsified):
+class Trimmed(Thinned):
     """Of each expert's changes the largest and the smallest are dropped."""
 
     paper: ClassVar[str] = "Davari and Belilovsky 2023, Model breadcrumbs"
     url: ClassVar[str] = "https://arxiv.org/abs/2312.06795"
 
-    density: float | tuple[float, ...] = density_param()
     gamma: float | tuple[float, ...] = param(
         0.01, "Share of largest entries to drop", minimum=0.0, maximum=1.0, each=True
     )
-    normalize: bool = normalize_param(False)
-    rescale: str = param(
-        "none", "Enlarge what is kept to the whole norm", choices=("none", "l1"),
-        words=RESCALE_WORDS,
-    )  # fmt: skip
-    lambda_: float = lambda_param()
-
-    def dense(self) -> bool:
-        """Return whether nothing is dropped."""
-        return all_ones(self.density)
-
-    def rescale_to_norm(self) -> bool:
-        """Return whether what is kept is enlarged."""
-        return self.rescale == "l1"
 
     def is_local(self) -> bool:
         """Return False: entries are ranked in the whole tensor."""

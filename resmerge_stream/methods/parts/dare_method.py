@@ -6,17 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..base import Site, of_each, param
+from ..base import Site, of_each
 from .dare import dropper
-from .sparsified import (
-    RESCALE_WORDS,
-    Sparse,
-    Sparsified,
-    all_ones,
-    density_param,
-    lambda_param,
-    normalize_param,
-)
+from .sparsified import Sparse, Thinned, rescale_param
 
 if TYPE_CHECKING:
     from ...maths.task_vectors import TaskVectors
@@ -26,7 +18,7 @@ RESCALE_LABEL = "How kept entries grow: to the tensor's L1 norm, by 1/density, o
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dropped(Sparsified):
+class Dropped(Thinned):
     """Each expert keeps a random share of its changes, enlarged to make up for the rest."""
 
     paper: ClassVar[str] = "Yu et al. 2024, DARE"
@@ -35,18 +27,7 @@ class Dropped(Sparsified):
 
     masks: ClassVar[bool] = True
 
-    density: float | tuple[float, ...] = density_param()
-    normalize: bool = normalize_param(False)
-    rescale: str = param("l1", RESCALE_LABEL, choices=RESCALES, words=RESCALE_WORDS)
-    lambda_: float = lambda_param()
-
-    def dense(self) -> bool:
-        """Return whether nothing is dropped."""
-        return all_ones(self.density)
-
-    def rescale_to_norm(self) -> bool:
-        """Return whether the L1 norm of the whole is restored."""
-        return self.rescale == "l1"
+    rescale: str = rescale_param("l1", RESCALE_LABEL, *RESCALES)
 
     def sparse(self, vectors: TaskVectors, site: Site) -> tuple[Sparse, Mapping[str, Any]]:
         """Return the dropped task vectors."""

@@ -14,15 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..base import Site, of_each, param
 from .dare import drawn
-from .sparsified import (
-    RESCALE_WORDS,
-    Sparse,
-    Sparsified,
-    all_ones,
-    density_param,
-    lambda_param,
-    normalize_param,
-)
+from .sparsified import Sparse, Thinned, rescale_param
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +27,7 @@ _SORTED_ENTRIES = 1 << 15
 
 
 @dataclass(frozen=True, kw_only=True)
-class MagnitudeDropped(Sparsified):
+class MagnitudeDropped(Thinned):
     """Each expert keeps a random share of its changes, of the large ones more."""
 
     paper: ClassVar[str] = "Deep et al. 2024, DELLA-Merging"
@@ -43,16 +35,12 @@ class MagnitudeDropped(Sparsified):
 
     masks: ClassVar[bool] = True
 
-    density: float | tuple[float, ...] = density_param()
     epsilon: float | tuple[float, ...] = param(
         0.15, "How much likelier large entries stay", minimum=0.0, maximum=0.5, each=True
     )
-    normalize: bool = normalize_param(False)
-    rescale: str = param(
-        "l1", "How kept entries grow: to the tensor's L1 norm, by 1/probability, or not",
-        choices=RESCALES, words=RESCALE_WORDS,
-    )  # fmt: skip
-    lambda_: float = lambda_param()
+    rescale: str = rescale_param(
+        "l1", "How kept entries grow: to the tensor's L1 norm, by 1/probability, or not", *RESCALES
+    )
 
     def check_weights(self, weights: tuple[float, ...]) -> str | None:
         """Return a problem where a probability would leave (0, 1)."""
@@ -66,14 +54,6 @@ class MagnitudeDropped(Sparsified):
                     "between 0 and 1, for they are probabilities. Give a smaller epsilon."
                 )
         return None
-
-    def dense(self) -> bool:
-        """Return whether nothing is dropped."""
-        return all_ones(self.density)
-
-    def rescale_to_norm(self) -> bool:
-        """Return whether the L1 norm of the whole is restored."""
-        return self.rescale == "l1"
 
     def sparse(self, vectors: TaskVectors, site: Site) -> tuple[Sparse, Mapping[str, Any]]:
         """Return the task vectors with entries dropped by rank and chance."""

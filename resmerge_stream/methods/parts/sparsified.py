@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...specs import TensorSpec
-from ..base import Alias, Each, MergeMethod, Rule, Site, Update, default_role, of_each, param
+from ..base import Alias, MergeMethod, Rule, Site, Update, default_role, of_each, param
 from .election import disjoint_merge
 from .elementwise import combined, linear
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ...maths.task_vectors import TaskVectors
 
 # What is true and false in mergekit.
-RESCALE_WORDS = {True: "l1", False: "none"}
+_RESCALE_WORDS = {True: "l1", False: "none"}
 # Weights and norms that small count as none.
 _NO_WEIGHT = 1e-8
 _NO_NORM = 1e-7
@@ -42,9 +42,9 @@ def normalize_param(default: bool) -> Any:
     return param(default, "Divide by the sum of the weights")
 
 
-def density_param(default: float = 1.0) -> Any:
-    """Return the parameter that says how many entries are kept."""
-    return param(default, "Share of entries to keep", minimum=0.0, maximum=1.0, each=True)
+def rescale_param(default: str, label: str, *choices: str) -> Any:
+    """Return the parameter that says how what is kept grows."""
+    return param(default, label, choices=choices, words=_RESCALE_WORDS)
 
 
 # Names of releases before 0.2.
@@ -124,6 +124,26 @@ class Sparsified(MergeMethod):
         return Update(rows, site.rule.name, gates)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Thinned(Sparsified):
+    """The base of those that drop entries, and may enlarge what is kept."""
+
+    density: float | tuple[float, ...] = param(
+        1.0, "Share of entries to keep", minimum=0.0, maximum=1.0, each=True
+    )
+    normalize: bool = normalize_param(False)
+    rescale: str = rescale_param("none", "Enlarge what is kept to the whole norm", "none", "l1")
+    lambda_: float = lambda_param()
+
+    def dense(self) -> bool:
+        """Return whether nothing is dropped."""
+        return all(share >= 1 for share in of_each(self.density, 1))
+
+    def rescale_to_norm(self) -> bool:
+        """Return whether the L1 norm of the whole is restored."""
+        return self.rescale == "l1"
+
+
 def _times(sparse: Sparse, factors: Sequence[float]) -> Sparse:
     def scaled(block: slice, stack: Tensor) -> list[Tensor]:
         return [x * f for x, f in zip(sparse(block, stack), factors, strict=True)]
@@ -182,8 +202,3 @@ def l1_factors(vectors: TaskVectors, sparse: Sparse) -> list[float]:
         x / y if x >= _NO_NORM and y >= _NO_NORM else 1.0
         for x, y in zip(before, after, strict=True)
     ]
-
-
-def all_ones(density: Each) -> bool:
-    """Return whether a density keeps everything of every expert."""
-    return all(share >= 1 for share in of_each(density, 1))
