@@ -13,15 +13,16 @@ The same three steps as the command line, for Python:
 Importing this package does not import torch; running a merge does.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import ResMergeError, StoppedError
-from .planning.plan import Options, Plan, RefusedPlan, plan_merge
-from .planning.recipe_file import load_recipe
-from .recipe import Recipe
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .errors import ResMergeError, StoppedError
+    from .planning.plan import Options, Plan, RefusedPlan, plan_merge
+    from .planning.recipe_file import load_recipe
+    from .recipe import Recipe
     from .run.engine import run_merge
     from .run.verify import verify_folder
 
@@ -40,14 +41,19 @@ __all__ = [
 ]
 
 
+_HOMES = {
+    "errors": ("ResMergeError", "StoppedError"),
+    "planning.plan": ("Options", "Plan", "RefusedPlan", "plan_merge"),
+    "planning.recipe_file": ("load_recipe",),
+    "recipe": ("Recipe",),
+    "run.engine": ("run_merge",),
+    "run.verify": ("verify_folder",),
+}
+
+
 def __getattr__(name: str) -> Any:
-    # Torch takes a second to import; planning must not wait for it.
-    if name == "run_merge":
-        from .run.engine import run_merge
-
-        return run_merge
-    if name == "verify_folder":
-        from .run.verify import verify_folder
-
-        return verify_folder
+    # Torch takes a second to import, and `--help` needs none of the library.
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f".{module}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

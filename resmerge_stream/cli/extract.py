@@ -7,44 +7,12 @@ from typing import Any
 from ..errors import RecipeError, Remedy, listed
 from ..recipe import override
 from ..run.events import Finished
-from ..specs import OUTPUT_DTYPES
 from . import console
 from .lasting_imports import lasting_imports
-from .options import add_json, add_machine, add_publication, options_of, publication_of
+from .options import options_of, publication_of
 from .studies import RunPlan
 
 _BAR = 40  # characters
-
-
-def add_extract(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``extract``."""
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="an expert, a finished merge or an adapter: folder or namespace/name[@revision]",
-    )
-    parser.add_argument(
-        "--base", metavar="ID", required=True, help="what the adapter is to be put on"
-    )
-    parser.add_argument(
-        "--rank",
-        metavar="K",
-        dest="adapter_rank",
-        default="32",
-        help="of the adapter's modules, at most (default: 32)",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="only read, and print how much of the difference each rank up to K holds",
-    )
-    parser.add_argument("--out", metavar="DIR", help="the output folder; must not exist yet")
-    parser.add_argument(
-        "--dtype", metavar="TYPE", help=f"{', '.join(OUTPUT_DTYPES)} (default: float32)"
-    )
-    add_publication(parser)
-    add_machine(parser)
-    add_json(parser)
 
 
 def extract(args: argparse.Namespace, run_plan: RunPlan) -> int:

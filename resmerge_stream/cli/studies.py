@@ -11,9 +11,9 @@ from ..planning.plan import Plan, RefusedPlan, plan_merge
 from ..run.events import Event
 from ..units import format_size
 from . import console
-from .evaluate import add_questions, examination_of
+from .evaluate import examination_of
 from .lasting_imports import lasting_imports
-from .options import add_recipe, options_of, recipe_of
+from .options import options_of, recipe_of
 
 if TYPE_CHECKING:
     from ..studies.compare_plan import Comparison
@@ -27,73 +27,6 @@ class RunPlan(Protocol):
     ) -> int:
         """Return the exit code."""
         ...
-
-
-def add_compare(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``compare``."""
-    add_recipe(parser)
-    parser.add_argument(
-        "--methods",
-        metavar="A,B,C",
-        required=True,
-        help="methods, with parameters behind colons: resmerge,ties:density=0.2,ties:paper",
-    )
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        required=True,
-        help="gets a folder for each method, the table and the picture",
-    )
-    parser.add_argument(
-        "--report-only",
-        action="store_true",
-        help="write reports, table and picture, but no weights",
-    )
-    parser.add_argument("--work-dir", metavar="DIR", help="as for merge")
-    asked = parser.add_argument_group("which merge is best")
-    asked.add_argument(
-        "--evaluate",
-        action="store_true",
-        help="ask base, experts and merges the same questions (--tasks)",
-    )
-    add_questions(asked, required=False)
-    asked.add_argument(
-        "--keep",
-        choices=("all", "best"),
-        default="all",
-        help="best: merge one after another and keep the best model's files only",
-    )
-
-
-def add_analyse(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``analyse``."""
-    add_recipe(parser)
-    parser.add_argument("--out", metavar="DIR", required=True, help="the folder for the results")
-    parser.add_argument(
-        "--sft",
-        metavar="ID",
-        action="append",
-        default=[],
-        help="an SFT expert to compare with; give one for each",
-    )
-    parser.add_argument("--rank", type=int, default=1, help="directions in the head (default: 1)")
-    add_sample(parser)
-    parser.add_argument(
-        "--component",
-        choices=("head", "residual"),
-        help="write the model W0 + head (or residual) of one expert instead",
-    )
-    parser.add_argument("--of", metavar="EXPERT", help="the expert, by ID or number")
-
-
-def add_sample(parser: argparse.ArgumentParser) -> None:
-    """Add ``--sample``."""
-    parser.add_argument(
-        "--sample",
-        metavar="SHARE",
-        default="100%",
-        help="share of the layers to read, such as 20%%",
-    )
 
 
 def share_of(text: str) -> float:

@@ -1,0 +1,264 @@
+"""What the command line takes: the options of every command. Light: `--help` needs no more."""
+
+import argparse
+from typing import Any
+
+from ..planning.options import Declared, declared
+from ..specs import OUTPUT_DTYPES
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``."""
+    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+
+
+def add_publication(parser: argparse.ArgumentParser) -> None:
+    """Add what says where on the Hub to publish, and how."""
+    hub = parser.add_argument_group("publish on the Hub, with HF_TOKEN or its login")
+    hub.add_argument(
+        "--push-to", metavar="NS/NAME", help="the repository; a new one is made private"
+    )
+    seen = hub.add_mutually_exclusive_group()
+    seen.add_argument(
+        "--private", action="store_true", help="keep it private (default for a new one)"
+    )
+    seen.add_argument(
+        "--public", action="store_true", help="make it public when everything is there"
+    )
+    hub.add_argument(
+        "--update",
+        action="store_true",
+        help="replace the model that is there; the plan lists the files",
+    )
+    hub.add_argument(
+        "--create-pr",
+        action="store_true",
+        help="open a pull request on it instead; nothing else there is touched",
+    )
+    hub.add_argument(
+        "--collection", metavar="OWNER/SLUG", help="add the model to this collection of yours"
+    )
+    hub.add_argument(
+        "--discuss", action="store_true", help="open a discussion there when it is done"
+    )
+    hub.add_argument(
+        "--max-disk",
+        metavar="SIZE",
+        help="disk for unsent shards (default: two for each process); 0: no files",
+    )
+    parser.add_argument(
+        "--work-dir",
+        metavar="DIR",
+        help="where to keep what a restart needs (default: the user's cache)",
+    )
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Add what says what to merge, and how."""
+    parser.add_argument(
+        "recipe", nargs="?", metavar="RECIPE",
+        help="a file in mergekit's vocabulary; or a merged model: folder, id or address",
+    )  # fmt: skip
+    what = parser.add_argument_group("instead of a recipe, or over it")
+    what.add_argument(
+        "--base", metavar="ID", help="the base model: a folder or namespace/name[@revision]"
+    )
+    what.add_argument(
+        "--expert", metavar="ID", action="append", default=[], help="an expert; give one for each"
+    )
+    what.add_argument(
+        "--method", metavar="NAME", help="how to merge (default: resmerge); 'methods' lists them"
+    )
+    what.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="a parameter of the method; give one for each",
+    )
+    what.add_argument(
+        "--tokenizer-source", metavar="WHICH",
+        help="base, union or an ID: the models' rows are matched by token",
+    )  # fmt: skip
+    how = parser.add_argument_group("output")
+    how.add_argument(
+        "--dtype", metavar="TYPE", help=f"{', '.join(OUTPUT_DTYPES)} (default: the base's)"
+    )
+    for known in declared():
+        if known.changes != "nothing":
+            _add(how, known)
+    add_machine(parser)
+    add_json(parser)
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Add what changes nothing that is written."""
+    machine = parser.add_argument_group("machine")
+    for known in declared():
+        if known.changes == "nothing":
+            _add(machine, known)
+
+
+def _add(group: Any, known: Declared) -> None:
+    if known.default is True:
+        group.add_argument(
+            known.flag, dest=known.key, action="store_const", const=False, help=known.help
+        )
+        return
+    kind = int if type(known.default) is int else str
+    group.add_argument(known.flag, metavar=known.metavar, type=kind, help=known.help)
+
+
+def add_submit(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``submit``."""
+    add_recipe(parser)
+    add_publication(parser)
+    job = parser.add_argument_group("the Job")
+    job.add_argument(
+        "--flavor", metavar="NAME", help="which machine (default: the cheapest that fits)"
+    )
+    job.add_argument(
+        "--timeout",
+        metavar="TIME",
+        help="end the Job after, such as 2h (default: from the estimate)",
+    )
+    job.add_argument(
+        "--yes", action="store_true", help="start without asking whether the price is right"
+    )
+    job.add_argument(
+        "--attach", metavar="JOB_ID", help="follow a Job that runs or ran; takes no recipe"
+    )
+
+
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``compare``."""
+    add_recipe(parser)
+    parser.add_argument(
+        "--methods",
+        metavar="A,B,C",
+        required=True,
+        help="methods, with parameters behind colons: resmerge,ties:density=0.2,ties:paper",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        required=True,
+        help="gets a folder for each method, the table and the picture",
+    )
+    parser.add_argument(
+        "--report-only",
+        action="store_true",
+        help="write reports, table and picture, but no weights",
+    )
+    parser.add_argument("--work-dir", metavar="DIR", help="as for merge")
+    asked = parser.add_argument_group("which merge is best")
+    asked.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="ask base, experts and merges the same questions (--tasks)",
+    )
+    add_questions(asked, required=False)
+    asked.add_argument(
+        "--keep",
+        choices=("all", "best"),
+        default="all",
+        help="best: merge one after another and keep the best model's files only",
+    )
+
+
+def add_analyse(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``analyse``."""
+    add_recipe(parser)
+    parser.add_argument("--out", metavar="DIR", required=True, help="the folder for the results")
+    parser.add_argument(
+        "--sft",
+        metavar="ID",
+        action="append",
+        default=[],
+        help="an SFT expert to compare with; give one for each",
+    )
+    parser.add_argument("--rank", type=int, default=1, help="directions in the head (default: 1)")
+    add_sample(parser)
+    parser.add_argument(
+        "--component",
+        choices=("head", "residual"),
+        help="write the model W0 + head (or residual) of one expert instead",
+    )
+    parser.add_argument("--of", metavar="EXPERT", help="the expert, by ID or number")
+
+
+def add_sample(parser: argparse.ArgumentParser) -> None:
+    """Add ``--sample``."""
+    parser.add_argument(
+        "--sample",
+        metavar="SHARE",
+        default="100%",
+        help="share of the layers to read, such as 20%%",
+    )
+
+
+def add_extract(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``extract``."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="an expert, a finished merge or an adapter: folder or namespace/name[@revision]",
+    )
+    parser.add_argument(
+        "--base", metavar="ID", required=True, help="what the adapter is to be put on"
+    )
+    parser.add_argument(
+        "--rank",
+        metavar="K",
+        dest="adapter_rank",
+        default="32",
+        help="of the adapter's modules, at most (default: 32)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only read, and print how much of the difference each rank up to K holds",
+    )
+    parser.add_argument("--out", metavar="DIR", help="the output folder; must not exist yet")
+    parser.add_argument(
+        "--dtype", metavar="TYPE", help=f"{', '.join(OUTPUT_DTYPES)} (default: float32)"
+    )
+    add_publication(parser)
+    add_machine(parser)
+    add_json(parser)
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``evaluate``."""
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help="folder or namespace/name[@revision]; base first"
+    )
+    add_questions(parser, required=True)
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        default="evaluation",
+        help="the folder for results and for the answers so far",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument(
+        "--card",
+        metavar="MERGE",
+        help="put the results into the card of this one of the models; on the Hub, by a "
+        "pull request",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+
+
+def add_questions(parser: argparse._ActionsContainer, *, required: bool) -> None:
+    """Add ``--tasks`` and ``--limit``."""
+    parser.add_argument(
+        "--tasks",
+        required=required,
+        metavar="A,B,C",
+        help="built-in tasks (add, sort, reverse, close), files FILE.jsonl or FILE.yaml, or tasks "
+        "of lm-evaluation-harness",
+    )
+    parser.add_argument(
+        "--limit", metavar="N", type=int, default=500, help="questions for each task (default: 500)"
+    )
