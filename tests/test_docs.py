@@ -42,14 +42,19 @@ def files():
 
 @cache
 def names():
-    """Return what each class of the repository defines, by the class's name."""
-    found = {}
+    """Return what each class of the repository defines or inherits, by the class's name."""
+    found, bases = {}, {}
     for name in files():
         if name.endswith(".py"):
             for node in ast.walk(ast.parse((ROOT / name).read_text())):
                 if isinstance(node, ast.ClassDef):
                     found.setdefault(node.name, set()).update(members(node))
-    return found
+                    bases.setdefault(node.name, set()).update(map(ast.unparse, node.bases))
+
+    def all_of(name):
+        return found.get(name, set()).union(*map(all_of, bases.get(name, set()) - {name}))
+
+    return {name: all_of(name) for name in found}
 
 
 def members(node):
