@@ -833,7 +833,7 @@ class TestStreams:
         assert "Exception ignored" not in errors
         assert (code == 0) == (tmp_path / "out" / "model.safetensors").exists()
 
-    @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+    @pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.slow)])
     def test_a_terminal_without_greek_letters_is_no_error(self, encoding, group, tmp_path):
         """Characters that the terminal lacks are replaced, in merges, lists and messages."""
         out = tmp_path / "out"
@@ -888,6 +888,7 @@ class TestWholeRuns:
         assert (tmp_path / "out" / "model.safetensors").exists()
         assert {path.name for path in tmp_path.iterdir()} == {"out", "cache"}
 
+    @pytest.mark.slow
     def test_the_demo_twice_is_done_already(self, tmp_path):
         """A second demo finds the first one's result and checks it again."""
         cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}

@@ -228,6 +228,7 @@ def test_no_is_an_answer(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("hears", ["main", "another"])
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_job_running(bench: Bench, hears: str) -> None:
     """Who stops following is told how to follow again and how to cancel; pressing it once does.
 
@@ -423,6 +424,7 @@ def test_a_job_can_be_followed_by_its_id(bench: Bench) -> None:
 # Jobs that do not end well
 
 
+@pytest.mark.slow
 def test_a_killed_job_continues_from_its_shards(bench: Bench) -> None:
     """Killed after its first shard, the Job ends with exit 3; the next one makes the rest."""
     run_jobs(bench)
@@ -468,6 +470,7 @@ def test_a_merge_that_is_refused_in_its_job_exits_2(bench: Bench) -> None:
     assert "its log above says why" in done.err
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_ends_its_process(bench: Bench) -> None:
     """Cancelling ends what runs; who follows is told that the merge can go on later."""
     run_jobs(bench)

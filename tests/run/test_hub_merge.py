@@ -94,7 +94,14 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("moment", KILLS)
+@pytest.mark.parametrize(
+    "moment",
+    [
+        moment if moment in ("in an upload", "after the last commit")
+        else pytest.param(moment, marks=pytest.mark.slow)
+        for moment in KILLS
+    ],
+)  # fmt: skip
 def test_a_killed_merge_is_finished_by_the_same_command(bench: Bench, moment: str) -> None:
     """SIGKILL at an exact request: main shows all or nothing, and a rerun makes equal bytes."""
     method, path, when = KILLS[moment]
@@ -113,7 +120,9 @@ def test_a_killed_merge_is_finished_by_the_same_command(bench: Bench, moment: st
     assert sent <= shards + 1, f"{sent_before} before, {sent} in all"
 
 
-@pytest.mark.parametrize("moment", ["after create", "after the branch"])
+@pytest.mark.parametrize(
+    "moment", ["after create", pytest.param("after the branch", marks=pytest.mark.slow)]
+)
 def test_a_killed_update_leaves_no_repository_behind(bench: Bench, moment: str) -> None:
     """The private repository beside a public target goes in the end, marked in time or not."""
     method, path, when = KILLS[moment]
@@ -158,6 +167,7 @@ def test_a_fresh_machine_continues_from_the_staging_branch(bench: Bench, tmp_pat
     check_published(bench, "alice/moved")
 
 
+@pytest.mark.slow
 def test_a_main_that_moved_changes_nothing(bench: Bench, tmp_path: Path) -> None:
     """The commits of the first start win over a source's main that moved, on any machine."""
     start_killed(bench, "alice/pinned", "POST", "/commit/resmerge", after=True, skip=1)
@@ -336,6 +346,7 @@ def test_one_small_read_of_each_model_tells_that_they_differ(bench: Bench) -> No
     assert sum(read.time < made for read in reads) <= planning + 2 * len(MODELS)
 
 
+@pytest.mark.slow
 def test_transformers_loads_what_was_published(bench: Bench) -> None:
     """`from_pretrained` of the repository gives a model that generates."""
     bench.merge("--push-to", "alice/loaded")

@@ -89,6 +89,7 @@ def test_two_processes_publish_together(bench: Bench) -> None:
     assert told.count("tensor") == len(done.last["report"]["tensors"])
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_and_the_same_command_continues(bench: Bench) -> None:
     """SIGKILL of one of two: the launcher fails, the message names what is missing; one resumes."""
     forget_shards(bench)
@@ -117,6 +118,7 @@ def test_a_killed_process_ends_the_run_and_the_same_command_continues(bench: Ben
     assert bench.published("alice/killed") == bench.expected()
 
 
+@pytest.mark.slow
 def test_three_processes_fill_one_folder(bench: Bench, tmp_path: Path) -> None:
     """`torchrun`, from folders into a folder: the same bytes."""
     out = tmp_path / "out"

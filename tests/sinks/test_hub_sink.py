@@ -231,6 +231,7 @@ def test_a_token_without_the_right_is_refused(
     assert words in plan.out
 
 
+@pytest.mark.slow
 def test_a_revoked_token_stops_and_a_new_one_continues(bench: Bench) -> None:
     """Revoked in the middle: exit 3; with another token of the user the shards are kept."""
     first, second = (bench.hub.add_token("alice", "write") for _ in range(2))

@@ -94,7 +94,17 @@ def test_a_server_that_ignores_ranges_is_never_read(bench: Bench) -> None:
     assert "instead of the range" in done.err
 
 
-@pytest.mark.parametrize("fault", ["wrong-range", "416", "503", "expired", "cut", "reset"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "503",
+        "cut",
+        *(
+            pytest.param(fault, marks=pytest.mark.slow)
+            for fault in ("wrong-range", "416", "expired", "reset")
+        ),
+    ],
+)
 def test_a_fault_that_passes_is_survived(bench: Bench, tmp_path: Path, fault: str) -> None:
     """Wrong ranges, errors, expired links, short bodies and resets are tried again."""
     rule = bench.hub.faults.add(fault, path="/file/", port="cdn", times=3, skip=2)

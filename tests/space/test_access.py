@@ -13,6 +13,7 @@ Visitors = Callable[..., Visit]
 PHONE = {"width": 380, "height": 780}
 
 
+@pytest.mark.slow
 def test_every_control_has_a_name(visit: Visitors) -> None:
     """A screen reader has a name for whatever can be acted on, in every state of the page."""
     guest = visit()
@@ -31,6 +32,7 @@ def test_every_control_has_a_name(visit: Visitors) -> None:
     assert not any(unnamed.values()), unnamed
 
 
+@pytest.mark.slow
 def test_the_keyboard_is_enough(visit: Visitors) -> None:
     """With Tab and Enter alone the form is reached past the head, and the example is merged."""
     guest = visit()
@@ -55,6 +57,7 @@ def press_until(guest: Visit, name: str, *, most: int) -> None:
     raise AssertionError(f"{name!r} is not reached with {most} times Tab")
 
 
+@pytest.mark.slow
 def test_nothing_sticks_out_on_a_phone(visit: Visitors) -> None:
     """On a narrow screen the page scrolls down only, with a plan and a result on it too."""
     guest = visit(viewport=PHONE, has_touch=True)
@@ -69,6 +72,7 @@ def test_nothing_sticks_out_on_a_phone(visit: Visitors) -> None:
     assert (before, planned, guest.overflow()) == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_the_browser_keeps_no_token(
     visit: Visitors, town: Town, monkeypatch: pytest.MonkeyPatch
 ) -> None:

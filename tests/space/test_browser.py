@@ -4,6 +4,7 @@ import re
 import signal
 from collections.abc import Callable
 
+import pytest
 from playwright.sync_api import expect
 
 from space.page.ui import TICK_S
@@ -14,6 +15,7 @@ from tests.support.space_runs import Town, wait_for
 Visitors = Callable[..., Visit]
 
 
+@pytest.mark.slow
 def test_from_choosing_to_the_published_model(visit: Visitors, town: Town) -> None:
     """Sign in, choose, plan, merge: the repository is there, private, and the page links to it."""
     alice = visit("alice")
@@ -33,6 +35,7 @@ def test_from_choosing_to_the_published_model(visit: Visitors, town: Town) -> No
     assert "model.safetensors.index.json" in town.hub.files("alice/by-browser")
 
 
+@pytest.mark.slow
 def test_a_reload_finds_the_job_again(visit: Visitors, town: Town) -> None:
     """In the middle of a merge a reload, and the job's link in a new tab, show it as it runs."""
     with town.held("alice/reloaded"):
@@ -51,6 +54,7 @@ def test_a_reload_finds_the_job_again(visit: Visitors, town: Town) -> None:
     other.expect_state("Done")
 
 
+@pytest.mark.slow
 def test_a_lost_connection_is_found_again(visit: Visitors, town: Town) -> None:
     """A page that was without a network meanwhile asks for no help, and shows the end."""
     alice = visit("alice")
@@ -66,6 +70,7 @@ def test_a_lost_connection_is_found_again(visit: Visitors, town: Town) -> None:
     alice.expect_state("Done")
 
 
+@pytest.mark.slow
 def test_cancel_and_continue(visit: Visitors, town: Town) -> None:
     """Cancel stops a merge in the middle and says how to go on; Continue finishes it."""
     alice = visit("alice")
@@ -82,6 +87,7 @@ def test_cancel_and_continue(visit: Visitors, town: Town) -> None:
     assert "model.safetensors.index.json" in town.hub.files("alice/stopped")
 
 
+@pytest.mark.slow
 def test_another_visitor_sees_nothing_of_a_job(visit: Visitors, town: Town) -> None:
     """With the link alone, another account and a stranger neither see nor can cancel a job."""
     with town.held("alice/hers"):
@@ -133,6 +139,7 @@ def test_the_built_in_example_needs_no_account(visit: Visitors) -> None:
     assert b"qwen2" in download.value.path().read_bytes()
 
 
+@pytest.mark.slow
 def test_a_published_report_can_be_explored(visit: Visitors, town: Town) -> None:
     """The Explore tab opens the report of a repository, and sets two beside each other."""
     alice = visit("alice")
@@ -147,6 +154,7 @@ def test_a_published_report_can_be_explored(visit: Visitors, town: Town) -> None
     expect(shown.get_by_role("table", name="Two merges beside each other")).to_be_visible()
 
 
+@pytest.mark.slow
 def test_the_form_is_kept(visit: Visitors, town: Town) -> None:
     """What was typed is there after a reload and after signing in; a token never is."""
     guest = visit()
@@ -167,6 +175,7 @@ def test_the_form_is_kept(visit: Visitors, town: Town) -> None:
             guest.sign_in("alice")
 
 
+@pytest.mark.slow
 def test_a_recipe_is_a_link(visit: Visitors) -> None:
     """The link that a plan gives fills the form of whoever opens it."""
     guest = visit()
@@ -189,6 +198,7 @@ def test_ten_seconds_are_enough_to_notice() -> None:
     assert TICK_S + int(patience) / 1000 <= 10
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone_is_noticed(visit: Visitors, town: Town) -> None:
     """An open tab says that nobody answers, and when it can go on."""
     alice = visit("alice")

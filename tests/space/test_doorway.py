@@ -66,6 +66,7 @@ def test_the_printed_address_lets_a_browser_in():
     assert browser.get("/").text == "in"
 
 
+@pytest.mark.slow
 def test_at_home_the_owners_login_is_for_who_has_the_address(
     tmp_path: Path, browser: Browser
 ) -> None:

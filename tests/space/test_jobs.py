@@ -196,6 +196,7 @@ def test_a_published_merge_is_the_same_as_from_the_command_line(jobs, on_hub):
     assert job.url.startswith(f"{on_hub.hub.endpoint}/alice/same")
 
 
+@pytest.mark.slow
 def test_cancel_stops_a_merge_that_hangs_and_it_goes_on_later(jobs, on_hub):
     """A merge stuck in a transfer is cancelled all the same; continued, it finishes."""
     stuck, go = threading.Event(), threading.Event()
@@ -237,6 +238,7 @@ def _unfinished(town):
     return [Unfinished(**item) for item in json.loads(done.stdout)]
 
 
+@pytest.mark.slow
 def test_lost_permission_leaves_a_resumable_job(jobs, on_hub):
     """A token that is revoked in the middle stops the job, which says so and can go on."""
     token = on_hub.hub.add_token("alice", "write")

@@ -96,6 +96,7 @@ def test_a_token_is_written_nowhere(town: Town) -> None:
     assert secret not in Path(f"/proc/{town.space.process.pid}/cmdline").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_owners_secret_serves_no_visitor(lone_town: Town) -> None:
     """HF_TOKEN of a public Space reads nothing for others: not in a plan, a merge or a search."""
     town = lone_town
@@ -118,6 +119,7 @@ def test_the_owners_secret_serves_no_visitor(lone_town: Town) -> None:
     assert not [p for p, content in everything(town.space.folder) if secret in content]
 
 
+@pytest.mark.slow
 def test_a_killed_space_shows_the_job_as_resumable(lone_town: Town) -> None:
     """After SIGKILL in a merge the job is there, resumable, and continues to the same bytes."""
     town = lone_town
