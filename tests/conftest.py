@@ -58,6 +58,33 @@ def without_picture(monkeypatch):
     monkeypatch.setattr("resmerge_stream.report.card.gates_png", lambda report: b"")
 
 
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """A Hub with a group of models, shared by the tests of a file."""
+    from tests.support.hub_runs import running_bench  # most tests need no server
+
+    with running_bench(tmp_path_factory.mktemp("hub")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def xet_bench(tmp_path_factory):
+    """The same for a client that uses Xet storage."""
+    from tests.support.hub_runs import running_bench
+
+    with running_bench(tmp_path_factory.mktemp("hub-xet"), xet=True) as made:
+        yield made
+
+
+@pytest.fixture
+def clean_hub(bench):
+    """The Hub behaves, has heard nothing yet, and has none of the shards to be sent."""
+    bench.hub.log.clear()
+    bench.forget_uploads()
+    yield
+    bench.hub.faults.clear()
+
+
 @pytest.fixture
 def service(tmp_path, monkeypatch):
     """What is behind a page, in an empty folder: it knows alice and bob, and asks nobody."""

@@ -2,26 +2,14 @@
 
 import signal
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from resmerge_stream.cli.main import _GRACE_S
 from tests.loopback_hub import Answer, Hook
-from tests.support.hub_runs import Bench, running_bench
+from tests.support.hub_runs import Bench
 
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """A Hub with a group of models."""
-    with running_bench(tmp_path_factory.mktemp("signals")) as bench:
-        yield bench
-
-
-@pytest.fixture(autouse=True)
-def _no_faults(bench: Bench) -> Iterator[None]:
-    yield
-    bench.hub.faults.clear()
+pytestmark = pytest.mark.usefixtures("clean_hub")
 
 
 def test_sigterm_ends_a_merge_in_order(bench: Bench) -> None:

@@ -26,7 +26,7 @@ from resmerge_stream.units import dollars, duration
 from tests.loopback_hub import Answer, Hook
 from tests.loopback_hub.job_runner import JobRecord
 from tests.loopback_hub.services import machine
-from tests.support.hub_runs import ROOT, Bench, Run, running_bench
+from tests.support.hub_runs import ROOT, Bench, Run
 
 JOB_ENVIRONMENT = {
     "HF_HUB_DISABLE_XET": "1",
@@ -35,13 +35,6 @@ JOB_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 POST = "/api/jobs/alice$"
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """A Hub with a group of models, shared by the tests of this file."""
-    with running_bench(tmp_path_factory.mktemp("submit")) as bench:
-        yield bench
 
 
 @pytest.fixture(autouse=True)

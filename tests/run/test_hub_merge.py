@@ -1,13 +1,11 @@
 """Hub to Hub, whatever happens in between: faults, kills, two at once, another machine."""
 
-import hashlib
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,32 +13,9 @@ from safetensors.torch import save_file
 
 from tests.loopback_hub import FAULTS, Hook
 from tests.support.checkpoints import read_tensors
-from tests.support.hub_runs import MODELS, Bench, Run, running_bench
+from tests.support.hub_runs import MODELS, Bench, Run
 
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """A Hub with a group of models, shared by the tests of this file."""
-    with running_bench(tmp_path_factory.mktemp("merge")) as bench:
-        yield bench
-
-
-@pytest.fixture(scope="module")
-def xet_bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """The same for a client that uses Xet storage."""
-    with running_bench(tmp_path_factory.mktemp("xet"), xet=True) as bench:
-        yield bench
-
-
-@pytest.fixture(autouse=True)
-def _no_faults(bench: Bench) -> Iterator[None]:
-    bench.hub.log.clear()
-    for name, data in bench.expected().items():
-        if name.endswith(".safetensors"):
-            path = bench.hub._services.objects.path(hashlib.sha256(data).hexdigest())
-            path.unlink(missing_ok=True)
-    yield
-    bench.hub.faults.clear()
+pytestmark = pytest.mark.usefixtures("clean_hub")
 
 
 def check_published(bench: Bench, repo_id: str) -> None:

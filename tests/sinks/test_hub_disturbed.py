@@ -4,43 +4,14 @@ import hashlib
 import json
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.loopback_hub import Answer, Hold, Hook
-from tests.support.hub_runs import Bench, Run, running_bench
+from tests.support.hub_runs import Bench, Run
 
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """A Hub with a group of models, shared by the tests of this file."""
-    with running_bench(tmp_path_factory.mktemp("disturbed")) as bench:
-        yield bench
-
-
-@pytest.fixture(scope="module")
-def xet_bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """The same for a client that uses Xet storage."""
-    with running_bench(tmp_path_factory.mktemp("disturbed-xet"), xet=True) as bench:
-        yield bench
-
-
-@pytest.fixture(autouse=True)
-def _no_faults(bench: Bench) -> Iterator[None]:
-    bench.hub.log.clear()
-    forget_uploads(bench)
-    yield
-    bench.hub.faults.clear()
-
-
-def forget_uploads(bench: Bench) -> None:
-    """Make the Hub forget the merged shards, so that they have to be sent again."""
-    for name, data in bench.expected().items():
-        if name.endswith(".safetensors"):
-            path = bench.hub._services.objects.path(hashlib.sha256(data).hexdigest())
-            path.unlink(missing_ok=True)
+pytestmark = pytest.mark.usefixtures("clean_hub")
 
 
 def staging_branch(bench: Bench, repo_id: str) -> str:
@@ -104,7 +75,7 @@ def test_what_the_storage_forgot_is_sent_again(bench: Bench) -> None:
     """Shards that no commit names may be cleared away before the last commit."""
     bench.hub.add_repo("alice/cleared", {".gitattributes": b""})
     staged_and_killed(bench, "alice/cleared")
-    forget_uploads(bench)
+    bench.forget_uploads()
 
     done = bench.merge("--push-to", "alice/cleared")
 

@@ -1,37 +1,14 @@
 """Publishing to the Hub: asked before, staged in private, shown in one commit, safe to repeat."""
 
-import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.loopback_hub import Answer, Hook
-from tests.support.hub_runs import Bench, running_bench
+from tests.support.hub_runs import Bench
 
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """A Hub with a group of models, shared by the tests of this file."""
-    with running_bench(tmp_path_factory.mktemp("sink")) as bench:
-        yield bench
-
-
-@pytest.fixture(autouse=True)
-def _no_faults(bench: Bench) -> Iterator[None]:
-    bench.hub.log.clear()
-    forget_uploads(bench)
-    yield
-    bench.hub.faults.clear()
-
-
-def forget_uploads(bench: Bench) -> None:
-    """Make the Hub forget the merged shards, so that they have to be sent again."""
-    for name, data in bench.expected().items():
-        path = bench.hub._services.objects.path(hashlib.sha256(data).hexdigest())
-        if name.endswith(".safetensors"):
-            path.unlink(missing_ok=True)
+pytestmark = pytest.mark.usefixtures("clean_hub")
 
 
 def test_main_gets_one_commit_and_the_staging_is_gone(bench: Bench) -> None:

@@ -1,28 +1,17 @@
 """Bytes that change on their way from the Hub."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.loopback_hub import Flip
-from tests.support.hub_runs import Bench, Run, running_bench
+from tests.support.hub_runs import Bench, Run
 
 NAME = "model-00001-of-00003.safetensors"
 
 
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """A Hub with a group of models, shared by the tests of this file."""
-    with running_bench(tmp_path_factory.mktemp("damage")) as bench:
-        yield bench
-
-
-@pytest.fixture(autouse=True)
-def _no_faults(bench: Bench) -> Iterator[None]:
-    yield
-    bench.hub.faults.clear()
+pytestmark = pytest.mark.usefixtures("clean_hub")
 
 
 def sha_path(bench: Bench, name: str = NAME) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
@@ -12,21 +11,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from resmerge_stream.hub.client import explain
 from tests.loopback_hub import Cut, Hook, Reset
 from tests.loopback_hub.faults import rate_limited
-from tests.support.hub_runs import MODELS, Bench, running_bench
+from tests.support.hub_runs import MODELS, Bench
 
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """A Hub with a group of models, shared by the tests of this file."""
-    with running_bench(tmp_path_factory.mktemp("source")) as bench:
-        yield bench
-
-
-@pytest.fixture(autouse=True)
-def _no_faults(bench: Bench) -> Iterator[None]:
-    bench.hub.log.clear()
-    yield
-    bench.hub.faults.clear()
+pytestmark = pytest.mark.usefixtures("clean_hub")
 
 
 def merged(bench: Bench, folder: Path, *arguments: str) -> dict[str, bytes]:

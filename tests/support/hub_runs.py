@@ -1,5 +1,6 @@
 """What the tests of the Hub share: a small expert group on a loopback Hub, and runs against it."""
 
+import hashlib
 import json
 import os
 import signal
@@ -112,6 +113,13 @@ class Bench:
     def folders(self) -> list[str]:
         """The options that name the group's folders."""
         return self.sources(f"{self.group}/")
+
+    def forget_uploads(self) -> None:
+        """Make the Hub forget the merged shards, so that they have to be sent again."""
+        for name, data in self.expected().items():
+            if name.endswith(".safetensors"):
+                path = self.hub._services.objects.path(hashlib.sha256(data).hexdigest())
+                path.unlink(missing_ok=True)
 
     def expected(self) -> dict[str, bytes]:
         """Weights, index, config and tokenizer of the group merged from folders into a folder."""
