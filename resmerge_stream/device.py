@@ -79,20 +79,32 @@ def machine_share() -> tuple[int, int]:
 
 def available_memory() -> int:
     """Return bytes of memory that may still be taken: the machine's or the container's."""
-    import psutil
+    return max(min(_machine_free(), _cgroup_free()), 0)
 
-    free = int(psutil.virtual_memory().available)
-    return max(min(free, _cgroup_free()), 0)
+
+def _machine_free() -> int:
+    try:
+        return _kilobytes("/proc/meminfo")["MemAvailable"] * 1024
+    except (OSError, KeyError, ValueError):
+        import psutil  # not Linux; it takes as long to import as a plan does to make
+
+        return int(psutil.virtual_memory().available)
+
+
+def _kilobytes(path: str) -> dict[str, int]:
+    """Return the fields of a file of /proc that are sizes."""
+    with open(path, encoding="ascii", errors="replace") as lines:
+        fields = (line.split(":", 1) for line in lines if line.endswith("kB\n"))
+        return {key: int(value.split()[0]) for key, value in fields}
 
 
 def private_memory() -> int:
     """Return bytes of this process's private memory now: anonymous and shared, no mapped files."""
     try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-            fields = dict(line.split(":", 1) for line in status if ":" in line)
-        return sum(int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem"))
+        sizes = _kilobytes("/proc/self/status")
+        return (sizes["RssAnon"] + sizes["RssShmem"]) * 1024
     except (OSError, KeyError, ValueError):
-        import psutil
+        import psutil  # not Linux
 
         return int(psutil.Process().memory_info().rss)
 
