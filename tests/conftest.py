@@ -3,7 +3,9 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
+import threading
 
 # Set before huggingface_hub, transformers or the library are imported: they read these once.
 _CACHE = tempfile.mkdtemp(prefix="resmerge-tests-")
@@ -26,6 +28,12 @@ from tests.support.checkpoints import Group, make_group  # noqa: E402
 # The same examples in every run, and no deadline: a shared machine is sometimes slow.
 settings.register_profile("tests", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("tests")
+
+
+def pytest_configure():
+    """Let Ctrl-C reach what the tests start: a shell ignores it for all that runs behind it."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

@@ -96,7 +96,6 @@ def test_a_token_is_written_nowhere(town: Town) -> None:
     assert secret not in Path(f"/proc/{town.space.process.pid}/cmdline").read_bytes()
 
 
-@pytest.mark.slow
 def test_the_owners_secret_serves_no_visitor(lone_town: Town) -> None:
     """HF_TOKEN of a public Space reads nothing for others: not in a plan, a merge or a search."""
     town = lone_town
