@@ -24,7 +24,7 @@ from .pieces import Piece
 from .pipeline import worked_ahead, workers
 from .reading import READ_AHEAD_BYTES, reading_ahead_of, reads, rows_of
 
-# Stored bytes of a tensor that are looked at first, where a row has no more than that.
+# Stored bytes of a tensor that are looked at first, where a row (of a stack, a matrix) has no more.
 _SAMPLE_BYTES = 100_000
 # Tensors that are looked into so, beside one of each pattern of names.
 _SAMPLES = 16
@@ -76,7 +76,8 @@ def _samples(plan: Plan, tensors: list[PlannedTensor]) -> Iterator[Piece]:
     for tensor in sorted(chosen.values(), key=_is_no_map):
         rows, _ = tensor.spec.matrix_shape
         if tensor.spec.numel:
-            count = min(max(_SAMPLE_BYTES * rows // max(tensor.spec.nbytes, 1), 1), rows)
+            fitting = max(_SAMPLE_BYTES * rows // max(tensor.spec.nbytes, 1), 1)
+            count = 1 if tensor.is_stack else min(fitting, rows)  # of a stack, one matrix
             start = (rows - count) // 2
             yield rows_of(plan, tensor, start, start + count)
 
