@@ -34,7 +34,7 @@ def estimates(plan: Plan, flavors: Iterable[Flavor] = FLAVORS) -> list[Estimate]
     Arithmetic is counted by cores, GPUs not at all: how much faster they are was not measured.
 
     Args:
-        plan: with its tensors decided; it may have been refused for this machine's memory.
+        plan: of the merge.
         flavors: the machines.
     """
     found = []

@@ -66,17 +66,6 @@ def test_what_a_machine_lacks_is_named(group, flavor, options, words):
     assert words in shortage(plan_of(group, **options), flavor)
 
 
-def test_a_plan_that_this_machine_cannot_run_is_still_estimated(group):
-    """What is refused for this machine's memory gets an answer on which machine it would run."""
-    plan = plan_of(group)
-    refused = plan_merge(plan.recipe, machine=replace(largest(), memory_bytes=10**8))
-    assert refused.refused
-
-    assert [(e.flavor, e.fits) for e in estimates(refused)] == [
-        (e.flavor, e.fits) for e in estimates(plan)
-    ]
-
-
 def test_a_started_minute_is_paid(group):
     """Prices are by the minute, as the Hub bills."""
     flavor = Flavor("x", 2, 16, 50, 0, 6.0)
