@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from resmerge_stream.cli.main import _GRACE_S
+from resmerge_stream.cli.commands import _GRACE_S
 from tests.loopback_hub import Answer, Hook
 from tests.support.hub_runs import Bench
 

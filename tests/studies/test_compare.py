@@ -94,7 +94,9 @@ def test_each_tensor_is_read_once(recipe, tmp_path, monkeypatch):
 
     compared(recipe, ["resmerge", "ties:density=0.2", "tsv_m", "ram"], tmp_path / "o", tmp_path)
 
-    assert set(asked.values()) == {1}
+    # Beside what is looked at of each model before anything is written.
+    assert sum(asked.values()) - len(asked) <= len(recipe.models)
+    assert set(asked.values()) <= {1, 2}
 
 
 def test_row_blocks_are_merged_side_by_side(recipe, tmp_path, monkeypatch):
@@ -137,7 +139,8 @@ def test_counting_passes_are_shared(recipe, tmp_path, monkeypatch):
 
     compared(recipe, ["ties:paper", "ram_plus"], tmp_path / "out", tmp_path / "work")
 
-    assert set(asked.values()) == {3}
+    assert sum(asked.values()) - 3 * len(asked) <= len(recipe.models)
+    assert set(asked.values()) <= {3, 4}
 
 
 def test_each_decomposition_is_done_once(recipe, tmp_path, monkeypatch):
