@@ -104,8 +104,7 @@ def _begun(
     if folder is not None and ("\x00" in str(folder) or len(os.fsencode(folder.name)) > 255):
         found.problem(f"{shown(str(folder))} cannot be a folder's name.", Remedy.ANOTHER_FOLDER)
         return plan
-    if plan.options.adapter_rank is not None and plan.options.output == "model":
-        found.problem("a rank is given, but the output is a whole model.", Remedy.AS_ADAPTER)
+    _check_output(plan.options, found)
     plan = _with_method(plan, found)
     commits: Sequence[str | None] = ()
     if plan.method is not None:
@@ -164,6 +163,23 @@ def _planned(plan: Plan, found: Findings, folder: Path | None, work_dir: str | P
     if plan.target is not None:
         check_publication(plan, plan.target, folder, work_dir, found)
     return plan
+
+
+def _check_output(options: Options, found: Findings) -> None:
+    """Refuse options that would say nothing about the kind of output that is asked for."""
+    if options.output == "model":
+        if options.adapter_rank is not None:
+            found.problem("a rank is given, but the output is a whole model.", Remedy.AS_ADAPTER)
+        return
+    if options.rounding == "stochastic":
+        found.problem(
+            "stochastic rounding is asked for, but an adapter's factors are rounded to nearest.",
+            Remedy.AS_MODEL,
+        )
+    if options.max_shard_bytes is not None:
+        found.problem("a file size is given, but an adapter is one file.", Remedy.AS_MODEL)
+    if options.tokenizer_from is not None:
+        found.problem("a tokenizer is given, but an adapter has none.", Remedy.AS_MODEL)
 
 
 def _with_method(plan: Draft, found: Findings) -> Draft:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from resmerge_stream import Options, Recipe, plan_merge, run_merge
 from resmerge_stream.errors import PlanRefusedError
+from resmerge_stream.planning.options import declared
 from resmerge_stream.recipe import ModelRef
 from resmerge_stream.run.verify import verify_folder
 from resmerge_stream.studies.compare_plan import plan_comparison
@@ -250,3 +251,33 @@ def test_a_rank_of_a_whole_model_is_refused(group):
     plan = plan_merge(recipe, Options(adapter_rank=8))
 
     assert "--as adapter" in plan.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"rounding": "stochastic"}, "rounded to nearest"),
+        ({"max_shard_bytes": 10**6}, "one file"),
+        ({"tokenizer_from": "BASE"}, "an adapter has none"),
+    ],
+    ids=str,
+)
+def test_an_option_that_says_nothing_of_an_adapter_is_refused(group, option, words):
+    """What an adapter knows nothing of is refused in the plan, not ignored."""
+    base, made = group
+    recipe = Recipe(ModelRef(str(base)), tuple(ModelRef(str(m)) for m in made))
+
+    options = {key: str(base) if value == "BASE" else value for key, value in option.items()}
+
+    plan = plan_merge(recipe, Options(output="adapter", **options))
+
+    assert words in plan.problems[0]
+    assert "Leave --as adapter away" in plan.problems[0]
+
+
+def test_every_option_is_used_by_an_adapter_or_refused():
+    """An option that is declared later has to say which of the two it is."""
+    refused = {"rounding", "max_shard_size", "tokenizer_from"}
+    used = {"seed", "missing", "as", "adapter_rank"}
+
+    assert {known.key for known in declared() if known.changes != "nothing"} == refused | used
