@@ -43,9 +43,10 @@ class Sce(MergeMethod):
         """Return Σ wᵢ Δᵢ / Σ wᵢ over the selected entries with the elected sign."""
         import torch
 
-        threshold, energies = 0.0, vectors.gram().diagonal().tolist()
         if self.select_topk < 1:
             threshold, energies = _selection(vectors, self.select_topk)
+        else:
+            threshold, energies = 0.0, vectors.gram().diagonal().tolist()
         squares = [energy / max(vectors.shape[0] * vectors.shape[1], 1) for energy in energies]
         total = sum(squares)
         weights = (

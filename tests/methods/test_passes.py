@@ -1,0 +1,56 @@
+"""How often a method looks at all rows of its tensors: what decides how long a merge takes."""
+
+from collections import Counter
+
+import pytest
+
+from resmerge_stream.maths.task_vectors import TaskVectors
+from resmerge_stream.sources.local import LocalCheckpoint
+from tests.support.checkpoints import make_group, merge
+
+DOWN = "model.layers.{}.mlp.down_proj.weight"
+SHAPE = (16, 48)  # of these, and of no other tensor of the group
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "passes"),
+    [
+        ("linear", {}, 1),
+        ("model_stock", {}, 2),
+        ("model_stock", {"filter_wise": True}, 1),
+        ("sce", {}, 2),
+        ("sce", {"select_topk": 0.5}, 3),
+        ("nuslerp", {}, 2),
+        ("nuslerp", {"nuslerp_flatten": False}, 1),
+        ("nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True}, 2),
+    ],
+    ids=str,
+)
+def test_rows_are_looked_at_no_oftener_than_needed(
+    tmp_path, monkeypatch, method, parameters, passes
+):
+    """Once to merge them, once more where a number of the whole tensor comes first, and for a
+    selection whose energies are wanted a third time; files are read once all the same."""
+    group = make_group(tmp_path, experts=2)
+    looked, read = Counter(), Counter()
+
+    def counting(look):
+        def counted(vectors, rows):
+            looked[vectors.shape] += rows.stop - rows.start
+            return look(vectors, rows)
+
+        return counted
+
+    def reading(checkpoint, name, start=0, stop=None, own=LocalCheckpoint.read):
+        read[checkpoint.id, name] += (stop or SHAPE[0]) - start
+        return own(checkpoint, name, start, stop)
+
+    monkeypatch.setattr(TaskVectors, "stack", counting(TaskVectors.stack))
+    monkeypatch.setattr(TaskVectors, "block", counting(TaskVectors.block))
+    monkeypatch.setattr(LocalCheckpoint, "read", reading)
+
+    merge(group, tmp_path / "out", method=method, parameters=parameters)
+
+    assert looked[SHAPE] == passes * 2 * SHAPE[0]
+    for folder in group.folders:
+        assert [read[str(folder), DOWN.format(layer)] for layer in range(2)] == [SHAPE[0]] * 2
