@@ -231,6 +231,26 @@ def _copied(value: Any) -> Any:
     return [_copied(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def parse_method(text: str) -> tuple[str, dict[str, str]]:
+    """Return name and parameters of ``name``, ``name:preset`` or ``name:key=value:key=value``.
+
+    Raises:
+        RecipeError: the text is not of this form.
+    """
+    name, *rest = text.strip().split(":")
+    parameters = {}
+    for number, part in enumerate(rest):
+        key, equals, value = part.partition("=")
+        if not equals and number == 0 and part.strip():
+            key, value = "preset", part
+        elif not equals or not key:
+            raise RecipeError(
+                f"{text[:80]!r} must be NAME, NAME:PRESET or NAME:KEY=VALUE:KEY=VALUE."
+            )
+        parameters[key.strip()] = value.strip()
+    return name, parameters
+
+
 def override(
     recipe: Recipe | None,
     *,
@@ -258,9 +278,10 @@ def override(
         refs = tuple(ref for ref in refs if ref.place != base_place)
     recipe = replace(recipe, experts=refs)
     if method is not None:
+        name, given = parse_method(method)
         # The parameters of another method would only be refused one by one.
-        kept = recipe.parameters if method == recipe.method else {}
-        recipe = replace(recipe, method=method, parameters=kept)
+        kept = recipe.parameters if method == recipe.method else given
+        recipe = replace(recipe, method=name, parameters=kept)
     if parameters:
         recipe = replace(recipe, parameters={**recipe.parameters, **parameters})
     if dtype is not None:

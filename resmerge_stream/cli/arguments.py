@@ -67,7 +67,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "--expert", metavar="ID", action="append", default=[], help="an expert; give one for each"
     )
     what.add_argument(
-        "--method", metavar="NAME", help="how to merge (default: resmerge); 'methods' lists them"
+        "--method",
+        metavar="NAME",
+        help="how to merge (default: resmerge); with a preset: ties:paper; 'methods' lists them",
     )
     what.add_argument(
         "--set",

@@ -143,26 +143,6 @@ def is_idle(method: type[MergeMethod], key: str, *, of_model: bool) -> bool:
     return key not in method.aliases or of_model
 
 
-def parse_method(text: str) -> tuple[str, dict[str, str]]:
-    """Return name and parameters of ``name``, ``name:preset`` or ``name:key=value:key=value``.
-
-    Raises:
-        RecipeError: the text is not of this form.
-    """
-    name, *rest = text.strip().split(":")
-    parameters = {}
-    for number, part in enumerate(rest):
-        key, equals, value = part.partition("=")
-        if not equals and number == 0 and part.strip():
-            key, value = "preset", part
-        elif not equals or not key:
-            raise RecipeError(
-                f"{text[:80]!r} must be NAME, NAME:PRESET or NAME:KEY=VALUE:KEY=VALUE."
-            )
-        parameters[key.strip()] = value.strip()
-    return name, parameters
-
-
 def describe_methods() -> list[dict[str, Any]]:
     """Return every method with its parameters as plain data, for ``methods --json``."""
     return [

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError, Remedy, listed, shown
-from ..methods import MergeMethod, find_methods, is_idle, method_class, parse_method
+from ..methods import MergeMethod, find_methods, is_idle, method_class
 from ..methods.settings import check_setting, is_plain
-from ..recipe import ModelRef, Recipe, checked_dtype
+from ..recipe import ModelRef, Recipe, checked_dtype, parse_method
 from .tokenizer_keys import chat_template_of, tokenizer_of
 
 MAX_RECIPE_BYTES = 32 * 1024

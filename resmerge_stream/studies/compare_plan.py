@@ -9,9 +9,8 @@ from typing import Any
 
 from ..errors import Notice, PlanRefusedError, RecipeError, Remedy
 from ..memory import SPARE_BYTES, block_bytes, matrix_bytes
-from ..methods import parse_method
 from ..planning.plan import Options, Plan, RefusedPlan, plan_merge
-from ..recipe import Recipe
+from ..recipe import Recipe, parse_method
 from ..units import format_size
 
 

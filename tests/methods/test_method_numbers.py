@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from resmerge_stream.errors import RecipeError
 from resmerge_stream.maths.task_vectors import TaskVectors, Workspace
-from resmerge_stream.methods import Site, build_method, parse_method
+from resmerge_stream.methods import Site, build_method
 from resmerge_stream.methods.parts.dare import keep_mask
 from resmerge_stream.methods.parts.trimming import ModelThresholds, tensor_thresholds
+from resmerge_stream.recipe import parse_method
 from resmerge_stream.specs import TensorSpec
 from tests.support.method_tools import MATRIX, experts_of, made_up, relative, run_method
 

@@ -295,6 +295,23 @@ def test_a_preset_may_stand_behind_the_methods_name():
     assert (recipe.method, recipe.parameters) == ("ties", {"preset": "paper"})
 
 
+def test_an_option_names_a_preset_like_a_recipe():
+    """`--method ties:paper` is the recipe's `ties:paper`; `--set` has the last word."""
+    recipe = override(
+        None,
+        base="o/base",
+        experts=["o/a"],
+        method="ties:density=0.2:lambda=0.5",
+        parameters={"density": "0.1"},
+    )
+
+    assert (recipe.method, recipe.parameters) == ("ties", {"density": "0.1", "lambda": "0.5"})
+
+    preset = override(recipe, method="ties:paper")
+
+    assert (preset.method, preset.parameters) == ("ties", {"preset": "paper"})
+
+
 @pytest.mark.parametrize(
     ("text", "place"),
     [

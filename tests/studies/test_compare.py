@@ -13,9 +13,8 @@ from benchmarks.synthetic import Shape, Updates, write_group
 from resmerge_stream import Recipe, plan_merge, run_merge
 from resmerge_stream.errors import PlanRefusedError, RecipeError
 from resmerge_stream.maths import task_vectors
-from resmerge_stream.methods import parse_method
 from resmerge_stream.planning.plan import Options
-from resmerge_stream.recipe import ModelRef
+from resmerge_stream.recipe import ModelRef, parse_method
 from resmerge_stream.run.merging import Merger
 from resmerge_stream.sources.local import LocalCheckpoint
 from resmerge_stream.studies import compare_shard

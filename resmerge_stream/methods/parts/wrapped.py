@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from ...recipe import parse_method
 from ...specs import TensorSpec
 from ..base import Counter, MergeMethod, Rule, Site, param
 
@@ -30,7 +31,7 @@ class Wrapped(MergeMethod):
         Raises:
             RecipeError: there is no such method, or no such parameter.
         """
-        from .. import build_method, parse_method
+        from .. import build_method
 
         return build_method(*parse_method(self.inner))
 
