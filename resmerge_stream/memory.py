@@ -19,6 +19,8 @@ SPARE_BYTES = 90_000_000
 # Elements of one row block; also the step of `task_vectors`. Smaller ones hand Python's lock over
 # oftener than they compute, larger ones leave the cache (docs/log.md).
 BLOCK_ELEMENTS = 1 << 18
+# So many of them are one block of a GPU, which waits for the host after each.
+DEVICE_BLOCKS = 16
 # The largest temporary of a row block, in float64, and a little more: what is freed up to this size
 # is kept for the next block, what is larger is given back at once.
 KEPT_BUFFER_BYTES = 4 << 20

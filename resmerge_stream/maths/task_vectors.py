@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..memory import BLOCK_ELEMENTS
+from ..memory import BLOCK_ELEMENTS, DEVICE_BLOCKS
 from .changes import Change, Factored, Stored, Unchanged
 from .low_rank import Factors, FactorSpace, LowRank
 
@@ -82,10 +82,14 @@ class Workspace:
             self._free.clear()
 
 
-def block_rows(m: int, n: int) -> int:
-    """Return how many rows of an m × n matrix one block has: a multiple of 4, or all of them."""
+def block_rows(m: int, n: int, device: str = "cpu") -> int:
+    """Return how many rows of an m × n matrix one block has: a multiple of 4, or all of them.
+
+    Args:
+        device: the type of the device. A GPU's block is some of the CPU's.
+    """
     rows = max(BLOCK_ELEMENTS // max(n, 1) // 4 * 4, 4)
-    return min(rows, max(m, 1))
+    return min(rows if device == "cpu" else DEVICE_BLOCKS * rows, max(m, 1))
 
 
 class TaskVectors:
@@ -125,7 +129,8 @@ class TaskVectors:
         self._whole: Tensor | None = None
         self._made: dict[Hashable, Any] = {}
         # Of each block that was read; taken at once, so that no heap is broken into pieces.
-        blocks = -(-self.shape[0] // block_rows(*self.shape))
+        self._step = block_rows(*self.shape, workspace.device.type)
+        blocks = -(-self.shape[0] // self._step)
         self._grams = torch.zeros(blocks, self.count, self.count, dtype=torch.float64)
         self._summed = [False] * blocks
         self._zero: list[bool | None] = [None] * blocks  # None: not looked at yet
@@ -189,8 +194,7 @@ class TaskVectors:
 
     def blocks(self) -> list[slice]:
         """Return the row blocks, in order."""
-        m, n = self.shape
-        step = block_rows(m, n)
+        m, step = self.shape[0], self._step
         return [slice(start, min(start + step, m)) for start in range(0, m, step)]
 
     def base(self, rows: slice) -> Tensor:
@@ -347,7 +351,7 @@ class TaskVectors:
 
     def _number(self, rows: slice) -> int:
         start: int = rows.start
-        return start // block_rows(*self.shape)
+        return start // self._step
 
     def _culprit(self, rows: slice) -> int:
         if not torch.isfinite(self._base[rows].float()).all():

@@ -21,7 +21,7 @@ from ..maths.lanes import Lane, lanes_of
 from ..maths.low_rank import Factors, LowRank, balanced, svd
 from ..maths.rounding import Kept, block_seed, cast
 from ..maths.stored_bytes import Gathered, as_tensor, bytes_of
-from ..maths.task_vectors import NonFiniteValues, TaskVectors
+from ..maths.task_vectors import NonFiniteValues, TaskVectors, block_rows
 from ..methods import Rule, Site, Update
 from ..planning.plan import Plan, PlannedTensor
 from ..planning.planned import OutputFactors
@@ -328,7 +328,7 @@ class Merger:
         if decided.vectors.is_zero(rows) and not decided.update.moves_base:
             merged = decided.base[rows].to(dtype)  # signed zeros included
         else:
-            merged = cast(base + delta, dtype, seed=self._cast_seed(decided.piece, rows))
+            merged = self._cast(base + delta, dtype, decided, rows.start)
         kept, back = Kept(), merged.to(base.device, torch.float32)
         kept.add(delta, back - base if back is merged else back.sub_(base))
         if kept.overflowed:
@@ -339,11 +339,18 @@ class Merger:
             )
         return MergedRows(delta, bytes_of(merged), kept)
 
-    def _cast_seed(self, piece: Piece, rows: slice) -> int | None:
-        options = self.plan.options
+    def _cast(self, weights: Tensor, dtype: torch.dtype, decided: Decided, first: int) -> Tensor:
+        """Return rows of a piece, from its row `first` on, in the output dtype."""
+        options, piece = self.plan.options, decided.piece
         if options.rounding != "stochastic":
-            return None
-        return block_seed(options.seed, piece.tensor.spec.name, piece.first_row + rows.start)
+            return cast(weights, dtype)
+        step = block_rows(*decided.vectors.shape)  # a CPU's, so that a GPU draws the same
+        parts = []
+        for start in range(0, len(weights), step):
+            row = piece.first_row + first + start
+            seed = block_seed(options.seed, piece.tensor.spec.name, row)
+            parts.append(cast(weights[start : start + step], dtype, seed=seed))
+        return torch.cat(parts)
 
     @contextlib.contextmanager
     def naming(self, tensor: PlannedTensor) -> Generator[None, None, None]:

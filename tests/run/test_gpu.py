@@ -4,11 +4,14 @@ Here is no GPU to run out of memory, so `torch.OutOfMemoryError` is raised in it
 thing that is made up in these tests. What needs a real GPU is marked so, and skipped without one.
 """
 
+import functools
+
 import pytest
 import torch
 
 from resmerge_stream.device import choose_device
 from resmerge_stream.errors import RecipeError
+from resmerge_stream.maths import task_vectors
 from resmerge_stream.maths.lanes import with_retreat
 from resmerge_stream.maths.spectral import top_singular
 from resmerge_stream.maths.task_vectors import TaskVectors
@@ -112,6 +115,21 @@ def test_what_ran_short_gives_its_buffers_back(tmp_path, with_lanes, monkeypatch
     assert merger.lanes[0].workspace.lent_bytes == 0
 
 
+@pytest.mark.usefixtures("without_picture")
+def test_a_gpus_larger_blocks_round_as_a_cpus(tmp_path, monkeypatch):
+    """Stochastic rounding draws for the same rows from the same seeds, however blocks are cut."""
+    monkeypatch.setattr(task_vectors, "BLOCK_ELEMENTS", 64)
+    models = make_group(tmp_path / "group")
+    options = Options(rounding="stochastic")
+    expected = merge(models, tmp_path / "expected", method="mean", options=options)
+    of_gpu = functools.partial(task_vectors.block_rows, device="cuda")
+
+    monkeypatch.setattr(task_vectors, "block_rows", lambda m, n, device: of_gpu(m, n))
+    merge(models, tmp_path / "out", method="mean", options=options)
+
+    assert file_bytes(tmp_path / "out") == file_bytes(expected.out)
+
+
 def test_a_device_that_is_not_there_is_refused():
     """`--device cuda:99` names the number of devices; mps is refused with the reason."""
     with pytest.raises(RecipeError, match="such device"):
@@ -135,7 +153,7 @@ def test_processes_of_one_machine_get_different_gpus(monkeypatch):
     assert choose_device("cuda:1").index == 1
 
 
-@pytest.mark.parametrize("method", ["resmerge", "ties", "tsv_m", "mean"])
+@pytest.mark.parametrize("method", ["resmerge", "head_regression", "ties", "tsv_m", "mean"])
 class TestOnAGpu:
     pytestmark = gpu
 
@@ -162,7 +180,7 @@ class TestLanczosOnAGpu:
     def test_a_step_waits_for_the_device_at_most_once(self):
         """Lanczos looks at the device's numbers no more often than it takes steps."""
         delta = torch.randn(3000, 1500, device="cuda")
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(acc_events=True) as profile:
             head = top_singular(delta, 1)
         waits = sum("Memcpy DtoH" in event.name for event in profile.events())
 
