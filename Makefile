@@ -25,8 +25,9 @@ demo: setup
 space: setup
 	$(BIN)/python app.py
 
-# A worker a core; more than eight gain nothing. Tests that share a server go to the same worker.
-SIDE_BY_SIDE := -n logical --maxprocesses 8 --dist loadgroup
+# A worker a core; more than eight gain nothing. Each begins with a row of neighbours, so that a Hub
+# or a Space is mostly made once, and takes from the others when it is done.
+SIDE_BY_SIDE := -n logical --maxprocesses 8 --dist worksteal
 
 test: setup
 	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) --durations 10

@@ -36,21 +36,6 @@ def pytest_configure():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items):
-    """Send tests that share a fixture of wider scope to one worker, so that it is made once.
-
-    A test of a session's fixture (the Space, with or without a browser) goes where the others of
-    that fixture go; one of a module's fixture, where its file goes; all others to whoever is free.
-    """
-    for item in items:
-        definitions = [found[-1] for found in item._fixtureinfo.name2fixturedefs.values()]
-        scopes = {own.scope: own.argname for own in definitions if own.baseid.startswith("tests")}
-        if "session" in scopes:
-            item.add_marker(pytest.mark.xdist_group(scopes["session"]))
-        elif "module" in scopes:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture
 def group(tmp_path) -> Group:
     """Three bfloat16 experts of one tied base, one weight file each."""
