@@ -75,6 +75,8 @@ class Remedy(Enum):
     NO_DISK = "give --max-disk 0 to send shards without any file"
     MORE_DISK = "allow at least one shard on the disk (--max-disk 5GB)"
     MORE_MEMORY = "give --memory-budget {needed} or more on a machine that has it"
+    ASK_AS_JOB = "give --job to ask it on a machine of the Hub"
+    ASK_ON_CPU = "give --device cpu, or another GPU"
     TRAINED_EXPERTS = "give experts that were trained from this base"
     FEWER_PROCESSES = "start fewer processes"
     AS_ADAPTER = "give --as adapter"

@@ -30,6 +30,8 @@ PAGE_WORDS: Mapping[Remedy, str] = {
     Remedy.MORE_DISK: "",
     Remedy.MORE_MEMORY: "use larger hardware, with {needed} of memory or more",
     Remedy.TRAINED_EXPERTS: "fill in experts that were trained from this base",
+    Remedy.ASK_AS_JOB: "",
+    Remedy.ASK_ON_CPU: "use hardware with more GPU memory",
     Remedy.FEWER_PROCESSES: "",
     Remedy.AS_ADAPTER: "choose “Output: adapter”",
     Remedy.AS_MODEL: "choose “Output: model”",

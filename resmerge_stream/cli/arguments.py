@@ -116,19 +116,32 @@ def add_submit(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     add_publication(parser)
     job = parser.add_argument_group("the Job")
+    add_job(job)
     job.add_argument(
+        "--attach", metavar="JOB_ID", help="follow a Job that runs or ran; takes no recipe"
+    )
+    then = parser.add_argument_group("what the Job does when the merge is published")
+    then.add_argument(
+        "--then",
+        choices=("evaluate",),
+        help="ask base, experts and merge (--tasks), on a GPU that holds each; the results are a "
+        "pull request on the merge",
+    )
+    add_questions(then, required=False)
+
+
+def add_job(group: argparse._ActionsContainer) -> None:
+    """Add what says how a Job runs."""
+    group.add_argument(
         "--flavor", metavar="NAME", help="which machine (default: the cheapest that fits)"
     )
-    job.add_argument(
+    group.add_argument(
         "--timeout",
         metavar="TIME",
         help="end the Job after, such as 2h (default: from the estimate)",
     )
-    job.add_argument(
+    group.add_argument(
         "--yes", action="store_true", help="start without asking whether the price is right"
-    )
-    job.add_argument(
-        "--attach", metavar="JOB_ID", help="follow a Job that runs or ran; takes no recipe"
     )
 
 
@@ -250,6 +263,14 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         "pull request",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+    job = parser.add_argument_group("as a Job on the Hub")
+    job.add_argument(
+        "--job",
+        action="store_true",
+        help="run on one of the Hub's machines, with a GPU that holds each model; asks before it "
+        "spends; the results are a pull request (--card)",
+    )
+    add_job(job)
 
 
 def add_questions(parser: argparse._ActionsContainer, *, required: bool) -> None:

@@ -20,8 +20,6 @@ def examination_of(args: argparse.Namespace, out: str) -> "Examination":
     Raises:
         RecipeError: there are no such questions.
     """
-    if args.limit < 1:
-        raise RecipeError(f"a task needs at least one question, not {args.limit}.")
     with lasting_imports():
         from ..evaluation.run import Examination
 
@@ -37,6 +35,13 @@ def evaluate(args: argparse.Namespace) -> int:
     """
     if args.card and args.card not in args.models:
         raise RecipeError(f"{args.card} is none of the models that are asked.")
+    if args.job:
+        # Packing this tool as a wheel is nothing that other commands wait for.
+        from .evaluation_job import evaluate_as_job
+
+        return evaluate_as_job(args)
+    if args.flavor or args.timeout or args.yes:
+        raise RecipeError("--flavor, --timeout and --yes say how a Job runs: give --job as well.")
     with lasting_imports():
         from ..evaluation.card import into_card
         from ..evaluation.run import evaluate_models

@@ -29,8 +29,11 @@ _EXAMPLES = {
     "compare": "resmerge-stream compare recipe.yml --methods resmerge,ties,tsv_m --out compared",
     "analyse": "resmerge-stream analyse recipe.yml --out analysis",
     "extract": "resmerge-stream extract models/math --base models/base --rank 32 --out math-lora",
-    "evaluate": "resmerge-stream evaluate models/base models/math merged --tasks questions.jsonl",
-    "submit": "resmerge-stream submit recipe.yml --push-to me/merged",
+    "evaluate": "resmerge-stream evaluate models/base models/math merged --tasks questions.jsonl\n"
+    "as a Job: resmerge-stream evaluate org/base me/merged --tasks gsm8k --card me/merged --job",
+    "submit": "resmerge-stream submit recipe.yml --push-to me/merged\n"
+    "and then: resmerge-stream submit recipe.yml --push-to me/merged --then evaluate "
+    "--tasks gsm8k",
     "methods": "resmerge-stream methods",
     "demo": "resmerge-stream demo --out demo-merge",
 }

@@ -7,6 +7,7 @@ all give the code that planned; the same files give the same bytes.
 import base64
 import hashlib
 import io
+import re
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,7 @@ _PACKAGE = Path(__file__).parent.parent
 _INFO = f"resmerge_stream-{__version__}.dist-info"
 # Of the dependency list, what a merge never imports.
 _PAGES = "gradio"
+_EXTRA = re.compile(r"""extra == ["'](\w+)["']""")
 WHEEL_NAME = f"resmerge_stream-{__version__}-py3-none-any.whl"
 
 
@@ -48,24 +50,35 @@ def build_wheel() -> bytes:
     return _zipped(files)
 
 
-def requirements() -> list[str]:
+def requirements(extra: str = "") -> list[str]:
     """Return what a merge needs installed, as requirements: the one list without the pages.
+
+    Args:
+        extra: what this extra needs instead.
 
     Raises:
         CheckpointNotFoundError: there is neither a checkout nor an installed package.
     """
-    listed = _PACKAGE.parent / "requirements.txt"
+    listed = _PACKAGE.parent / (f"requirements-{extra}.txt" if extra else "requirements.txt")
     if (_PACKAGE.parent / "pyproject.toml").is_file() and listed.is_file():
         lines = [line.split("#")[0].strip() for line in listed.read_text("utf-8").splitlines()]
     else:
         try:
-            lines = metadata.requires(_NAME) or []
+            known = metadata.requires(_NAME) or []
         except metadata.PackageNotFoundError as exc:
             raise CheckpointNotFoundError(
                 "the installed package does not say what it needs. Install it with pip, or run it "
                 "from its repository."
             ) from exc
-    return [line for line in lines if line and "extra ==" not in line and _PAGES not in line]
+        lines = [line for line in known if _extra_of(line) == extra]
+        if extra:
+            lines = [line.partition(";")[0].strip() for line in lines]
+    return [line for line in lines if line and _PAGES not in line]
+
+
+def _extra_of(requirement: str) -> str:
+    found = _EXTRA.search(requirement)
+    return found[1] if found else ""
 
 
 def _record(files: dict[str, bytes]) -> bytes:

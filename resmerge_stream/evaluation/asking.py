@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from ..device import available_memory, choose_device
@@ -14,10 +15,8 @@ from ..experts.tasks import TASKS
 from ..recipe import ModelRef
 from ..sources import REPO_ID, Checkpoint, open_checkpoint
 from ..units import format_size
-from .tasks import Harness, Questions, Task
+from .tasks import BATCH, Harness, Questions, Task
 from .verifiers import verify
-
-_BATCH = 32
 
 
 class Answers(NamedTuple):
@@ -52,8 +51,7 @@ def open_model(text: str, device: str) -> Checkpoint:
             raise NotEnoughMemoryError(
                 f"{shown(text)} needs {format_size(4 * numel)} of memory to be asked on a CPU, "
                 f"and {format_size(free)} are free. A machine with a GPU needs half of that.",
-                Remedy.MORE_MEMORY,
-                needed=format_size(4 * numel),
+                Remedy.ASK_AS_JOB,
             )
     return checkpoint
 
@@ -74,17 +72,34 @@ def ask(
 
     Raises:
         CheckpointFormatError: transformers cannot load the model.
+        NotEnoughMemoryError: a GPU is too small for it.
         RecipeError: a task's check failed.
     """
-    model, tokenizer = _load(text, device)
+    with _in_memory(text):
+        model, tokenizer = _load(text, device)
     for task in tasks:
         say(f"{text}: {task.name}")
-        if isinstance(task, Harness):
-            yield task.name, _ask_harness(model, tokenizer, task, limit)
-        elif task.name in TASKS and _knows(tokenizer, task.prompts[0]):
-            yield task.name, Answers(right_answers(model, tokenizer, task.prompts))
-        else:
-            yield task.name, Answers(verify(task.rules, _answers(model, tokenizer, task)))
+        with _in_memory(text):
+            if isinstance(task, Harness):
+                found = _ask_harness(model, tokenizer, task, limit)
+            elif task.name in TASKS and _knows(tokenizer, task.prompts[0]):
+                found = Answers(right_answers(model, tokenizer, task.prompts))
+            else:
+                found = Answers(verify(task.rules, _answers(model, tokenizer, task)))
+        yield task.name, found
+
+
+@contextmanager
+def _in_memory(text: str) -> Iterator[None]:
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as exc:
+        raise NotEnoughMemoryError(
+            f"{shown(text)} and its answers do not fit into the GPU's memory.",
+            Remedy.ASK_ON_CPU,
+        ) from exc
 
 
 def _load(text: str, device: str) -> tuple[Any, Any]:
@@ -130,8 +145,8 @@ def _answers(model: Any, tokenizer: Any, task: Questions) -> list[str]:
     import torch
 
     texts: list[str] = []
-    for start in range(0, len(task.prompts), _BATCH):
-        asked = list(task.prompts[start : start + _BATCH])
+    for start in range(0, len(task.prompts), BATCH):
+        asked = list(task.prompts[start : start + BATCH])
         batch = tokenizer(asked, padding=True, return_tensors="pt").to(model.device)
         batch.pop("token_type_ids", None)
         with torch.no_grad():
@@ -152,7 +167,7 @@ def _ask_harness(model: Any, tokenizer: Any, task: Harness, limit: int) -> Answe
     from lm_eval.tasks import TaskManager
 
     found = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH),
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH),
         tasks=[task.name],
         task_manager=TaskManager(include_path=str(task.folder) if task.folder else None),
         limit=limit,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import RecipeError, StoppedError
+from ..planning.plan import Plan
 from ..report.card import render_card
 from ..run.engine import run_merge
 from ..run.events import Event, Finished
@@ -56,7 +57,7 @@ def run_contest(
     if comparison.report_only:
         raise RecipeError("a comparison that writes reports only leaves no model to evaluate.")
     verdicts = {}
-    for name in _models(comparison):
+    for name in models_of(comparison.first):
         opened = examination.open(name)
         verdicts[name] = examination.verdicts(name, opened.identity, name)
         opened.close()
@@ -72,9 +73,8 @@ def run_contest(
     yield Finished(where=str(comparison.out), report=table | {"best": best, "evaluation": document})
 
 
-def _models(comparison: Comparison) -> list[str]:
+def models_of(plan: Plan) -> list[str]:
     """Return the ids of the models that are merged, but for adapters: those are no models alone."""
-    plan = comparison.first
     base = [plan.recipe.base] if plan.recipe.base is not None else []
     experts = zip(plan.recipe.experts, plan.experts, strict=True)
     whole = [ref for ref, opened in experts if not isinstance(opened, AdapterCheckpoint)]

@@ -8,7 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, EvalResultEntry, eval_result_entries_to_yaml
+from huggingface_hub import (
+    CommitOperationAdd,
+    EvalResultEntry,
+    ModelInfo,
+    eval_result_entries_to_yaml,
+)
 
 from ..errors import CheckpointNotFoundError, RecipeError, shown
 from ..hub.client import client, patiently
@@ -43,18 +48,30 @@ def propose(
         RecipeError: it has no card and report of a merge.
         StoppedError: the network or the Hub kept failing.
     """
-    repo = HubRepo(client(token), repo_id)
-    info = repo.info()
-    if info is None:
-        raise CheckpointNotFoundError(f"there is no model {shown(repo_id)} on the Hub to tell.")
-    if not set(CARD_FILES) <= set(listed(info)):
-        raise RecipeError(f"{repo_id} has no {' and '.join(CARD_FILES)} of a merge.")
+    repo, info = merge_at(repo_id, token)
     stored = {file: repo.read(file, info) for file in CARD_FILES}
     files = with_evaluation(stored, name, document, title=repo_id.rpartition("/")[2])
     files |= _results(document["models"][name], datasets)
     digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:8]
     title = f"Evaluation by ResMerge Stream ({digest})"
     return _open_already(repo, title) or _open(repo, title, files)
+
+
+def merge_at(repo_id: str, token: str | bool | None = None) -> tuple[HubRepo, ModelInfo]:
+    """Return a merge's repository, and what stands at its main.
+
+    Raises:
+        CheckpointNotFoundError: there is no such repository.
+        RecipeError: it has no card and report of a merge.
+        StoppedError: the network or the Hub kept failing.
+    """
+    repo = HubRepo(client(token), repo_id)
+    info = repo.info()
+    if info is None:
+        raise CheckpointNotFoundError(f"there is no model {shown(repo_id)} on the Hub to tell.")
+    if not set(CARD_FILES) <= set(listed(info)):
+        raise RecipeError(f"{repo_id} has no {' and '.join(CARD_FILES)} of a merge.")
+    return repo, info
 
 
 def _results(shares: Mapping[str, Any], datasets: Mapping[str, str]) -> dict[str, bytes]:

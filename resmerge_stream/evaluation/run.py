@@ -15,7 +15,7 @@ from ..sinks.durable import write_durably
 from ..sources import Checkpoint
 from .asking import ask, open_model
 from .results import Verdicts, evaluation, evaluation_files
-from .tasks import Questions, Task, check_harness, find_task
+from .tasks import Questions, Task, check_harness, find_tasks
 
 
 class Examination:
@@ -45,11 +45,7 @@ class Examination:
         device: str = "auto",
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        if not tasks:
-            raise RecipeError("an evaluation needs at least one task.")
-        self._tasks = [find_task(task, limit) for task in dict.fromkeys(tasks)]
-        if len({task.name for task in self._tasks}) < len(self._tasks):
-            raise RecipeError("two of the tasks have the same name.")
+        self._tasks = find_tasks(tasks, limit)
         check_harness(self._tasks)
         self._folder = Path(os.path.expanduser(out))
         self._limit, self._device, self._say = limit, device, say

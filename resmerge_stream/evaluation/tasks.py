@@ -14,7 +14,8 @@ from .verifiers import check_rule
 
 # Of the held-out prompts of a built-in task.
 _SEED = 7
-_NEW_TOKENS = 256
+# Tokens that an answer may have; questions that are asked at once.
+NEW_TOKENS, BATCH = 256, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,22 @@ def find_task(text: str, limit: int) -> Task:
     return Harness(text, None)
 
 
+def find_tasks(texts: Sequence[str], limit: int) -> list[Task]:
+    """Return what names and paths stand for, each once; each as `find_task`.
+
+    Raises:
+        RecipeError: there is none, two have the same name, or one is wrong.
+    """
+    if limit < 1:
+        raise RecipeError(f"a task needs at least one question, not {limit}.")
+    if not texts:
+        raise RecipeError("an evaluation needs at least one task.")
+    tasks = [find_task(text, limit) for text in dict.fromkeys(texts)]
+    if len({task.name for task in tasks}) < len(tasks):
+        raise RecipeError("two of the tasks have the same name.")
+    return tasks
+
+
 def _read_questions(path: Path, limit: int) -> Questions:
     prompts, rules, new_tokens = [], [], 0
     with path.open(encoding="utf-8") as lines:
@@ -88,7 +105,7 @@ def _read_questions(path: Path, limit: int) -> Questions:
             check_rule(rule, where)
             prompts.append(rule["prompt"])
             rules.append(rule)
-            tokens = rule.get("max_new_tokens", _NEW_TOKENS)
+            tokens = rule.get("max_new_tokens", NEW_TOKENS)
             if not isinstance(tokens, int) or not 1 <= tokens <= 100_000:
                 raise RecipeError(f"{where}: max_new_tokens must be 1 to 100,000.")
             new_tokens = max(new_tokens, tokens)

@@ -22,6 +22,7 @@ class Flavor:
         vcpu: cores.
         memory_gb, disk_gb, gpu_gb: in 10^9 bytes; no GPU: 0.
         usd_hour: price of an hour, billed by the minute.
+        gpus: how many share `gpu_gb`, each the same.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Flavor:
     disk_gb: float
     gpu_gb: float
     usd_hour: float
+    gpus: int = 1
 
     @property
     def machine(self) -> Machine:
@@ -55,30 +57,30 @@ FLAVORS = (
     Flavor("t4-small", 4, 15, 50, 16, 0.40),
     Flavor("t4-medium", 8, 30, 100, 16, 0.60),
     Flavor("l4x1", 8, 30, 400, 24, 0.80),
-    Flavor("l4x4", 48, 186, 3200, 96, 3.80),
+    Flavor("l4x4", 48, 186, 3200, 96, 3.80, 4),
     Flavor("l40sx1", 8, 62, 380, 48, 1.80),
-    Flavor("l40sx4", 48, 382, 3200, 192, 8.30),
-    Flavor("l40sx8", 192, 1534, 6500, 384, 23.50),
+    Flavor("l40sx4", 48, 382, 3200, 192, 8.30, 4),
+    Flavor("l40sx8", 192, 1534, 6500, 384, 23.50, 8),
     Flavor("a10g-small", 4, 15, 110, 24, 1.00),
     Flavor("a10g-large", 12, 46, 200, 24, 1.50),
-    Flavor("a10g-largex2", 24, 92, 1000, 48, 3.00),
-    Flavor("a10g-largex4", 48, 184, 2000, 96, 5.00),
+    Flavor("a10g-largex2", 24, 92, 1000, 48, 3.00, 2),
+    Flavor("a10g-largex4", 48, 184, 2000, 96, 5.00, 4),
     Flavor("a100-large", 12, 142, 1000, 80, 2.50),
-    Flavor("a100x4", 48, 568, 4000, 320, 10.00),
-    Flavor("a100x8", 96, 1136, 8000, 640, 20.00),
+    Flavor("a100x4", 48, 568, 4000, 320, 10.00, 4),
+    Flavor("a100x8", 96, 1136, 8000, 640, 20.00, 8),
     Flavor("h200", 23, 256, 3000, 141, 5.00),
-    Flavor("h200x2", 46, 512, 6000, 282, 10.00),
-    Flavor("h200x4", 92, 1024, 12000, 564, 20.00),
-    Flavor("h200x8", 184, 2048, 24000, 1128, 40.00),
+    Flavor("h200x2", 46, 512, 6000, 282, 10.00, 2),
+    Flavor("h200x4", 92, 1024, 12000, 564, 20.00, 4),
+    Flavor("h200x8", 184, 2048, 24000, 1128, 40.00, 8),
     Flavor("rtx-pro-6000", 23, 256, 475, 96, 2.75),
-    Flavor("rtx-pro-6000x2", 46, 512, 950, 192, 5.50),
-    Flavor("rtx-pro-6000x4", 92, 1024, 1900, 384, 11.00),
-    Flavor("rtx-pro-6000x8", 184, 2048, 3800, 768, 22.00),
+    Flavor("rtx-pro-6000x2", 46, 512, 950, 192, 5.50, 2),
+    Flavor("rtx-pro-6000x4", 92, 1024, 1900, 384, 11.00, 4),
+    Flavor("rtx-pro-6000x8", 184, 2048, 3800, 768, 22.00, 8),
 )
 
 
 def flavor_from_text(
-    name: str, *, cpu: str, ram: str, disk: str, gpu: str, usd: float, unit: str
+    name: str, *, cpu: str, ram: str, disk: str, gpu: str, usd: float, unit: str, gpus: str = "1"
 ) -> Flavor | None:
     """Return the machine that the Hub's list describes in words, None where they are not known.
 
@@ -87,14 +89,18 @@ def flavor_from_text(
         cpu, ram, disk, gpu: such as ``2 vCPU``, ``16 GB``, ``50 GB``; no GPU: an empty string.
         usd: the price of a unit of time.
         unit: ``minute`` or ``hour``.
+        gpus: how many there are.
     """
     units = {"minute": 60.0, "hour": 1.0}
     cores = _AMOUNT.match(cpu)
     sizes = [_gigabytes(text) for text in (ram, disk, gpu or "0")]
     if cores is None or unit not in units or None in sizes or not 0 <= usd < 1e4:
         return None
+    if not gpus.isdecimal() or int(gpus) < 1:
+        return None
     memory_gb, disk_gb, gpu_gb = (size or 0.0 for size in sizes)
-    return Flavor(name, int(float(cores[1])), memory_gb, disk_gb, gpu_gb, usd * units[unit])
+    vcpu, usd_hour = int(float(cores[1])), usd * units[unit]
+    return Flavor(name, vcpu, memory_gb, disk_gb, gpu_gb, usd_hour, int(gpus))
 
 
 def _gigabytes(text: str) -> float | None:

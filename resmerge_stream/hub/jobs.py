@@ -70,6 +70,7 @@ class HubJobs:
                     gpu=item.accelerator.vram if item.accelerator else "",
                     usd=item.unit_cost_usd,
                     unit=item.unit_label,
+                    gpus=str(item.accelerator.quantity) if item.accelerator else "1",
                 )
                 for item in listed
             ]

@@ -1,7 +1,7 @@
 """Which of the Hub's machines a plan fits, how long it takes there and what that costs."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from ..device import Machine
@@ -20,7 +20,7 @@ _LEAST_TIMEOUT, _TIMEOUT_STEP, _MARGIN = 1800, 600, 3.0
 
 
 class Estimate(NamedTuple):
-    """What a merge would take on a machine: does it fit, seconds with the start, dollars."""
+    """What work would take on a machine: does it fit, seconds with the start, dollars."""
 
     flavor: Flavor
     fits: bool
@@ -37,15 +37,33 @@ def estimates(plan: Plan, flavors: Iterable[Flavor] = FLAVORS) -> list[Estimate]
         plan: of the merge.
         flavors: the machines.
     """
+    return ranked(flavors, lambda it: merge_seconds(plan, it), lambda it: shortage(plan, it))
+
+
+def ranked(
+    flavors: Iterable[Flavor],
+    seconds_on: Callable[[Flavor], float],
+    lack_of: Callable[[Flavor], str],
+) -> list[Estimate]:
+    """Return what work would take on each machine, cheapest first, those that fit before others.
+
+    Args:
+        flavors: the machines.
+        seconds_on: what it takes on one, once it has begun.
+        lack_of: what one lacks for it, or an empty string.
+    """
     found = []
     for flavor in flavors:
-        arithmetic = plan.compute_seconds * 2 / flavor.vcpu
-        moved = max(plan.read_bytes, plan.write_bytes) / HUB_RATE
         start = START_SECONDS_GPU if flavor.gpu_gb else START_SECONDS
-        seconds = start + max(arithmetic, moved)
-        fits = not shortage(plan, flavor)
-        found.append(Estimate(flavor, fits, seconds, flavor.price(seconds)))
+        seconds = start + seconds_on(flavor)
+        found.append(Estimate(flavor, not lack_of(flavor), seconds, flavor.price(seconds)))
     return sorted(found, key=lambda e: (not e.fits, e.price, e.seconds, e.flavor.usd_hour))
+
+
+def merge_seconds(plan: Plan, flavor: Flavor) -> float:
+    """Return how long a merge would take on a machine, once it has begun."""
+    arithmetic = plan.compute_seconds * 2 / flavor.vcpu
+    return max(arithmetic, max(plan.read_bytes, plan.write_bytes) / HUB_RATE)
 
 
 def shortage(plan: Plan, flavor: Flavor) -> str:

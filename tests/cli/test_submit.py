@@ -26,62 +26,22 @@ from resmerge_stream.units import dollars, duration
 from tests.loopback_hub import Answer, Hook
 from tests.loopback_hub.job_runner import JobRecord
 from tests.loopback_hub.services import machine
+from tests.support.hub_jobs import ends, jobs, no_jobs, payload, run_jobs
 from tests.support.hub_runs import ROOT, Bench, Run
 
-JOB_ENVIRONMENT = {
-    "HF_HUB_DISABLE_XET": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_UPDATE_CHECK": "1",
-    "OMP_NUM_THREADS": "1",
-}
 POST = "/api/jobs/alice$"
 
 
 @pytest.fixture(autouse=True)
 def _clean(bench: Bench) -> Iterator[None]:
-    hardware = bench.hub.settings.hardware
-    bench.hub.log.clear()
-    bench.hub.recorded.payloads.clear()
-    yield
-    bench.hub.faults.clear()
-    bench.hub.settings.run_jobs = None
-    bench.hub.settings.hardware = hardware
-    for job in bench.hub.recorded.jobs.values():
-        job.end("CANCELED")
-    bench.hub.recorded.jobs.clear()
+    with no_jobs(bench):
+        yield
 
 
 def submit(bench: Bench, target: str, *arguments: str, yes: bool = True) -> Run:
     """Submit the merge of the group's repositories."""
     words = ["--yes"] if yes else []
     return bench.run("submit", *bench.sources(), "--push-to", target, *words, *arguments)
-
-
-def run_jobs(bench: Bench) -> None:
-    """Let the Hub run what is submitted from here on."""
-    bench.hub.settings.run_jobs = JOB_ENVIRONMENT
-
-
-def jobs(bench: Bench) -> list[JobRecord]:
-    """Return the Jobs of a test, oldest first."""
-    return list(bench.hub.recorded.jobs.values())
-
-
-def payload(bench: Bench) -> dict:
-    """Return the body of the one request that started a Job."""
-    (found,) = (body for path, body in bench.hub.recorded.payloads if path.endswith("/jobs/alice"))
-    return found
-
-
-def ends(bench: Bench, *lines: str, stage: str = "COMPLETED", skip: int = 0) -> None:
-    """Let the newest Job say these lines and end, when its log is asked for."""
-
-    def call() -> None:
-        for line in lines:
-            jobs(bench)[-1].say(line)
-        jobs(bench)[-1].end(stage)
-
-    bench.hub.faults.add(Hook(call=call), path="/logs", times=1, skip=skip)
 
 
 # From a command to a published repository
@@ -438,7 +398,7 @@ def test_a_killed_job_continues_from_its_shards(bench: Bench) -> None:
     label = jobs(bench)[0].answer["labels"]["resmerge-plan"]
     assert branch == f"refs/heads/resmerge-{label}"  # the plan here is the plan there
     assert "Job timeout" in first.err
-    assert "Submit it again" in first.err
+    assert "The same command" in first.err
     assert 1 <= len(staged) < 3  # a commit whose request had arrived is made all the same
     assert second.code == 0, second.err + second.out
     assert bench.published("alice/killed") == bench.expected()
@@ -551,7 +511,7 @@ def test_how_a_job_ended_is_told_by_its_log(lines: list[str], stage: str, code: 
     found, text = log.ending(stage, None)
 
     assert found == code
-    assert ("Submit it again" in text) == (code == 3)
+    assert ("The same command" in text) == (code == 3)
 
 
 # The line to copy

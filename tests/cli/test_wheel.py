@@ -53,4 +53,5 @@ def test_it_needs_what_a_merge_needs():
 
     assert [need for need in needs if need.startswith("torch==")]
     assert any(need.startswith("huggingface_hub") for need in needs)
+    assert requirements("eval") == ["lm_eval>=0.4.13"]
     assert not [need for need in needs if "gradio" in need or "pytest" in need or "#" in need]

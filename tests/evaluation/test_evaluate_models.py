@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from resmerge_stream import Recipe, plan_merge, run_merge
 from resmerge_stream.cli.main import main
@@ -158,6 +159,18 @@ def test_a_model_too_large_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setattr(asking, "available_memory", lambda: 3_000_000)
 
     with pytest.raises(NotEnoughMemoryError, match=r"needs 3\.97 MB"):
+        evaluate_models([BASE], Examination(["add"], out=tmp_path, limit=2))
+
+
+def test_a_gpu_too_small_is_one_message(tmp_path, monkeypatch):
+    """A GPU whose memory ends while a model is asked is named as the reason; no bug is shown."""
+
+    def short(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(asking, "right_answers", short)
+
+    with pytest.raises(NotEnoughMemoryError, match="do not fit into the GPU's memory"):
         evaluate_models([BASE], Examination(["add"], out=tmp_path, limit=2))
 
 

@@ -120,6 +120,5 @@ def kill(process: "subprocess.Popen[str]") -> None:
 
 def _mounted(word: str, mounts: Mapping[str, Path]) -> str:
     for mount, folder in mounts.items():
-        if word.startswith(f"{mount}/"):
-            return str(folder / word[len(mount) + 1 :])
+        word = word.replace(f"{mount}/", f"{folder}/")
     return word
