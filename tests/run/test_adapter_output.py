@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("peft")
 
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from resmerge_stream import Options, Recipe, plan_merge, run_merge
@@ -17,6 +18,7 @@ from resmerge_stream.run.verify import verify_folder
 from resmerge_stream.studies.compare_plan import plan_comparison
 from tests.support import adapters
 
+pytestmark = pytest.mark.usefixtures("without_picture")
 METHODS = (
     ("mean", {}),
     ("linear", {}),
@@ -281,3 +283,22 @@ def test_every_option_is_used_by_an_adapter_or_refused():
     used = {"seed", "missing", "as", "adapter_rank"}
 
     assert {known.key for known in declared() if known.changes != "nothing"} == refused | used
+
+
+def test_transformers_loads_it_as_peft_does(tmp_path, group):
+    """`load_adapter` of transformers' own models gives the logits of PEFT's model."""
+    base, made = group
+    merged(tmp_path / "out", base, made, "resmerge", output="adapter")
+    tokens = torch.arange(8)[None]
+
+    with torch.no_grad(), adapters.quiet():
+        plain = adapters.loaded(base, torch.float32)
+        before = plain(tokens).logits
+        plain.load_adapter(str(tmp_path / "out"))
+        found = plain(tokens).logits
+        by_peft = PeftModel.from_pretrained(adapters.loaded(base, torch.float32), tmp_path / "out")(
+            tokens
+        ).logits
+
+    assert (by_peft - before).norm() > 1e-3 * before.norm()
+    assert (found - by_peft).norm() <= 1e-6 * by_peft.norm()
