@@ -1,12 +1,15 @@
 """The words of the pages about jobs and people: plain data in, HTML out. Nothing requested."""
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from resmerge_stream.methods import MergeMethod
+from resmerge_stream.sources import REPO_ID
 from resmerge_stream.units import format_size
 
+from ..examples import PREFIX
 from ..jobs.records import ACTIVE, CONTINUABLE, DONE, QUEUED, RUNNING, Job
 from .shares import shares_html
 from .words import duration, esc, facts, notice, table
@@ -127,7 +130,7 @@ def result_html(job: Job) -> str:
         what = "Opened a pull request" if job.asked.get("create_pr") else "Published"
         text = f'{what}: <a href="{page}" target="_blank" rel="noopener">{page}</a></b>'
         is_adapter = (job.asked.get("options") or {}).get("as") == "adapter"
-        steps = _next_steps(str(job.asked.get("push_to")), is_adapter=is_adapter)
+        steps = _next_steps(job.asked, is_adapter=is_adapter)
         text += "" if job.asked.get("create_pr") else steps
     else:
         text = "Merged. The files are below, also as one archive; they stay here for a day.</b>"
@@ -135,7 +138,8 @@ def result_html(job: Job) -> str:
     return f'<div class="rm"><div class="rm-note rm-good"><b>{text}</div>{bars}</div>'
 
 
-def _next_steps(repo: str, *, is_adapter: bool) -> str:
+def _next_steps(asked: Mapping[str, Any], *, is_adapter: bool) -> str:
+    repo = str(asked.get("push_to"))
     gguf = "https://huggingface.co/spaces/ggml-org/gguf-my-repo"
     if is_adapter:
         return (
@@ -145,7 +149,25 @@ def _next_steps(repo: str, *, is_adapter: bool) -> str:
     return (
         f'<p>Try it: <code>transformers chat {esc(repo)}</code></p><p><a href="{gguf}" '
         f'target="_blank" rel="noopener">Make a GGUF, also quantised</a>, of '
-        f"<code>{esc(repo)}</code></p>"
+        f"<code>{esc(repo)}</code></p>{_evaluation(asked)}"
+    )
+
+
+def _evaluation(asked: Mapping[str, Any]) -> str:
+    """Return the command that asks the merge and its models as a Job, where all are on the Hub."""
+    recipe = asked.get("recipe") or {}
+    listed = [m.get("model") if isinstance(m, dict) else m for m in recipe.get("models") or ()]
+    base, repo = recipe.get("base_model"), str(asked.get("push_to"))
+    models = list(dict.fromkeys(str(name) for name in ([base] if base else []) + listed))
+    if not all(REPO_ID.fullmatch(name.partition("@")[0]) for name in models):
+        return ""
+    if any(name.startswith(PREFIX) for name in models):
+        return ""
+    words = " ".join(shlex.quote(name) for name in (*models, repo))
+    command = f"resmerge-stream evaluate {words} --tasks gsm8k --card {shlex.quote(repo)} --job"
+    return (
+        "<p>Ask it what its parts are asked, as a Job on the Hub. You see the price first, and the "
+        f"results are a pull request: <code>{esc(command)}</code></p>"
     )
 
 

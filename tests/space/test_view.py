@@ -83,6 +83,25 @@ def test_the_built_in_merge_shows_what_it_can_do():
     assert "75%" in html
 
 
+def test_a_published_merge_can_be_asked_as_a_job():
+    """The result has the command for base, experts and merge, where a Job can see them all."""
+    asked = {
+        "recipe": {"base_model": "org/base@v1", "models": ["me/a", {"model": "me/b", "weight": 2}]},
+        "push_to": "me/merged",
+    }
+    command = (
+        "resmerge-stream evaluate org/base@v1 me/a me/b me/merged --tasks gsm8k "
+        "--card me/merged --job"
+    )
+
+    found = view.result_html(job(state="done", url="https://h.co/me/merged", asked=asked))
+    asked["recipe"]["base_model"] = "built-in/base"
+    built_in = view.result_html(job(state="done", url="https://h.co/me/merged", asked=asked))
+
+    assert f"<code>{command}</code>" in found
+    assert "--job" not in built_in
+
+
 def evaluation(**models):
     """Return a report's evaluation on one task, with its mean."""
     rows = {
