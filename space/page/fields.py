@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import gradio as gr
 
-from resmerge_stream.methods import MergeMethod, find_methods
+from resmerge_stream.methods import MergeMethod, find_methods, parameter_fields
 from resmerge_stream.specs import OUTPUT_DTYPES
 
 from ..examples import examples
@@ -73,9 +73,9 @@ def names() -> list[str]:
     """Return the names of every field whose value the form sends."""
     rows = [f"{key}{number}" for number in range(ROWS) for key in ("expert", "weight")]
     controls = [
-        field_name(name, field.name)
+        field_name(name, key)
         for name, method in find_methods().items()
-        for field in dataclasses.fields(method)
+        for key in parameter_fields(method)
     ]
     output = ["dtype", *output_options()]
     goal = ["namespace", "name", "publish", "visibility", "collection", "discuss"]
@@ -116,13 +116,13 @@ def _model(label: str, elem_id: str, *, info: str = "", visible: bool = True) ->
 def _controls(parts: Parts, method: type[MergeMethod], *, visible: bool) -> None:
     """Add the controls of a method's own parameters, from its fields."""
     with gr.Group(visible=visible) as parts[f"controls.{method.name}"], gr.Row():
-        for field in dataclasses.fields(method):
-            parts[field_name(method.name, field.name)] = _control(field)
+        for key, field in parameter_fields(method).items():
+            parts[field_name(method.name, key)] = _control(key, field)
 
 
-def _control(field: dataclasses.Field[Any]) -> Any:
+def _control(label: str, field: dataclasses.Field[Any]) -> Any:
     meta, default = field.metadata, cast(Any, field.default)
-    label, info = field.name, meta["label"]
+    info = meta["label"]
     if isinstance(default, bool):
         return gr.Checkbox(default, label=label, info=info, min_width=200)
     if isinstance(default, str):

@@ -1,10 +1,9 @@
 """The form of a merge: its fields' values to what is asked for, and back."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from resmerge_stream.methods import find_methods
+from resmerge_stream.methods import find_methods, parameter_fields
 from resmerge_stream.planning.options import Options
 from resmerge_stream.recipe import Recipe
 
@@ -54,7 +53,7 @@ def document_of(form: Mapping[str, Any]) -> dict[str, Any]:
     }
     parameters = {
         name: form[field_name(method, name)]
-        for name in ([field.name for field in dataclasses.fields(kind)] if kind else [])
+        for name in (parameter_fields(kind) if kind else [])
         if form.get(field_name(method, name)) not in (None, "")
     }
     if parameters:

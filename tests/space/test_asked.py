@@ -6,12 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from resmerge_stream.errors import PublishError, RecipeError, StoppedError
+from resmerge_stream.methods import build_method, find_methods, parameter_fields
 from space import identity
 from space.asked import needs_account, web_recipe, web_request
 from space.examples import built_in_folders, examples, is_built_in, web_names
 from space.identity import Visitor, Visitors
 from space.jobs.planning import Allowance
-from space.page.forms import document_of, form_of
+from space.page.fields import names
+from space.page.forms import document_of, field_name, form_of
 from space.settings import Settings, read_settings
 
 
@@ -125,6 +127,21 @@ def test_a_form_shows_the_recipe_that_it_was_filled_from(tmp_path):
 
     assert web_recipe(document["recipe"], Settings(folder=tmp_path)).to_dict() == recipe.to_dict()
     assert document["push_to"] == "me/m"
+
+
+@pytest.mark.parametrize("method", find_methods())
+def test_what_the_form_sends_of_a_method_is_what_a_recipe_says(method, tmp_path):
+    """Every control has the recipe's word for its parameter, and its default is the method's."""
+    kind = find_methods()[method]
+    controls = {
+        field_name(method, key): field.default for key, field in parameter_fields(kind).items()
+    }
+    form = {"base": "o/b", "expert0": "o/a", "count": 1, "method": method, **controls}
+
+    recipe = web_recipe(document_of(form)["recipe"], Settings(folder=tmp_path))
+
+    assert set(controls) <= set(names())
+    assert build_method(method, recipe.parameters) == kind()
 
 
 def test_settings_come_from_the_environment():

@@ -1,6 +1,5 @@
 """The page's handlers as plain functions, and the page that they are wired to."""
 
-import dataclasses
 import functools
 import json
 import time
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 
-from resmerge_stream.methods import find_methods
+from resmerge_stream.methods import find_methods, parameter_fields
 from space import launch
 from space.asked import web_request
 from space.examples import examples
@@ -348,8 +347,7 @@ def test_every_method_has_its_own_controls(handlers):
         shown = [m for m in methods if changes[f"controls.{m}"]["visible"]]
         assert shown == [name]
     names = set(fields.names())
-    wanted = {f"{n}.{field.name}" for n, m in methods.items() for field in dataclasses.fields(m)}
-    assert wanted <= names
+    assert {f"{n}.{key}" for n, m in methods.items() for key in parameter_fields(m)} <= names
 
 
 def test_exploring_needs_a_repository_id(handlers):
