@@ -6,6 +6,7 @@ import time
 from itertools import islice
 from typing import Any
 
+from resmerge_stream.report.card import TAG
 from resmerge_stream.sources import REPO_ID
 
 from .identity import Visitor
@@ -24,7 +25,7 @@ class Search:
     """
 
     def __init__(self) -> None:
-        self._own: dict[str, tuple[float, list[str]]] = {}
+        self._own: dict[tuple[str, str], tuple[float, str, list[str]]] = {}
         self._found: dict[str, tuple[float, list[str]]] = {}
         self._typed: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -41,20 +42,28 @@ class Search:
                 del self._typed[session]
         return is_last
 
-    def own(self, visitor: Visitor) -> list[str]:
-        """Return the models of an account, the last modified first; none without an account."""
+    def own(self, visitor: Visitor, *, merges: bool = False, last: str = "") -> list[str]:
+        """Return the models of an account, the last modified first; none without an account.
+
+        Args:
+            visitor: whose token asks, for twenty at most.
+            merges: only those whose card says that this tool made them.
+            last: what the account published last; where that is new, the Hub is asked again.
+        """
         if not visitor.name:
             return []
-        now = time.monotonic()
+        tag = TAG if merges else ""
+        now, key = time.monotonic(), (visitor.name, tag)
         with self._lock:
-            known = self._own.get(visitor.name)
-        if known is not None and now - known[0] < _OWN_S:
-            return known[1]
-        found = _ask(visitor, author=visitor.name, sort="last_modified", limit=_OWN)
+            known = self._own.get(key)
+        if known is not None and now - known[0] < _OWN_S and known[1] == last:
+            return known[2]
+        wanted = {"author": visitor.name, "sort": "last_modified", "filter": tag or None}
+        found = _ask(visitor, limit=_OWN, **wanted)
         with self._lock:
             while len(self._own) >= _KEPT:
                 del self._own[next(iter(self._own))]
-            self._own[visitor.name] = (now, found)
+            self._own[key] = (now, last, found)
         return found
 
     def ids(self, text: str, visitor: Visitor) -> list[str]:

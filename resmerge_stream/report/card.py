@@ -20,6 +20,8 @@ from .mergekit_config import mergekit_config
 from .public_names import PublicName, PublicNames
 from .words import rule_in_words
 
+# By which the Hub finds what was merged here.
+TAG = "resmerge"
 # Below this cosine a reader should know that the file is not quite what was computed.
 KEPT_WARNING = 0.9
 
@@ -144,7 +146,7 @@ def _metadata(plan: Plan, names: PublicNames, licence: str) -> str:
         base_model=list(dict.fromkeys(models)) or None,
         library_name="peft" if is_adapter else "transformers",
         license=licence,
-        tags=["merge", "resmerge", *(["lora"] if is_adapter else [])],
+        tags=["merge", TAG, *(["lora"] if is_adapter else [])],
         base_model_relation="adapter" if is_adapter else "merge",
     )
     return f"---\n{data.to_yaml()}\n---"

@@ -120,7 +120,10 @@ class Following:
     def waiting(self, visitor: Visitor, secret: str) -> Changes:
         """Return what shows the jobs of an account, or of a browser, and unfinished merges."""
         jobs = self._service.jobs.of(visitor.name, secret_key(secret))
-        done = [(view.short_title(job), job.id) for job in jobs if job.state == DONE]
+        reports = [(view.short_title(job), job.id) for job in jobs if job.state == DONE]
+        last = reports[0][1] if reports else ""
+        published = self._service.search.own(visitor, merges=True, last=last)
+        reports += [(name, name) for name in published]
         choices = [
             (f"{view.title_of(job.asked)} · {100 * job.progress:.0f} % done", f"job:{job.id}")
             for job in jobs
@@ -137,8 +140,8 @@ class Following:
             "unfinished": gr.update(visible=bool(choices)),
             "chosen": gr.update(choices=choices, value=first),
             "mine": view.jobs_html(jobs, signed_in=bool(visitor.name)),
-            "report_a": gr.update(choices=done),
-            "report_b": gr.update(choices=done),
+            "report_a": gr.update(choices=reports),
+            "report_b": gr.update(choices=reports),
             **dict.fromkeys(MODELS, gr.update(choices=self.suggestions(visitor, secret))),
         }
 

@@ -145,7 +145,7 @@ def _explore(parts: Parts) -> None:
         for name, label in (("report_a", "Merged model"), ("report_b", "Compare with (optional)")):
             parts[name] = gr.Dropdown(
                 [], value=None, label=label, allow_custom_value=True, filterable=True,
-                info="a finished job of yours, or namespace/name",
+                info="a finished job, a published merge of yours, or any namespace/name",
             )  # fmt: skip
     parts["open"] = gr.Button("Open", variant="primary", elem_id="open-report")
     parts["explored"] = gr.HTML(label="Report", container=False, padding=False)

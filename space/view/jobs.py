@@ -12,7 +12,7 @@ from resmerge_stream.units import format_size
 from ..examples import PREFIX
 from ..jobs.records import ACTIVE, CONTINUABLE, DONE, QUEUED, RUNNING, Job
 from .shares import shares_html
-from .words import duration, esc, facts, notice, table
+from .words import base_of, duration, esc, facts, notice, table
 
 _STATES = {
     "queued": "Waiting", "planning": "Reading headers", "running": "Merging",
@@ -82,11 +82,15 @@ def what_remains(job: Job) -> str:
 def title_of(asked: Mapping[str, Any]) -> str:
     """Return what a job makes, in a few words."""
     recipe = asked.get("recipe") or {}
+    has_base, takes_part = base_of(recipe)
     count = len(recipe.get("models") or ())
+    beside = has_base and not takes_part
+    merged = ("expert" if beside else "model") + "s" * (count != 1)
+    merged += f" of {recipe['base_model']}" if beside else ""
     made = asked.get("push_to") or "files to download"
     made = f"a pull request on {made}" if asked.get("create_pr") else made
     method = recipe.get("merge_method", "resmerge")
-    return f"{count} experts of {recipe.get('base_model')} by {method} → {made}"
+    return f"{count} {merged} by {method} → {made}"
 
 
 def short_title(job: Job) -> str:

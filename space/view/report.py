@@ -11,7 +11,7 @@ from ..explore import Opened
 from ..rows import Row, families, roles
 from .figures import heatmap
 from .shares import evaluated, shares_html
-from .words import duration, esc, facts, table
+from .words import base_of, duration, esc, facts, table
 
 
 def summary_html(opened: Opened) -> str:
@@ -19,9 +19,12 @@ def summary_html(opened: Opened) -> str:
     report = opened.report
     summary = report["summary"]
     method = _mapping(report.get("method"))
+    has_base, takes_part = base_of(_mapping(report.get("recipe")))
+    models = [_mapping(item) for item in _list(report.get("sources"))]
+    count = len(models) - (has_base and not takes_part and bool(models))
     pairs = [
         ("Method", _short(method.get("name"))),
-        ("Experts", str(max(len(_list(report.get("sources"))) - 1, 0))),
+        ("Models" if takes_part or not has_base else "Experts", str(count)),
         ("Tensors", f"{len(_list(report.get('tensors')) or opened.rows):,}"),
         ("Merging took", duration(_number(summary.get("seconds")))),
         ("Read", _size(summary.get("bytes_read"))),
@@ -31,8 +34,8 @@ def summary_html(opened: Opened) -> str:
         ("Adapter", _adapter(_mapping(report.get("adapter")))),
     ]
     sources = []
-    for number, item in enumerate(map(_mapping, _list(report.get("sources"))[:40])):
-        part = "base" if number == 0 else f"expert {number}"
+    for number, item in enumerate(models[:40], 0 if has_base else 1):
+        part = f"expert {number}" if number else "base"
         commit = _short(item.get("revision"))[:10] or "–"
         sources.append(
             (part, f"<code>{esc(_short(item.get('id')))}</code>", f"<code>{esc(commit)}</code>")

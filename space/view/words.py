@@ -1,7 +1,8 @@
 """Words and pieces of pages: escaping, times, tables."""
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 def esc(value: object) -> str:
@@ -17,6 +18,20 @@ def duration(seconds: float | None) -> str:
         return f"{max(seconds, 1):.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def base_of(recipe: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Return whether a recipe has a base, and whether the base takes part as one of the models.
+
+    Args:
+        recipe: as `Recipe.to_dict`, perhaps in a stranger's report.
+    """
+    base, models = recipe.get("base_model"), recipe.get("models")
+    named = [
+        model.get("model") if isinstance(model, dict) else model
+        for model in (models if isinstance(models, list) else ())
+    ]
+    return bool(base), bool(base) and base in named
 
 
 def notice(text: str, kind: str = "bad") -> str:

@@ -150,7 +150,12 @@ def test_a_published_report_can_be_explored(visit: Visitors, town: Town) -> None
     expect(shown.get_by_text("How far the heads agree").first).to_be_visible()
     shown = alice.explore("alice/explored", "alice/nothing")
     expect(shown.get_by_text("alice/nothing")).to_be_visible()
-    shown = alice.explore("alice/explored", "alice/explored")
+    alice.open()
+    alice.tab("Explore")
+    alice.pick("Merged model", "alice/explored")
+    alice.pick("Compare with (optional)", "alice/explored")
+    alice.button("Open").click()
+    shown = alice.page.get_by_role("tabpanel").filter(visible=True)
     expect(shown.get_by_role("table", name="Two merges beside each other")).to_be_visible()
 
 

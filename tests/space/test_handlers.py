@@ -42,7 +42,9 @@ def handlers(service, monkeypatch):
     made = Handlers(service, News(service))
     monkeypatch.setattr(made.following, "_on_hub", lambda visitor: [])
     monkeypatch.setattr(
-        service.search, "own", lambda visitor: [f"{visitor.name}/model"] if visitor.name else []
+        service.search,
+        "own",
+        lambda visitor, **wanted: [f"{visitor.name}/model"] if visitor.name else [],
     )
     return made
 
@@ -243,6 +245,19 @@ def test_models_are_suggested_before_anything_is_typed(service, handlers):
     for field in fields.MODELS:
         assert mine[field]["choices"][:5] == ["o/b", "o/a", "o/c", "alice/model", "built-in/base"]
         assert other[field]["choices"][0] == "built-in/base"
+
+
+def test_reports_are_picked_by_name(service, handlers):
+    """Finished jobs come first, then the account's published merges; of others there is nothing."""
+    job = new_job({"recipe": {"base_model": "o/b", "models": ["o/a"]}, "push_to": "a/m"}, "bob", "")
+    job.state = "done"
+    service.jobs._jobs[job.id] = job
+
+    seen = [handlers.following.look_for_unfinished({}, token) for token in (BOB, ALICE, None)]
+
+    for field in ("report_a", "report_b"):
+        picked = [[name for _, name in changes[field]["choices"]] for changes in seen]
+        assert picked == [[job.id, "bob/model"], ["alice/model"], []]
 
 
 @pytest.mark.parametrize("empty", [None, ""])

@@ -122,6 +122,33 @@ def test_an_evaluation_that_was_made_is_drawn():
 
 
 @pytest.mark.parametrize(
+    ("method", "base", "models", "sources", "counted", "title", "parts"),
+    [
+        ("resmerge", "o/b", ["o/a", "o/c"], 3, "<dt>Experts</dt><dd>2<", "2 experts of o/b",
+         ["base", "expert 1", "expert 2"]),
+        ("linear", None, ["o/a", "o/c"], 2, "<dt>Models</dt><dd>2<", "2 models by linear",
+         ["expert 1", "expert 2"]),
+        ("linear", "o/b", ["o/a", "o/b"], 2, "<dt>Models</dt><dd>2<", "2 models by linear",
+         ["base", "expert 1"]),
+        ("resmerge", "o/b", ["o/a"], 2, "<dt>Experts</dt><dd>1<", "1 expert of o/b",
+         ["base", "expert 1"]),
+    ],
+    ids=["beside a base", "no base", "the base takes part", "one"],
+)  # fmt: skip
+def test_models_are_counted_as_they_take_part(method, base, models, sources, counted, title, parts):
+    """A base is no expert, unless it is merged too; without one all are models that are merged."""
+    recipe = {"merge_method": method, "models": [{"model": name} for name in models]}
+    recipe |= {"base_model": base} if base else {}
+    report = {"summary": {}, "recipe": recipe, "sources": [{"id": "o/x"}] * sources}
+
+    html = view_report.summary_html(Opened("x/y", report, []))
+
+    assert counted in html
+    assert re.findall(r'<th scope="row">(base|expert \d)</th>', html) == parts
+    assert view.title_of({"recipe": recipe, "push_to": "me/m"}).startswith(title)
+
+
+@pytest.mark.parametrize(
     "wrong",
     [
         {"evaluation": 5},

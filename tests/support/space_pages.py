@@ -55,6 +55,15 @@ class Visit:
         field.press("Enter")
         expect(field).to_have_value(text)
 
+    def pick(self, label: str, text: str) -> None:
+        """Choose what a field offers."""
+        field = self.page.get_by_role("combobox", name=label, exact=True)
+        field.click()
+        offered = self.page.get_by_role("option", name=text, exact=True)
+        offered.click()
+        expect(field).to_have_value(text)
+        expect(offered).to_have_count(0)
+
     def fill(self, name: str, *, namespace: str = "alice") -> None:
         """Write the group's models and the result's name into the form."""
         base, *experts = MODELS

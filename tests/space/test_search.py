@@ -1,0 +1,41 @@
+"""What is suggested of a visitor's own models, asked of a Hub."""
+
+import json
+
+from tests.loopback_hub import LoopbackHub
+from tests.support.checkpoints import run_python
+
+# In a process of its own: the client reads once where the Hub is.
+LOOK = """
+import json, sys
+from space.identity import Visitor
+from space.search import Search
+
+search, alice = Search(), Visitor("alice", sys.argv[1])
+found = [search.own(alice), search.own(alice, merges=True), search.own(Visitor(), merges=True)]
+print(json.dumps(found))
+"""
+MODELS = {
+    "alice/merged": "[merge, resmerge]",
+    "alice/of-another-tool": "[merge, mergekit]",
+    "bob/merged": "[merge, resmerge]",
+}
+
+
+def test_published_merges_are_an_accounts_own(tmp_path, monkeypatch):
+    """Of an account's models, private ones too, those are merges whose card has this tool's tag."""
+    with LoopbackHub(tmp_path / "hub") as hub:
+        token = hub.add_user("alice")
+        hub.add_user("bob")
+        for name, tags in MODELS.items():
+            card = f"---\ntags: {tags}\n---\n# A model\n"
+            hub.add_repo(name, {"README.md": card.encode()}, private=name == "alice/merged")
+        for key, value in hub.env(xet=False, home=tmp_path / "home").items():
+            monkeypatch.setenv(key, value)
+        done = run_python(LOOK, token)
+
+    assert done.returncode == 0, done.stderr
+    own, merges, of_nobody = json.loads(done.stdout)
+    assert sorted(own) == ["alice/merged", "alice/of-another-tool"]
+    assert merges == ["alice/merged"]
+    assert of_nobody == []
