@@ -54,7 +54,7 @@ def add_endpoints(app: gr.Blocks, service: Service) -> None:
         app: being built.
         service: behind them.
     """
-    for function in endpoints(service):
+    for function in Endpoints(service).all():
         added = gr.api(  # type: ignore[attr-defined]
             function, api_name=function.__name__, concurrency_limit=16
         )
@@ -66,17 +66,27 @@ def add_endpoints(app: gr.Blocks, service: Service) -> None:
             component.example_payload = functools.partial(EXAMPLES.get, name)
 
 
-def endpoints(service: Service) -> list[Callable[..., Any]]:
-    """Return the functions; their names are those of the endpoints and of the MCP tools.
+class Endpoints:
+    """The functions; their names are those of the endpoints and of the MCP tools.
 
     Args:
         service: behind them.
     """
 
-    def visitor_of(oauth_token: gr.OAuthToken | None, x_hf_token: str | None) -> Visitor:
-        return service.visitors.who(oauth_token.token if oauth_token else x_hf_token or None)
+    def __init__(self, service: Service) -> None:
+        self._service = service
 
-    def methods() -> list[dict]:  # type: ignore[type-arg]
+    def all(self) -> list[Callable[..., Any]]:
+        """Return them, in the order in which a program would call them."""
+        return [
+            self.methods, self.plan, self.merge, self.status, self.cancel, self.resume, self.jobs,
+            self.files, self.report,
+        ]  # fmt: skip
+
+    def _visitor_of(self, oauth_token: gr.OAuthToken | None, x_hf_token: str | None) -> Visitor:
+        return self._service.visitors.who(oauth_token.token if oauth_token else x_hf_token or None)
+
+    def methods(self) -> list[dict]:  # type: ignore[type-arg]
         """List the merge methods with their parameters.
 
         Returns:
@@ -85,6 +95,7 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
         return describe_methods()
 
     def plan(
+        self,
         recipe: dict,  # type: ignore[type-arg]
         push_to: str = "",
         create_pr: bool = False,
@@ -103,12 +114,13 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
             An object: refused, problems, warnings, bytes, memory, disk, time, tensors, sources.
         """  # noqa: E501 - gradio drops what follows the first line of a description
         with _told():
-            visitor = visitor_of(oauth_token, x_hf_token)
+            visitor = self._visitor_of(oauth_token, x_hf_token)
             document = {"recipe": recipe, "push_to": push_to, "create_pr": create_pr}
-            found = service.plan(document, visitor, caller(request))
+            found = self._service.plan(document, visitor, caller(request))
             return {key: found[key] for key in found if key not in ("hardware", "target_checked")}
 
     def merge(
+        self,
         recipe: dict,  # type: ignore[type-arg]
         push_to: str = "",
         private: bool = True,
@@ -135,7 +147,7 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
             {"job": id}, for status, cancel, resume, files and report.
         """  # noqa: E501
         with _told():
-            visitor = visitor_of(oauth_token, x_hf_token)
+            visitor = self._visitor_of(oauth_token, x_hf_token)
             document = {
                 "recipe": recipe,
                 "push_to": push_to,
@@ -145,16 +157,23 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
                 "collection": collection,
                 "discuss": discuss,
             }
-            asked = web_request(document, service.settings)
-            return {"job": service.submit(asked, visitor, address=caller(request)).id}
+            asked = web_request(document, self._service.settings)
+            return {"job": self._service.submit(asked, visitor, address=caller(request)).id}
 
-    def found(
-        job: str, oauth_token: gr.OAuthToken | None, x_hf_token: str | None, *, change: bool = False
+    def _found(
+        self,
+        job: str,
+        oauth_token: gr.OAuthToken | None,
+        x_hf_token: str | None,
+        *,
+        change: bool = False,
     ) -> tuple[Job, Visitor]:
-        visitor = visitor_of(oauth_token, x_hf_token)
-        return service.job(job, visitor, change=change), visitor
+        visitor = self._visitor_of(oauth_token, x_hf_token)
+        return self._service.job(job, visitor, change=change), visitor
 
-    def status(job: str, oauth_token: gr.OAuthToken | None, x_hf_token: gr.Header | None) -> dict:  # type: ignore[type-arg]
+    def status(
+        self, job: str, oauth_token: gr.OAuthToken | None, x_hf_token: gr.Header | None
+    ) -> dict:  # type: ignore[type-arg]
         """Say how far a job is: queued, planning, running, cancelled, failed, resumable or done.
 
         Args:
@@ -164,9 +183,11 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
             state, place (how many are before it), progress (0 to 1), bytes, shards, seconds_left (null if unknown), message, url.
         """  # noqa: E501
         with _told():
-            return service.status(found(job, oauth_token, x_hf_token)[0])
+            return self._service.status(self._found(job, oauth_token, x_hf_token)[0])
 
-    def cancel(job: str, oauth_token: gr.OAuthToken | None, x_hf_token: gr.Header | None) -> dict:  # type: ignore[type-arg]
+    def cancel(
+        self, job: str, oauth_token: gr.OAuthToken | None, x_hf_token: gr.Header | None
+    ) -> dict:  # type: ignore[type-arg]
         """Stop a job. Finished files are kept, so that resume goes on from there.
 
         Args:
@@ -176,11 +197,13 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
             The job's status; its state is cancelled within seconds.
         """
         with _told():
-            mine, _ = found(job, oauth_token, x_hf_token, change=True)
-            service.jobs.cancel(mine)
-            return service.status(mine)
+            mine, _ = self._found(job, oauth_token, x_hf_token, change=True)
+            self._service.jobs.cancel(mine)
+            return self._service.status(mine)
 
-    def resume(job: str, oauth_token: gr.OAuthToken | None, x_hf_token: gr.Header | None) -> dict:  # type: ignore[type-arg]
+    def resume(
+        self, job: str, oauth_token: gr.OAuthToken | None, x_hf_token: gr.Header | None
+    ) -> dict:  # type: ignore[type-arg]
         """Continue a job that was cancelled, or stopped by the network or a restart.
 
         Args:
@@ -190,29 +213,30 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
             The job's status.
         """
         with _told():
-            mine, visitor = found(job, oauth_token, x_hf_token, change=True)
-            service.resume(mine, visitor)
-            return service.status(mine)
+            mine, visitor = self._found(job, oauth_token, x_hf_token, change=True)
+            self._service.resume(mine, visitor)
+            return self._service.status(mine)
 
-    def jobs(oauth_token: gr.OAuthToken | None, x_hf_token: gr.Header | None) -> list[dict]:  # type: ignore[type-arg]
+    def jobs(self, oauth_token: gr.OAuthToken | None, x_hf_token: gr.Header | None) -> list[dict]:  # type: ignore[type-arg]
         """List the jobs of an account, the newest first; without a token there are none.
 
         Returns:
             One object a job: job, created, push_to, and its status.
         """
         with _told():
-            name = visitor_of(oauth_token, x_hf_token).name
+            name = self._visitor_of(oauth_token, x_hf_token).name
             return [
                 {
                     "job": job.id,
                     "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(job.created)),
                     "push_to": job.asked.get("push_to") or "",
-                    **service.status(job),
+                    **self._service.status(job),
                 }
-                for job in service.jobs.of(name)
+                for job in self._service.jobs.of(name)
             ]
 
     def files(
+        self,
         job: str,
         request: gr.Request,
         oauth_token: gr.OAuthToken | None,
@@ -227,11 +251,13 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
             One object a file: name, bytes, url. A published merge's weights are in its repository.
         """
         with _told():
-            mine, _ = found(job, oauth_token, x_hf_token)
-            data = service.jobs.report(mine)
+            mine, _ = self._found(job, oauth_token, x_hf_token)
+            data = self._service.jobs.report(mine)
             if mine.state != DONE or data is None:
                 return []
-            copies = downloads(mine, service.jobs.result(mine), open_report(data, name=job).report)
+            copies = downloads(
+                mine, self._service.jobs.result(mine), open_report(data, name=job).report
+            )
             return [
                 {
                     "name": path.name,
@@ -242,7 +268,7 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
             ]
 
     def report(
-        job_or_repo: str, oauth_token: gr.OAuthToken | None, x_hf_token: gr.Header | None
+        self, job_or_repo: str, oauth_token: gr.OAuthToken | None, x_hf_token: gr.Header | None
     ) -> dict:  # type: ignore[type-arg]
         """Return every gate of every tensor of a finished merge.
 
@@ -253,9 +279,9 @@ def endpoints(service: Service) -> list[Callable[..., Any]]:
             The content of resmerge/report.json: recipe, sources, summary, files, tensors.
         """
         with _told():
-            return service.report(job_or_repo, visitor_of(oauth_token, x_hf_token)).report
-
-    return [methods, plan, merge, status, cancel, resume, jobs, files, report]
+            return self._service.report(
+                job_or_repo, self._visitor_of(oauth_token, x_hf_token)
+            ).report
 
 
 def _served(path: Any) -> str:
