@@ -174,7 +174,13 @@ def _ask_harness(model: Any, tokenizer: Any, task: Harness, limit: int) -> Answe
         log_samples=True,
         bootstrap_iters=0,
     )
-    samples = [s for name in sorted(found["samples"]) for s in found["samples"][name]]
+    # A task that takes answers in several ways lists each question once a way: the first counts.
+    samples = [
+        sample
+        for _, listed in sorted(found["samples"].items())
+        for sample in listed
+        if sample["filter"] == listed[0]["filter"]
+    ]
     samples.sort(key=lambda sample: sample["doc_id"])
     path = str(next(iter(found["configs"].values())).get("dataset_path", ""))
     dataset = path if REPO_ID.fullmatch(path) and not os.path.exists(path) else None

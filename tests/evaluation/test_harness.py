@@ -26,12 +26,19 @@ target_delimiter: ""
 generation_kwargs: {{until: ["\\n"], max_gen_toks: 12, do_sample: false}}
 metric_list:
   - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+filter_list:
+  - {{name: as-it-is, filter: [{{function: take_first}}]}}
+  - name: first-letter
+    filter: [{{function: regex, regex_pattern: "(.)"}}, {{function: take_first}}]
 """
 
 
 @pytest.mark.slow
 def test_the_harness_finds_what_our_own_evaluation_finds(tmp_path):
-    """The same questions, as its YAML task and as a built-in one: the same accuracies."""
+    """The same questions, as its YAML task and as a built-in one: the same accuracies.
+
+    Its task takes answers in two ways, as gsm8k does; each question counts once, in the first way.
+    """
     prompts = draw_prompts("sort", 40, seed=7, split="held-out")
     rows = [{"question": prompt, "answer": answer(prompt)} for prompt in prompts]
     (tmp_path / "sorting.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -50,6 +57,7 @@ def test_the_harness_finds_what_our_own_evaluation_finds(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])["models"]
     shares = [[found[model][task]["accuracy"] for task in ("sorting", "sort")] for model in models]
+    assert {found[model][task]["n"] for model in models for task in ("sorting", "sort")} == {40}
     assert shares[0][0] == shares[0][1]
     assert shares[1][0] == shares[1][1] > shares[0][0]
 
