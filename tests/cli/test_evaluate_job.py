@@ -306,6 +306,20 @@ def test_a_merge_that_runs_without_its_evaluation_is_not_merged_twice(bench: Ben
     assert len(jobs(bench)) == 1
 
 
+def test_a_merge_is_followed_where_its_job_evaluates_too(bench: Bench) -> None:
+    """Who asks for the merge alone gets it from the Job that goes on to evaluate it."""
+    bench.hub.faults.add(Answer(status=500, message="down"), path="/logs")
+    left = then(bench, "alice/more")
+    bench.hub.faults.clear()
+    ends(bench, "said by that Job")
+
+    done = bench.run("submit", *RECIPE, "--push-to", "alice/more", "--yes")
+
+    assert (left.code, done.code) == (3, 0), left.err + done.err
+    assert "said by that Job" in done.out
+    assert len(jobs(bench)) == 1
+
+
 def evaluate_and_leave(bench: Bench) -> str:
     """Start an evaluation whose log cannot be read, and return its Job's id; it goes on."""
     bench.hub.faults.add(Answer(status=500, message="down"), path="/logs")
