@@ -15,6 +15,7 @@ from .forms import (
     AS_NEW,
     AS_PULL_REQUEST,
     AS_UPDATE,
+    BEYOND,
     PRIVATE,
     PUBLIC,
     ROWS,
@@ -79,7 +80,7 @@ def names() -> list[str]:
     ]
     output = ["dtype", *output_options()]
     goal = ["namespace", "name", "publish", "visibility", "collection", "discuss"]
-    return ["base", *rows, "method", *controls, *output, *goal]
+    return ["base", *rows, "method", *controls, *output, *goal, BEYOND]
 
 
 def filled() -> list[str]:
@@ -104,6 +105,10 @@ def _start_from(parts: Parts) -> None:
         parts["fill"] = gr.Button("Fill the form from it", size="sm")
         parts["file"] = gr.Button("Open a file", size="sm")
     parts["pasted"] = gr.HTML(container=False, padding=False)
+    parts[BEYOND] = gr.Textbox(
+        label="Also from the recipe", interactive=False, visible=False, max_lines=8,
+        info="no field shows it; it goes over the fields until another recipe or example is chosen",
+    )  # fmt: skip
 
 
 def _model(label: str, elem_id: str, *, info: str = "", visible: bool = True) -> gr.Dropdown:

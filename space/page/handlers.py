@@ -7,7 +7,8 @@ from typing import Any
 import gradio as gr
 
 from resmerge_stream.errors import PublishError, RecipeError, ResMergeError
-from resmerge_stream.methods import build_method, find_methods
+from resmerge_stream.methods import find_methods
+from resmerge_stream.planning.resolve import Resolver
 from resmerge_stream.recipe import ModelRef
 
 from ..asked import check_id, web_recipe, web_request
@@ -21,7 +22,7 @@ from ..view.plan import plan_html
 from ..view.words import notice
 from .fields import METHOD, MODEL_INFO, MODELS, names
 from .following import Following, secret_of
-from .forms import ADAPTER, ROWS, document_of, form_of
+from .forms import ADAPTER, BEYOND, ROWS, document_of, form_of, in_words
 from .news import News
 from .texts import from_code
 
@@ -89,16 +90,17 @@ class Handlers:
             if "/" in text and len(text.split()) == 1 and "{" not in text:
                 text = pinned_recipe(self._service.report(text, self._visitor(token)).report)
             recipe = web_recipe(text, self._service.settings)
-            build_method(recipe.method, recipe.parameters)
+            Resolver(recipe).at()
         except ResMergeError as exc:
             return {"pasted": notice(said(exc))}
         if len(recipe.experts) > ROWS:
             text = f"The form has room for {ROWS} experts; use the endpoints for more."
             return {"pasted": notice(text)}
-        return {
-            **self._filled(form_of(recipe)),
-            "pasted": notice("The form shows this recipe now.", "good"),
-        }
+        fields = form_of(recipe)
+        text = "The form shows this recipe now."
+        if hidden := in_words(fields[BEYOND]):
+            text += f" No field shows, but it is merged so: {', '.join(hidden)}."
+        return {**self._filled(fields), "pasted": notice(text, "good")}
 
     def add_row(self, form: Form) -> Changes:
         """Show one more row for an expert."""
@@ -220,6 +222,8 @@ class Handlers:
         count = int(fields["count"])
         changes = {**fields, **self._method_shown(str(fields["method"]), count), "planned": None}
         changes["base"] = gr.update(value=fields["base"] or None)
+        beyond = str(fields.get(BEYOND) or "")
+        changes[BEYOND] = gr.update(value=beyond, visible=bool(beyond))
         for number in range(ROWS):
             changes[f"expert{number}"] = gr.update(
                 value=fields[f"expert{number}"] or None, visible=number < count

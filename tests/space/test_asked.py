@@ -7,6 +7,7 @@ import pytest
 
 from resmerge_stream.errors import PublishError, RecipeError, StoppedError
 from resmerge_stream.methods import build_method, find_methods, parameter_fields
+from resmerge_stream.planning.resolve import Resolver
 from space import identity
 from space.asked import needs_account, web_recipe, web_request
 from space.examples import built_in_folders, examples, is_built_in, web_names
@@ -127,6 +128,84 @@ def test_a_form_shows_the_recipe_that_it_was_filled_from(tmp_path):
 
     assert web_recipe(document["recipe"], Settings(folder=tmp_path)).to_dict() == recipe.to_dict()
     assert document["push_to"] == "me/m"
+
+
+BEYOND_THE_FIELDS = {
+    "gradients and filters": """
+        {merge_method: resmerge, base_model: o/b, models: [o/a, o/c],
+         parameters: {rho: [{filter: mlp, value: [0.1, 0.3]}, {value: 0.2}], rank: [1, 4]}}""",
+    "a model's own": """
+        {merge_method: ties, base_model: o/b, parameters: {lambda: 0.3, normalize: false}, models: [
+         {model: o/a, parameters: {weight: 0.5, density: 0.4}},
+         {model: o/c, parameters: {weight: [0.2, 1], density: [0.1, 0.9]}}]}""",
+    "a model twice": """
+        {merge_method: ties, base_model: o/b, models: [
+         {model: o/a, parameters: {density: 0.4}}, {model: o/a, parameters: {density: 0.6}}]}""",
+    "no weight": """
+        {merge_method: task_arithmetic, base_model: o/b, models: [
+         {model: o/a, parameters: {weight: 0}}, o/c]}""",
+    "a weight of all": """
+        {merge_method: task_arithmetic, base_model: o/b, parameters: {weight: 0.3}, models: [
+         {model: o/a, parameters: {weight: 1.0}}, o/c]}""",
+    "the base among the models": """
+        {merge_method: linear, base_model: o/b, models: [
+         {model: o/b, parameters: {weight: 0.5}}, {model: o/c, parameters: {weight: 2}}]}""",
+    "no base": "{merge_method: passthrough, models: [{model: o/a, parameters: {scale: 0.4}}]}",
+    "tokens": """
+        {merge_method: ties, base_model: o/b, models: [o/a], chat_template: auto,
+         tokenizer: {source: union, tokens: {<x>: {source: o/a, force: true}}}}""",
+    "a preset": "{merge_method: 'ties:paper', base_model: o/b, models: [o/a]}",
+    "old names": """
+        {merge_method: task_arithmetic, base_model: o/b, models: [o/a],
+         parameters: {scale: 0.5, reduce: mean}}""",
+}
+
+
+@pytest.mark.parametrize("text", BEYOND_THE_FIELDS.values(), ids=BEYOND_THE_FIELDS)
+def test_what_no_field_shows_is_kept(text, tmp_path):
+    """A recipe that fills the form is merged as it was written, whatever it says."""
+    recipe = web_recipe(text, Settings(folder=tmp_path))
+
+    form = {**form_of(recipe), "name": "m", "namespace": "me"}
+    again = web_recipe(document_of(form)["recipe"], Settings(folder=tmp_path))
+
+    tensors = ["model.embed_tokens.weight", *(f"layers.{i}.mlp.up.weight" for i in range(3))]
+    assert Resolver(again).each(tensors) == Resolver(recipe).each(tensors)
+    assert again.models == recipe.models
+    assert (again.tokenizer, again.chat_template, again.base_listed) == (
+        recipe.tokenizer, recipe.chat_template, recipe.base_listed,
+    )  # fmt: skip
+
+
+def test_what_belongs_to_another_method_goes_with_it(tmp_path):
+    """After another method is chosen its own fields count; the tokens stay as they were."""
+    text = """
+        {merge_method: ties, base_model: o/b, tokenizer_source: union,
+         parameters: {density: [0, 1]}, models: [{model: o/a, parameters: {weight: [0.2, 1]}}]}"""
+    form = form_of(web_recipe(text, Settings(folder=tmp_path)))
+
+    recipe = document_of({**form, "method": "mean"})["recipe"]
+
+    assert recipe == {
+        "merge_method": "mean", "base_model": "o/b", "models": [{"model": "o/a"}],
+        "tokenizer": {"source": "union"},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[",
+        "[]",
+        '{"merge_method": "ties", "models": 1}',
+        '{"merge_method": "ties", "models": [{"model": "o/a", "parameters": 1}], "parameters": []}',
+    ],
+)
+def test_what_is_kept_may_be_anything(text):
+    """A field that somebody wrote by hand adds nothing, and fails nothing."""
+    form = {"base": "o/b", "expert0": "o/a", "count": 1, "method": "ties", "beyond": text}
+
+    assert document_of(form)["recipe"]["models"] == [{"model": "o/a"}]
 
 
 @pytest.mark.parametrize("method", find_methods())

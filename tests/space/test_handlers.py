@@ -308,6 +308,25 @@ def test_a_pasted_recipe_fills_the_form(handlers):
     assert recipe["parameters"]["density"] == 0.3
 
 
+def test_what_the_form_cannot_show_is_said(handlers):
+    """A paste names what goes over the fields; another recipe takes it away again."""
+    text = """
+    merge_method: ties
+    base_model: o/b
+    models: [{model: o/a, parameters: {density: 0.5}}]
+    parameters: {lambda: [0.5, 1.0]}
+    tokenizer_source: union
+    """
+
+    changes = handlers.paste({"yaml": text}, None)
+    after = handlers.example({}, number=0)
+
+    for words in ("lambda by layer or module", "density of o/a", "the tokenizer"):
+        assert words in changes["pasted"]
+    assert changes["beyond"]["visible"]
+    assert (value(after["beyond"]), after["beyond"]["visible"]) == ("", False)
+
+
 @pytest.mark.parametrize("text", ["", "a: [", "base_model: /etc\nmodels: [o/e]", "slices: []"])
 def test_a_wrong_paste_says_what_is_wrong(handlers, text):
     """The form stays as it is, and the reason is told."""
