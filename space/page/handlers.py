@@ -262,11 +262,18 @@ class Handlers:
 def _said_at_fields(form: Form) -> Changes:
     """Return what each field of a model says below its name: what is wrong there, or the usual."""
     changes: Changes = {}
+    method = find_methods().get(str(form.get("method")))
+    base = None
     for name in MODELS:
         info = MODEL_INFO if name == "base" else ""
         try:
             if text := str(form.get(name) or "").strip():
-                check_id(ModelRef.parse(text))
+                ref = ModelRef.parse(text)
+                check_id(ref)
+                if name == "base":
+                    base = ref.place
+                elif ref.place == base and (method is None or method.base != "input"):
+                    info = "⚠ This is the base: it counts as no expert."
         except RecipeError as exc:
             info = f"⚠ {said(exc)}"
         changes[name] = gr.update(info=info)

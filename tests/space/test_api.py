@@ -100,6 +100,10 @@ def test_a_program_merges_and_publishes(town: Town) -> None:
         last = ended(client, started["job"])
         by_job = client.predict(job_or_repo=started["job"], api_name="/report")
         by_repo = client.predict(job_or_repo="alice/by-client", api_name="/report")
+        files = client.predict(job=started["job"], api_name="/files")
+        jobs = client.predict(api_name="/jobs")
+    with client_of(town, town.bob) as bob:
+        others = bob.predict(api_name="/jobs")
 
     assert last["state"] == "done", last["message"]
     assert set(last) >= STATUS
@@ -108,6 +112,10 @@ def test_a_program_merges_and_publishes(town: Town) -> None:
     assert town.hub.repo("alice/by-client").settings["private"] is True
     assert "model.safetensors.index.json" in town.hub.files("alice/by-client")
     assert by_job["summary"]["tensors"] == by_repo["summary"]["tensors"] > 0
+    assert "report.json" in {file["name"] for file in files}
+    assert all(len(httpx.get(file["url"]).content) == file["bytes"] for file in files)
+    assert started["job"] in json.dumps(jobs)
+    assert started["job"] not in json.dumps(others)
 
 
 def test_a_job_is_its_owners(town: Town) -> None:
@@ -123,7 +131,7 @@ def test_a_job_is_its_owners(town: Town) -> None:
         wait_for(lambda: hold.hits, "the merge to stand still")
         with client_of(town) as stranger:
             for other in (bob, stranger):
-                for name in ("/status", "/cancel"):
+                for name in ("/status", "/cancel", "/resume", "/files"):
                     with pytest.raises(AppError, match=r"(?i)no such job|not found|no job"):
                         other.predict(job=job, api_name=name)
                 with pytest.raises(AppError):
@@ -163,6 +171,15 @@ def test_a_bad_recipe_is_an_answer_and_not_a_crash(town: Town) -> None:
     text = json.dumps(answer)
     assert "Traceback" not in text
     assert "resmerg" in text or "base_model" in text, (kind, text)
+
+
+@pytest.mark.parametrize("body", [{}, {"recipe": {}, "none_such": 1}], ids=["missing", "unknown"])
+def test_a_wrong_parameter_is_a_400_that_says_which(town: Town, body: dict[str, Any]) -> None:
+    """What a call lacks, or an endpoint does not have, is told by name; the server has no fault."""
+    answer = httpx.post(f"{town.space.url}/gradio_api/call/v2/plan", json=body, timeout=60.0)
+
+    assert answer.status_code == 400
+    assert ("recipe" if not body else "none_such") in answer.text
 
 
 async def tools_of(town: Town, token: str | None, *calls: tuple[str, dict[str, Any]]) -> list[Any]:

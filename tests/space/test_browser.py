@@ -13,6 +13,7 @@ from tests.support.space_pages import Visit
 from tests.support.space_runs import Town, wait_for
 
 Visitors = Callable[..., Visit]
+PHONE, LAPTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 720}
 
 
 @pytest.mark.slow
@@ -24,6 +25,7 @@ def test_from_choosing_to_the_published_model(visit: Visitors, town: Town) -> No
     alice.plan()
     expect(alice.page.get_by_text("This can be merged into alice/by-browser")).to_be_visible()
     alice.merge()
+    expect(alice.page.get_by_role("heading", name="Your merge")).to_be_in_viewport()
     alice.expect_state("Done")
 
     link = alice.page.get_by_role("link", name=f"{town.hub.endpoint}/alice/by-browser")
@@ -125,6 +127,10 @@ def test_a_refused_plan_says_why(visit: Visitors, town: Town) -> None:
 def test_the_built_in_example_needs_no_account(visit: Visitors) -> None:
     """One click merges the built-in models; a stranger gets the answers' bars, and the files."""
     guest = visit()
+    for size in (PHONE, LAPTOP):
+        guest.page.set_viewport_size(size)
+        for text in ("Merge language models", "Try the example", "Base model"):
+            assert guest.is_above_the_fold(text), (size, text)
 
     guest.try_example()
     guest.expect_state("Done")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 
+from resmerge_stream.errors import Remedy, StoppedError
 from resmerge_stream.methods import find_methods, parameter_fields
 from space import launch
 from space.asked import web_request
@@ -17,6 +18,7 @@ from space.jobs.records import ACTIVE, new_job
 from space.page import fields, ui
 from space.page.forms import document_of
 from space.page.handlers import Handlers
+from space.page.handlers import _said_at_fields as said_at_fields
 from space.page.news import News
 from space.settings import Settings
 from tests.support.checkpoints import ROOT, run_python
@@ -63,8 +65,8 @@ def form_after(changes, **more):
     return {**form, "rounding": "nearest", "visibility": "private", **more}
 
 
-def test_the_built_in_way_from_choosing_to_files(service, handlers):
-    """Example, plan, merge, news until it is done, files: every step by its handler."""
+def test_the_built_in_way_from_choosing_to_files(service, handlers, monkeypatch):
+    """Example, plan, merge, news until it is done, files, the form again from the report."""
     opened = handlers.load({"remembered": {}}, NOBODY, None)
     form = form_after(handlers.example({}, number=0))
     planned = handlers.plan(form, NOBODY, None)
@@ -92,6 +94,11 @@ def test_the_built_in_way_from_choosing_to_files(service, handlers):
     again = handlers.load({"remembered": started["remembered"]}, NOBODY, None)
     assert again["job"] == started["job"]
     assert "also as one archive" in again["result"]
+
+    opened = service.report(job.id, service.visitors.who(None))
+    monkeypatch.setattr(type(service), "report", lambda self, name, visitor: opened)
+    from_repository = form_after(handlers.paste({"yaml": "o/merged"}, None))
+    assert document_of(from_repository)["recipe"]["models"] == document_of(form)["recipe"]["models"]
 
 
 def test_what_changed_since_the_plan_is_planned_again(handlers):
@@ -182,6 +189,31 @@ def test_every_wrong_model_is_named_at_its_field(handlers):
     assert "/etc" in changes["base"]["info"]
     assert "../x" in changes["expert1"]["info"]
     assert changes["expert0"]["info"] == ""
+
+
+def test_an_outage_while_planning_says_to_plan_again(handlers, service, monkeypatch):
+    """There is no job yet that could be continued, and no token is spoken of to a guest."""
+
+    def fail(*asked):
+        raise StoppedError("the Hub does not answer.", Remedy.CONTINUE)
+
+    monkeypatch.setattr(type(service.planners), "plan", fail)
+    form = form_after({}, base="o/b", expert0="o/e", count=1, method="resmerge")
+
+    html = handlers.plan(form, NOBODY, None)["plan_html"]
+
+    assert "lan again" in html
+    assert "Continue" not in html
+    assert "token" not in html
+
+
+@pytest.mark.parametrize(("method", "is_said"), [("resmerge", True), ("linear", False)])
+def test_the_base_among_the_experts_is_said_where_it_takes_no_part(handlers, method, is_said):
+    """It is not dropped in silence; a method that merges the base too has nothing to say."""
+    form = form_after({}, base="o/b", expert0="o/a", expert1="o/b", count=2, method=method)
+
+    assert ("counts as no expert" in said_at_fields(form)["expert1"]["info"]) is is_said
+    assert said_at_fields(form)["expert0"]["info"] == ""
 
 
 def test_a_job_in_the_address_is_attached_for_its_owner_only(service, handlers):

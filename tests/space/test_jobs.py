@@ -96,6 +96,8 @@ def test_a_merge_runs_by_itself_and_leaves_files(jobs):
     assert any(name.endswith(".safetensors") for name in names)
     assert job.progress == 1.0
     assert job.tensors_done == len(report["tensors"]) == len(jobs.live(job).rows)
+    assert job.shards_done == job.plan["shards"] == len(report["files"])
+    assert f"merging took {max(report['summary']['seconds'], 1):.0f} s" in job.message
     said = "\n".join([*job.log, json.dumps(report)])
     assert str(jobs.settings.folder) not in said
     assert "resmerge-tests" not in said

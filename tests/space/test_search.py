@@ -12,7 +12,8 @@ from space.identity import Visitor
 from space.search import Search
 
 search, alice = Search(), Visitor("alice", sys.argv[1])
-found = [search.own(alice), search.own(alice, merges=True), search.own(Visitor(), merges=True)]
+found = [search.own(alice), search.own(alice, merges=True), search.own(Visitor(), merges=True),
+         search.ids("merged", Visitor()), search.ids("m", Visitor())]
 print(json.dumps(found))
 """
 MODELS = {
@@ -22,8 +23,8 @@ MODELS = {
 }
 
 
-def test_published_merges_are_an_accounts_own(tmp_path, monkeypatch):
-    """Of an account's models, private ones too, those are merges whose card has this tool's tag."""
+def test_models_are_found_by_account_by_tag_and_by_what_is_typed(tmp_path, monkeypatch):
+    """Merges have this tool's tag; who looks for another's sees what is public."""
     with LoopbackHub(tmp_path / "hub") as hub:
         token = hub.add_user("alice")
         hub.add_user("bob")
@@ -35,7 +36,8 @@ def test_published_merges_are_an_accounts_own(tmp_path, monkeypatch):
         done = run_python(LOOK, token)
 
     assert done.returncode == 0, done.stderr
-    own, merges, of_nobody = json.loads(done.stdout)
+    own, merges, of_nobody, typed, too_short = json.loads(done.stdout)
     assert sorted(own) == ["alice/merged", "alice/of-another-tool"]
     assert merges == ["alice/merged"]
-    assert of_nobody == []
+    assert of_nobody == too_short == []
+    assert typed == ["bob/merged"]

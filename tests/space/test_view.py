@@ -327,6 +327,22 @@ def test_unusual_tensors_are_named_by_reason():
     assert "and 2 more" in html
 
 
+def test_a_published_result_leads_with_what_a_person_came_for():
+    """The model's link, then a command to try it, then the GGUF's Space, then an evaluation."""
+    recipe = {"base_model": "org/base", "models": [{"model": "org/a"}]}
+    done = job(state="done", url="https://h.co/me/m/commit/abc")
+    done.asked["recipe"] = recipe
+
+    html = view.result_html(done)
+
+    steps = [
+        'href="https://h.co/me/m"', "transformers chat me/m", "ggml-org/gguf-my-repo",
+        "evaluate org/base org/a me/m",
+    ]  # fmt: skip
+    places = [html.index(step) for step in steps]
+    assert places == sorted(places)
+
+
 def test_an_adapter_says_what_it_holds_and_how_it_is_loaded():
     """The result of a merge written as an adapter has rank and share, and names PEFT."""
     adapter = {"modules": 35, "rank": 16, "kept": 0.8783, "by_rank": {"16": 0.8783}}
