@@ -18,20 +18,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from benchmarks.synthetic import Shape, Updates
+from benchmarks.synthetic import QWEN25_7B, Updates
 
 from .core import group
 from .measure import machine, merge_command, run, scratch_folder
 
-QWEN25_7B = Shape(
-    hidden_size=3584,
-    intermediate_size=18_944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    vocab_size=152_064,
-    tied=False,
-)
 _TARGET = 1e-5
 _CHUNK_BYTES = 256_000_000
 

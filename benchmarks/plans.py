@@ -25,7 +25,7 @@ from resmerge_stream.sinks.layout import plan_shards
 from resmerge_stream.specs import TensorSpec
 
 from .measure import run
-from .synthetic import QWEN25_05B, Shape, tensor_shapes, write_group
+from .synthetic import QWEN25_05B, QWEN25_7B, Shape, tensor_shapes, write_group
 
 _TIMES = 5
 _EXPERTS, _LAYERS, _HIDDEN, _MIDDLE = 256, 58, 128, 64
@@ -35,15 +35,6 @@ _MIXTURE = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"],
             "moe_intermediate_size": _MIDDLE, "tie_word_embeddings": False}  # fmt: skip
 _QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896,
           "num_hidden_layers": 24, "tie_word_embeddings": True}  # fmt: skip
-_QWEN25_7B = Shape(
-    hidden_size=3584,
-    intermediate_size=18_944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    vocab_size=152_064,
-    tied=False,
-)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -160,7 +151,7 @@ def _quantise(folder: Path) -> None:
 
 def _seven(folder: Path) -> None:
     """Print what the plan of a merge with Qwen2.5-7B's shapes says, method by method."""
-    shapes = dict(tensor_shapes(_QWEN25_7B))
+    shapes = dict(tensor_shapes(QWEN25_7B))
     config = _QWEN2 | {"hidden_size": 3584, "num_hidden_layers": 28, "tie_word_embeddings": False}
     for name in ("base", *(f"expert{i}" for i in range(3))):
         _write_headers(folder / name, shapes, config)

@@ -48,6 +48,16 @@ QWEN25_05B = Shape(
     vocab_size=151_936,
 )
 
+QWEN25_7B = Shape(
+    hidden_size=3584,
+    intermediate_size=18_944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    vocab_size=152_064,
+    tied=False,
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Updates:
