@@ -50,7 +50,7 @@ def test_a_reload_finds_the_job_again(visit: Visitors, town: Town) -> None:
         other = Visit(alice.page.context.new_page(), town).open(link)
         other.expect_state("Merging")
         expect(other.page.get_by_text("3 experts of alice/base")).to_be_visible()
-        assert other.is_above_the_fold("Merging")
+        other.expect_above_the_fold("Merging")
 
     alice.expect_state("Done")
     other.expect_state("Done")
@@ -130,7 +130,7 @@ def test_the_built_in_example_needs_no_account(visit: Visitors) -> None:
     for size in (PHONE, LAPTOP):
         guest.page.set_viewport_size(size)
         for text in ("Merge language models", "Try the example", "Base model"):
-            assert guest.is_above_the_fold(text), (size, text)
+            guest.expect_above_the_fold(text)
 
     guest.try_example()
     guest.expect_state("Done")

@@ -7,7 +7,7 @@ from typing import Any
 from playwright.sync_api import CDPSession, Locator, Page, expect
 
 from tests.support.hub_runs import MODELS
-from tests.support.space_runs import Town
+from tests.support.space_runs import Town, wait_for
 
 LONG_S = 240.0  # for a whole merge beside other work
 # What a visitor can act on.
@@ -122,11 +122,15 @@ class Visit:
         badge = self.page.locator("#follow .rm-badge").first
         expect(badge).to_have_text(words, timeout=LONG_S * 1000)
 
-    def is_above_the_fold(self, words: str) -> bool:
-        """Whether some text is seen without scrolling."""
-        box = self.page.get_by_text(words).first.bounding_box()
-        size = self.page.viewport_size
-        return bool(box and size and box["y"] + box["height"] < size["height"])
+    def expect_above_the_fold(self, words: str) -> None:
+        """Wait until some text is seen without scrolling: a page is laid out a moment later."""
+        found = self.page.get_by_text(words).first
+
+        def is_seen() -> bool:
+            box, size = found.bounding_box(), self.page.viewport_size
+            return bool(box and size and box["y"] + box["height"] < size["height"])
+
+        wait_for(is_seen, f"{words!r} above the fold")
 
     @property
     def link(self) -> str:
