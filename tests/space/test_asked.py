@@ -4,18 +4,24 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import yaml
 
 from resmerge_stream.errors import PublishError, RecipeError, StoppedError
 from resmerge_stream.methods import build_method, find_methods, parameter_fields
+from resmerge_stream.planning.plan import plan_merge
+from resmerge_stream.planning.recipe_file import recipe_from_dict
 from resmerge_stream.planning.resolve import Resolver
+from resmerge_stream.run.engine import run_merge
 from space import identity
 from space.asked import needs_account, web_recipe, web_request
 from space.examples import built_in_folders, examples, is_built_in, web_names
 from space.identity import Visitor, Visitors
+from space.jobs.downloads import pinned_recipe
 from space.jobs.planning import Allowance
 from space.page.fields import names
 from space.page.forms import document_of, field_name, form_of
 from space.settings import Settings, read_settings
+from tests.support.checkpoints import make_group
 
 
 @pytest.fixture
@@ -346,3 +352,29 @@ def test_a_token_is_not_shown():
     """A visitor's representation, as logs may hold it, has no token in it."""
     assert "t-alice" not in repr(ACCOUNTS["t-alice"]).replace("alice'", "")
     assert identity.secret_key("s") != "s"
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"merge_method": "linear", "models": [{"model": "base", "parameters": {"weight": 0.5}},
+                                              {"model": "expert0", "parameters": {"weight": 2.0}}]},
+        {"merge_method": "ties",
+         "parameters": {"density": [{"filter": "mlp", "value": [0.2, 0.9]}]},
+         "models": ["expert0", {"model": "expert1", "parameters": {"density": 0.3}}]},
+    ],
+    ids=["a listed base", "settings"],
+)  # fmt: skip
+def test_a_merged_models_report_has_the_recipe_that_fills_the_form(recipe, tmp_path, monkeypatch):
+    """What "namespace/name" of a merge of ours brings to the form is the merge as it was asked."""
+    make_group(tmp_path, experts=2)
+    monkeypatch.chdir(tmp_path)
+    asked = recipe_from_dict({"base_model": "base", **recipe})
+    *_, last = run_merge(plan_merge(asked, out="out"), out="out")
+
+    again = recipe_from_dict(yaml.safe_load(pinned_recipe(dict(last.report))))
+
+    tensors = ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"]
+    assert [ref.id for ref in again.models] == [ref.id for ref in asked.models]
+    assert Resolver(again).each(tensors) == Resolver(asked).each(tensors)
+    assert again.base_listed == asked.base_listed
