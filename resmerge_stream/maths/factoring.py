@@ -25,11 +25,13 @@ class Fitted:
         kept: what the stored factors keep of the update; every element counts as changed.
         shares: of ‖ΔW‖² by rank, before the cast: what the best factors of rank 1, 2, 4, … would
             hold, and last those of this rank; 1 for a zero update.
+        needed: the rank that the factors have: columns beyond it are zero.
     """
 
     factors: LowRank
     kept: Kept
     shares: Mapping[int, float]
+    needed: int
 
 
 def fitted(
@@ -91,7 +93,7 @@ def _of_svd(found: Factors, shape: tuple[int, int], rank: int, dtype: torch.dtyp
         inner = inner * (sigma + crossed)
         own = own * (sigma + crossed + crossed.T + (E.T @ E).double())
     kept = _kept(total, float(inner.sum()), float(own.sum()), shape)
-    return Fitted(stored, kept, _shares(energy, total, rank))
+    return Fitted(stored, kept, _shares(energy, total, rank), min(found.rank, rank))
 
 
 def _of_values(update: Tensor, rank: int, dtype: torch.dtype) -> Fitted:
@@ -106,7 +108,8 @@ def _of_values(update: Tensor, rank: int, dtype: torch.dtype) -> Fitted:
     for rows in _blocks(update):
         inner += float(((update[rows].double() @ own.right) * own.left[rows]).sum())
     shares = _shares(found.sigma.square(), energy, rank)
-    return Fitted(stored, _kept(energy, inner, _inner(own, own), update.shape), shares)
+    kept = _kept(energy, inner, _inner(own, own), update.shape)
+    return Fitted(stored, kept, shares, min(found.rank, rank))
 
 
 def _shares(energies: Tensor, total: float, rank: int) -> dict[int, float]:
@@ -128,7 +131,8 @@ def _blocks(update: Tensor) -> list[slice]:
 
 def _nothing(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> Fitted:
     left, right = (torch.zeros(size, rank, dtype=dtype) for size in shape)
-    return Fitted(LowRank(left, right), _kept(0.0, 0.0, 0.0, shape), _shares(left, 0.0, rank))
+    kept = _kept(0.0, 0.0, 0.0, shape)
+    return Fitted(LowRank(left, right), kept, _shares(left, 0.0, rank), 0)
 
 
 def _cast(factors: LowRank, rank: int, dtype: torch.dtype) -> LowRank:

@@ -96,6 +96,7 @@ def _adapter(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "modules": len(entries),
         "rank": rank,
+        "needed": max(entry["adapter"]["needed"] for entry in entries),
         "kept": by_rank[str(rank)],
         "by_rank": by_rank,
     }

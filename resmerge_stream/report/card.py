@@ -248,6 +248,11 @@ def _factors(plan: Plan, report: Mapping[str, Any]) -> str:
     )
     if plan.options.adapter_rank is None:
         text += "; the rest is rounding. The rank is the sum of the experts' ranks."
+        if 0 < adapter["needed"] < adapter["rank"]:
+            text += (
+                f" No module needs more than {adapter['needed']} of it: `--adapter-rank "
+                f"{adapter['needed']}` writes the same update in a smaller file."
+            )
     else:
         text += f" there, the most that rank {plan.options.adapter_rank} can."
     if plan.method is not None and plan.method.name == "iso_c":

@@ -183,12 +183,15 @@ class Merger:
         self._sample()
         stored = {spec.name: list(spec.shape) for spec in piece.tensor.stored}
         shares = {str(rank): share for rank, share in result.shares.items()}
-        kept = result.shares[output.rank]
         of_adapter = {
-            "adapter": {"rank": output.rank, "kept": kept, "by_rank": shares, "tensors": stored},
+            "rank": output.rank,
+            "needed": result.needed,
+            "kept": result.shares[output.rank],
+            "by_rank": shares,
+            "tensors": stored,
         }
         all_gates = gates[0] if len(gates) == 1 else combine_slices(gates) if gates else {}
-        update = replace(decided.update, gates=all_gates | of_adapter)
+        update = replace(decided.update, gates=all_gates | {"adapter": of_adapter})
         remarks = (lane.remark,) if lane.remark else ()
         decided = replace(decided, piece=piece, update=update, remarks=remarks)
         return Merged(decided, gathered.data, result.kept)

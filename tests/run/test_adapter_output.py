@@ -120,6 +120,28 @@ def test_every_module_has_the_sum_of_the_ranks_at_most(tmp_path, group):
     assert report["adapter"]["rank"] == config["r"]
 
 
+def test_a_smaller_rank_that_is_exact_is_named_and_writes_the_same_update(tmp_path, group):
+    """An expert twice has the rank of one: report and card say so, and the option gives it."""
+    base, (adapter, *_) = group
+    report = merged(tmp_path / "twice", base, [adapter, adapter], "mean", output="adapter")
+    own = load_file(adapter / "adapter_model.safetensors")
+    rank = max(len(value) for name, value in own.items() if "lora_A" in name)
+
+    assert (report["adapter"]["rank"], report["adapter"]["needed"]) == (2 * rank, rank)
+    option = f"--adapter-rank {rank}"
+    assert option in (tmp_path / "twice" / "README.md").read_text()
+
+    kept = {"output": "adapter", "adapter_rank": report["adapter"]["needed"]}
+    smaller = merged(tmp_path / "out", base, [adapter, adapter], "mean", **kept)
+
+    assert smaller["adapter"]["kept"] == pytest.approx(1.0)
+    same_update(tmp_path, base, tmp_path / "out", adapters.whole(base, adapter, tmp_path / "one"))
+    sizes = [
+        (tmp_path / name / "adapter_model.safetensors").stat().st_size for name in ("twice", "out")
+    ]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
 def test_a_smaller_rank_is_the_best_of_that_rank_and_says_what_it_keeps(tmp_path, group):
     """Cut at rank 3, each update is the truncated SVD of the whole one; the share is reported."""
     base, made = group
