@@ -154,7 +154,7 @@ class _Output:
             for term in edit.terms if edit is not None else ():
                 keys = (term.left.key, term.right.key)
                 found = [match for key in keys if (match := _OWN_MODULE.fullmatch(key))]
-                if found and term.left.pick == "whole" and term.source_rows is None:
+                if found and term.is_whole:
                     own = found[0]
                     flipped = own.string == term.left.key
                     return own["module"].removeprefix(_PREFIX), bool(own[2]), flipped

@@ -15,6 +15,7 @@ from ..sinks.publication import Publication
 from ..sources import Checkpoint, open_checkpoint
 from ..sources.adapter import is_bare_adapter
 from ..sources.assembly import Rounded
+from ..sources.fused import fused_in
 from ..sources.mapped import as_stored, is_stored
 from ..sources.view import View, source_of
 from ..specs import OUTPUT_DTYPES, TensorSpec
@@ -32,7 +33,6 @@ from .compat import (
     readable,
 )
 from .estimates import estimated
-from .fused import fused_in
 from .matching import Matched, match
 from .memory_fit import fit_memory
 from .options import Options

@@ -20,10 +20,10 @@ from ..sinks.publication import Publication
 from ..sources import Checkpoint
 from ..sources.adapter import rank_of
 from ..sources.adapter_config import CONFIG as ADAPTER_CONFIG
+from ..sources.fused import Fused
 from ..sources.view import made_bytes
 from ..specs import DTYPES, TensorSpec
 from ..version import __version__
-from .fused import Fused
 from .options import Options
 from .request import Request
 from .resolve import Resolver

@@ -90,21 +90,17 @@ class _Builder:
 
     def _low_rank(self, expert: int | None) -> LowRank:
         """Return the sum of the terms of the tensor, or of one matrix of a stack; float32."""
-        shape = self._edit.spec.shape
-        height = shape[-2] if expert is not None else self._edit.spec.matrix_shape[0]
+        spec = self._edit.spec
+        height, width = spec.shape[-2:] if expert is not None else spec.matrix_shape
         lefts, rights = [], []
         for term in self._edit.terms:
             if expert is not None and term.expert is not None and term.expert != expert:
                 continue
             left, right = self._factors(term, expert)
-            if left.shape[0] != height:
-                placed = left.new_zeros(height, left.shape[1])
-                placed[term.at_row : term.at_row + left.shape[0]] = left
-                left = placed
-            lefts.append(left)
-            rights.append(right)
+            lefts.append(_in_rows(left, term.place[0], height))
+            rights.append(_in_rows(right, term.place[1], width))
         if not lefts:
-            return LowRank(torch.zeros(height, 0), torch.zeros(shape[-1], 0))
+            return LowRank(torch.zeros(height, 0), torch.zeros(width, 0))
         return LowRank(self._cross(torch.cat(lefts, 1)), self._cross(torch.cat(rights, 1)))
 
     def _factors(self, term: Term, expert: int | None) -> tuple[Tensor, Tensor]:
@@ -164,3 +160,12 @@ class _Builder:
     def _tensor(self, key: str) -> Tensor:
         spec = self._read.specs[key]
         return as_tensor(self._read.whole[key], spec.dtype, spec.shape)
+
+
+def _in_rows(factor: Tensor, rows: slice, height: int) -> Tensor:
+    """Return a factor with zeros in all rows but its own."""
+    if len(factor) == height:
+        return factor
+    placed = factor.new_zeros(height, factor.shape[1])
+    placed[rows] = factor
+    return placed

@@ -61,11 +61,7 @@ class AdapterCheckpoint:
         self.small_files: tuple[str, ...] = ()
         self.settings: LoraSettings = parse_settings(own.config, where=own.id)
         self.edits: Mapping[str, Edit] = layout_of(
-            self.own_specs,
-            {name: stored.spec for name, stored in base.tensors.items()},
-            self.settings,
-            tied=base.config.get("tie_word_embeddings") is True,
-            where=own.id,
+            self.own_specs, base, self.settings, where=own.id
         )
         self._read: dict[str, dict[str, memoryview]] = {}
 

@@ -14,6 +14,8 @@ from typing import NoReturn
 from ..errors import UnsupportedCheckpointError, listed, shown
 from ..specs import DTYPES, TensorSpec
 from .adapter_config import LoraSettings
+from .checkpoint import Checkpoint
+from .fused import Fused, fused_in
 
 _FACTOR = re.compile(
     r"(?P<module>.*?)\.?(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|"
@@ -27,6 +29,15 @@ _PREFIXES = ("base_model.model.", "_fsdp_wrapped_module.")
 # Names of an expert's three matrices: Mixtral's (and Tinker's) beside those of others.
 _TWINS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _TWINS |= {new: old for old, new in _TWINS.items()}
+# Layers that a trainer takes apart and a checkpoint has as one, in the order of its rows.
+_PARTS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "in_proj_qkv": ("in_proj_q", "in_proj_k", "in_proj_v"),
+    "in_proj": ("gate_proj", "x_proj"),
+}
+_EXPERTS = ("gate_proj", "up_proj", "down_proj")
+_WHOLE_MATRIX = (slice(None), slice(None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +67,7 @@ class Term:
         left: L; its rows are the tensor's rows.
         right: R; its rows are the tensor's columns.
         expert: the one matrix of the factors, or of a stack, that it is about; None for all.
-        at_row: the first row of the tensor that it is added to.
+        place: rows and columns that it is added to, of the tensor or of each matrix of a stack.
         source_rows: which rows of L, where not all.
     """
 
@@ -64,8 +75,14 @@ class Term:
     left: Factor
     right: Factor
     expert: int | None = None
-    at_row: int = 0
+    place: tuple[slice, slice] = _WHOLE_MATRIX
     source_rows: tuple[int, int] | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether stored factors are about a whole matrix, and about no other."""
+        is_all = self.place == _WHOLE_MATRIX and self.source_rows is None
+        return is_all and self.left.pick == "whole"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,26 +139,20 @@ class _Pair:
 
 
 def layout_of(
-    own: Mapping[str, TensorSpec],
-    base: Mapping[str, TensorSpec],
-    settings: LoraSettings,
-    *,
-    tied: bool,
-    where: str,
+    own: Mapping[str, TensorSpec], base: Checkpoint, settings: LoraSettings, *, where: str
 ) -> dict[str, Edit]:
     """Return what an adapter does, by the name of the base's tensor.
 
     Args:
         own: the adapter's tensors by key.
-        base: the base's tensors by name.
+        base: the checkpoint that it changes.
         settings: of the adapter.
-        tied: whether the base's head is its embedding.
         where: what to call the adapter in errors.
 
     Raises:
         UnsupportedCheckpointError: a factor is missing, fits nothing, or fits two ways.
     """
-    return _Layout(own, base, settings, tied, where).edits()
+    return _Layout(own, base, settings, where).edits()
 
 
 class _Layout:
@@ -150,13 +161,14 @@ class _Layout:
     def __init__(
         self,
         own: Mapping[str, TensorSpec],
-        base: Mapping[str, TensorSpec],
+        base: Checkpoint,
         settings: LoraSettings,
-        tied: bool,
         where: str,
     ) -> None:
-        self._own, self._base, self._settings = own, base, settings
-        self._tied, self._where = tied, where
+        self._own, self._checkpoint, self._settings = own, base, settings
+        self._base = {name: stored.spec for name, stored in base.tensors.items()}
+        self._tied = base.config.get("tie_word_embeddings") is True
+        self._where = where
         self._pairs: dict[str, _Pair] = defaultdict(_Pair)
         self._edits: dict[str, Edit] = {}
         self._ends: dict[str, list[str]] = {}
@@ -209,7 +221,7 @@ class _Layout:
         self._check_factors(module, down, up)
         name = self._find(f"{module}.weight")
         if name is None:
-            if not self._place_parameter(module, keys):
+            if not (self._place_part(module, keys) or self._place_parameter(module, keys)):
                 self._refuse(
                     f"it adapts {shown(module)}, but the base has no {shown(module + '.weight')}"
                 )
@@ -233,6 +245,36 @@ class _Layout:
                 )
             self._add(bias, bias=(keys["B.bias"], scale))
         self._add(name, term=term, magnitude=self._magnitude(name, keys, columns=flipped))
+
+    def _place_part(self, module: str, keys: Mapping[str, str]) -> bool:
+        """Place factors of some rows of a layer; return whether the base has such a layer.
+
+        How many rows the parts before have, only their own factors say.
+        """
+        parent, _, leaf = module.rpartition(".")
+        down, up = self._own[keys["A"]], self._own[keys["B"]]
+        for whole, parts in _PARTS.items():
+            name = self._find(f"{parent}.{whole}.weight") if leaf in parts else None
+            if name is None:
+                continue
+            start = 0
+            for part in parts[: parts.index(leaf)]:
+                before = self._pairs.get(f"{parent}.{part}")
+                if before is None or "B" not in before.keys:
+                    self._refuse(
+                        f"it adapts {shown(module)}, which is part of {name}; without factors of "
+                        f"{part}, which comes before it there, its place is not known"
+                    )
+                start += self._own[before.keys["B"]].shape[0]
+            m, n = self._base[name].matrix_shape
+            if down.shape[1] != n or start + up.shape[0] > m:
+                self._refuse_shape(name, down, up)
+            scale = self._scale(module, down.shape[0])
+            left, right = Factor(keys["B"], False), Factor(keys["A"], True)
+            place = slice(start, start + up.shape[0]), slice(None)
+            self._add(name, term=Term(scale, left, right, place=place))
+            return True
+        return False
 
     def _place_embedding(self, module: str, keys: Mapping[str, str]) -> None:
         name = self._find(f"{module}.weight")
@@ -348,38 +390,45 @@ class _Layout:
             self._refuse_pair(module, down, up)
         parent, _, leaf = module.rpartition(".")
         scale = self._scale(module, down.shape[1])
-        left, right = (
+        sides = (
             Factor(key_up, False, "stack", up.shape[0]),
             Factor(key_down, True, "stack", down.shape[0]),
         )
-        for own in (leaf, _TWINS.get(leaf, leaf)):
+        # Experts without a gate have w1 for what others call up_proj.
+        for own in (leaf, _TWINS.get(leaf, leaf), *(("up_proj",) if leaf == "w1" else ())):
             places = list(self._experts(parent, own, up.shape[1], down.shape[2]))
-            for name, expert, at_row in places:
-                self._add(name, term=Term(scale, left, right, expert, at_row))
+            for name, expert, fused in places:
+                left, right = sides[::-1] if fused is not None and fused.turned else sides
+                place = _WHOLE_MATRIX
+                if fused is not None:
+                    number = fused.names.index(own.removesuffix("_proj"))
+                    place = fused.place(number, *self._base[name].shape[1:])
+                self._add(name, term=Term(scale, left, right, expert, place))
             if places:
                 return
         self._refuse(f"it adapts {shown(module)}, which the base lacks or has in another shape")
 
     def _experts(
         self, parent: str, leaf: str, rows: int, columns: int
-    ) -> Iterator[tuple[str, int | None, int]]:
-        """Yield where experts' matrices lie in the base: tensor, which expert, first row."""
+    ) -> Iterator[tuple[str, int | None, Fused | None]]:
+        """Yield where experts' matrices lie in the base: tensor, which expert, how in a stack."""
         for expert in itertools.count():
             name = self._find(f"{parent}.{expert}.{leaf}.weight")
             if name is None:
                 break
             if self._base[name].shape == (rows, columns):
-                yield name, expert, 0
-        for fused, at_row in (
-            (leaf, 0),
-            ("gate_up_proj", {"gate_proj": 0, "up_proj": rows}.get(leaf)),
+                yield name, expert, None
+        stack = leaf if leaf == "down_proj" else "gate_up_proj"
+        name = self._find(f"{parent}.{stack}") if leaf in _EXPERTS else None
+        if name is None or len(self._base[name].shape) != 3:
+            return
+        spec = self._base[name]
+        fused = fused_in(spec, self._checkpoint.tensors, self._checkpoint.config)
+        if (fused.shape(*spec.shape[1:]) if fused is not None else spec.shape[1:]) == (
+            rows,
+            columns,
         ):
-            name = self._find(f"{parent}.{fused}")
-            if name is None or at_row is None or len(self._base[name].shape) != 3:
-                continue
-            height = rows if fused == leaf else 2 * rows
-            if self._base[name].shape[1:] == (height, columns):
-                yield name, None, at_row
+            yield name, None, fused
 
     def _place_tokens(self, module: str, key: str) -> None:
         name = self._find(f"{module}.weight")
@@ -484,14 +533,18 @@ class _Layout:
     def _find(self, wanted: str) -> str | None:
         """Return the base's name of a tensor, whatever stands before it there."""
         wanted = wanted.replace("unembed_tokens", "lm_head")
-        short = wanted.removeprefix("model.")
-        for name in (wanted, f"model.{wanted}", short):
-            if name in self._base:
-                return name
         if not self._ends:
             self._ends = _by_end(self._base)
-        found = self._ends.get(short, [])
-        return found[0] if len(found) == 1 else None
+        # Tinker calls gpt-oss's attention ``attn``.
+        for asked in dict.fromkeys((wanted, wanted.replace(".attn.", ".self_attn."))):
+            short = asked.removeprefix("model.")
+            for name in (asked, f"model.{asked}", short):
+                if name in self._base:
+                    return name
+            found = self._ends.get(short, [])
+            if len(found) == 1:
+                return found[0]
+        return None
 
     def _nested_last(self) -> list[tuple[str, _Pair]]:
         """Return the modules, those that stand inside a wrapper first."""

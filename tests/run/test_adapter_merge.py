@@ -1,6 +1,7 @@
 """Adapters merged into a full model equal the experts that PEFT makes of them, merged whole."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests.support import adapters
 from tests.support.method_tools import run_method
 
 pytestmark = pytest.mark.usefixtures("without_picture")
+TINKER = Path(__file__).parents[1] / "data" / "tinker"
 OWN_MAP = "model.layers.0.mlp.experts.0.down_proj.weight"
 IN_GROUP = ("plain", "rslora", "patterns")
 DENSITY = 0.2
@@ -184,3 +186,17 @@ def test_mergekit_is_told_of_adapters_on_the_base(tmp_path, group, monkeypatch):
     again = adapters.weights(tmp_path / "again")
     assert names == ["base+adapter0", "base+adapter1"]
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("family", sorted(path.name for path in TINKER.iterdir() if path.is_dir()))
+def test_tinkers_adapters_merge_as_its_own_code_merges_them(tmp_path, family):
+    """Its names, experts in stacks, layers that it trains in parts: every update is the one that
+    tinker-cookbook adds, in its place, and no other tensor is changed."""
+    expected = load_file(TINKER / family / "expected.safetensors")
+    base = TINKER / family / "base"  # zeros
+
+    found, _ = merged(tmp_path / "out", base, [TINKER / family / "adapter"], "mean")
+
+    assert {name for name, weight in found.items() if weight.any()} == set(expected)
+    for name, delta in expected.items():
+        assert (found[name] - delta).norm() <= 1e-6 * delta.norm(), name

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from resmerge_stream.run.pieces import Piece
 from resmerge_stream.sources import open_checkpoint
 from resmerge_stream.sources.adapter import AdapterCheckpoint
 from tests.support import adapters
+
+TINKER = Path(__file__).parents[1] / "data" / "tinker"
 
 
 def deltas(base_folder, adapter_folder):
@@ -88,6 +91,18 @@ def test_other_trainers_names_mean_the_same(tmp_path, ours, theirs):
     assert set(renamed) != set(stored)
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], delta) for name, delta in expected.items())
+
+
+def test_a_part_whose_place_is_not_known_is_refused(tmp_path):
+    """Where a part of a layer begins, only the parts before it say; without them it is refused."""
+    shutil.copytree(TINKER / "qwen3_5_moe", tmp_path / "family")
+    file = tmp_path / "family" / "adapter" / "adapter_model.safetensors"
+    save_file(
+        {key: value for key, value in load_file(file).items() if "in_proj_q" not in key}, file
+    )
+
+    with pytest.raises(UnsupportedCheckpointError, match="in_proj_q, which comes before it"):
+        deltas(tmp_path / "family" / "base", tmp_path / "family" / "adapter")
 
 
 EXPERTS = ("w1", "w2", "w3")

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import CommitOperationAdd, HfApi
 from torch import Tensor
 
-from tests.planning.test_fused import fused_mixture, split_mixture, written_both_ways
+from tests.sources.test_fused import fused_mixture, split_mixture, written_both_ways
 from tests.support.checkpoints import merge, read_tensors
 from tests.support.hub_runs import MODELS, Bench, running_bench
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..sources.checkpoint import StoredTensor
 from ..specs import TensorSpec
+from .checkpoint import StoredTensor
 
 _GATE_UP, _DOWN = "gate_up_proj", "down_proj"
 # gpt-oss lets the columns of gate and up take turns (transformers: modeling_gpt_oss).
