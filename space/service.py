@@ -5,13 +5,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from resmerge_stream.errors import PublishError, RecipeError, Remedy, ResMergeError
+from resmerge_stream.errors import (
+    PublishError,
+    RecipeError,
+    Remedy,
+    ResMergeError,
+    VerificationError,
+)
 from resmerge_stream.planning.planned import refused_plan
+from resmerge_stream.planning.recipe_places import recipe_on_the_hub
 from resmerge_stream.planning.request import Request
+from resmerge_stream.recipe import ModelRef, Recipe
 
-from .asked import needs_account, web_request
+from .asked import check_id, needs_account, web_recipe, web_request
 from .explore import Opened, open_report, read_report
 from .identity import Visitor, Visitors
+from .jobs.downloads import pinned_recipe
 from .jobs.jobs import Jobs
 from .jobs.planning import Planners
 from .jobs.records import JOB_ID, Job
@@ -155,6 +164,25 @@ class Service:
             "message": job.message,
             "url": job.url.partition("/commit/")[0],
         }
+
+    def recipe(self, place: str, visitor: Visitor) -> Recipe:
+        """Return the recipe of a merged model: its report's with the commits that were read, or,
+        where another tool made it, the one in its files or its card.
+
+        Args:
+            place: of a repository: its id, or an address of it.
+            visitor: whose token reads.
+
+        Raises:
+            ResMergeError: there is none, or it names what is no repository.
+        """
+        ref = ModelRef.parse(place.strip())
+        check_id(ref)
+        try:
+            return web_recipe(pinned_recipe(self.report(str(ref), visitor).report), self.settings)
+        except VerificationError:
+            found = recipe_on_the_hub(ref, token=visitor.token_or_nobody)
+            return web_recipe(found.to_dict(), self.settings)
 
     def report(self, name: str, visitor: Visitor) -> Opened:
         """Return the report of a job that the visitor may see, or of a repository.

@@ -43,7 +43,21 @@ def recipe_at(place: str, *, token: str | bool | None = None) -> Recipe:
     ref = ModelRef.parse(place) if is_address or REPO_ID.match(place) else None
     if ref is None or not REPO_ID.fullmatch(ref.id):
         return load_recipe(place)
-    return _chosen(_on_the_hub(ref, token), place)
+    return recipe_on_the_hub(ref, token=token)
+
+
+def recipe_on_the_hub(ref: ModelRef, *, token: str | bool | None = None) -> Recipe:
+    """Return the recipe that a repository holds: its own file's, or its card's.
+
+    Args:
+        ref: the repository, with what `ModelRef.parse` reads of an address; no folder is looked at.
+        token: as for `recipe_at`.
+
+    Raises:
+        RecipeError: there is none, several, or one that is wrong.
+        StoppedError: the Hub kept failing.
+    """
+    return _chosen(_on_the_hub(ref, token), str(ref))
 
 
 def recipes_in_card(text: str) -> list[str]:

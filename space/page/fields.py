@@ -99,7 +99,7 @@ def _start_from(parts: Parts) -> None:
             parts[f"example{number}"] = gr.Button(example.label, size="sm", min_width=180)
     parts["yaml"] = gr.Textbox(
         label="Recipe", lines=4, max_lines=20, max_length=32_768, placeholder=_RECIPE,
-        info="mergekit's YAML, or the namespace/name of a model that this tool merged",
+        info="mergekit's YAML, or a merged model on the Hub: namespace/name",
     )  # fmt: skip
     with gr.Row():
         parts["fill"] = gr.Button("Fill the form from it", size="sm")

@@ -14,7 +14,6 @@ from resmerge_stream.recipe import ModelRef
 from ..asked import check_id, web_recipe, web_request
 from ..examples import examples
 from ..identity import Visitor, caller, has_login, on_space, secret_key, space_url
-from ..jobs.downloads import pinned_recipe
 from ..remedies import said
 from ..service import Service
 from ..view import jobs as view
@@ -84,12 +83,13 @@ class Handlers:
         return {**filled, **self._submit({"recipe": found.recipe}, form, request, token)}
 
     def paste(self, form: Form, token: Token) -> Changes:
-        """Fill the form from a recipe, or from the report of a model that was merged."""
+        """Fill the form from a recipe, or from a model that was merged, by whatever tool."""
         text = str(form.get("yaml") or "")
         try:
             if "/" in text and len(text.split()) == 1 and "{" not in text:
-                text = pinned_recipe(self._service.report(text, self._visitor(token)).report)
-            recipe = web_recipe(text, self._service.settings)
+                recipe = self._service.recipe(text, self._visitor(token))
+            else:
+                recipe = web_recipe(text, self._service.settings)
             Resolver(recipe).at()
         except ResMergeError as exc:
             return {"pasted": notice(said(exc))}

@@ -21,6 +21,7 @@ from space.page.handlers import Handlers
 from space.page.handlers import _said_at_fields as said_at_fields
 from space.page.news import News
 from space.settings import Settings
+from tests.loopback_hub import LoopbackHub
 from tests.support.checkpoints import ROOT, run_python
 
 PATIENCE_S = 180.0  # a busy machine is slow
@@ -338,6 +339,54 @@ def test_a_pasted_recipe_fills_the_form(handlers):
     assert recipe["merge_method"] == "ties"
     assert recipe["models"][1] == {"model": "o/c@v1"}
     assert recipe["parameters"]["density"] == 0.3
+
+
+MERGEKITS = (
+    "merge_method: ties\nbase_model: o/b\nmodels:\n"
+    "  - model: o/a\n    parameters: {weight: 0.5}\n  - model: o/c\n"
+)
+# In a process of its own: the client reads once where the Hub is.
+PASTE = """
+import json, sys
+from pathlib import Path
+from space.page.handlers import Handlers
+from space.page.news import News
+from space.service import Service
+from space.settings import Settings
+from tests.space.test_handlers import form_after
+from space.page.forms import document_of
+
+service = Service.of(Settings(folder=Path(sys.argv[1]), prompts=0))
+pasted = [Handlers(service, News(service)).paste({"yaml": place}, None) for place in sys.argv[2:]]
+found = [document_of(form_after(changes))["recipe"] for changes in pasted]
+service.close()
+print(json.dumps({"recipes": found, "said": [changes["pasted"] for changes in pasted]}))
+"""
+
+
+def test_a_model_that_another_tool_merged_fills_the_form(monkeypatch, tmp_path):
+    """Without a report of ours, the recipe in a repository's file or card is taken; where there is
+    none, that is said."""
+    with LoopbackHub(tmp_path / "hub") as hub:
+        hub.add_user("alice")
+        for name, file, text in (
+            ("file", "mergekit_config.yml", MERGEKITS),
+            ("card", "README.md", f"# A merge\n\n```yaml\n{MERGEKITS}```\n"),
+            ("none", "README.md", "# A model\n"),
+        ):
+            hub.add_repo(f"alice/{name}", {file: text.encode()})
+        for key, setting in hub.env(xet=False, home=tmp_path / "home").items():
+            monkeypatch.setenv(key, setting)
+        places = ("alice/file", "https://huggingface.co/alice/card", "alice/none", "alice/nothing")
+        done = run_python(PASTE, str(tmp_path / "space"), *places)
+
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for recipe in found["recipes"][:2]:
+        assert (recipe["merge_method"], recipe["base_model"]) == ("ties", "o/b")
+        assert [model["model"] for model in recipe["models"]] == ["o/a", "o/c"]
+    assert "holds no recipe" in found["said"][2]
+    assert "no repository alice/nothing" in found["said"][3]
 
 
 def test_what_the_form_cannot_show_is_said(handlers):
