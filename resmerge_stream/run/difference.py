@@ -18,6 +18,7 @@ from ..planning.compat import NOTHING_DIFFERS
 from ..planning.plan import Plan, PlannedTensor
 from ..roles import pattern_of
 from ..sinks import target_state
+from ..sources.adapter import AdapterCheckpoint
 from .events import Event, Planned, Progressed
 from .merging import Merger
 from .pieces import Piece
@@ -49,7 +50,11 @@ def refused_if_equal(plan: Plan, planned: Planned) -> Generator[Event, None, boo
     if not tensors or (plan.recipe.tokenizer and plan.recipe.tokenizer.source == "union"):
         return False  # one model alone; or rows that only some of them have
     merger = Merger(plan, torch.device("cpu"))
-    if any(_differs(merger, rows) for rows in _samples(plan, tensors)):
+    is_told = any(_differs(merger, rows) for rows in _samples(plan, tensors))
+    for expert in plan.experts:
+        if isinstance(expert, AdapterCheckpoint):
+            expert.forget()  # factors stay in memory until a merge is done with their tensor
+    if is_told:
         return False
     yield planned
     if (yield from _any_differs(plan, tensors, merger)):

@@ -25,15 +25,18 @@ class EditRows:
         specs: the adapter's tensors that were read, by key.
         whole: their bytes, by key.
         stored: bytes of these rows alone, where the adapter has other values of the tensor.
+        is_first: whether the whole tensors were read for these rows, and not for others before.
     """
 
     edit: Edit | None = None
     specs: Mapping[str, TensorSpec] = field(default_factory=dict)
     whole: Mapping[str, memoryview] = field(default_factory=dict)
     stored: memoryview | None = None
+    is_first: bool = True
 
     def __len__(self) -> int:
-        return sum(map(len, self.whole.values())) + len(self.stored or b"")
+        whole = sum(map(len, self.whole.values())) if self.is_first else 0
+        return whole + len(self.stored or b"")
 
 
 class AdapterCheckpoint:
@@ -98,7 +101,8 @@ class AdapterCheckpoint:
         edit = self.edits.get(name)
         if edit is None:
             return EditRows()
-        if name not in self._read:
+        is_first = name not in self._read
+        if is_first:
             self._read[name] = {key: self.own.read(key) for key in edit.keys}
         whole = self._read[name]
         stored = None
@@ -106,7 +110,11 @@ class AdapterCheckpoint:
             stored = self.own.read(edit.stored, start_row, stop_row)
         keys = [*edit.keys, *([edit.stored] if edit.stored is not None else [])]
         specs = {key: self.own.tensors[key].spec for key in keys}
-        return EditRows(edit, specs, whole, stored)
+        return EditRows(edit, specs, whole, stored, is_first)
+
+    def forget(self) -> None:
+        """Let all factors go; those that are wanted again are read again."""
+        self._read.clear()
 
     def read(self, name: str, start_row: int = 0, stop_row: int | None = None) -> memoryview:
         """Return the base's bytes: what the adapter adds to them, `read_edit` says."""

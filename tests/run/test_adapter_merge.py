@@ -188,6 +188,18 @@ def test_mergekit_is_told_of_adapters_on_the_base(tmp_path, group, monkeypatch):
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_factors_are_counted_once_however_many_rows_take_them(tmp_path, group, monkeypatch):
+    """What a merge by row blocks says that it read is what the files hold: base and factors."""
+    monkeypatch.setattr("resmerge_stream.run.pieces.PIECE_BYTES", 256)
+    base, (adapter, *_), _ = group
+
+    _, report = merged(tmp_path / "out", base, [adapter], "mean")
+
+    own = load_file(adapter / "adapter_model.safetensors")
+    stored = [*own.values(), *adapters.weights(base).values()]
+    assert report["summary"]["bytes_read"] == sum(tensor.nbytes for tensor in stored)
+
+
 @pytest.mark.parametrize("family", sorted(path.name for path in TINKER.iterdir() if path.is_dir()))
 def test_tinkers_adapters_merge_as_its_own_code_merges_them(tmp_path, family):
     """Its names, experts in stacks, layers that it trains in parts: every update is the one that
