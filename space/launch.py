@@ -8,6 +8,7 @@ from .identity import at_home, has_login
 from .jobs.downloads import remove_downloads
 from .leaving import Leaving
 from .limits import Limits
+from .pace import Pace
 from .page.news import News
 from .page.ui import CSS, build_page
 from .service import Service
@@ -58,7 +59,7 @@ def launch(settings: Settings | None = None, *, block: bool = True, port: int | 
         port: any free one from 7860 when None.
     """
     key = new_key()
-    guard = [Middleware(Limits), Middleware(Leaving)]
+    guard = [Middleware(Pace), Middleware(Limits), Middleware(Leaving)]
     if at_home():
         guard.insert(0, Middleware(Doorway, key=key, is_locked=has_login))
     remove_downloads()
@@ -75,6 +76,9 @@ def launch(settings: Settings | None = None, *, block: bool = True, port: int | 
             run_history=False,  # it would keep what is typed here in the browser
             allowed_paths=[],
             max_file_size="1kb",  # nothing is uploaded here, see Limits
+            # A call from code is a session of its own for gradio, which keeps a description of the
+            # whole page for each, 0.7 MB; no session has anything that the browser has not.
+            state_session_capacity=64,
             max_threads=80,  # more than may wait for a plan
             strict_cors=True,
             ssr_mode=False,

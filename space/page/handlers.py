@@ -1,5 +1,7 @@
 """What each button does: a form's values in, the fields to change out. Plain functions."""
 
+import hashlib
+import json
 import secrets
 from collections.abc import Mapping
 from typing import Any
@@ -140,14 +142,14 @@ class Handlers:
         document = document_of({"namespace": visitor.name, **_given(form)})
         if not document["recipe"]["models"]:
             text = "Fill in a base and at least one expert, or try the example."
-            return {"planned": None, "plan_html": notice(text, "warn"), **_said_at_fields(form)}
+            return {"planned": "", "plan_html": notice(text, "warn"), **_said_at_fields(form)}
         address = caller(request)
         plan = self._service.plan(document, visitor, address)
         push_to = str(document["push_to"])
         ready = not plan["refused"]
         hindrance = self._hindrance(document, visitor, address) if ready else ""
         return {
-            "planned": document if ready else None,
+            "planned": _planned(document) if ready else "",
             "plan_html": plan_html(
                 plan,
                 push_to=push_to,
@@ -164,7 +166,7 @@ class Handlers:
         """Queue the merge that was planned."""
         visitor = self._visitor(token)
         document = document_of({"namespace": visitor.name, **_given(form)})
-        if document != form.get("planned"):
+        if _planned(document) != form.get("planned"):
             text = "The form was changed since it was planned. Plan again, then merge."
             return {"merge_note": notice(text, "warn"), "merge": gr.update(interactive=False)}
         return self._submit(document, form, request, token)
@@ -220,7 +222,7 @@ class Handlers:
 
     def _filled(self, fields: Changes) -> Changes:
         count = int(fields["count"])
-        changes = {**fields, **self._method_shown(str(fields["method"]), count), "planned": None}
+        changes = {**fields, **self._method_shown(str(fields["method"]), count), "planned": ""}
         changes["base"] = gr.update(value=fields["base"] or None)
         beyond = str(fields.get(BEYOND) or "")
         changes[BEYOND] = gr.update(value=beyond, visible=bool(beyond))
@@ -278,6 +280,11 @@ def _said_at_fields(form: Form) -> Changes:
             info = f"⚠ {said(exc)}"
         changes[name] = gr.update(info=info)
     return changes
+
+
+def _planned(document: Mapping[str, Any]) -> str:
+    """Return what tells one plan's request from another's; the browser keeps it."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def _given(form: Form) -> Changes:

@@ -49,8 +49,8 @@ def build_page(service: Service, news: News) -> gr.Blocks:
             # No gr.State: the browser needs both, and a server started anew knows neither.
             "job": gr.Textbox("", label="Job", visible="hidden"),
             "state": gr.Textbox("", label="State of the job", visible="hidden"),
-            "planned": gr.State(None),
-            "count": gr.State(2),
+            "planned": gr.Textbox("", label="What was planned", visible="hidden"),
+            "count": gr.Number(2, label="Experts shown", precision=0, visible="hidden"),
             "watching": gr.Timer(TICK_S, active=False),
         }
         _header(parts)

@@ -1,5 +1,6 @@
 """What strangers tried, one row a test: how much of the Space each may take. Nothing is timed."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from space.explore import MAX_BYTES, MAX_ROWS, open_report
 from space.identity import network_of
 from space.jobs.jobs import Jobs
 from space.jobs.planning import Turns
+from space.pace import A_SECOND, BURST, Pace
 from space.settings import Settings
 from space.view.figures import report_html
 from space.view.report import compared_html, summary_html
@@ -61,6 +63,37 @@ def test_a_wrong_token_is_one_question(town: Town) -> None:
     assert all("error" in answer for answer in answers)
     # The library asks once more where a token was refused, to tell an outage from a refusal.
     assert len(town.hub.log.find(path="whoami")) <= 2
+
+
+def test_an_address_that_calls_without_a_pause_is_told_to_wait(monkeypatch) -> None:
+    """Beyond a first burst a network gets so many calls a second, whatever addresses it has; others
+    notice nothing, and who waits may call again."""
+    monkeypatch.setenv("SPACE_ID", "me/space")
+    now, passed = [0.0], []
+
+    async def behind(scope: Any, receive: Any, send: Any) -> None:
+        passed.append(scope["path"])
+
+    pace = Pace(behind, clock=lambda: now[0])
+
+    def ask(address: str, method: str = "POST") -> int:
+        answers: list[dict[str, Any]] = []
+
+        async def send(message: dict[str, Any]) -> None:
+            answers.append(message)
+
+        headers = [(b"x-forwarded-for", address.encode())]
+        scope = {"type": "http", "method": method, "path": "/gradio_api/call/v2/plan",
+                 "headers": headers, "client": ("10.0.0.1", 1)}  # fmt: skip
+        asyncio.run(pace(scope, None, send))  # type: ignore[arg-type]
+        return int(answers[0]["status"]) if answers else 200
+
+    first = [ask(f"8.8.8.{n}") for n in range(BURST + 5)]
+    assert first == [200] * BURST + [429] * 5
+    assert (ask("1.1.1.1"), ask("127.0.0.1"), ask("8.8.8.8", "GET")) == (200, 200, 200)
+    now[0] += 0.5
+    later = [ask("8.8.8.8") for _ in range(10)]
+    assert later == [200] * int(A_SECOND / 2) + [429] * (10 - int(A_SECOND / 2))
 
 
 def test_a_repository_of_headers_is_not_read(town: Town) -> None:

@@ -173,7 +173,7 @@ def test_a_refused_plan_cannot_be_merged(handlers):
 
     assert "cannot be merged" in changes["plan_html"]
     assert not changes["merge"]["interactive"]
-    assert changes["planned"] is None
+    assert changes["planned"] == ""
 
 
 def test_every_wrong_model_is_named_at_its_field(handlers):
@@ -492,6 +492,7 @@ print(json.dumps({
     "buttons": [block.value for block in blocks if isinstance(block, gr.Button)],
     "named": {name: end.get("description") for name, end in info["named_endpoints"].items()},
     "unnamed": list(info["unnamed_endpoints"]),
+    "states": [block.label for block in blocks if isinstance(block, gr.State)],
 }))
 """
 
@@ -519,6 +520,11 @@ def test_only_the_endpoints_are_public(page):
     }  # fmt: skip
     assert all(page["named"].values())
     assert not page["unnamed"]
+
+
+def test_a_session_has_nothing_that_the_browser_has_not(page):
+    """Gradio forgets sessions when there are many, so none has a state of its own."""
+    assert not page["states"]
 
 
 def test_readme_names_the_gradio_that_is_installed():
