@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import RecipeError, Remedy
-from .memory import KEPT_BUFFER_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -109,8 +108,10 @@ def private_memory() -> int:
         return int(psutil.Process().memory_info().rss)
 
 
-def keep_memory_steady() -> None:
-    """Have the C library keep a row block's buffers and give larger ones back, where it is glibc.
+def keep_memory_steady(kept_bytes: int) -> None:
+    """Have the C library keep freed buffers of up to a size, and give larger ones back.
+
+    Only where it is glibc.
 
     By default it keeps freed buffers of up to 32 MB in the heap of the thread that freed them, 100
     to 150 MB more than is in use; and gives back a heap's end beyond 128 kB, whose pages are then
@@ -118,8 +119,8 @@ def keep_memory_steady() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         glibc = ctypes.CDLL(None)
-        glibc.mallopt(_M_MMAP_THRESHOLD, KEPT_BUFFER_BYTES)
-        glibc.mallopt(_M_TRIM_THRESHOLD, 4 * KEPT_BUFFER_BYTES)
+        glibc.mallopt(_M_MMAP_THRESHOLD, kept_bytes)
+        glibc.mallopt(_M_TRIM_THRESHOLD, 4 * kept_bytes)
 
 
 def give_memory_back() -> None:

@@ -6,12 +6,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .low_rank import Factors, LowRank, balanced, concatenated, svd
+from .low_rank import (
+    LowRank,
+    balanced,
+    concatenated,
+    svd,
+    turned,
+)
 from .rounding import Kept
 from .spectral import top_singular
 
 # Rows of a whole update that are multiplied with its factors at once.
 _ROWS = 1024
+# Squared, the lengths of an update's own terms, added, by the update's.
+_MOST_LONGER = 1e4
 Place = tuple[slice, slice]
 
 
@@ -36,7 +44,7 @@ class Fitted:
 
 def fitted(
     shape: tuple[int, int],
-    parts: Sequence[tuple[Place, Factors | LowRank | Tensor]],
+    parts: Sequence[tuple[Place, LowRank | Tensor]],
     rank: int,
     dtype: torch.dtype,
 ) -> Fitted:
@@ -44,8 +52,7 @@ def fitted(
 
     Args:
         shape: of the update, (m, n).
-        parts: the update's parts, where they lie in it: as an SVD, as factors, or as float32
-            values.
+        parts: the update's parts, where they lie in it: as factors, or as float32 values.
         rank: r ≥ 1.
         dtype: of the factors as they are stored.
 
@@ -54,17 +61,15 @@ def fitted(
     if not parts:
         return _nothing(shape, rank, dtype)
     only = parts[0][1]
-    if len(parts) == 1 and isinstance(only, Factors):
-        return _of_svd(only, shape, rank, dtype)
-    given = [(place, balanced(p) if isinstance(p, Factors) else p) for place, p in parts]
-    factored = [(place, part) for place, part in given if isinstance(part, LowRank)]
-    if len(factored) == len(given):
-        found = svd(concatenated([_placed(shape, *one) for one in factored]))
-        return _of_svd(found, shape, rank, dtype)
+    factored = [(place, part) for place, part in parts if isinstance(part, LowRank)]
+    if len(factored) == len(parts):
+        placed = [_placed(shape, *one) for one in factored]
+        joined = placed[0] if len(placed) == 1 else concatenated(placed)
+        return _of_product(joined, rank, dtype)
     whole = only
     if not isinstance(whole, Tensor) or whole.shape != shape:
         whole = torch.zeros(shape)
-        for place, part in given:
+        for place, part in parts:
             whole[place] = part if isinstance(part, Tensor) else part.block(slice(None))
     return _of_values(whole, rank, dtype)
 
@@ -78,22 +83,75 @@ def _placed(shape: tuple[int, int], place: Place, part: LowRank) -> LowRank:
     return LowRank(left, right)
 
 
-def _of_svd(found: Factors, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> Fitted:
-    energy = found.sigma.square()
+def _of_product(update: LowRank, rank: int, dtype: torch.dtype) -> Fitted:
+    """Return the best factors of a rank; the update's own where they do as well."""
+    found = turned(update)
+    energy = found.sigma.square().cpu()
     total = float(energy.sum())
-    exact = balanced(found, rank)
-    stored = _cast(exact, rank, dtype)
-    # With L and R of orthogonal columns of length √σ, all that the cast kept follows from what it
-    # changed, L' = L + E: L'ᵀ·L = diag(σ) + Eᵀ·L. Products of the small E need no float64.
-    sigma = found.sigma[:rank].diag()
+    # Their own rounding is that of the terms, which may be longer than what they add up to.
+    is_short = float(found.lengths.sum()) ** 2 <= _MOST_LONGER * total
+    if dtype == torch.float32 and len(found.sigma) == update.rank <= rank and is_short:
+        even = (update.right.square().sum(0) / update.left.square().sum(0)) ** 0.25
+        turns = even.double(), 1 / even.double()
+    else:
+        root = found.sigma[:rank].sqrt()
+        turns = found.to_left[:, :rank] * root, found.to_right[:, :rank] * root
+    sides = [
+        _stored(side, turn, rank, dtype)
+        for side, turn in zip((update.left, update.right), turns, strict=True)
+    ]
+    kept = _kept_of(energy, total, sides, shape=update.shape)
+    factors = LowRank(*(side for side, _, _ in sides))
+    return Fitted(factors, kept, _shares(energy, total, rank), min(len(energy), rank))
+
+
+def _stored(
+    side: Tensor, turn: Tensor, rank: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return a side as it is stored, with columns of zeros up to the rank, and what the cast did.
+
+    Args:
+        side: X, a factor of the update.
+        turn: T, (r, k): what is stored is X·T; or its diagonal, shape (r,).
+
+    Returns:
+        The cast X' = X·T + E; EᵀX·T and EᵀE, float64, or None twice where it is float32: no
+        number moves by more than 6e-8 of itself then, which no report shows.
+    """
+    count = turn.shape[-1]
+    stored = torch.zeros(len(side), rank, dtype=dtype)
+    crossed, squared = (torch.zeros(count, count, dtype=torch.float64) for _ in range(2))
+    for rows in _blocks(side):
+        own = side[rows].double()
+        exact = (own * turn if turn.dim() == 1 else own @ turn).cpu()
+        stored[rows, :count] = exact
+        if dtype != torch.float32:
+            # Products of the small E need no float64.
+            E = (stored[rows, :count].double() - exact).float()
+            crossed += E.T @ exact.float()
+            squared += E.T @ E
+    return (stored, None, None) if dtype == torch.float32 else (stored, crossed, squared)
+
+
+def _kept_of(
+    energy: Tensor,
+    total: float,
+    sides: Sequence[tuple[Tensor, Tensor | None, Tensor | None]],
+    *,
+    shape: Sequence[int],
+) -> Kept:
+    """Return what two sides keep of an update: their columns are orthogonal, of length √σ."""
+    rank = sides[0][0].shape[1]
+    sigma = energy[:rank].sqrt().diag()
     inner = own = torch.ones((), dtype=torch.float64)
-    for side, cast_side in ((exact.left, stored.left), (exact.right, stored.right)):
-        E = (cast_side[:, : side.shape[1]].double() - side.cpu()).float()
-        crossed = (E.T @ side.cpu().float()).double()
+    for _, crossed, squared in sides:
+        if crossed is None or squared is None:
+            held = float(energy[:rank].sum())
+            return _kept(total, held, held, shape)
+        # X'ᵀX = diag(σ) + EᵀX
         inner = inner * (sigma + crossed)
-        own = own * (sigma + crossed + crossed.T + (E.T @ E).double())
-    kept = _kept(total, float(inner.sum()), float(own.sum()), shape)
-    return Fitted(stored, kept, _shares(energy, total, rank), min(found.rank, rank))
+        own = own * (sigma + crossed + crossed.T + squared)
+    return _kept(total, float(inner.sum()), float(own.sum()), shape)
 
 
 def _of_values(update: Tensor, rank: int, dtype: torch.dtype) -> Fitted:

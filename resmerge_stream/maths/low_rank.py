@@ -64,20 +64,35 @@ class LowRank:
         return self.left[rows].to(torch.float32) @ self.right.to(torch.float32).T
 
     def scaled(self, factor: float) -> "LowRank":
-        """Return `factor`·Δ."""
-        return LowRank(self.left.double() * factor, self.right)
+        """Return `factor`·Δ; the shorter factor is the one that is copied."""
+        if len(self.left) <= len(self.right):
+            return LowRank(self.left.double() * factor, self.right)
+        return LowRank(self.left, self.right.double() * factor)
 
     def is_finite(self) -> bool:
         """Return whether no factor holds NaN or infinity."""
-        return bool(torch.isfinite(self.left).all() and torch.isfinite(self.right).all())
+        # Both ends are NaN where any number is; no mask of the factor's size is made.
+        ends = [torch.stack(side.aminmax()) for side in (self.left, self.right) if side.numel()]
+        return all(bool(torch.isfinite(pair).all()) for pair in ends)
 
 
 def concatenated(parts: Sequence[LowRank]) -> LowRank:
     """Return ΣΔ_i, of rank Σr_i at most; float64."""
     return LowRank(
-        torch.cat([part.left.double() for part in parts], dim=1),
-        torch.cat([part.right.double() for part in parts], dim=1),
+        _side_by_side([part.left for part in parts]), _side_by_side([part.right for part in parts])
     )
+
+
+def _side_by_side(columns: Sequence[Tensor]) -> Tensor:
+    """Return matrices beside each other in float64; none is copied twice."""
+    joined = columns[0].new_empty(
+        len(columns[0]), sum(one.shape[1] for one in columns), dtype=torch.float64
+    )
+    start = 0
+    for one in columns:
+        joined[:, start : start + one.shape[1]] = one
+        start += one.shape[1]
+    return joined
 
 
 class FactorSpace:
@@ -169,22 +184,48 @@ def numerical_rank(sigma: Tensor) -> int:
     return int((sigma > _NOISE * sigma[0]).sum()) if len(sigma) and float(sigma[0]) > 0 else 0
 
 
-def svd(matrix: LowRank) -> Factors:
-    """Return the SVD of a matrix of low rank up to its numerical rank, float64.
+@dataclass(frozen=True, slots=True)
+class Turned:
+    """The SVD of L·Rᵀ in the coordinates of its own factors: U = L·to_left, V = R·to_right.
+
+    Attributes:
+        to_left: shape (r, k), float64.
+        sigma: shape (k,), float64, largest first.
+        to_right: shape (r, k), float64.
+        lengths: shape (r,), float64, of each term L_k·R_kᵀ.
+    """
+
+    to_left: Tensor
+    sigma: Tensor
+    to_right: Tensor
+    lengths: Tensor
+
+
+def turned(matrix: LowRank) -> Turned:
+    """Return the SVD of a matrix of low rank up to its numerical rank, without its vectors.
 
     Taken in the coordinates that the eigenvectors of both factors' Gram matrices give, columns
     scaled to length 1 before: columns that depend on others cost nothing, and the products stay
     exact to rounding whatever their condition.
 
-    Memory: 8·(m + n)·r bytes twice, and a few r × r matrices.
+    Memory: a few r × r matrices, beside the factors in float64.
     """
-    L, R = matrix.left.double(), matrix.right.double()
-    to_left, C_L = _basis(L)
-    to_right, C_R = _basis(R)
+    grams = [side.T @ side for side in (matrix.left.double(), matrix.right.double())]
+    (to_left, C_L), (to_right, C_R) = map(_basis, grams)
     U, sigma, Vh = torch.linalg.svd(C_L @ C_R.T)
     rank = numerical_rank(sigma)
-    # The small products first: each large factor is multiplied once.
-    return Factors(L @ (to_left @ U[:, :rank]), sigma[:rank].cpu(), R @ (to_right @ Vh[:rank].T))
+    lengths = (grams[0].diagonal() * grams[1].diagonal()).clamp_min(0).sqrt()
+    return Turned(to_left @ U[:, :rank], sigma[:rank], to_right @ Vh[:rank].T, lengths)
+
+
+def svd(matrix: LowRank) -> Factors:
+    """Return the SVD of a matrix of low rank up to its numerical rank, float64.
+
+    Memory: 8·(m + n)·r bytes twice, and a few r × r matrices.
+    """
+    found = turned(matrix)
+    U, V = matrix.left.double() @ found.to_left, matrix.right.double() @ found.to_right
+    return Factors(U, found.sigma.cpu(), V)
 
 
 def balanced(found: Factors, rank: int | None = None) -> LowRank:
@@ -198,9 +239,12 @@ def balanced(found: Factors, rank: int | None = None) -> LowRank:
     return LowRank(found.U[:, :rank] * root, found.V[:, :rank] * root)
 
 
-def _basis(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Return T and C: Q = X·T has orthonormal columns that span those of X, and X = Q·C."""
-    gram = columns.T @ columns
+def _basis(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return T and C: Q = X·T has orthonormal columns that span those of X, and X = Q·C.
+
+    Args:
+        gram: XᵀX, float64.
+    """
     lengths = gram.diagonal().clamp_min(0).sqrt()
     safe = torch.where(lengths > 0, lengths, 1.0)
     values, vectors = torch.linalg.eigh(gram / (safe[:, None] * safe))

@@ -410,8 +410,9 @@ class Plan(Draft):
         m, n = tensor.matrix if tensor.factors is None else tensor.spec.matrix_shape
         count = len(tensor.experts)
         ranks = [rank_of(self.experts[i], tensor.spec.name) for i in tensor.experts]
-        # Factors as read, orthonormal, and twice as the update's: float64 but the first.
-        held = (m + n) * sum(rank or 0 for rank in ranks) * (4 + 8 + 2 * 8 + 8)
+        # Factors as read, orthonormal, and twice as the update's: float64 but the first. Once more
+        # for what the C library keeps of them for the next matrix.
+        held = (m + n) * sum(rank or 0 for rank in ranks) * (4 + 8 + 2 * 8 + 8 + 8)
         if tensor.reads_layout and tensor.factors is not None:
             # The update whole, and its decomposition.
             held += block_bytes(count, m, n) + self.made_bytes_of(tensor)

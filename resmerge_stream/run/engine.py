@@ -11,7 +11,7 @@ import torch
 from ..device import choose_device, give_memory_back, keep_memory_steady
 from ..errors import NonFiniteError, Remedy, StoppedError, listed
 from ..hub.patience import MERGING_S, PATIENCE
-from ..memory import WRITE_QUEUE_BYTES
+from ..memory import KEPT_BUFFER_BYTES, KEPT_FACTOR_BYTES, WRITE_QUEUE_BYTES
 from ..pipes import WriteBehind, meanwhile
 from ..planning.plan import Plan, PlannedTensor, RefusedPlan
 from ..report.build import build_report
@@ -80,7 +80,8 @@ def run_merge(
     if crew.shared("finished", lambda: done is not None):
         yield from () if done is None else (done,)
         return
-    keep_memory_steady()
+    is_adapter = plan.options.output == "adapter"
+    keep_memory_steady(KEPT_FACTOR_BYTES if is_adapter else KEPT_BUFFER_BYTES)
     device = choose_device(plan.options.device)
     work_dir = work_folder(plan.plan_hash, folder, plan.publication, work_dir)
     membership = crew.membership()

@@ -60,7 +60,7 @@ class Decided:
     vectors: TaskVectors
     update: Update
     remarks: tuple[str, ...] = ()
-    factors: LowRank | Factors | None = None
+    factors: LowRank | None = None
 
     @property
     def is_copy(self) -> bool:
@@ -162,7 +162,7 @@ class Merger:
     def _factored(self, piece: Piece, output: OutputFactors, rule: Rule, lane: Lane) -> Merged:
         """Return the bytes of A and B: the whole update as factors, of all its parts."""
         fused = piece.tensor.fused
-        found: list[tuple[Place, LowRank | Factors | Tensor]] = []
+        found: list[tuple[Place, LowRank | Tensor]] = []
         gates: list[dict[str, Any]] = []
         for part in (None,) if fused is None else range(len(fused.names)):
             own = replace(piece, part=part)
@@ -196,7 +196,7 @@ class Merger:
         decided = replace(decided, piece=piece, update=update, remarks=remarks)
         return Merged(decided, gathered.data, result.kept)
 
-    def _change(self, decided: Decided) -> LowRank | Factors | Tensor:
+    def _change(self, decided: Decided) -> LowRank | Tensor:
         """Return ΔW: as factors where it has some and they are what is asked for, else whole."""
         if not decided.piece.tensor.reads_layout:
             if decided.factors is None:
@@ -244,13 +244,13 @@ class Merger:
         tensor = piece.tensor
         if rule.needs_matrix and tensor.base_weight is None and vectors.is_zero():
             update = Update(lambda block, stack: torch.zeros_like(stack[0]), "copy")
-            factors: LowRank | Factors | None = None
+            factors: LowRank | None = None
         else:
             update = tensor.method.merge(vectors, self.site(piece, rule))
             found = update.factors(vectors)
-            factors = svd(found) if found is not None and rule.needs_matrix else found
-            if factors is not None:
-                update = from_factors(update, factors)
+            factors = found if tensor.factors is not None else None
+            if found is not None and factors is None:
+                update = from_factors(update, svd(found) if rule.needs_matrix else found)
             self._sample()
         return Decided(piece, rule, base, vectors, update, factors=factors)
 
