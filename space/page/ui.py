@@ -89,20 +89,25 @@ def _header(parts: Parts) -> None:
     parts["who"] = gr.HTML(label="Account", container=False, padding=False)
 
 
+_ACTS: tuple[tuple[str, str, Literal["stop", "primary", "secondary"]], ...] = (
+    ("cancel", "Cancel", "stop"),
+    ("resume", "Continue", "primary"),
+    ("discard", "Remove what it left", "secondary"),
+)
+
+
 def _now(parts: Parts) -> None:
     """Add what concerns the visitor now: the job that runs or ended, and what can be continued."""
-    with gr.Group(visible=False) as parts["unfinished"]:
-        parts["chosen"] = gr.Dropdown([], label="Your unfinished merges")
-        parts["go_on"] = gr.Button("Continue this merge", variant="primary")
-        parts["go_on_note"] = gr.HTML(container=False, padding=False)
     with gr.Column(visible=False, elem_id="follow") as parts["follow"]:
         gr.HTML(heading("Your merge"), container=False, padding=False)
         gr.HTML(_LOST, container=False, padding=False)
         parts["status"] = gr.HTML(label="Progress", container=False, padding=False)
         with gr.Row():
-            parts["cancel"] = gr.Button("Cancel", variant="stop", visible=False)
-            parts["resume"] = gr.Button("Continue", variant="primary", visible=False)
-            parts["discard"] = gr.Button("Remove what it left", visible=False)
+            # As wide as "Try the example", not as the page: none is what a visitor came for.
+            for name, label, variant in _ACTS:
+                parts[name] = gr.Button(
+                    label, variant=variant, visible=False, scale=0, min_width=220
+                )
         parts["act_note"] = gr.HTML(container=False, padding=False)
         with gr.Column(visible=False) as parts["done"]:
             parts["result"] = gr.HTML(label="Result", container=False, padding=False)
@@ -119,6 +124,10 @@ def _now(parts: Parts) -> None:
         with gr.Row():
             parts["link"] = gr.HTML(container=False, padding=False)
             parts["dismiss"] = gr.Button("New merge", size="sm", scale=0, min_width=140)
+    with gr.Group(visible=False) as parts["unfinished"]:
+        parts["chosen"] = gr.Dropdown([], label="Your unfinished merges")
+        parts["go_on"] = gr.Button("Continue this merge", variant="primary")
+        parts["go_on_note"] = gr.HTML(container=False, padding=False)
 
 
 def _plan_and_merge(parts: Parts) -> None:
@@ -145,7 +154,7 @@ def _explore(parts: Parts) -> None:
         for name, label in (("report_a", "Merged model"), ("report_b", "Compare with (optional)")):
             parts[name] = gr.Dropdown(
                 [], value=None, label=label, allow_custom_value=True, filterable=True,
-                info="a finished job, a published merge of yours, or any namespace/name",
+                info="one of your merges, or any namespace/name",
             )  # fmt: skip
     parts["open"] = gr.Button("Open", variant="primary", elem_id="open-report")
     parts["explored"] = gr.HTML(label="Report", container=False, padding=False)
@@ -209,7 +218,7 @@ def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
         None, [parts[name] for name in asked], [parts[name] for name in told], js=_WATCH.read_text()
     )
     on(parts["state"].change, following.refresh, ["job", "remembered"], _JOB, quick=True)
-    for name in ("cancel", "resume", "discard"):
+    for name, _, _ in _ACTS:
         on(parts[name].click, getattr(following, name), ["remembered", "job"], _JOB)
     on(parts["dismiss"].click, following.dismiss, ["remembered"], [*_JOB, "remembered"])
     continued = [*_JOB, *_UNFINISHED, "remembered", "go_on_note"]

@@ -10,7 +10,7 @@ from resmerge_stream.sources import REPO_ID
 from resmerge_stream.units import format_size
 
 from ..examples import PREFIX
-from ..jobs.records import ACTIVE, CONTINUABLE, DONE, QUEUED, RUNNING, Job
+from ..jobs.records import ACTIVE, CANCELLED, CONTINUABLE, DONE, QUEUED, RUNNING, Job
 from .shares import shares_html
 from .words import base_of, duration, esc, facts, notice, table
 
@@ -30,7 +30,8 @@ def status_html(job: Job, *, place: int) -> str:
     text = job.message
     if job.state == QUEUED and place:
         text = f"{place} merge{'s' * (place != 1)} before yours."
-    parts.append(f'<p role="status">{esc(text)}</p>')
+    if job.state != CANCELLED:  # what remains says more
+        parts.append(f'<p role="status">{esc(text)}</p>')
     if job.state in ACTIVE or job.state in CONTINUABLE:
         parts.append(
             f'<div class="rm-bar" role="progressbar" aria-label="Merged so far" aria-valuemin="0" '
