@@ -157,6 +157,7 @@ def test_one_changed_expert_gets_the_whole_head_budget_in_the_releases(variant):
     assert update.gates["norm_C"] == pytest.approx(0.2 * update.gates["norm_A"], rel=1e-6)
 
 
+@pytest.mark.slow
 @every_method
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_experts_equal_to_the_base_give_its_bytes(method, dtype, tmp_path):
@@ -311,6 +312,7 @@ def test_a_merge_of_a_matrix_leaves_the_stored_tensors_alone():
     assert all(map(torch.equal, (base, *experts), copies))
 
 
+@pytest.mark.slow
 @every_method
 def test_a_merge_is_deterministic(method, group, tmp_path):
     """The same plan into two folders writes the same weight bytes and the same gates."""

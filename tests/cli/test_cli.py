@@ -317,6 +317,7 @@ class TestJson:
         assert plan["refused"] is True
         assert "hidden_size" in plan["problems"][0]
 
+    @pytest.mark.slow
     def test_a_merge_is_one_event_a_line(self, tmp_path):
         """merge --json prints planned, then tensors and shards, then published, then finished."""
         group = make_group(tmp_path / "group", sharded=True)
@@ -434,6 +435,7 @@ class TestRecipesAndOptions:
         assert parameters["beta_min"] == 0.0
         assert parameters["variant"] == "release-2026-07"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
     def test_the_output_dtype_is_that_of_weights_and_config(self, dtype, group, tmp_path):
         """--dtype decides the dtype of every merged tensor and of the config."""
@@ -444,6 +446,7 @@ class TestRecipesAndOptions:
         config = json.loads((tmp_path / "out/config.json").read_text())
         assert config.get("dtype", config.get("torch_dtype")) == dtype
 
+    @pytest.mark.slow
     def test_stochastic_rounding_depends_on_the_seed_alone(self, group, tmp_path):
         """One seed gives one result, another seed another, and nearest rounding a third."""
         stochastic = [*models(group), "--rounding", "stochastic", "--seed"]
@@ -498,6 +501,7 @@ class TestRecipesAndOptions:
 
         assert first == second
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["with space", "an@sign", "ünï-模型", "-dash", "a#b'c\"d"])
     def test_odd_folder_names_are_folders(self, name, tmp_path):
         """Spaces, @, quotes and letters of any script work in sources, recipes and targets."""
@@ -508,6 +512,7 @@ class TestRecipesAndOptions:
 
         assert main(["verify", str(out), "--recipe", str(recipe), "--sample", "99"]) == 0
 
+    @pytest.mark.slow
     def test_names_in_any_script_are_read_and_printed(self, tmp_path):
         """A whole command takes and shows paths with spaces, @ and letters of any script."""
         group = make_group(tmp_path / "ünï 模型@1" / "group", experts=1)
@@ -749,6 +754,7 @@ class TestInterrupts:
         process.stderr.close()
         return code, errors
 
+    @pytest.mark.slow
     def test_an_interrupted_merge_continues_to_the_same_bytes(self, large, tmp_path, capsys):
         """SIGINT ends in 130 without a final file name; rerun, the command gives the same bytes."""
         out = tmp_path / "out"
@@ -769,6 +775,7 @@ class TestInterrupts:
         assert not list(out.glob("**/*.part"))
         assert file_bytes(out) == merged(tmp_path / "clean", *models(large), *self.options)
 
+    @pytest.mark.slow
     def test_an_unfinished_merge_can_be_discarded(self, large, tmp_path, capsys):
         """--discard-staging names what it removes, keeps what is not its own, and starts afresh."""
         out = tmp_path / "out"
@@ -784,6 +791,7 @@ class TestInterrupts:
         assert not list(out.glob("**/*.part"))
         assert file_bytes(out) == merged(tmp_path / "clean", *other)
 
+    @pytest.mark.slow
     def test_a_full_disk_stops_the_merge_so_that_it_continues(self, large, tmp_path):
         """A write that fails ends in exit 3 with what to do; with room again it finishes."""
         out = tmp_path / "out"
@@ -872,6 +880,7 @@ class TestStreams:
 
 
 class TestWholeRuns:
+    @pytest.mark.slow
     def test_the_demo_merges_and_verifies(self, tmp_path):
         """The built-in group is merged, checked and asked, without a network or an account."""
         cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
@@ -911,6 +920,7 @@ class TestWholeRuns:
 
         assert "ok     recomputed: 3 tensors" in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_a_token_is_written_nowhere(self, group, tmp_path):
         """A token in the environment is in no output, file, report, card or journal."""
         environment = {"HF_TOKEN": TOKEN, "XDG_CACHE_HOME": str(tmp_path / "cache")}

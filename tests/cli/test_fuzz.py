@@ -47,6 +47,7 @@ def shown(failures):
     return f"{len(failures)} wrong\n" + "\n".join(failures[:20])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cases", SEARCHES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_changed_inputs_are_refused_in_one_message_or_rightly_accepted(

@@ -12,6 +12,7 @@ from tests.support.hub_runs import Bench
 pytestmark = pytest.mark.usefixtures("clean_hub")
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_merge_in_order(bench: Bench) -> None:
     """One line, exit 143 in seconds; what is finished stays, the same command continues."""
     out = bench.folder / "ended"
@@ -41,6 +42,7 @@ def test_sigterm_ends_a_merge_in_order(bench: Bench) -> None:
     assert done.code == 0, done.err
 
 
+@pytest.mark.slow
 def test_an_outage_is_counted_down_aloud_and_given_up_in_time(bench: Bench) -> None:
     """`--patience` says how long; a log says what is waited for; exit 3 then."""
     bench.hub.faults.add(Answer(status=503), method="GET", path="/file/", port="cdn", skip=14)

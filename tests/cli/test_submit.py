@@ -47,6 +47,7 @@ def submit(bench: Bench, target: str, *arguments: str, yes: bool = True) -> Run:
 # From a command to a published repository
 
 
+@pytest.mark.slow
 def test_a_submitted_merge_is_published_with_the_same_bytes(bench: Bench) -> None:
     """The Job runs the code that was sent; its result is the merge's; the token stays a secret."""
     run_jobs(bench)

@@ -109,6 +109,7 @@ def test_files_of_others_outlive_a_beaten_model(tmp_path, monkeypatch):
         assert [p.name for p in (tmp_path / "out" / label).rglob("*")] == ["notes.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -174,6 +174,7 @@ def test_a_gpu_too_small_is_one_message(tmp_path, monkeypatch):
         evaluate_models([BASE], Examination(["add"], out=tmp_path, limit=2))
 
 
+@pytest.mark.slow
 def test_an_unknown_task_is_one_message(capsys, tmp_path):
     """A name that nobody knows is refused with the names that there are."""
     code = main(["evaluate", BASE, "--tasks", "no_such_task", "--out", str(tmp_path)])

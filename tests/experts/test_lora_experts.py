@@ -34,6 +34,7 @@ def said(model):
     return answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["resmerge", "head_regression"])
 def test_an_adapter_on_the_base_says_what_the_full_merge_says(tmp_path, method):
     """Merged to an adapter and put on by PEFT, or merged to a model: the same tokens."""

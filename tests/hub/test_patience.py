@@ -67,6 +67,7 @@ def read_by_threads(file: RemoteFile, threads: int = 8) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.slow
 def test_an_outage_shorter_than_the_patience_is_ridden_out(hub: LoopbackHub, api: HfApi) -> None:
     """Every connection is reset until the read says that it waits; then it has its bytes."""
     told: list[str] = []

@@ -353,6 +353,7 @@ def is_close(found, wanted, base):
     return bool(error <= 2e-7 * base.norm() + 1e-5 * (wanted - base).norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @settings(
     max_examples=4,

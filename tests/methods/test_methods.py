@@ -136,6 +136,7 @@ def test_one_expert_without_changes_among_others(name, shape):
     assert torch.isfinite(update).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_sparse_bf16_experts_merge_to_finite_weights(name, tmp_path):
     """RL experts change few bf16 weights by one step: the whole pipeline stays finite."""
@@ -175,6 +176,7 @@ def test_memory_stays_within_what_the_plan_counts(name, shape):
     assert peak <= matrix + block + (3_000_000 if name == "ties" else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "name", "parameters", "limit"),
     [

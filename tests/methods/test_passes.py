@@ -12,6 +12,7 @@ DOWN = "model.layers.{}.mlp.down_proj.weight"
 SHAPE = (16, 48)  # of these, and of no other tensor of the group
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "parameters", "passes"),
     [

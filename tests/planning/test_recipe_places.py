@@ -93,6 +93,7 @@ def command(hub, folder, *words):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_merge_on_the_hub_is_made_again_by_its_name(hub, tmp_path):
     """The recipe in a repository merges from the Hub, tokens matched, as it does from folders."""
     by_name = command(hub, tmp_path, "merge", "alice/file", "--out", "by_name")

@@ -50,6 +50,7 @@ def spread(report: dict[str, Any], *, layers: int, experts: int = 1) -> dict[str
     return {**report, "tensors": rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(set(find_methods()) - {"passthrough"}))
 def test_every_method_has_a_picture(tmp_path: Path, method: str) -> None:
     """The report of any method that merges gives a PNG at most 1600 pixels wide."""

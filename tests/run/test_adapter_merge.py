@@ -145,6 +145,7 @@ def test_adapters_and_whole_models_merge_together(tmp_path, group):
         del W0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in adapters.KINDS if kind not in IN_GROUP])
 def test_every_kind_is_merged_as_its_whole_models_are(tmp_path, kind):
     """DoRA, saved modules, trained tokens, biases, stacks of experts and what else PEFT has: by

@@ -340,6 +340,7 @@ print(kills)
 """
 
 
+@pytest.mark.slow
 def test_a_merge_killed_at_random_moments_ends_with_the_same_bytes(tmp_path):
     """SIGKILL costs at most the shard in work: no finished shard is merged twice."""
     group = make_group(tmp_path / "group", hidden=32, layers=4)
@@ -397,6 +398,7 @@ print(steps)
 """
 
 
+@pytest.mark.slow
 def test_a_publication_cut_short_is_finished_by_a_rerun(tmp_path):
     """A death between any two renames of the publication leaves what a rerun completes.
 
@@ -443,6 +445,7 @@ print(max(peak, private_memory()) - before, plan.peak_memory_bytes, plan.write_b
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_layers(tmp_path):
     """Six times the layers take the same private memory, which is less than was planned."""
     grown, written = [], []

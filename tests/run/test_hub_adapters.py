@@ -114,6 +114,7 @@ def finished(bench: Bench, *arguments: str) -> Run:
     raise AssertionError(done.err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_merge_of_adapters_is_finished_by_the_same_command(
     bench: Bench, kind: str
@@ -133,6 +134,7 @@ def test_a_killed_merge_of_adapters_is_finished_by_the_same_command(
     assert any(event.get("resumed") for event in done.events)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["to a model", "to an adapter"])
 def test_two_processes_merge_adapters_to_the_same_bytes(bench: Bench, kind: str) -> None:
     """`accelerate launch` with two processes, Hub to Hub; an adapter's one file has one maker."""

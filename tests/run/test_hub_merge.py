@@ -133,6 +133,7 @@ def test_kills_at_random_moments(bench: Bench) -> None:
     check_published(bench, "alice/random")
 
 
+@pytest.mark.slow
 def test_a_fresh_machine_continues_from_the_staging_branch(bench: Bench, tmp_path: Path) -> None:
     """With nothing but the branch, shards done are not read, merged or sent again."""
     start_killed(bench, "alice/moved", "POST", "/commit/resmerge", after=True, skip=2)
@@ -163,6 +164,7 @@ def test_a_main_that_moved_changes_nothing(bench: Bench, tmp_path: Path) -> None
     check_published(bench, "alice/pinned")
 
 
+@pytest.mark.slow
 def test_a_staged_shard_that_is_not_the_journals_is_made_again(bench: Bench) -> None:
     """Every shard on the branch is compared with the journal before it is believed."""
     start_killed(bench, "alice/damaged", "POST", "/commit/resmerge", after=True, skip=1)
@@ -176,6 +178,7 @@ def test_a_staged_shard_that_is_not_the_journals_is_made_again(bench: Bench) -> 
     check_published(bench, "alice/damaged")
 
 
+@pytest.mark.slow
 def test_the_second_of_two_runs_takes_over_and_the_first_stops(
     bench: Bench, tmp_path: Path
 ) -> None:
@@ -248,6 +251,7 @@ def test_every_fault_at_random(bench: Bench) -> None:
         check_published(bench, f"alice/chance-{number}")
 
 
+@pytest.mark.slow
 def test_the_token_and_signed_links_are_written_nowhere(bench: Bench) -> None:
     """Neither a token nor a signature of a link is printed, kept in a file, or published."""
     bench.hub.faults.add("503", chance=0.1, path="/file/|/upload/")

@@ -72,6 +72,7 @@ def forget_shards(bench: Bench) -> None:
             path.unlink(missing_ok=True)
 
 
+@pytest.mark.slow
 def test_two_processes_publish_together(bench: Bench) -> None:
     """`accelerate launch`: both stage shards on one branch, one commit shows them, one tells."""
     bench.hub.log.clear()
@@ -130,6 +131,7 @@ def test_three_processes_fill_one_folder(bench: Bench, tmp_path: Path) -> None:
         assert (out / name).read_bytes() == data, name
 
 
+@pytest.mark.slow
 def test_what_cannot_be_merged_is_said_once(bench: Bench, tmp_path: Path) -> None:
     """A refused plan: the main process says why, the others nothing."""
     done = launch(bench, TORCHRUN, 2, *bench.folders(), "--out", str(tmp_path), "--dtype", "int3")

@@ -62,6 +62,7 @@ def test_a_full_disk_stops_a_merge_and_room_lets_it_go_on(left: int, disk: Path,
     assert file_bytes(out) == file_bytes(whole.out)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_a_publication_and_room_lets_it_go_on(disk: Path, tmp_path: Path):
     """Shards that wait for their upload fill the disk: exit 3, the disk's own words, then equal."""
     with running_bench(tmp_path / "bench") as bench:

@@ -37,6 +37,7 @@ def staged_and_killed(bench: Bench, repo_id: str, *options: str) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_shard_replaced_on_the_branch_is_not_published(bench: Bench) -> None:
     """Another writer replaces a staged shard before the last commit: it is made and sent again."""
     name = next(n for n in bench.expected() if n.endswith(".safetensors"))
@@ -55,6 +56,7 @@ def test_a_shard_replaced_on_the_branch_is_not_published(bench: Bench) -> None:
     assert bench.published("alice/replaced") == bench.expected()
 
 
+@pytest.mark.slow
 def test_a_public_target_without_xet_is_filled(bench: Bench) -> None:
     """Where nothing can be copied between repositories, shards wait where they will stand."""
     bench.hub.add_repo("alice/public-lfs", {".gitattributes": b""})
@@ -71,6 +73,7 @@ def test_a_public_target_without_xet_is_filled(bench: Bench) -> None:
     assert [r.id for r in bench.hub._services.store.repos("models") if "resmerge" in r.id] == []
 
 
+@pytest.mark.slow
 def test_what_the_storage_forgot_is_sent_again(bench: Bench) -> None:
     """Shards that no commit names may be cleared away before the last commit."""
     bench.hub.add_repo("alice/cleared", {".gitattributes": b""})
@@ -83,6 +86,7 @@ def test_what_the_storage_forgot_is_sent_again(bench: Bench) -> None:
     assert bench.published("alice/cleared") == bench.expected()
 
 
+@pytest.mark.slow
 def test_a_last_commit_that_lands_late_is_success(bench: Bench) -> None:
     """Killed while its last commit is on the way, which lands while the next run works."""
     lands, landed = threading.Event(), threading.Event()
@@ -125,6 +129,7 @@ def test_a_malformed_report_at_the_target_is_somebody_elses_file(
     refused(bench.merge("--push-to", repo_id), "not make")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "head",
     [b"[]", b"{", b'{"plan_hash": "PLAN", "identity": "x"}', b'{"plan_hash": "PLAN", "owner": []}',
@@ -185,6 +190,7 @@ def test_a_branch_removed_meanwhile_is_said_to_be(bench: Bench) -> None:
     assert bench.published("alice/pruned") == bench.expected()
 
 
+@pytest.mark.slow
 def test_a_shard_damaged_on_this_disk_is_made_again(bench: Bench, tmp_path: Path) -> None:
     """Killed before a shard is sent; one bit of its file changes; it is merged again, not sent."""
     options = ("--push-to", "alice/bitten", "--work-dir", str(tmp_path))
@@ -210,6 +216,7 @@ def test_a_shard_damaged_on_this_disk_is_made_again(bench: Bench, tmp_path: Path
     assert bench.published("alice/bitten") == bench.expected()
 
 
+@pytest.mark.slow
 def test_a_hub_that_tells_no_xet_hash_gets_the_shards_again(xet_bench: Bench) -> None:
     """What cannot be taken over from the private repository goes where it will stand."""
     xet_bench.hub.add_repo("alice/no-hash", {".gitattributes": b""})

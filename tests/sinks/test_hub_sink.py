@@ -31,6 +31,7 @@ def test_the_last_event_has_the_commit(bench: Bench) -> None:
     assert done.last["where"] == f"{bench.hub.endpoint}/alice/event/commit/{commit}"
 
 
+@pytest.mark.slow
 def test_a_slow_upload_is_told_of(bench: Bench) -> None:
     """While everything is merged and shards are still being sent, progress keeps coming."""
     bench.hub.limits.up = 100_000
@@ -253,6 +254,7 @@ def test_two_merges_into_one_target_do_not_mix(bench: Bench) -> None:
     assert len(refs) == 2
 
 
+@pytest.mark.slow
 def test_discarding_removes_the_staging_and_nothing_else(bench: Bench) -> None:
     """`--discard-staging` lists and removes the branch; the repository and main stay."""
     bench.hub.faults.add(Answer(status=403, message="no"), path="/commit/main")

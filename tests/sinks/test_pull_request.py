@@ -90,6 +90,7 @@ def test_the_plan_says_what_a_pull_request_replaces(bench: Bench) -> None:
     assert f"the pull request removes from {repo_id}: old.safetensors" in warnings
 
 
+@pytest.mark.slow
 def test_the_same_command_finds_its_pull_request(bench: Bench) -> None:
     """Nothing is merged or opened a second time while it is open; a closed one is made anew."""
     repo_id = carols(bench, "again")
@@ -105,6 +106,7 @@ def test_the_same_command_finds_its_pull_request(bench: Bench) -> None:
     assert offer(bench, repo_id).last["where"].endswith("/discussions/2")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_sends_nothing_twice(bench: Bench) -> None:
     """Killed when all shards wait: the next run sends none again, and opens one pull request."""
     repo_id = carols(bench, "killed")
@@ -141,6 +143,7 @@ def test_a_lost_answer_opens_no_second_pull_request(bench: Bench) -> None:
     assert [ref for ref in bench.hub.repo(repo_id).refs() if "/pr/" in ref] == ["refs/pr/1"]
 
 
+@pytest.mark.slow
 def test_discarding_removes_the_staging_of_a_pull_request(bench: Bench) -> None:
     """The private repository goes, whoever's the target is; the target is not asked for more."""
     repo_id = carols(bench, "discarded")

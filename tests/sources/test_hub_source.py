@@ -191,6 +191,7 @@ def test_an_unknown_revision_is_refused(bench: Bench) -> None:
     assert "no such revision" in done.out
 
 
+@pytest.mark.slow
 def test_a_whole_file_in_the_local_cache_is_not_fetched(bench: Bench, tmp_path: Path) -> None:
     """What `hf download` has put into the cache is read from there."""
     import subprocess

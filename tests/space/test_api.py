@@ -91,6 +91,7 @@ def test_merging_needs_a_token(town: Town) -> None:
         client.predict(recipe=recipe(), push_to="alice/x", private=True, api_name="/merge")
 
 
+@pytest.mark.slow
 def test_a_program_merges_and_publishes(town: Town) -> None:
     """merge, status until done, report: the repository and the report are there."""
     with client_of(town, town.alice) as client:
@@ -118,6 +119,7 @@ def test_a_program_merges_and_publishes(town: Town) -> None:
     assert started["job"] not in json.dumps(others)
 
 
+@pytest.mark.slow
 def test_a_job_is_its_owners(town: Town) -> None:
     """Another user, and nobody in particular, can neither see nor cancel a job with its id."""
     with (
@@ -145,6 +147,7 @@ def test_a_job_is_its_owners(town: Town) -> None:
     assert "To go on, merge the same again" in last["message"]
 
 
+@pytest.mark.slow
 def test_plain_http_is_enough(town: Town) -> None:
     """curl's way: the token in the body, the job's id back, its end, a published repository."""
     kind, answer = call(
@@ -225,6 +228,7 @@ def test_the_same_functions_are_mcp_tools(town: Town) -> None:
     assert said(planned)["refused"] is False
 
 
+@pytest.mark.slow
 def test_an_agent_merges(town: Town) -> None:
     """Over MCP a merge starts, is followed and ends in a repository."""
 

@@ -37,6 +37,7 @@ def call(town: Town, endpoint: str, headers: dict[str, str] | None = None, **bod
     return httpx.get(url, headers=headers, timeout=120).text
 
 
+@pytest.mark.slow
 def test_a_malformed_token_costs_the_hub_nothing(town: Town) -> None:
     """Forty calls with what can be no token: no request, no job, and a plan is made beside them."""
     town.hub.log.clear()

@@ -4,6 +4,7 @@ import importlib.resources
 import re
 from collections.abc import Callable
 
+import pytest
 from playwright.sync_api import expect
 
 from tests.support.space_pages import Visit
@@ -41,6 +42,7 @@ def found(visit: Visit) -> list[str]:
     return violations
 
 
+@pytest.mark.slow
 def test_nothing_serious_is_found_in_any_state(visit: Visitors, town: Town) -> None:
     """From the empty form over plans, a merge and its result to every tab."""
     seen: dict[str, list[str]] = {}

@@ -13,6 +13,7 @@ from tests.support.space_pages import Visit
 from tests.support.space_runs import Town, wait_for
 
 Visitors = Callable[..., Visit]
+EXPERTS = ROOT / "resmerge_stream" / "experts"
 PHONE, LAPTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 720}
 
 
@@ -112,6 +113,7 @@ def test_another_visitor_sees_nothing_of_a_job(visit: Visitors, town: Town) -> N
     alice.expect_state("Done")
 
 
+@pytest.mark.slow
 def test_a_refused_plan_says_why(visit: Visitors, town: Town) -> None:
     """What cannot be merged is said first and in words, and Merge stays off."""
     bob = visit("bob")
@@ -124,6 +126,7 @@ def test_a_refused_plan_says_why(visit: Visitors, town: Town) -> None:
     expect(bob.button("Merge")).to_be_disabled()
 
 
+@pytest.mark.slow
 def test_the_built_in_example_needs_no_account(visit: Visitors) -> None:
     """One click merges the built-in models; a stranger gets the answers' bars, and the files."""
     guest = visit()
@@ -187,6 +190,31 @@ def test_the_form_is_kept(visit: Visitors, town: Town) -> None:
 
 
 @pytest.mark.slow
+def test_adapters_become_an_adapter(visit: Visitors, town: Town) -> None:
+    """Two LoRA adapters are chosen by id, planned, merged as an adapter and published as PEFT has
+    it; the page says what it is."""
+    for name in ("base", "lora-add", "lora-sort"):
+        files = {file.name: file.read_bytes() for file in (EXPERTS / name).iterdir()}
+        town.hub.add_repo(f"alice/page-{name}", files)
+    alice = visit("alice")
+    alice.choose("Base model", "alice/page-base")
+    alice.choose("Expert 1", "alice/page-lora-add")
+    alice.choose("Expert 2", "alice/page-lora-sort")
+    alice.page.get_by_role("textbox", name="Name of the result", exact=True).fill("one-adapter")
+    alice.advanced()
+    alice.page.get_by_role("radio", name="as adapter").check()
+    alice.plan()
+    expect(alice.page.get_by_text("This can be merged into alice/one-adapter")).to_be_visible()
+    alice.merge()
+    alice.expect_state("Done")
+
+    expect(alice.page.get_by_text("PeftModel").first).to_be_visible()
+    files = town.hub.files("alice/one-adapter")
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(files)
+    assert not [name for name in files if name.startswith("model")]
+
+
+@pytest.mark.slow
 def test_a_recipe_is_a_link(visit: Visitors) -> None:
     """The link that a plan gives fills the form of whoever opens it."""
     guest = visit()
@@ -224,6 +252,7 @@ def test_a_server_that_is_gone_is_noticed(visit: Visitors, town: Town) -> None:
     expect(alice.page.get_by_text("The connection is lost")).not_to_be_visible()
 
 
+@pytest.mark.slow
 def test_a_logout_forgets(visit: Visitors, town: Town) -> None:
     """Afterwards this browser shows nothing of the account: no job, and an empty form."""
     alice = visit("alice")
@@ -241,6 +270,7 @@ def test_a_logout_forgets(visit: Visitors, town: Town) -> None:
     assert "before-leaving" not in alice.page.content()
 
 
+@pytest.mark.slow
 def test_a_restarted_server_is_noticed(visit: Visitors, lone_town: Town) -> None:
     """An open tab says that nobody answers, then by itself that the job can be continued."""
     guest = Visit(visit().page, lone_town).open()

@@ -35,6 +35,7 @@ def ran(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
+@pytest.mark.slow
 def test_the_python_merges(town: Town) -> None:
     """Copied and run, with a token in the place that is left for it, it ends with a done job."""
     code = shown(town.space.url, FILES)["Python"].replace("hf_…", town.alice)
@@ -79,6 +80,7 @@ def test_the_command_asks_for_the_same(tmp_path, monkeypatch) -> None:
     assert "create_pr=True" in shown("http://x", OFFERED)["Python"]
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_documentation_work(town: Town) -> None:
     """docs/space.md: the client's and curl's, as they stand but for the address."""
     text = (ROOT / "docs" / "space.md").read_text().replace("http://127.0.0.1:7860", town.space.url)

@@ -103,6 +103,7 @@ def test_a_merge_runs_by_itself_and_leaves_files(jobs):
     assert "resmerge-tests" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     ['print(\'{"event": "tens\', end="")', "print('no event at all')", "import os; os.close(0)"],
@@ -130,6 +131,7 @@ def test_a_broken_process_does_not_stop_the_queue(jobs, monkeypatch, code):
     assert ended(whole) == "done", whole.log
 
 
+@pytest.mark.slow
 def test_a_job_cancelled_as_it_starts_does_not_stop_the_queue(jobs, monkeypatch):
     """Cancelled between the start of its process and its request, a job makes way for the next."""
     begin = space.jobs.jobs.start_worker
@@ -171,6 +173,7 @@ def test_the_end_of_a_process_that_is_gone_is_no_error():
     let_end(process)
 
 
+@pytest.mark.slow
 def test_the_built_in_merge_is_asked_questions(tmp_path):
     """After the built-in merge its models answer held-out prompts, the merge among them."""
     jobs = Jobs(Settings(folder=tmp_path / "space", prompts=1))
@@ -182,6 +185,7 @@ def test_the_built_in_merge_is_asked_questions(tmp_path):
     assert all(share[3] == 1 for row in job.accuracies.values() for share in row.values())
 
 
+@pytest.mark.slow
 def test_a_published_merge_is_the_same_as_from_the_command_line(jobs, on_hub):
     """Hub to Hub with a token leaves the bytes that the library leaves."""
     target = asked(jobs, HUB, push_to="alice/same")

@@ -45,6 +45,7 @@ def test_no_file_of_the_server_can_be_read(town: Town) -> None:
         assert answer.status_code in (403, 404), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_no_endpoint_takes_a_path(town: Town, path: str) -> None:
     """A path in place of an id is refused wherever an id is taken, whether or not it exists."""
@@ -74,6 +75,7 @@ def everything(folder: Path) -> Iterator[tuple[Path, bytes]]:
             yield path, path.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_token_is_written_nowhere(town: Town) -> None:
     """After a merge and a failed one, a token is in no file, log, page, answer or command line."""
     token = town.hub.add_app_token("alice")
@@ -96,6 +98,7 @@ def test_a_token_is_written_nowhere(town: Town) -> None:
     assert secret not in Path(f"/proc/{town.space.process.pid}/cmdline").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_owners_secret_serves_no_visitor(lone_town: Town) -> None:
     """HF_TOKEN of a public Space reads nothing for others: not in a plan, a merge or a search."""
     town = lone_town

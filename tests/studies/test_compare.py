@@ -50,6 +50,7 @@ def compared(recipe, methods, out, work, **options):
     return list(run_comparison(comparison, work_dir=work))
 
 
+@pytest.mark.slow
 def test_every_method_gives_the_bytes_of_its_own_merge(recipe, tmp_path):
     """A folder of a comparison is what `merge` would have written."""
     compared(recipe, METHODS, tmp_path / "out", tmp_path / "work")
