@@ -30,7 +30,9 @@ class Limits:
             return
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > MAX_BODY_BYTES:
-            await PlainTextResponse(_TOO_LARGE, 413)(scope, receive, send)
+            # Closed, or the server would go on to read what is refused.
+            answer = PlainTextResponse(_TOO_LARGE, 413, {"connection": "close"})
+            await answer(scope, receive, send)
             return
         count, started = 0, False
 

@@ -77,14 +77,14 @@ def test_an_address_that_calls_without_a_pause_is_told_to_wait(monkeypatch) -> N
 
     pace = Pace(behind, clock=lambda: now[0])
 
-    def ask(address: str, method: str = "POST") -> int:
+    def ask(address: str, method: str = "POST", path: str = "/gradio_api/call/v2/plan") -> int:
         answers: list[dict[str, Any]] = []
 
         async def send(message: dict[str, Any]) -> None:
             answers.append(message)
 
         headers = [(b"x-forwarded-for", address.encode())]
-        scope = {"type": "http", "method": method, "path": "/gradio_api/call/v2/plan",
+        scope = {"type": "http", "method": method, "path": path,
                  "headers": headers, "client": ("10.0.0.1", 1)}  # fmt: skip
         asyncio.run(pace(scope, None, send))  # type: ignore[arg-type]
         return int(answers[0]["status"]) if answers else 200
@@ -95,6 +95,9 @@ def test_an_address_that_calls_without_a_pause_is_told_to_wait(monkeypatch) -> N
     now[0] += 0.5
     later = [ask("8.8.8.8") for _ in range(10)]
     assert later == [200] * int(A_SECOND / 2) + [429] * (10 - int(A_SECOND / 2))
+    now[0] += 0.5
+    pages = [ask("8.8.8.8", "GET", "/") for _ in range(4)]
+    assert pages == [200, 200, 429, 429]
 
 
 def test_a_repository_of_headers_is_not_read(town: Town) -> None:

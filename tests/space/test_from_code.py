@@ -82,13 +82,18 @@ def test_the_command_asks_for_the_same(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_the_examples_of_the_documentation_work(town: Town) -> None:
-    """docs/space.md: the client's and curl's, as they stand but for the address."""
+    """docs/space.md: the client's, curl's and MCP's, as they stand but for the address."""
     text = (ROOT / "docs" / "space.md").read_text().replace("http://127.0.0.1:7860", town.space.url)
-    (python,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    python, agent = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (configuration,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
     (curl,) = [each for each in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if "curl" in each]
 
     merged = ran(sys.executable, "-c", python)
     planned = ran("bash", "-c", curl)
+    asked = ran(sys.executable, "-c", agent)
 
     assert "done" in merged.stdout, merged.stderr
     assert '"refused": false' in planned.stdout, planned.stderr
+    assert "'refused': False" in asked.stdout, asked.stderr
+    server = json.loads(configuration)["mcpServers"]["resmerge"]
+    assert server["url"] in agent
