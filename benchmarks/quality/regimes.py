@@ -109,6 +109,7 @@ def answers_of(
     missing = [method for method in methods if method not in found]
     if missing:
         folder = out / case.name / "merged"
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off, perhaps an older one
         merged = merge_by(recipe_of(base, case.experts), missing, folder)
         found |= {method: asker.ask(merge.folder, case.tasks) for method, merge in merged.items()}
         store.write_text(json.dumps(found), encoding="utf-8")
