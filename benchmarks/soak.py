@@ -44,6 +44,9 @@ SHAPE = Shape(hidden_size=32, intermediate_size=96, num_hidden_layers=2, vocab_s
 GROUPS = ("bfloat16", "float16", "float32", "adapters", "fp8")
 METHODS = ("resmerge", "mean", "task_arithmetic", "ties", "dare_ties", "della", "breadcrumbs",
            "iso_c", "tsv_m", "sce", "head_regression", "sar")  # fmt: skip
+# What is said where a stranger's commit came first: to the run that it met, and to one that begins
+# after it. Both name --update.
+MOVED = ("was changed while this merge ran", "that this merge did not make")
 TROUBLES = ("faults", "kill", "term", "full disk", "second writer", "stranger", "replaced", "none")
 # Not what the Hub may answer and mean: no right, no token, no room, another commit.
 RETRIED = tuple(name for name in FAULTS if name not in ("forbidden", "revoked", "quota", "stale"))
@@ -209,7 +212,7 @@ class _Running:
             if code == 0:
                 self._check_plan(out)
                 break
-            if code == 2 and self.others and "was changed while this merge ran" in err:
+            if code == 2 and self.others and any(said in err for said in MOVED):
                 words = [word for word in words if word != "--update"] + ["--update"]
             elif code not in self._allowed(number):
                 self.wrong.append(f"exit code {code}: {err[-1500:]}")
