@@ -22,7 +22,8 @@ CSS, _WATCH, _KEEP, _FILE = (
     Path(__file__).with_name(name) for name in ("style.css", "watch.js", "keep.js", "file.js")
 )
 TICK_S = 5.0
-_READY = "() => { window.resmergeReady = true; }"
+# Afterwards what changes was changed by a visitor; what a reload brought back is shown at once.
+_READY = "(...values) => {{ window.resmergeReady = true; return (\n{keep})(...values); }}"
 _SHOW_JOB = "() => setTimeout(() => document.getElementById('follow')?.scrollIntoView(), 100)"
 _LOST = '<p id="lost" class="rm-lost" role="status"></p>'
 # The browser decodes what it keeps, so this is in the page: it hides nothing, it only must not
@@ -172,7 +173,13 @@ def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
     following = handlers.following
     on = functools.partial(_on, parts)
     loaded = [*_JOB, *filled, "remembered", "who", "pasted"]
-    on(app.load, handlers.load, ["remembered", "kept"], loaded).then(None, js=_READY)
+    on(app.load, handlers.load, ["remembered", "kept"], loaded).then(
+        None,
+        [parts[name] for name in fields.names()],
+        [parts["kept"], parts["chips"]],
+        js=_READY.format(keep=_keep(parts)),
+        api_visibility="private",
+    )
     on(app.load, following.look_for_unfinished, ["remembered"], _UNFINISHED)
     gr.on(
         [parts[name].change for name in fields.names()],

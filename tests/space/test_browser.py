@@ -3,6 +3,7 @@
 import re
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
@@ -170,12 +171,18 @@ def test_a_published_report_can_be_explored(visit: Visitors, town: Town) -> None
 
 @pytest.mark.slow
 def test_the_form_is_kept(visit: Visitors, town: Town) -> None:
-    """What was typed is there after a reload and after signing in; a token never is."""
+    """What was typed is there after a reload and after signing in; a token never is. What was
+    changed under Advanced stands above it."""
     guest = visit()
     guest.fill("kept")
     guest.page.get_by_role("combobox", name="Method", exact=True).click()
     guest.page.get_by_role("option", name="TIES", exact=True).click()
     expect(guest.page.get_by_text("density", exact=True)).to_have_count(0)
+    guest.advanced()
+    seed = guest.page.get_by_role("spinbutton", name=re.compile("^Seed"))
+    seed.fill("7")
+    seed.press("Tab")
+    expect(guest.page.get_by_text("Seed: 7", exact=True)).to_be_visible()
 
     guest.open()
     for _ in range(2):
@@ -185,6 +192,7 @@ def test_the_form_is_kept(visit: Visitors, town: Town) -> None:
         expect(third).to_have_value("alice/expert2")
         method = guest.page.get_by_role("combobox", name="Method", exact=True)
         expect(method).to_have_value("TIES")
+        expect(guest.page.get_by_text("Seed: 7", exact=True)).to_be_visible()
         if guest.page.get_by_text("Signed in as").count() == 0:
             guest.sign_in("alice")
 
@@ -215,8 +223,8 @@ def test_adapters_become_an_adapter(visit: Visitors, town: Town) -> None:
 
 
 @pytest.mark.slow
-def test_a_recipe_is_a_link(visit: Visitors) -> None:
-    """The link that a plan gives fills the form of whoever opens it."""
+def test_a_recipe_is_a_link_or_a_file(visit: Visitors, tmp_path: Path) -> None:
+    """The link that a plan gives fills the form of whoever opens it; so does a file."""
     guest = visit()
     guest.example()
     guest.plan()
@@ -226,6 +234,16 @@ def test_a_recipe_is_a_link(visit: Visitors) -> None:
 
     base = other.page.get_by_role("combobox", name="Base model", exact=True)
     expect(base).to_have_value("built-in/base")
+    file = tmp_path / "recipe.yml"
+    file.write_text("base_model: org/base\nmodels: [org/math]\n")
+    other.advanced()
+    with other.page.expect_file_chooser() as chooser:
+        other.button("Open a file").click()
+    chooser.value.set_files(file)
+    text = other.page.get_by_role("textbox", name=re.compile("^Recipe"))
+    expect(text).to_have_value(file.read_text())
+    other.button("Fill the form from it").click()
+    expect(base).to_have_value("org/base")
 
 
 def test_ten_seconds_are_enough_to_notice() -> None:
