@@ -4,8 +4,9 @@ Base + 3 experts of Qwen2.5-0.5B's shapes. Every round runs the floor (reading f
 one), importing torch and each method, whole processes; a ratio is the median over the rounds of
 method ÷ (floor + torch) in the same round. Beside it processor time, page faults and peak private
 memory, and a roofline: the bytes that a method has to move at least, by its merge seconds, as a
-share of what this machine's cores copied in the same run. Names choose rows; `compare` and the
-methods with whole SVDs run only when named. ``--quick`` takes small shapes and one round.
+share of what this machine's cores copied in the same run. Names choose rows; `compare`, mergekit's
+other methods by element and methods with whole SVDs run only when named. ``--quick`` takes small
+shapes and one round.
 """
 
 import argparse
@@ -35,11 +36,13 @@ class Row:
         options: of the command.
         target: times (floor + import torch); None where the issue names none.
         group: whose updates have a ``gap`` in their spectra, or not.
+        experts: how many of the group's.
     """
 
     options: tuple[str, ...]
     target: float | None
     group: str = "gap"
+    experts: int = 3
 
 
 _TIES = ("ties", "--set", "density=0.2")
@@ -57,15 +60,29 @@ ROWS = {
     "resmerge": Row(("resmerge",), 2.0),
     "resmerge, no gap": Row(("resmerge",), 4.0, "noise"),
 }
-# Whole SVDs of every matrix: minutes, so only when they are named.
-SPECTRAL = {name: Row((name,), None) for name in ("tsv_m", "iso_c", "sce")}
+# mergekit's other methods by element (S3), and whole SVDs of every matrix, which take minutes.
+NAMED = {
+    "slerp": Row(("slerp", "--set", "t=0.4"), 3, experts=1),
+    "nearswap": Row(("nearswap", "--set", "t=0.001"), 3, experts=1),
+    "nuslerp": Row(("nuslerp",), 3, experts=2),
+    "multislerp": Row(("multislerp",), 3),
+    "ramplus_tl": Row(("ramplus_tl",), 3),
+    "arcee_fusion": Row(("arcee_fusion",), 5, experts=1),
+    "sce": Row(("sce",), 5),
+    "breadcrumbs": Row(("breadcrumbs", "--set", "density=0.5"), 5),
+    "breadcrumbs_ties": Row(("breadcrumbs_ties", "--set", "density=0.5"), 5),
+    "dare_ties": Row(("dare_ties", "--set", "density=0.5"), 5),
+    "della_linear": Row(("della_linear", "--set", "density=0.5"), 5),
+    "tsv_m": Row(("tsv_m",), None),
+    "iso_c": Row(("iso_c",), None),
+}
 COMPARED = ("resmerge", "ties:density=0.2", "ram", "task_arithmetic")
 _MB = 1_000_000
 
 
 def main() -> None:
     """Run the chosen rows and print a table in Markdown."""
-    known = {**ROWS, **SPECTRAL, "compare": None}
+    known = {**ROWS, **NAMED, "compare": None}
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="ROW", help=", ".join(known))
     parser.add_argument("--dir", type=Path, default=scratch_folder(), help="a tmpfs, or a disk")
@@ -154,8 +171,9 @@ def _command(name: str, groups: dict[str, Path], out: Path) -> list[str]:
         command = merge_command(groups["gap"], out / "compared", *work)
         command[3] = "compare"
         return [*command, "--methods", ",".join(COMPARED)]
-    row = {**ROWS, **SPECTRAL}[name]
-    return merge_command(groups[row.group], out / "merged", "--method", *row.options, *work)
+    row = {**ROWS, **NAMED}[name]
+    options = ("--method", *row.options, *work)
+    return merge_command(groups[row.group], out / "merged", *options, experts=row.experts)
 
 
 def _alone(text: str, source: Path, out: Path) -> list[str]:
@@ -177,7 +195,7 @@ def _print_table(
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for name, found in runs.items():
         ratio = statistics.median(r.seconds / c for r, c in zip(found, copies, strict=True))
-        row = {**ROWS, **SPECTRAL}.get(name)
+        row = {**ROWS, **NAMED}.get(name)
         target = "" if row is None or row.target is None else f"{row.target:g}"
         cells = [
             name,
