@@ -22,7 +22,10 @@ def write_section(page: Path, evidence: Mapping[str, Any]) -> None:
 def section(evidence: Mapping[str, Any]) -> str:
     """Return the tables as Markdown: one of accuracies, one of paired differences."""
     cases: Sequence[Mapping[str, Any]] = evidence["cases"]
-    names = [f"{case['regime']}, {case['case']}" for case in cases]
+    names = [
+        f"{case['group']}, {case['case'] if case['regime'] == 'two tasks' else case['regime']}"
+        for case in cases
+    ]
     accuracies = [
         [name, f"{case['base']:.1f}", *(_accuracy(case, method) for method in METHODS)]
         for name, case in zip(names, cases, strict=True)
