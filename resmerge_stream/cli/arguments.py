@@ -274,7 +274,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def add_questions(parser: argparse._ActionsContainer, *, required: bool) -> None:
-    """Add ``--tasks`` and ``--limit``."""
+    """Add ``--tasks``, ``--limit`` and ``--engine``."""
     parser.add_argument(
         "--tasks",
         required=required,
@@ -284,4 +284,11 @@ def add_questions(parser: argparse._ActionsContainer, *, required: bool) -> None
     )
     parser.add_argument(
         "--limit", metavar="N", type=int, default=500, help="questions for each task (default: 500)"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "transformers", "vllm"),
+        default="auto",
+        help="what loads the models that are asked (default: vLLM where it is installed and there "
+        "is a GPU, else transformers)",
     )

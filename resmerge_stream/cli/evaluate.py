@@ -24,7 +24,8 @@ def examination_of(args: argparse.Namespace, out: str) -> "Examination":
         from ..evaluation.run import Examination
 
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    return Examination(names, out=out, limit=args.limit, device=args.device, say=console.say)
+    how = {"device": args.device, "engine": args.engine}
+    return Examination(names, out=out, limit=args.limit, **how, say=console.say)
 
 
 def evaluate(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from ..errors import RecipeError, StoppedError
 from ..sinks.durable import write_durably
 from ..sources import Checkpoint
 from .asking import ask, open_model
+from .engines import choose_engine
 from .results import Verdicts, evaluation, evaluation_files
 from .tasks import Questions, Task, check_harness, find_tasks
 
@@ -27,13 +28,14 @@ class Examination:
             so that a run that ended early goes on.
         limit: questions a task.
         device: as ``--device``.
+        engine: what loads the models; as `choose_engine` takes it.
         say: told what is asked.
 
     Attributes:
         datasets: by task the id of the dataset on the Hub that its questions are from.
 
     Raises:
-        RecipeError: a task does not exist, or is malformed.
+        RecipeError: a task does not exist, or is malformed; there is no such engine.
     """
 
     def __init__(
@@ -43,12 +45,14 @@ class Examination:
         out: str | Path,
         limit: int = 500,
         device: str = "auto",
+        engine: str = "auto",
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._tasks = find_tasks(tasks, limit)
         check_harness(self._tasks)
         self._folder = Path(os.path.expanduser(out))
         self._limit, self._device, self._say = limit, device, say
+        self._engine = choose_engine(engine, device)
         self.datasets: dict[str, str] = {}
 
     def open(self, model: str) -> Checkpoint:
@@ -83,7 +87,8 @@ class Examination:
         stores = {task.name: self._store(name, identity, task) for task in self._tasks}
         missing = [task for task in self._tasks if not stores[task.name].is_file()]
         if missing:
-            for task, answers in ask(model, missing, self._device, self._limit, self._say):
+            how = (self._device, self._limit, self._say, self._engine)
+            for task, answers in ask(model, missing, *how):
                 with _written_to(self._folder):
                     stores[task].parent.mkdir(parents=True, exist_ok=True)
                     write_durably(stores[task], json.dumps(answers).encode())
@@ -114,6 +119,8 @@ class Examination:
             asked += [task.prompts, [dict(rule) for rule in task.rules], task.new_tokens]
         elif task.folder is not None:
             asked += [sorted(p.read_text("utf-8") for p in task.folder.glob("*.y*ml"))]
+        # Two engines may answer a question differently: their answers are never mixed.
+        asked += ["vllm"] if self._engine == "vllm" else []
         known = json.dumps([name, identity, asked], default=str)
         return self._folder / "answers" / f"{hashlib.sha256(known.encode()).hexdigest()[:32]}.json"
 

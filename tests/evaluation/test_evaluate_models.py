@@ -9,7 +9,7 @@ import torch
 from resmerge_stream import Recipe, plan_merge, run_merge
 from resmerge_stream.cli.main import main
 from resmerge_stream.errors import CheckpointFormatError, NotEnoughMemoryError, RecipeError
-from resmerge_stream.evaluation import asking, run
+from resmerge_stream.evaluation import asking, engines, run
 from resmerge_stream.evaluation.card import into_card
 from resmerge_stream.evaluation.results import evaluation
 from resmerge_stream.evaluation.run import Examination, evaluate_models
@@ -168,7 +168,7 @@ def test_a_gpu_too_small_is_one_message(tmp_path, monkeypatch):
     def short(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(asking, "right_answers", short)
+    monkeypatch.setattr(engines, "right_answers", short)
 
     with pytest.raises(NotEnoughMemoryError, match="do not fit into the GPU's memory"):
         evaluate_models([BASE], Examination(["add"], out=tmp_path, limit=2))

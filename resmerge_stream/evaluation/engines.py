@@ -1,0 +1,250 @@
+"""A model in memory that answers questions: by transformers, or by vLLM where it is installed."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol
+
+from ..device import choose_device
+from ..errors import CheckpointFormatError, NotEnoughMemoryError, RecipeError, Remedy, shown
+from ..experts.evaluate import right_answers
+from ..experts.tasks import TASKS
+from ..recipe import ModelRef
+from .tasks import BATCH, Questions
+from .verifiers import verify
+
+Engine = Literal["auto", "transformers", "vllm"]
+ENGINES: tuple[Engine, ...] = ("auto", "transformers", "vllm")
+
+
+class Answerer(Protocol):
+    """A model in memory."""
+
+    def right(self, task: Questions) -> list[bool]:
+        """Return which questions it answers rightly, decoded greedily."""
+        ...
+
+    def for_harness(self) -> Any:
+        """Return it as lm-evaluation-harness takes it."""
+        ...
+
+
+def choose_engine(name: str, device: str) -> Literal["transformers", "vllm"]:
+    """Return what loads the models.
+
+    Args:
+        name: ``auto`` (vLLM where it is installed and there is a GPU), ``transformers`` or
+            ``vllm``.
+        device: as ``--device``.
+
+    Raises:
+        RecipeError: there is no such engine, or vLLM is asked for and not installed.
+    """
+    if name not in ENGINES:
+        raise RecipeError(f"{shown(name)} loads no models here: {', '.join(ENGINES)} do.")
+    if name == "transformers":
+        return "transformers"
+    installed = importlib.util.find_spec("vllm") is not None
+    if name == "vllm":
+        if not installed:
+            raise RecipeError(
+                "vLLM is not installed here: pip install vllm, or let transformers load the models."
+            )
+        return "vllm"
+    return "vllm" if installed and choose_device(device).type == "cuda" else "transformers"
+
+
+@contextmanager
+def loaded(text: str, device: str, engine: str, *, harness: bool) -> Iterator[Answerer]:
+    """Load a model, and free its memory afterwards.
+
+    Args:
+        text: a folder, or namespace/name[@revision].
+        device: as ``--device``.
+        engine: as `choose_engine` takes it.
+        harness: whether a task of the harness will be asked.
+
+    Raises:
+        CheckpointFormatError: it cannot be loaded.
+        NotEnoughMemoryError: a GPU is too small for it.
+        RecipeError: there is no such engine.
+    """
+    chosen = choose_engine(engine, device)
+    with in_memory(text):
+        made: Answerer = (
+            WithVllm(text, harness=harness) if chosen == "vllm" else WithTransformers(text, device)
+        )
+    try:
+        yield made
+    finally:
+        del made
+        gc.collect()  # vLLM's engine is a process of its own, which ends with the last reference
+
+
+@contextmanager
+def in_memory(text: str) -> Iterator[None]:
+    """Say in words that a GPU is too small.
+
+    Raises:
+        NotEnoughMemoryError: in place of torch's error.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as exc:
+        raise NotEnoughMemoryError(
+            f"{shown(text)} and its answers do not fit into the GPU's memory.",
+            Remedy.ASK_ON_CPU,
+        ) from exc
+
+
+class WithTransformers:
+    """A model loaded by transformers: in float32 on a CPU, as stored on a GPU.
+
+    Args:
+        text: a folder, or namespace/name[@revision].
+        device: as ``--device``.
+
+    Raises:
+        CheckpointFormatError: it cannot be loaded, or lacks weights.
+    """
+
+    def __init__(self, text: str, device: str) -> None:
+        self._model, self._tokenizer = _load(text, device)
+
+    def right(self, task: Questions) -> list[bool]:
+        """Return which questions it answers rightly.
+
+        Raises:
+            RecipeError: a task's check failed.
+        """
+        if task.name in TASKS and self._knows(task.prompts[0]):
+            return right_answers(self._model, self._tokenizer, task.prompts)
+        return verify(task.rules, self._answers(task))
+
+    def for_harness(self) -> Any:
+        """Return it as the harness takes it."""
+        from lm_eval.models.huggingface import HFLM
+
+        return HFLM(pretrained=self._model, tokenizer=self._tokenizer, batch_size=BATCH)
+
+    def _knows(self, prompt: str) -> bool:
+        """Return whether its tokenizer takes a prompt apart as the built-in experts' does."""
+        tokenizer = self._tokenizer
+        return len(tokenizer(prompt).input_ids) == len(prompt) and tokenizer.eos_token is not None
+
+    def _answers(self, task: Questions) -> list[str]:
+        import torch
+
+        tokenizer, texts = self._tokenizer, []
+        for start in range(0, len(task.prompts), BATCH):
+            asked = list(task.prompts[start : start + BATCH])
+            batch = tokenizer(asked, padding=True, return_tensors="pt").to(self._model.device)
+            batch.pop("token_type_ids", None)
+            with torch.no_grad():
+                tokens = self._model.generate(
+                    **batch,
+                    max_new_tokens=task.new_tokens,
+                    do_sample=False,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            new = tokens[:, batch["input_ids"].shape[1] :]
+            texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+        return texts
+
+
+class WithVllm:
+    """A model loaded by vLLM, which answers all questions of a task at once.
+
+    Args:
+        text: a folder, or namespace/name[@revision].
+        harness: whether a task of the harness will be asked: then the harness loads it, so that
+            it is in memory once.
+
+    Raises:
+        CheckpointFormatError: it cannot be loaded.
+    """
+
+    def __init__(self, text: str, *, harness: bool) -> None:
+        ref = ModelRef.parse(text)
+        if ref.subfolder and not os.path.isdir(ref.id):
+            raise CheckpointFormatError(
+                f"{shown(text)}: vLLM loads whole repositories, not one of their folders. "
+                "Let transformers load it."
+            )
+        place = os.path.join(ref.id, ref.subfolder) if ref.subfolder else ref.id
+        revision = ref.revision or None
+        self._lm: Any = None
+        try:
+            if harness:
+                from lm_eval.models.vllm_causallms import VLLM
+
+                self._lm = VLLM(place, revision=revision, tokenizer_revision=revision)
+                self._llm: Any = self._lm.model
+            else:
+                from vllm import LLM
+
+                self._llm = LLM(place, revision=revision, tokenizer_revision=revision)
+        except Exception as exc:  # vLLM raises whatever its parts raise
+            raise CheckpointFormatError(f"vLLM cannot load {shown(text)}: {_first(exc)}") from exc
+
+    def right(self, task: Questions) -> list[bool]:
+        """Return which questions it answers rightly.
+
+        Raises:
+            RecipeError: a task's check failed.
+        """
+        from vllm import SamplingParams
+
+        greedy = SamplingParams(temperature=0.0, max_tokens=task.new_tokens)
+        found: Sequence[Any] = self._llm.generate(list(task.prompts), greedy, use_tqdm=False)
+        return verify(task.rules, [one.outputs[0].text for one in found])
+
+    def for_harness(self) -> Any:
+        """Return it as the harness takes it."""
+        return self._lm
+
+
+def _load(text: str, device: str) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    where = choose_device(device)
+    dtype = torch.float32 if where.type == "cpu" else "auto"
+    ref = ModelRef.parse(text)
+    logging: Any = transformers_logging
+    logging.disable_progress_bar()
+    try:
+        made: Any = AutoModelForCausalLM.from_pretrained(
+            ref.id,
+            revision=ref.revision or "main",
+            subfolder=ref.subfolder or "",
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,  # nobody is asked, and no code of a stranger runs
+            output_loading_info=True,
+        )
+        model, info = made
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            ref.id, revision=ref.revision or "main", subfolder=ref.subfolder or ""
+        )
+    except Exception as exc:  # transformers raises whatever its parts raise
+        raise CheckpointFormatError(f"{shown(text)} cannot be loaded: {_first(exc)}") from exc
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise CheckpointFormatError(f"{shown(text)} lacks weights of its architecture: {missing}.")
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(where).eval(), tokenizer
+
+
+def _first(exc: Exception) -> str:
+    """Return the first line of what went wrong."""
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[0]
