@@ -22,7 +22,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 ROOMS = {
     "resmerge_stream": (
         "", "maths", "methods", "hub", "sources", "sinks", "planning", "report", "run", "studies",
-        "experts", "evaluation", "cli",
+        "experts", "evaluation", "jobs", "cli",
     ),
     "space": ("", "jobs", "view", "service", "endpoints", "page", "launch"),
 }  # fmt: skip

@@ -1,47 +1,21 @@
-"""A Job from its price to its end: choose a machine, ask, start, show its log, say how it ended."""
+"""A Job from its price to its end, in a terminal: ask, start, show its log, say how it ended."""
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import JobRefusedError, RecipeError, StoppedError, listed
 from ..hub.flavors import Flavor
+from ..jobs.errand import Errand, Offer, offer, start
+from ..jobs.submission import JobLog
 from ..pipes import heard
-from ..planning.machines import Estimate, ranked, timeout_for
 from ..units import dollars, duration
 from . import console
-from .submission import MOUNT, JobFiles, JobLog, job_command
 
 if TYPE_CHECKING:
     from ..hub.jobs import HubJobs
-
-
-@dataclass(frozen=True, slots=True)
-class Errand:
-    """What a Job is to do.
-
-    Attributes:
-        what: a word for it, such as ``merge``.
-        summary: a line that says how much it is.
-        told: of it in the event ``offered``.
-        labels: that tell it from others.
-        seconds_on: what it takes on a machine, once it has begun.
-        lack_of: what a machine lacks for it, or an empty string.
-        commands: of this package; they put their files among those given.
-        needs: what is installed beside the package.
-    """
-
-    what: str
-    summary: str
-    told: Mapping[str, Any]
-    labels: Mapping[str, str]
-    seconds_on: Callable[[Flavor], float]
-    lack_of: Callable[[Flavor], str]
-    commands: Callable[[JobFiles], Sequence[Sequence[str]]]
-    needs: Sequence[str] = field(default=())
 
 
 def run_errand(jobs: "HubJobs", errand: Errand, args: argparse.Namespace, show: "Show") -> int:
@@ -57,65 +31,50 @@ def run_errand(jobs: "HubJobs", errand: Errand, args: argparse.Namespace, show: 
         ResMergeError: it was refused, or could not be followed.
     """
     timeout = duration(args.timeout) if args.timeout else None
-    chosen = _choose(errand, jobs.flavors(), args.flavor)
-    seconds = timeout or timeout_for(chosen.seconds)
-    _ask(_offer(errand, chosen, seconds, show), yes=args.yes)
-    files = JobFiles()
-    command = job_command(errand.commands(files), files, chosen.flavor, errand.needs)
-    started = jobs.start(
-        command,
-        labels=errand.labels,
-        flavor=chosen.flavor.name,
-        timeout=seconds,
-        volume=jobs.upload(files.contents, mount=MOUNT),
-    )
+    flavors = jobs.flavors()
+    if args.flavor is not None:
+        flavors = (_named(args.flavor, flavors, errand),)
+    taken = offer(errand, flavors, timeout)
+    _ask(_shown(errand, taken, show), yes=args.yes)
+    started = start(jobs, errand, taken)
     show.event("started", job=f"{jobs.namespace}/{started}", url=jobs.page(started))
     show.say(f"started {jobs.page(started)}; its log follows, Ctrl-C leaves it running.")
     return follow(jobs, started, show)
 
 
-def _choose(errand: Errand, flavors: tuple[Flavor, ...], name: str | None) -> Estimate:
-    """Return the machine that was asked for, or the cheapest that the errand fits."""
+def _named(name: str, flavors: Sequence[Flavor], errand: Errand) -> Flavor:
+    """Return the machine that was asked for, where the errand fits it."""
     known = {flavor.name: flavor for flavor in flavors}
-    if name is not None:
-        if name not in known:
-            raise RecipeError(
-                f"--flavor {name!r} is none of the Hub's machines: {listed(known, limit=40)}."
-            )
-        if lack := errand.lack_of(known[name]):
-            raise RecipeError(f"--flavor {name} does not do: {lack}. Leave it out to choose.")
-        return ranked([known[name]], errand.seconds_on, errand.lack_of)[0]
-    best = ranked(flavors, errand.seconds_on, errand.lack_of)[0]
-    if not best.fits:
-        largest = max(flavors, key=lambda it: (it.gpu_gb / it.gpus, it.memory_gb))
+    if name not in known:
         raise RecipeError(
-            f"no machine of the Hub fits this {errand.what}: on {largest.name}, "
-            f"{errand.lack_of(largest)}."
+            f"--flavor {name!r} is none of the Hub's machines: {listed(known, limit=40)}."
         )
-    return best
+    if lack := errand.lack_of(known[name]):
+        raise RecipeError(f"--flavor {name} does not do: {lack}. Leave it out to choose.")
+    return known[name]
 
 
-def _offer(errand: Errand, chosen: Estimate, timeout: int, show: "Show") -> str:
+def _shown(errand: Errand, taken: Offer, show: "Show") -> str:
     """Say what the Job will take and cost, and return the question."""
-    flavor, most = chosen.flavor, chosen.flavor.price(timeout)
+    chosen, flavor = taken.estimate, taken.estimate.flavor
     gpu = f", {flavor.gpu_gb:g} GB of GPU memory" if flavor.gpu_gb else ""
     show.event(
         "offered",
         flavor=flavor.name,
         seconds_estimate=round(chosen.seconds),
         usd_estimate=round(chosen.price, 4),
-        timeout_seconds=timeout,
-        usd_at_most=round(most, 4),
+        timeout_seconds=taken.timeout_s,
+        usd_at_most=round(taken.most, 4),
         **errand.told,
     )
     show.say(
         f"{errand.summary}\n"
         f"machine:  {flavor.name}: {flavor.vcpu} vCPU, {flavor.memory_gb:g} GB of memory, "
         f"{flavor.disk_gb:g} GB of disk{gpu}, {dollars(flavor.usd_hour)} an hour\n"
-        f"time:     about {_minutes(chosen.seconds)}, ended after {_minutes(timeout)}\n"
-        f"price:    about {dollars(chosen.price)}, at most {dollars(most)}"
+        f"time:     about {_minutes(chosen.seconds)}, ended after {_minutes(taken.timeout_s)}\n"
+        f"price:    about {dollars(chosen.price)}, at most {dollars(taken.most)}"
     )
-    if timeout < chosen.seconds:
+    if taken.timeout_s < chosen.seconds:
         show.say("warning: the timeout is shorter than the estimate; a stopped Job can be resumed.")
     return f"Start this Job for about {dollars(chosen.price)}? [y/N] "
 

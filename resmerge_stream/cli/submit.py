@@ -5,16 +5,17 @@ from typing import TYPE_CHECKING
 
 from ..errors import JobRefusedError, RecipeError
 from ..hub.flavors import Flavor
+from ..jobs.errand import Errand
+from ..jobs.submission import JobFiles, job_labels, merge_words, refuse_folders, sources_of
 from ..planning.machines import largest, merge_seconds, shortage
 from ..planning.plan import Plan, plan_merge
 from ..units import duration, format_size
 from . import console
-from .job import Errand, Show, attach, follow, run_errand
+from .job import Show, attach, follow, run_errand
 from .options import request_of
-from .submission import JobFiles, job_labels, merge_words, refuse_folders, sources_of
 
 if TYPE_CHECKING:
-    from .evaluation_job import JobEvaluation
+    from ..jobs.evaluation import JobEvaluation
 
 
 def submit(args: argparse.Namespace) -> int:
@@ -87,11 +88,13 @@ def _evaluation(args: argparse.Namespace, plan: Plan, show: Show) -> "JobEvaluat
         ResMergeError: a model is a folder here, or a task does not exist.
     """
     from ..evaluation.contest import models_of
-    from .evaluation_job import JobEvaluation
+    from ..jobs.evaluation import JobEvaluation
 
     models, target = models_of(plan), args.push_to
     refuse_folders(models)
-    return JobEvaluation.of(args, [*models, target], target, plan, say=show.say)
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    how = {"limit": args.limit, "engine": args.engine}
+    return JobEvaluation.of([*models, target], target, names, **how, plan=plan, say=show.say)
 
 
 def _errand(plan: Plan, evaluation: "JobEvaluation | None") -> Errand:

@@ -5,7 +5,7 @@ import hashlib
 import io
 import zipfile
 
-from resmerge_stream.cli.wheel import WHEEL_NAME, build_wheel, requirements
+from resmerge_stream.jobs.wheel import WHEEL_NAME, build_wheel, requirements
 from resmerge_stream.version import __version__
 from tests.support.checkpoints import ROOT
 
