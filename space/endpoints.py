@@ -35,6 +35,9 @@ EXAMPLES: dict[str, Any] = {
     "discuss": False,
     "job": _ID,
     "job_or_repo": "your-name/merged",
+    "tasks": "gsm8k",
+    "limit": 500,
+    "pay_up_to": 0,
 }
 
 
@@ -80,7 +83,7 @@ class Endpoints:
         """Return them, in the order in which a program would call them."""
         return [
             self.methods, self.plan, self.merge, self.status, self.cancel, self.resume, self.jobs,
-            self.files, self.report,
+            self.files, self.report, self.evaluate,
         ]  # fmt: skip
 
     def _visitor_of(self, oauth_token: gr.OAuthToken | None, x_hf_token: str | None) -> Visitor:
@@ -282,6 +285,32 @@ class Endpoints:
             return self._service.report(
                 job_or_repo, self._visitor_of(oauth_token, x_hf_token)
             ).report
+
+    def evaluate(
+        self,
+        job_or_repo: str,
+        tasks: str = "gsm8k",
+        limit: int = 500,
+        pay_up_to: float = 0.0,
+        oauth_token: gr.OAuthToken | None = None,
+        x_hf_token: gr.Header | None = None,
+    ) -> dict:  # type: ignore[type-arg]
+        """Ask a published merge and its models questions in a Job on the Hub, which you pay for.
+
+        Args:
+            job_or_repo: a job's id, or the namespace/name of a merge that you may write to.
+            tasks: names of tasks of lm-evaluation-harness, with commas between, at most 10.
+            limit: questions a task, 1 to 10,000.
+            pay_up_to: in dollars. A Job that may cost more, so any for 0, is offered and not started.
+
+        Returns:
+            summary, flavor, usd_estimate, usd_at_most, seconds_estimate, timeout_seconds, url (of the Job; empty if none was started). Results are a pull request on the merge.
+        """  # noqa: E501
+        with _told():
+            visitor = self._visitor_of(oauth_token, x_hf_token)
+            return self._service.ask(
+                job_or_repo, visitor, tasks=tasks, limit=limit, pay_up_to=pay_up_to
+            )
 
 
 def _served(path: Any) -> str:

@@ -212,6 +212,11 @@ def has_login() -> bool:
     return at_home() and _own_token() is not None
 
 
+def may_start_jobs() -> bool:
+    """Whether a visitor's sign-in may start Jobs: the owner's at home may, a Space has to ask."""
+    return has_login() or "jobs" in os.environ.get("OAUTH_SCOPES", "").split()
+
+
 def secret_key(secret: str) -> str:
     """Return what a record keeps of the secret that an anonymous visitor's browser holds."""
     return hashlib.sha256(secret.encode()).hexdigest() if secret else ""

@@ -18,6 +18,7 @@ from resmerge_stream.planning.request import Request
 from resmerge_stream.recipe import ModelRef, Recipe
 
 from .asked import check_id, needs_account, web_recipe, web_request
+from .asking import ask_as_job
 from .explore import Opened, open_report, read_report
 from .identity import Visitor, Visitors
 from .jobs.downloads import pinned_recipe
@@ -200,3 +201,31 @@ class Service:
         made = job.asked.get("push_to") or "files"
         asked_at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(job.created))
         return open_report(data, name=f"{made} of {asked_at} UTC")
+
+    def ask(
+        self, name: str, visitor: Visitor, *, tasks: str, limit: int, pay_up_to: float = 0.0
+    ) -> dict[str, Any]:
+        """Offer a Job that asks a published merge what its models are asked, or start it.
+
+        Args:
+            name: of a job, or of a repository.
+            visitor: who pays.
+            tasks: names with commas between.
+            limit: questions a task.
+            pay_up_to: dollars; a Job that may cost more is offered and not started.
+
+        Raises:
+            ResMergeError: as `ask_as_job`; or it is no published merge.
+        """
+        repo_id = name.strip()
+        if "/" not in repo_id:
+            job = self.job(repo_id, visitor)
+            repo_id = "" if job.asked.get("create_pr") else str(job.asked.get("push_to") or "")
+            if not repo_id:
+                raise RecipeError(
+                    "a Job asks what stands at a repository's main: publish it first."
+                )
+        opened = self.report(name, visitor)
+        return ask_as_job(
+            opened.report, repo_id, visitor, tasks=tasks, limit=limit, pay_up_to=pay_up_to
+        )

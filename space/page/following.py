@@ -8,11 +8,12 @@ import gradio as gr
 
 from resmerge_stream.errors import ResMergeError
 from resmerge_stream.sinks.hub.unfinished import Unfinished, unfinished_merges
+from resmerge_stream.units import dollars
 
 from ..asked import web_request
 from ..examples import built_in_folders
 from ..explore import Opened, open_report
-from ..identity import Visitor, secret_key
+from ..identity import Visitor, may_start_jobs, secret_key
 from ..jobs.downloads import downloads
 from ..jobs.records import ACTIVE, CONTINUABLE, DONE, FAILED, Job
 from ..remedies import said
@@ -112,6 +113,38 @@ class Following:
             self._service.jobs.give_up(job, removed)
 
         return self._change(form, token, remove)
+
+    def price(self, form: Form, token: Token) -> Changes:
+        """Say what a Job would cost that asks the merge, and offer to start it."""
+        return self._ask(form, token, pay_up_to=0.0)
+
+    def start(self, form: Form, token: Token) -> Changes:
+        """Start the Job whose price was shown."""
+        return self._ask(form, token, pay_up_to=float(form.get("pay") or 0.0))
+
+    def unpriced(self, form: Form) -> Changes:
+        """Take an offer back: other questions have another price."""
+        return {"pay": 0, "start": gr.update(visible=False)}
+
+    def _ask(self, form: Form, token: Token, *, pay_up_to: float) -> Changes:
+        try:
+            found = self._service.ask(
+                str(form.get("job") or ""),
+                self._visitor(token),
+                tasks=str(form.get("tasks") or ""),
+                limit=int(form.get("limit") or 0),
+                pay_up_to=pay_up_to,
+            )
+        except ResMergeError as exc:
+            return {"offered": notice(said(exc), "warn"), **self.unpriced(form)}
+        if found["url"]:
+            return {"offered": view.job_started_html(found), **self.unpriced(form)}
+        label = f"Start the Job for about {dollars(found['usd_estimate'])}"
+        return {
+            "offered": view.offer_html(found),
+            "pay": found["usd_at_most"],
+            "start": gr.update(visible=True, value=label),
+        }
 
     def look_for_unfinished(self, form: Form, token: Token) -> Changes:
         """Offer a visitor's unfinished merges: from the records, and from the Hub."""
@@ -214,7 +247,12 @@ class Following:
 
     def _result(self, job: Job) -> Changes:
         data = self._service.jobs.report(job)
-        changes: Changes = {"result": view.result_html(job), "files": gr.update(visible=False)}
+        may_ask = bool(job.asked.get("push_to")) and may_start_jobs()
+        changes: Changes = {
+            "result": view.result_html(job, ask_here=may_ask),
+            "files": gr.update(visible=False),
+            "asking": gr.update(visible=may_ask and view.can_be_asked(job.asked)),
+        }
         if data is not None:
             try:
                 opened = open_report(data, name="This merge")

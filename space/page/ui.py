@@ -116,6 +116,7 @@ def _now(parts: Parts) -> None:
                 label="Files to download", file_count="multiple", interactive=False,
                 visible=False, height=220,
             )  # fmt: skip
+            _ask(parts)
             parts["figures"] = gr.HTML(label="Gates", container=False, padding=False)
         parts["gates"] = gr.HTML(label="Gates so far", container=False, padding=False)
         with gr.Accordion("Log", open=False):
@@ -129,6 +130,26 @@ def _now(parts: Parts) -> None:
         parts["chosen"] = gr.Dropdown([], label="Your unfinished merges")
         parts["go_on"] = gr.Button("Continue this merge", variant="primary")
         parts["go_on_note"] = gr.HTML(container=False, padding=False)
+
+
+def _ask(parts: Parts) -> None:
+    """Add what asks a published merge as a Job: first its price, then its start."""
+    with gr.Accordion("Ask it what its parts are asked", open=False, visible=False) as parts[
+        "asking"
+    ]:
+        with gr.Row():
+            parts["tasks"] = gr.Textbox(
+                "gsm8k", label="Tasks", max_lines=1, info="of lm-evaluation-harness, with commas"
+            )
+            parts["limit"] = gr.Number(
+                500, label="Questions a task", precision=0, minimum=1, maximum=10_000
+            )
+        parts["price"] = gr.Button("What does that cost?", scale=0, min_width=220)
+        parts["offered"] = gr.HTML(label="Price", container=False, padding=False)
+        parts["pay"] = gr.Number(0, label="At most, in dollars", visible="hidden")
+        parts["start"] = gr.Button(
+            "Start the Job", variant="primary", visible=False, scale=0, min_width=220
+        )
 
 
 def _plan_and_merge(parts: Parts) -> None:
@@ -163,7 +184,7 @@ def _explore(parts: Parts) -> None:
 
 _JOB = [
     "job", "state", "watching", "follow", "status", "cancel", "resume", "discard",
-    "act_note", "link", "gates", "log", "done", "result", "files", "figures",
+    "act_note", "link", "gates", "log", "done", "result", "files", "figures", "asking",
 ]  # fmt: skip
 _UNFINISHED = ["unfinished", "chosen", "mine", "report_a", "report_b", *fields.MODELS]
 
@@ -227,6 +248,12 @@ def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
     on(parts["state"].change, following.refresh, ["job", "remembered"], _JOB, quick=True)
     for name, _, _ in _ACTS:
         on(parts[name].click, getattr(following, name), ["remembered", "job"], _JOB)
+    asking = ["job", "tasks", "limit", "pay"]
+    for name in ("price", "start"):
+        act = getattr(following, name)
+        on(parts[name].click, act, asking, ["offered", "pay", "start"], busy="offered")
+    for name in ("tasks", "limit"):
+        on(parts[name].change, following.unpriced, [], ["pay", "start"], quick=True)
     on(parts["dismiss"].click, following.dismiss, ["remembered"], [*_JOB, "remembered"])
     continued = [*_JOB, *_UNFINISHED, "remembered", "go_on_note"]
     on(parts["go_on"].click, following.go_on, ["chosen", "remembered"], continued)

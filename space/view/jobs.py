@@ -7,7 +7,7 @@ from typing import Any
 
 from resmerge_stream.methods import MergeMethod
 from resmerge_stream.sources import REPO_ID
-from resmerge_stream.units import format_size
+from resmerge_stream.units import dollars, format_size
 
 from ..examples import PREFIX
 from ..jobs.records import ACTIVE, CANCELLED, CONTINUABLE, DONE, QUEUED, RUNNING, Job
@@ -126,8 +126,14 @@ def jobs_html(jobs: Sequence[Job], *, signed_in: bool) -> str:
     return f'{soft}<div class="rm">{shown}</div>'
 
 
-def result_html(job: Job) -> str:
-    """Return what a finished job made, where it is, and how to try it."""
+def result_html(job: Job, *, ask_here: bool = False) -> str:
+    """Return what a finished job made, where it is, and how to try it.
+
+    Args:
+        job: done.
+        ask_here: whether the page has a button for what the merge is asked in a Job; else there is
+            a command.
+    """
     if job.state != DONE:
         return ""
     if job.url:
@@ -136,6 +142,7 @@ def result_html(job: Job) -> str:
         text = f'{what}: <a href="{page}" target="_blank" rel="noopener">{page}</a></b>'
         is_adapter = (job.asked.get("options") or {}).get("as") == "adapter"
         steps = _next_steps(job.asked, is_adapter=is_adapter)
+        steps += "" if ask_here or is_adapter else _evaluation(job.asked)
         text += "" if job.asked.get("create_pr") else steps
     else:
         text = "Merged. The files are below, also as one archive; they stay here for a day.</b>"
@@ -154,25 +161,63 @@ def _next_steps(asked: Mapping[str, Any], *, is_adapter: bool) -> str:
     return (
         f'<p>Try it: <code>transformers chat {esc(repo)}</code></p><p><a href="{gguf}" '
         f'target="_blank" rel="noopener">Make a GGUF, also quantised</a>, of '
-        f"<code>{esc(repo)}</code></p>{_evaluation(asked)}"
+        f"<code>{esc(repo)}</code></p>"
     )
+
+
+def can_be_asked(asked: Mapping[str, Any]) -> bool:
+    """Whether a Job can ask what was merged: a whole model at main, of models on the Hub."""
+    is_adapter = (asked.get("options") or {}).get("as") == "adapter"
+    return bool(_asked_beside(asked)) and not (is_adapter or asked.get("create_pr"))
+
+
+def _asked_beside(asked: Mapping[str, Any]) -> list[str]:
+    """Return base and experts, where all are on the Hub."""
+    recipe = asked.get("recipe") or {}
+    listed = [m.get("model") if isinstance(m, dict) else m for m in recipe.get("models") or ()]
+    base = recipe.get("base_model")
+    models = list(dict.fromkeys(str(name) for name in ([base] if base else []) + listed))
+    on_hub = all(REPO_ID.fullmatch(name.partition("@")[0]) for name in models)
+    return models if on_hub and not any(name.startswith(PREFIX) for name in models) else []
 
 
 def _evaluation(asked: Mapping[str, Any]) -> str:
     """Return the command that asks the merge and its models as a Job, where all are on the Hub."""
-    recipe = asked.get("recipe") or {}
-    listed = [m.get("model") if isinstance(m, dict) else m for m in recipe.get("models") or ()]
-    base, repo = recipe.get("base_model"), str(asked.get("push_to"))
-    models = list(dict.fromkeys(str(name) for name in ([base] if base else []) + listed))
-    if not all(REPO_ID.fullmatch(name.partition("@")[0]) for name in models):
-        return ""
-    if any(name.startswith(PREFIX) for name in models):
+    models, repo = _asked_beside(asked), str(asked.get("push_to"))
+    if not models:
         return ""
     words = " ".join(shlex.quote(name) for name in (*models, repo))
     command = f"resmerge-stream evaluate {words} --tasks gsm8k --card {shlex.quote(repo)} --job"
     return (
         "<p>Ask it what its parts are asked, as a Job on the Hub. You see the price first, and the "
         f"results are a pull request: <code>{esc(command)}</code></p>"
+    )
+
+
+def offer_html(offer: Mapping[str, Any]) -> str:
+    """Return what a Job would ask, where, and what it costs."""
+    return (
+        f'<div class="rm"><p>{esc(offer["summary"])}</p>'
+        + facts(
+            [
+                ("Machine", esc(offer["flavor"])),
+                ("Time", f"about {duration(offer['seconds_estimate'])}"),
+                ("Price", f"about {dollars(offer['usd_estimate'])}"),
+                ("At most", dollars(offer["usd_at_most"])),
+            ]
+        )
+        + '<p class="rm-soft">The Hub bills it to your account. The results are a pull request on '
+        "the merge.</p></div>"
+    )
+
+
+def job_started_html(offer: Mapping[str, Any]) -> str:
+    """Return where an evaluation runs, and where its results will be."""
+    page = esc(offer["url"])
+    return (
+        f'<div class="rm"><div class="rm-note rm-good">It runs: <a href="{page}" target="_blank" '
+        f'rel="noopener">{page}</a>. Its results will be a pull request on the merge; once that '
+        "is merged, “Explore” shows them as bars.</div></div>"
     )
 
 

@@ -15,7 +15,7 @@ from tests.support.hub_runs import MODELS
 from tests.support.space_runs import Town, client_of, ended, recipe, status, wait_for
 
 ENDPOINTS = {"/methods", "/plan", "/merge", "/status", "/cancel", "/resume", "/jobs", "/files",
-             "/report"}  # fmt: skip
+             "/report", "/evaluate"}  # fmt: skip
 STATUS = {"state", "place", "progress", "bytes_read", "bytes_written", "shards_done", "shards",
           "seconds_left", "message", "url"}  # fmt: skip
 
