@@ -102,6 +102,45 @@ def test_the_built_in_way_from_choosing_to_files(service, handlers, monkeypatch)
     assert document_of(from_repository)["recipe"]["models"] == document_of(form)["recipe"]["models"]
 
 
+OFFER = {
+    "summary": "evaluation: 3 models are asked gsm8k", "flavor": "l4x1", "usd_estimate": 0.25,
+    "usd_at_most": 0.4, "seconds_estimate": 600, "timeout_seconds": 1800, "url": "",
+}  # fmt: skip
+
+
+def test_a_job_is_started_at_the_price_that_was_shown(service, handlers, monkeypatch):
+    """The price first, with a button that names it; the button pays that and no more."""
+    paid = []
+
+    def ask(self, name, visitor, *, tasks, limit, pay_up_to):
+        paid.append((name, visitor.name, tasks, limit, pay_up_to))
+        return {**OFFER, "url": "https://hub/jobs/alice/1" if pay_up_to >= 0.4 else ""}
+
+    monkeypatch.setattr(type(service), "ask", ask)
+    form = {"job": "a-job", "tasks": "gsm8k", "limit": 500, "pay": 0}
+
+    offered = handlers.following.price(form, ALICE)
+    started = handlers.following.start({**form, "pay": offered["pay"]}, ALICE)
+
+    assert "l4x1" in offered["offered"]
+    assert offered["start"] == {"visible": True, "value": "Start the Job for about $0.25",
+                                "__type__": "update"}  # fmt: skip
+    assert "https://hub/jobs/alice/1" in started["offered"]
+    assert (started["pay"], started["start"]["visible"]) == (0, False)
+    assert [entry[-1] for entry in paid] == [0.0, 0.4]
+    assert paid[0][:4] == ("a-job", "alice", "gsm8k", 500)
+
+
+def test_other_questions_take_an_offer_back(handlers):
+    """What was offered for other questions is not started; a refusal takes it back too."""
+    changes = handlers.following.unpriced({})
+    refused = handlers.following.price({"job": "none", "tasks": "gsm8k", "limit": 5}, ALICE)
+
+    for found in (changes, refused):
+        assert (found["pay"], found["start"]["visible"]) == (0, False)
+    assert "no such job" in refused["offered"]
+
+
 def test_what_changed_since_the_plan_is_planned_again(handlers):
     """Nothing is merged that was not planned as it is now."""
     form = form_after(handlers.example({}, number=0))
@@ -516,7 +555,7 @@ def test_only_the_endpoints_are_public(page):
     """The page's own events are private; programs have the named ones, described."""
     assert set(page["named"]) == {
         "/methods", "/plan", "/merge", "/status", "/cancel", "/resume", "/jobs", "/files",
-        "/report",
+        "/report", "/evaluate",
     }  # fmt: skip
     assert all(page["named"].values())
     assert not page["unnamed"]
