@@ -79,7 +79,9 @@ def ask_as_job(
     all_models = [*models, repo_id]
     known = dict.fromkeys(all_models, _specs(report))
     merge_at(repo_id, visitor.token)
-    evaluation = JobEvaluation.of(all_models, repo_id, names, limit=limit, known=known)
+    evaluation = JobEvaluation.of(
+        all_models, repo_id, names, limit=limit, known=known, check_harness_tasks=False
+    )
     errand = evaluation.errand()
     jobs = HubJobs(visitor.token, visitor.name)
     taken = offer(errand, jobs.flavors())

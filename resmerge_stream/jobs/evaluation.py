@@ -61,6 +61,7 @@ class JobEvaluation:
         engine: str = "auto",
         plan: Plan | None = None,
         known: Mapping[str, Iterable[TensorSpec]] = MappingProxyType({}),
+        check_harness_tasks: bool = True,
         say: Callable[[str], None] = lambda text: None,
     ) -> Self:
         """Return the evaluation of models by tasks; reads the models' headers.
@@ -74,6 +75,8 @@ class JobEvaluation:
             engine: as ``--engine``.
             plan: of the merge that makes it first; None: it is there.
             known: the tensors of models whose headers need not be read.
+            check_harness_tasks: whether tasks of the harness are looked up, where it is installed;
+                that imports it.
             say: told what cannot be checked here.
 
         Raises:
@@ -84,9 +87,9 @@ class JobEvaluation:
         for name in names:
             _refuse_elsewhere(name)
         harness = [task for task in tasks if isinstance(task, Harness)]
-        if harness and importlib.util.find_spec("lm_eval") is not None:
+        if harness and check_harness_tasks and importlib.util.find_spec("lm_eval") is not None:
             check_harness(tasks)
-        elif harness:
+        elif harness and check_harness_tasks:
             say("warning: lm-evaluation-harness is not installed here: its tasks are not checked.")
         merged = [[tensor.spec for tensor in plan.tensors.values()]] if plan is not None else []
         stored = [

@@ -25,6 +25,7 @@ TICK_S = 5.0
 # Afterwards what changes was changed by a visitor; what a reload brought back is shown at once.
 _READY = "(...values) => {{ window.resmergeReady = true; return (\n{keep})(...values); }}"
 _SHOW_JOB = "() => setTimeout(() => document.getElementById('follow')?.scrollIntoView(), 100)"
+_ASKING = '() => \'<p class="rm-soft" role="status">Asking the Hub …</p>\''
 _LOST = '<p id="lost" class="rm-lost" role="status"></p>'
 # The browser decodes what it keeps, so this is in the page: it hides nothing, it only must not
 # change from one start of the server to the next.
@@ -134,7 +135,7 @@ def _now(parts: Parts) -> None:
 
 def _ask(parts: Parts) -> None:
     """Add what asks a published merge as a Job: first its price, then its start."""
-    with gr.Accordion("Ask it what its parts are asked", open=False, visible=False) as parts[
+    with gr.Accordion("Evaluate it, as a Job on the Hub", open=False, visible=False) as parts[
         "asking"
     ]:
         with gr.Row():
@@ -142,8 +143,9 @@ def _ask(parts: Parts) -> None:
                 "gsm8k", label="Tasks", max_lines=1, info="of lm-evaluation-harness, with commas"
             )
             parts["limit"] = gr.Number(
-                500, label="Questions a task", precision=0, minimum=1, maximum=10_000
-            )
+                500, label="Questions a task", precision=0, minimum=1, maximum=10_000,
+                info="the same ones for each model",
+            )  # fmt: skip
         parts["price"] = gr.Button("What does that cost?", scale=0, min_width=220)
         parts["offered"] = gr.HTML(label="Price", container=False, padding=False)
         parts["pay"] = gr.Number(0, label="At most, in dollars", visible="hidden")
@@ -251,6 +253,7 @@ def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
     asking = ["job", "tasks", "limit", "pay"]
     for name in ("price", "start"):
         act = getattr(following, name)
+        parts[name].click(None, None, parts["offered"], js=_ASKING, api_visibility="private")
         on(parts[name].click, act, asking, ["offered", "pay", "start"], busy="offered")
     for name in ("tasks", "limit"):
         on(parts[name].change, following.unpriced, [], ["pay", "start"], quick=True)

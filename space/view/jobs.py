@@ -197,7 +197,7 @@ def _evaluation(asked: Mapping[str, Any]) -> str:
 def offer_html(offer: Mapping[str, Any]) -> str:
     """Return what a Job would ask, where, and what it costs."""
     return (
-        f'<div class="rm"><p>{esc(offer["summary"])}</p>'
+        f'<div class="rm"><p>{esc(offer["summary"].partition(": ")[2])}.</p>'
         + facts(
             [
                 ("Machine", esc(offer["flavor"])),

@@ -24,7 +24,9 @@ async def _record(call: Call) -> dict[str, Any]:
 
 def _check_namespace(call: Call) -> str:
     namespace, caller = call.part("owner"), call.caller()
-    if caller.role == "contribute" or not call.hub.accounts.may_create(caller, namespace):
+    # An app's token may if its user agreed to that; a token of the user's own, if it may write.
+    may = caller.role != "contribute" if caller.scopes is None else caller.has_scope("jobs")
+    if not may or not call.hub.accounts.may_create(caller, namespace):
         raise HubError(403, f"You don't have the rights to run Jobs under {namespace}")
     return namespace
 
