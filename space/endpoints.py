@@ -33,6 +33,7 @@ EXAMPLES: dict[str, Any] = {
     "create_pr": False,
     "collection": "your-name/merges-0123456789abcdef",
     "discuss": False,
+    "questions": '{"prompt": "sort:cab>", "answer": "abc"}',
     "job": _ID,
     "job_or_repo": "your-name/merged",
     "tasks": "gsm8k",
@@ -131,6 +132,7 @@ class Endpoints:
         create_pr: bool = False,
         collection: str = "",
         discuss: bool = False,
+        questions: str = "",
         request: gr.Request = None,  # type: ignore[assignment]
         oauth_token: gr.OAuthToken | None = None,
         x_hf_token: gr.Header | None = None,
@@ -145,6 +147,7 @@ class Endpoints:
             create_pr: whether to open a pull request on that repository instead; private is then ignored.
             collection: a collection of the account to add the model to, owner/title-id; empty for none.
             discuss: whether to open a discussion in the repository when the merge is done.
+            questions: what base, experts and merge are asked afterwards if they are small, as JSONL: {"prompt": "2+2=", "answer": "4"} a line, "verify": "number" and "max_new_tokens" may be added; at most 50.
 
         Returns:
             {"job": id}, for status, cancel, resume, files and report.
@@ -161,7 +164,9 @@ class Endpoints:
                 "discuss": discuss,
             }
             asked = web_request(document, self._service.settings)
-            return {"job": self._service.submit(asked, visitor, address=caller(request)).id}
+            address = caller(request)
+            job = self._service.submit(asked, visitor, address=address, questions=questions)
+            return {"job": job.id}
 
     def _found(
         self,
@@ -183,7 +188,7 @@ class Endpoints:
             job: the id that merge returned, 43 characters. An account's job is told to that account alone.
 
         Returns:
-            state, place (how many are before it), progress (0 to 1), bytes, shards, seconds_left (null if unknown), message, url.
+            state, place (how many are before it), progress (0 to 1), bytes, shards, seconds_left (null if unknown), message, url, accuracies (by model and task what was asked after the merge: share of right answers, both ends of its 95 % interval, questions).
         """  # noqa: E501
         with _told():
             return self._service.status(self._found(job, oauth_token, x_hf_token)[0])

@@ -25,6 +25,7 @@ from .jobs.downloads import pinned_recipe
 from .jobs.jobs import Jobs
 from .jobs.planning import Planners
 from .jobs.records import JOB_ID, Job
+from .questions import check_questions
 from .remedies import plan_said
 from .search import Search
 from .settings import Settings
@@ -81,18 +82,22 @@ class Service:
         hardware[:1] = [replace(fit, seconds=seconds) for fit in hardware[:1]]
         return {**plan, "seconds_estimate": round(seconds, 1), "hardware": hardware}
 
-    def check(self, asked: Request, visitor: Visitor, address: str = "") -> None:
+    def check(
+        self, asked: Request, visitor: Visitor, address: str = "", questions: str = ""
+    ) -> None:
         """Refuse what `submit` would not queue for this visitor now; the plan's verdict too.
 
         Args:
             asked: what to merge.
             visitor: who asks; only the built-in example goes without an account.
             address: where somebody without an account comes from.
+            questions: that base, experts and merge are asked afterwards.
 
         Raises:
             PublishError: an account is needed.
-            RecipeError: nowhere to publish, or too many jobs.
+            RecipeError: nowhere to publish, too many jobs, or a question is wrong.
         """
+        check_questions(questions, asked)
         if needs_account(asked) and not visitor.name:
             raise PublishError(
                 "only the built-in example is merged without an account.", Remedy.SIGN_IN
@@ -105,7 +110,15 @@ class Service:
             )
         self.jobs.check_caps(visitor.name, address)
 
-    def submit(self, asked: Request, visitor: Visitor, *, key: str = "", address: str = "") -> Job:
+    def submit(
+        self,
+        asked: Request,
+        visitor: Visitor,
+        *,
+        key: str = "",
+        address: str = "",
+        questions: str = "",
+    ) -> Job:
         """Queue a merge.
 
         Args:
@@ -113,11 +126,13 @@ class Service:
             visitor: who asks.
             key: what tells the browser of somebody without an account, see `secret_key`.
             address: as for `check`.
+            questions: that base, experts and merge are asked afterwards, as `parse_questions`
+                takes them.
 
         Raises:
             ResMergeError: as `check`.
         """
-        self.check(asked, visitor, address)
+        self.check(asked, visitor, address, questions)
         owner = visitor.name
         return self.jobs.submit(
             asked,
@@ -125,6 +140,7 @@ class Service:
             key="" if owner else key,
             token=visitor.token if owner else None,
             address=address,
+            questions=questions.strip(),
         )
 
     def resume(self, job: Job, visitor: Visitor) -> None:
@@ -164,6 +180,7 @@ class Service:
             "seconds_left": None if left is None else round(left, 1),
             "message": job.message,
             "url": job.url.partition("/commit/")[0],
+            "accuracies": job.accuracies,
         }
 
     def recipe(self, place: str, visitor: Visitor) -> Recipe:

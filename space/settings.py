@@ -24,6 +24,7 @@ class Settings:
         anonymous_plans: a minute, of an address without an account.
         plan_seconds: that one plan may take.
         keep_seconds: how long the files of a finished job stay.
+        ask_seconds: that a visitor's own questions may take after a merge, as it is estimated.
         prompts: held-out prompts a task that the built-in models are asked after a merge; 0: none.
     """
 
@@ -36,6 +37,7 @@ class Settings:
     anonymous_plans: int = 30
     plan_seconds: float = 45.0
     keep_seconds: float = 86_400.0
+    ask_seconds: float = 300.0
     prompts: int = 32
 
 
@@ -49,6 +51,7 @@ _NUMBERS = (
     ("RESMERGE_SPACE_ANONYMOUS_PLANS", "anonymous_plans", 0),
     ("RESMERGE_SPACE_PLAN_SECONDS", "plan_seconds", 1),
     ("RESMERGE_SPACE_KEEP_SECONDS", "keep_seconds", 0),
+    ("RESMERGE_SPACE_ASK_SECONDS", "ask_seconds", 0),
     ("RESMERGE_SPACE_PROMPTS", "prompts", 0),
 )
 

@@ -12,7 +12,7 @@ from ..errors import CheckpointFormatError, NotEnoughMemoryError, Remedy, shown
 from ..recipe import ModelRef
 from ..sources import REPO_ID, Checkpoint, open_checkpoint
 from ..units import format_size
-from .engines import Answerer, in_memory, loaded
+from .engines import Answerer, Loading, in_memory, loaded
 from .tasks import Harness, Task
 
 
@@ -28,18 +28,19 @@ class Answers(NamedTuple):
     dataset: str | None = None
 
 
-def open_model(text: str, device: str) -> Checkpoint:
+def open_model(text: str, device: str, *, token: str | bool | None = None) -> Checkpoint:
     """Open a model's headers, and refuse it where its weights do not fit into memory.
 
     Args:
         text: a folder, or namespace/name[@revision].
         device: as ``--device``.
+        token: as for `open_checkpoint`.
 
     Raises:
         CheckpointError: it is no model, or a broken one.
         NotEnoughMemoryError: its weights need more memory than is free.
     """
-    checkpoint = open_checkpoint(ModelRef.parse(text))
+    checkpoint = open_checkpoint(ModelRef.parse(text), token=token)
     if choose_device(device).type == "cpu":
         # Computed in float32 there: CPUs are slow and uneven in bf16.
         numel = sum(math.prod(t.spec.shape) for t in checkpoint.tensors.values())
@@ -56,10 +57,9 @@ def open_model(text: str, device: str) -> Checkpoint:
 def ask(
     text: str,
     tasks: Sequence[Task],
-    device: str,
+    how: Loading,
     limit: int,
     say: Callable[[str], None],
-    engine: str = "auto",
 ) -> Iterator[tuple[str, Answers]]:
     """Yield each task's name, and which of its questions a model answers rightly, decoded greedily.
 
@@ -68,10 +68,9 @@ def ask(
     Args:
         text: a folder, or namespace/name[@revision].
         tasks: from `find_task`.
-        device: as ``--device``.
+        how: it is loaded.
         limit: questions a task of the harness.
         say: told each task before it is asked.
-        engine: what loads it; as `choose_engine` takes it.
 
     Raises:
         CheckpointFormatError: the model cannot be loaded.
@@ -79,7 +78,7 @@ def ask(
         RecipeError: a task's check failed, or there is no such engine.
     """
     harness = any(isinstance(task, Harness) for task in tasks)
-    with loaded(text, device, engine, harness=harness) as model:
+    with loaded(text, how, harness=harness) as model:
         for task in tasks:
             say(f"{text}: {task.name}")
             with in_memory(text):

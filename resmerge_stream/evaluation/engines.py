@@ -7,7 +7,8 @@ import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
 
 from ..device import choose_device
 from ..errors import CheckpointFormatError, NotEnoughMemoryError, RecipeError, Remedy, shown
@@ -19,6 +20,22 @@ from .verifiers import verify
 
 Engine = Literal["auto", "transformers", "vllm"]
 ENGINES: tuple[Engine, ...] = ("auto", "transformers", "vllm")
+
+
+class Loading(NamedTuple):
+    """How a model is loaded.
+
+    Attributes:
+        device: as ``--device``.
+        engine: as `choose_engine` takes it.
+        token: to read the Hub with; None stands for HF_TOKEN or the login.
+        cache: a folder for what is downloaded; None: where the Hub's client keeps it.
+    """
+
+    device: str = "auto"
+    engine: str = "auto"
+    token: str | bool | None = None
+    cache: Path | None = None
 
 
 class Answerer(Protocol):
@@ -59,13 +76,12 @@ def choose_engine(name: str, device: str) -> Literal["transformers", "vllm"]:
 
 
 @contextmanager
-def loaded(text: str, device: str, engine: str, *, harness: bool) -> Iterator[Answerer]:
+def loaded(text: str, how: Loading, *, harness: bool) -> Iterator[Answerer]:
     """Load a model, and free its memory afterwards.
 
     Args:
         text: a folder, or namespace/name[@revision].
-        device: as ``--device``.
-        engine: as `choose_engine` takes it.
+        how: device, engine, token and cache.
         harness: whether a task of the harness will be asked.
 
     Raises:
@@ -73,10 +89,10 @@ def loaded(text: str, device: str, engine: str, *, harness: bool) -> Iterator[An
         NotEnoughMemoryError: a GPU is too small for it.
         RecipeError: there is no such engine.
     """
-    chosen = choose_engine(engine, device)
+    chosen = choose_engine(how.engine, how.device)
     with in_memory(text):
         made: Answerer = (
-            WithVllm(text, harness=harness) if chosen == "vllm" else WithTransformers(text, device)
+            WithVllm(text, harness=harness) if chosen == "vllm" else WithTransformers(text, how)
         )
     try:
         yield made
@@ -108,24 +124,39 @@ class WithTransformers:
 
     Args:
         text: a folder, or namespace/name[@revision].
-        device: as ``--device``.
+        how: it is loaded.
 
     Raises:
         CheckpointFormatError: it cannot be loaded, or lacks weights.
     """
 
-    def __init__(self, text: str, device: str) -> None:
-        self._model, self._tokenizer = _load(text, device)
+    def __init__(self, text: str, how: Loading) -> None:
+        self._text = text
+        self._model, self._tokenizer = _load(text, how)
 
     def right(self, task: Questions) -> list[bool]:
         """Return which questions it answers rightly.
 
         Raises:
+            CheckpointFormatError: it does not run.
             RecipeError: a task's check failed.
         """
         if task.name in TASKS and self._knows(task.prompts[0]):
             return right_answers(self._model, self._tokenizer, task.prompts)
-        return verify(task.rules, self._answers(task))
+        try:
+            answers = self._answers(task)
+        except (
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as exc:  # whatever its parts raise
+            if type(exc).__name__ == "OutOfMemoryError":
+                raise  # `in_memory` says it
+            raise CheckpointFormatError(
+                f"{shown(self._text)} does not answer: {_first(exc)}"
+            ) from exc
+        return verify(task.rules, answers)
 
     def for_harness(self) -> Any:
         """Return it as the harness takes it."""
@@ -210,30 +241,33 @@ class WithVllm:
         return self._lm
 
 
-def _load(text: str, device: str) -> tuple[Any, Any]:
+def _load(text: str, how: Loading) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    where = choose_device(device)
+    where = choose_device(how.device)
     dtype = torch.float32 if where.type == "cpu" else "auto"
     ref = ModelRef.parse(text)
+    found_at: dict[str, Any] = {
+        "revision": ref.revision or "main",
+        "subfolder": ref.subfolder or "",
+        "token": how.token,
+        "cache_dir": how.cache,
+    }
     logging: Any = transformers_logging
     logging.disable_progress_bar()
     try:
         made: Any = AutoModelForCausalLM.from_pretrained(
             ref.id,
-            revision=ref.revision or "main",
-            subfolder=ref.subfolder or "",
+            **found_at,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,  # nobody is asked, and no code of a stranger runs
             output_loading_info=True,
         )
         model, info = made
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            ref.id, revision=ref.revision or "main", subfolder=ref.subfolder or ""
-        )
+        tokenizer: Any = AutoTokenizer.from_pretrained(ref.id, **found_at, trust_remote_code=False)
     except Exception as exc:  # transformers raises whatever its parts raise
         raise CheckpointFormatError(f"{shown(text)} cannot be loaded: {_first(exc)}") from exc
     if info["missing_keys"]:

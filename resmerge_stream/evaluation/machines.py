@@ -120,6 +120,20 @@ class Sitting:
         return self.device == "cpu"
 
 
+def cpu_seconds(numel: int, models: int, questions: int, tokens: int, cores: int) -> float:
+    """Return about how long models take to answer on a CPU, once they are in memory.
+
+    Args:
+        numel: elements of all models together.
+        models: how many.
+        questions: that each is asked.
+        tokens: of an answer.
+        cores: at work.
+    """
+    batches, asked = math.ceil(questions / BATCH), min(questions, BATCH)
+    return batches * tokens * (2 * numel * asked / (cores * _CORE_FLOPS) + models * _STEP_SECONDS)
+
+
 def _steps(task: Task, limit: int) -> int:
     if isinstance(task, Questions):
         return math.ceil(len(task.prompts) / BATCH) * task.new_tokens

@@ -14,7 +14,7 @@ from ..errors import RecipeError, StoppedError
 from ..sinks.durable import write_durably
 from ..sources import Checkpoint
 from .asking import ask, open_model
-from .engines import choose_engine
+from .engines import Loading, choose_engine
 from .results import Verdicts, evaluation, evaluation_files
 from .tasks import Questions, Task, check_harness, find_tasks
 
@@ -29,6 +29,8 @@ class Examination:
         limit: questions a task.
         device: as ``--device``.
         engine: what loads the models; as `choose_engine` takes it.
+        token: to read models on the Hub with; None stands for HF_TOKEN or the login.
+        cache: a folder for what is downloaded; None: where the Hub's client keeps it.
         say: told what is asked.
 
     Attributes:
@@ -46,13 +48,15 @@ class Examination:
         limit: int = 500,
         device: str = "auto",
         engine: str = "auto",
+        token: str | bool | None = None,
+        cache: Path | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._tasks = find_tasks(tasks, limit)
         check_harness(self._tasks)
         self._folder = Path(os.path.expanduser(out))
         self._limit, self._device, self._say = limit, device, say
-        self._engine = choose_engine(engine, device)
+        self._engine, self._token, self._cache = choose_engine(engine, device), token, cache
         self.datasets: dict[str, str] = {}
 
     def open(self, model: str) -> Checkpoint:
@@ -62,7 +66,7 @@ class Examination:
             CheckpointError: it is no model, or broken.
             NotEnoughMemoryError: it does not fit.
         """
-        return open_model(model, self._device)
+        return open_model(model, self._device, token=self._token)
 
     def known(self, name: str, identity: Any) -> dict[str, list[bool]] | None:
         """Return a model's verdicts by task, where an earlier run asked it everything."""
@@ -87,8 +91,8 @@ class Examination:
         stores = {task.name: self._store(name, identity, task) for task in self._tasks}
         missing = [task for task in self._tasks if not stores[task.name].is_file()]
         if missing:
-            how = (self._device, self._limit, self._say, self._engine)
-            for task, answers in ask(model, missing, *how):
+            how = Loading(self._device, self._engine, self._token, self._cache)
+            for task, answers in ask(model, missing, how, self._limit, self._say):
                 with _written_to(self._folder):
                     stores[task].parent.mkdir(parents=True, exist_ok=True)
                     write_durably(stores[task], json.dumps(answers).encode())

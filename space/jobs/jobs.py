@@ -83,16 +83,24 @@ class Jobs:
                 self._save(job)
 
     def submit(
-        self, asked: Request, *, owner: str, key: str, token: str | None, address: str = ""
+        self,
+        asked: Request,
+        *,
+        owner: str,
+        key: str,
+        token: str | None,
+        address: str = "",
+        questions: str = "",
     ) -> Job:
-        """Queue a merge and return its job.
+        """Queue a merge and return its job; questions are asked once it is merged.
 
         Raises:
             RecipeError: this visitor, or all of them, have too many jobs.
         """
         with self._changed:
             self.check_caps(owner, address)
-            job = new_job(asked.to_dict(), owner, key)
+            document = asked.to_dict() | ({"questions": questions} if questions else {})
+            job = new_job(document, owner, key)
             self._jobs[job.id] = job
             self._enqueue(job, token, address)
             return job
@@ -290,6 +298,7 @@ class Jobs:
             "token": run.token,
             "out": None if job.asked.get("push_to") else str(self.result(job)),
             "work_dir": str(self._work_dir(job)),
+            "ask_seconds": self.settings.ask_seconds,
             "prompts": 0 if job.asked.get("push_to") else self.settings.prompts,
         }
         last: dict[str, Any] = {}

@@ -73,9 +73,12 @@ def apply(job: Job, live: Live, event: dict[str, Any]) -> dict[str, Any] | None:
     elif isinstance(told, Finished):
         return _finished(job, live, told)
     elif event.get("event") == "asking":
-        job.message = f"Asking held-out questions: {event['model']}"
+        job.message = f"Asking {event['model']}"
     elif event.get("event") == "accuracies":
         job.accuracies = event["accuracies"]
+    elif event.get("event") == "unasked":
+        job.say(f"not asked: {event['message']}")
+        job.unasked = str(event["message"])
     return None
 
 

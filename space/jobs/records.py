@@ -42,7 +42,8 @@ class Job:
         read_speed, write_speed, sent_speed: bytes a second, over the last moments.
         seconds_left: until everything is merged and sent, where that can be told.
         memory_bytes: private memory of the merge now.
-        accuracies: of the built-in example: shares of right answers by model and task.
+        accuracies: of the models that were asked: shares of right answers by model and task.
+        unasked: why a visitor's questions were not asked, where they were not.
         log: what happened, a line each.
     """
 
@@ -70,6 +71,7 @@ class Job:
     memory_bytes: int = 0
     took: float = 0.0
     accuracies: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    unasked: str = ""
     log: list[str] = field(default_factory=list)
 
     def may_see(self, account: str) -> bool:

@@ -23,6 +23,7 @@ from resmerge_stream.run.events import Event, Finished
 from ..asked import web_request
 from ..examples import on_this_machine, web_names
 from ..settings import read_settings
+from .examiner import ask_built_in, ask_own
 
 # How long an interrupted merge may take to end by itself.
 _GRACE_S = 3.0
@@ -41,7 +42,7 @@ def main() -> int:
         for event in _events(request):
             # An adapter answers on its base only, and is not asked.
             if isinstance(event, Finished) and not event.report.get("adapter"):
-                _evaluate(event.where, request.get("prompts") or 0)
+                _ask(request, event.where)
             _say({**event.to_dict(), "memory_bytes": private_memory()})
     except ResMergeError as exc:
         _say({"event": "refused" if exc.exit_code == 2 else "stopped", **exc.to_dict()})
@@ -79,19 +80,21 @@ def _events(request: dict[str, Any]) -> Iterator[Event]:
         plan.close()
 
 
-def _evaluate(merged: str, prompts: int) -> None:
-    """Ask the built-in models and their merge questions that training never asked, if any."""
-    if not prompts:
+def _ask(request: dict[str, Any], merged: str) -> None:
+    """Ask a visitor's questions, or the built-in ones."""
+    asked = request["asked"]
+    if not asked.get("questions"):
+        ask_built_in(merged, request.get("prompts") or 0, _say)
         return
-    from resmerge_stream.experts.group import demo_accuracies
-
-    found = demo_accuracies(
-        {"merged": merged}, prompts, say=lambda name: _say({"event": "asking", "model": name})
+    ask_own(
+        web_request(asked, read_settings()),
+        str(asked["questions"]),
+        str(asked.get("push_to") or merged),
+        token=request.get("token") or False,
+        folder=Path(request["work_dir"]) / "asked",
+        seconds=float(request.get("ask_seconds") or 0.0),
+        say=_say,
     )
-    table = {
-        model: {task: list(share) for task, share in row.items()} for model, row in found.items()
-    }
-    _say({"event": "accuracies", "accuracies": table})
 
 
 def _say(line: dict[str, Any]) -> None:

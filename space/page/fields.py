@@ -9,6 +9,7 @@ from resmerge_stream.methods import MergeMethod, find_methods, parameter_fields
 from resmerge_stream.specs import OUTPUT_DTYPES
 
 from ..examples import examples
+from ..questions import MOST_BYTES
 from ..view.jobs import method_html
 from .forms import (
     AS_IT_IS,
@@ -68,6 +69,12 @@ def choose(parts: Parts) -> None:
         _output(parts)
         _part("How it is published")
         _publish(parts)
+        _part("What it is asked afterwards")
+        parts["questions"] = gr.Textbox(
+            label="Questions", lines=2, max_lines=10, max_length=MOST_BYTES,
+            placeholder='{"prompt": "2+2=", "answer": "4", "verify": "number"}',
+            info="one JSON object a line; base, experts and merge answer here if they are small",
+        )  # fmt: skip
 
 
 def names() -> list[str]:
@@ -79,7 +86,7 @@ def names() -> list[str]:
         for key in parameter_fields(method)
     ]
     output = ["dtype", *output_options()]
-    goal = ["namespace", "name", "publish", "visibility", "collection", "discuss"]
+    goal = ["namespace", "name", "publish", "visibility", "collection", "discuss", "questions"]
     return ["base", *rows, "method", *controls, *output, *goal, BEYOND]
 
 

@@ -36,7 +36,8 @@ def document_of(form: Mapping[str, Any]) -> dict[str, Any]:
         form: values by field: ``base``, ``expert0`` … with ``weight0`` …, ``count``, ``method``,
             the method's parameters as ``method.parameter``, ``dtype``, the output options by
             their keys, ``namespace``, ``name``, ``publish``, ``visibility``, ``collection``,
-            ``discuss``; ``beyond`` is what `form_of` found no field for, and goes over them.
+            ``discuss``, ``questions``; ``beyond`` is what `form_of` found no field for, and goes
+            over them.
     """
     method = str(form.get("method") or "resmerge")
     kind = find_methods().get(method)
@@ -78,6 +79,7 @@ def document_of(form: Mapping[str, Any]) -> dict[str, Any]:
         "recipe": recipe,
         "options": options,
         "push_to": target_of(form),
+        "questions": str(form.get("questions") or "").strip(),
         **_publishing(form),
     }
 

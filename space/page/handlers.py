@@ -185,7 +185,13 @@ class Handlers:
         try:
             asked = web_request(document, self._service.settings)
             key = secret_key(remembered["secret"])
-            job = self._service.submit(asked, visitor, key=key, address=caller(request))
+            job = self._service.submit(
+                asked,
+                visitor,
+                key=key,
+                address=caller(request),
+                questions=str(document.get("questions") or ""),
+            )
         except ResMergeError as exc:
             return {"merge_note": notice(said(exc))}
         remembered["job"] = job.id
@@ -212,7 +218,8 @@ class Handlers:
         """Return why Merge would not start what can be planned, and what to do; or nothing."""
         try:
             asked = web_request(document, self._service.settings)
-            self._service.check(asked, visitor, address)
+            questions = str(document.get("questions") or "")
+            self._service.check(asked, visitor, address, questions)
         except PublishError as exc:
             at_home = "" if on_space() else " Log in with “hf auth login”, and start this again."
             return said(exc) + at_home

@@ -113,7 +113,7 @@ def _more(asked: Mapping[str, Any]) -> str:
     if not asked["push_to"]:
         return ""
     given: dict[str, Any] = {"private": False} if asked.get("public") else {}
-    given |= {key: asked[key] for key in (*_FLAGS, "collection") if asked.get(key)}
+    given |= {key: asked[key] for key in (*_FLAGS, "collection", "questions") if asked.get(key)}
     return "".join(f", {key}={value!r}" for key, value in given.items())
 
 

@@ -147,6 +147,7 @@ def result_html(job: Job, *, ask_here: bool = False) -> str:
     else:
         text = "Merged. The files are below, also as one archive; they stay here for a day.</b>"
     bars = shares_html(job.accuracies, "merged")
+    bars += notice(f"Your questions were not asked: {job.unasked}", "plain") if job.unasked else ""
     return f'<div class="rm"><div class="rm-note rm-good"><b>{text}</div>{bars}</div>'
 
 

@@ -32,7 +32,7 @@ def shares_html(found: Shares, own: str) -> str:
     ]
     counts = {int(row[task][3]) for row in found.values() for task in tasks}
     asked = f"{max(counts)} " if len(counts) == 1 else ""
-    caption = f"Right answers to {asked}held-out questions a task, with 95 % intervals"
+    caption = f"Right answers to {asked}questions a task, with 95 % intervals"
     shown = table(("Model", *(esc(task) for task in tasks)), rows, caption)
     of = "of one task" if len(tasks) == 1 else f"mean of {len(tasks)} tasks"
     return (

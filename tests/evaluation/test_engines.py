@@ -11,7 +11,7 @@ import pytest
 
 from resmerge_stream.errors import CheckpointFormatError, RecipeError
 from resmerge_stream.evaluation import asking, engines
-from resmerge_stream.evaluation.engines import choose_engine
+from resmerge_stream.evaluation.engines import Loading, choose_engine
 from resmerge_stream.evaluation.run import Examination
 from resmerge_stream.evaluation.tasks import find_task
 from resmerge_stream.experts.group import builtin_group
@@ -85,10 +85,10 @@ def test_vllm_answers_as_transformers_does(vllm):
     """The same questions to the same model have the same verdicts; it is loaded once for all."""
     tasks = [find_task("sort", 20), find_task("add", 20)]
 
-    by_vllm = dict(asking.ask(EXPERT, tasks, "cpu", 20, print, "vllm"))
+    by_vllm = dict(asking.ask(EXPERT, tasks, Loading("cpu", "vllm"), 20, print))
     import vllm as stand_in
 
-    by_transformers = dict(asking.ask(EXPERT, tasks, "cpu", 20, print, "transformers"))
+    by_transformers = dict(asking.ask(EXPERT, tasks, Loading("cpu", "transformers"), 20, print))
     assert by_vllm == by_transformers
     assert any(by_vllm["sort"].right)
     assert stand_in.made == [(EXPERT, None, None)]

@@ -57,7 +57,7 @@ def test_a_jsonl_asks_by_generation_what_the_built_in_task_asks(tmp_path):
     path = jsonl(tmp_path / "sorting.jsonl", rules)
 
     tasks = [find_task(path, 500), find_task("sort", 40)]
-    found = dict(asking.ask(EXPERT, tasks, "cpu", 40, print))
+    found = dict(asking.ask(EXPERT, tasks, engines.Loading("cpu"), 40, print))
 
     assert found["sorting"] == found["sort"]
     assert any(found["sort"].right)

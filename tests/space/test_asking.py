@@ -8,6 +8,7 @@ from gradio_client.exceptions import AppError
 
 from resmerge_stream.errors import PublishError, RecipeError
 from resmerge_stream.experts.group import builtin_group
+from resmerge_stream.experts.tasks import answer, draw_prompts
 from space.asking import ask_as_job, models_asked
 from space.identity import Visitor, may_start_jobs
 from tests.loopback_hub.services import machine
@@ -101,6 +102,26 @@ def test_what_cannot_be_asked_is_one_message(
 
     with client_of(town, town.bob) as bob, pytest.raises(AppError, match="no such job"):
         bob.predict(job_or_repo=asked, tasks="sort", api_name="/evaluate")
+
+
+@pytest.mark.slow
+def test_small_models_of_the_hub_answer_here(town: Town, asked: str) -> None:
+    """Private models are asked with their owner's token; wrong questions start no merge."""
+    prompts = draw_prompts("sort", 10, seed=7, split="held-out")
+    rules = [{"prompt": p, "answer": answer(p), "max_new_tokens": 12} for p in prompts]
+    questions = "\n".join(map(json.dumps, rules))
+    town.hub.repo(NAMES["rl-sort"]).settings["private"] = True
+
+    with client_of(town, town.alice) as client:
+        how = {"recipe": RECIPE, "push_to": "alice/answers", "api_name": "/merge"}
+        with pytest.raises(AppError, match="question 1 is no JSON"):
+            client.predict(questions="what is 2+2?", **how)
+        last = ended(client, client.predict(questions=questions, **how)["job"])
+
+    assert last["state"] == "done", last["message"]
+    assert list(last["accuracies"]) == [*NAMES.values(), "merged"]
+    assert last["accuracies"][NAMES["rl-sort"]]["questions"][3] == 10
+    assert "alice/answers" in last["url"]
 
 
 def test_nobody_pays_without_an_account() -> None:

@@ -78,7 +78,7 @@ def test_the_built_in_merge_shows_what_it_can_do():
 
     html = view.result_html(done)
 
-    assert "32 held-out questions" in html
+    assert "32 questions a task" in html
     assert "50% " in html
     assert "75%" in html
 
