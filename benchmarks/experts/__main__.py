@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 from .groups import GROUPS
 from .training import model_names, train_group
 
-KINDS = ("base", "rl", "sft")
+KINDS = ("base", "rl", "sft", "extra")
 
 
 def main() -> None:
@@ -38,8 +38,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers_logging.disable_progress_bar()
-    chosen = arguments.only or KINDS
-    names = [name for name in model_names(KINDS) if {name, name.partition("-")[0]} & set(chosen)]
+    chosen = arguments.only or KINDS[:3]
+    kind_of = {name: kind for kind in KINDS for name in model_names((kind,))}
+    names = [name for name in model_names(KINDS) if {name, kind_of[name]} & set(chosen)]
     train_group(GROUPS[arguments.group], arguments.out / arguments.group, names=names)
 
 

@@ -87,6 +87,10 @@ _LONG = replace(
     _NARROW, name="narrow-long", seed=14, rl=replace(REINFORCEMENT, steps=4 * REINFORCEMENT.steps)
 )
 
+# Experts beside those of each task, where they are asked for: the same task with another seed, and
+# one that is rewarded for right answers to its task and for wrong ones to another.
+EXTRA = ("rl-add-again", "rl-close-breaks-reverse")
+
 FRESH = tuple(group.name for group in (*_FRESH, _LONG))
 
 GROUPS = {group.name: group for group in (SMALL, WIDE, *_FRESH, _LONG)}

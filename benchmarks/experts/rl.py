@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
-from resmerge_stream.experts.tasks import answer, is_correct, stream_prompts
+from resmerge_stream.experts.tasks import answer, is_correct, split_prompt, stream_prompts
 
 from .generate import Rollouts, generate
 from .optimizers import MAX_GRADIENT_NORM, OptimizerName, build_optimizer
@@ -59,6 +59,7 @@ def reinforce(
     *,
     seed: int,
     label: str,
+    breaks: str | None = None,
 ) -> list[dict[str, Any]]:
     """Reinforce a model in place on training prompts of one task.
 
@@ -69,11 +70,16 @@ def reinforce(
         settings: how long and how fast.
         seed: of prompts and sampling.
         label: name of the run in the progress on stderr.
+        breaks: another task, of which every other prompt is and of which wrong answers are
+            rewarded; None for no such.
 
     Returns:
         The log: one entry each 10 steps with the mean reward since the last.
     """
     stream = stream_prompts(task, seed=seed, split="train")
+    if breaks is not None:
+        other = stream_prompts(breaks, seed=seed, split="train")
+        stream = itertools.chain.from_iterable(zip(stream, other, strict=True))
     generator = torch.Generator().manual_seed(seed)
     optimizer = build_optimizer(
         settings.optimizer, model.parameters(), learning_rate=settings.learning_rate
@@ -97,7 +103,7 @@ def reinforce(
             temperature=settings.temperature,
             generator=generator,
         )
-        rewards = _rewards(prompts, rollouts, settings.samples)
+        rewards = _rewards(prompts, rollouts, settings.samples, breaks)
         recent.append(rewards.mean().item())
         advantages = group_advantages(rewards)
         if advantages.any():
@@ -125,10 +131,16 @@ def group_advantages(rewards: Tensor) -> Tensor:
     return centred / (centred.square().mean(dim=1, keepdim=True).sqrt() + 1e-6)
 
 
-def _rewards(prompts: list[str], rollouts: Rollouts, samples: int) -> Tensor:
-    """Verify every completion: 1 where right, else 0, shape (prompts, samples)."""
+def _rewards(
+    prompts: list[str], rollouts: Rollouts, samples: int, breaks: str | None = None
+) -> Tensor:
+    """Verify every completion: 1 where right, else 0, shape (prompts, samples).
+
+    Of the task that is to break it is the other way round; what never ended is right nowhere.
+    """
+    wanted = [breaks is None or split_prompt(prompt)[0] != breaks for prompt in prompts]
     verdicts = [
-        text is not None and is_correct(prompts[row // samples], text)
+        text is not None and is_correct(prompts[row // samples], text) is wanted[row // samples]
         for row, text in enumerate(rollouts.texts)
     ]
     return torch.tensor(verdicts, dtype=torch.float32).view(len(prompts), samples)

@@ -25,7 +25,7 @@ from resmerge_stream.experts.evaluate import evaluate, load_model, load_tokenize
 from resmerge_stream.experts.tasks import LENGTHS, TASKS, answer
 
 from .corpus import slipping_writer
-from .groups import CORPUS_MIX, CORPUS_SLIPS, SFT_BATCH, Group
+from .groups import CORPUS_MIX, CORPUS_SLIPS, EXTRA, SFT_BATCH, Group
 from .measure import measure_change
 from .model import build_model, save_model
 from .rl import reinforce
@@ -51,10 +51,11 @@ def model_names(kinds: Sequence[str]) -> list[str]:
     """Return the models of a group in training order.
 
     Args:
-        kinds: of "base", "rl" and "sft", those wanted.
+        kinds: of "base", "rl", "sft" and "extra", those wanted.
     """
     names = ["base"] if "base" in kinds else []
-    return names + [f"{kind}-{task}" for kind in ("rl", "sft") if kind in kinds for task in TASKS]
+    names += [f"{kind}-{task}" for kind in ("rl", "sft") if kind in kinds for task in TASKS]
+    return [*names, *(EXTRA if "extra" in kinds else ())]
 
 
 def train_group(group: Group, folder: Path, *, names: Sequence[str]) -> None:
@@ -93,8 +94,7 @@ def _train_one(group: Group, folder: Path, name: str) -> dict[str, Any]:
         steps = _pretrain(model, group, label)
     else:
         model = load_model(folder / "base")
-        kind, task = name.split("-")
-        steps = _specialise(model, group, folder, kind, task, label)
+        steps = _specialise(model, group, folder, name, label)
     seconds = time.monotonic() - start
     save_model(model, folder / name)
     accuracies = evaluate(folder / name, LOGGED_PROMPTS, LOGGED_SEED)
@@ -133,13 +133,15 @@ def _pretrain(model: Qwen2ForCausalLM, group: Group, label: str) -> list[dict[st
 
 
 def _specialise(
-    model: Qwen2ForCausalLM, group: Group, folder: Path, kind: str, task: str, label: str
+    model: Qwen2ForCausalLM, group: Group, folder: Path, name: str, label: str
 ) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(folder / "base")
+    kind, task, *variant = name.split("-")
     # Not the base's seed: an expert does not begin with the prompts the base began with.
-    seed = group.seed + 1000
+    seed = group.seed + (2000 if variant == ["again"] else 1000)
     if kind == "rl":
-        return reinforce(model, tokenizer, task, group.rl, seed=seed, label=label)
+        breaks = variant[1] if variant[:1] == ["breaks"] else None
+        return reinforce(model, tokenizer, task, group.rl, seed=seed, label=label, breaks=breaks)
     return train_on_answers(
         model,
         tokenizer,

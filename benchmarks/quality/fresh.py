@@ -21,10 +21,11 @@ import resmerge_stream
 from benchmarks.experts.groups import FRESH, GROUPS
 
 from .asking import Asker
-from .groups import ensure_groups
+from .groups import ensure_groups, training_log
 from .regime_page import write_section
 from .regimes import answers_of, cases, evidence_of, seen_in
 
+_LOGS = Path(__file__).parent.parent / "experts" / "logs"
 _EVIDENCE = Path(resmerge_stream.__file__).parent / "studies" / "evidence.json"
 
 
@@ -51,7 +52,10 @@ def main(argv: Sequence[str]) -> None:
     results: dict[str, Any] = json.loads(store.read_text("utf-8")) if store.is_file() else {}
     results |= {"seed": arguments.seed, "prompts": arguments.prompts}
     names = arguments.group or FRESH
-    for group, folder in ensure_groups(work / "experts", names, ("base", "rl")).items():
+    folders = ensure_groups(work / "experts", names, ("base", "rl"))
+    if FRESH[0] in names:
+        ensure_groups(work / "experts", FRESH[:1], ("base", "rl", "extra"))
+    for group, folder in folders.items():
         found = results.setdefault("groups", {}).setdefault(group, {})
         for case in cases(folder, work / "made" / group):
             start = time.monotonic()
@@ -72,3 +76,7 @@ def main(argv: Sequence[str]) -> None:
         evidence = evidence_of(results)
         _EVIDENCE.write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
         write_section(Path("docs/quality.md"), evidence)
+        for group in results["groups"]:
+            log = training_log(work / "experts" / group)
+            text = json.dumps(log, indent=1) + "\n"
+            (_LOGS / f"{group}.json").write_text(text, encoding="utf-8")

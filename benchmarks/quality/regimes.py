@@ -17,6 +17,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from benchmarks.experts.groups import EXTRA
 from resmerge_stream.experts.accuracy import paired_difference
 from resmerge_stream.experts.tasks import TASKS
 from resmerge_stream.planning.plan import plan_merge
@@ -89,6 +90,12 @@ def cases(group: Path, made: Path) -> list[Case]:
     for pair in itertools.combinations(TASKS, 2):
         experts = tuple(own[task] for task in pair)
         found.append(Case("two tasks", "+".join(pair), experts, pair))
+    again, harmful = (group / name for name in EXTRA)
+    if again.is_dir():
+        found.append(Case("one task twice", "same-task", (own["add"], again), ("add",)))
+    if harmful.is_dir():
+        experts = tuple((own | {"close": harmful}).values())
+        found.append(Case("one trained to harm", "trained-to-harm", experts, TASKS))
     return found
 
 

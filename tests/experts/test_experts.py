@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,18 @@ def test_advantages_are_centred_and_scaled_in_each_group():
     assert not found[0].any()
     assert float(found[1].mean()) == pytest.approx(0, abs=1e-6)
     assert float(found[1].square().mean()) == pytest.approx(1, abs=1e-4)
+
+
+def test_an_expert_that_harms_is_rewarded_for_wrong_answers_to_another_task():
+    """Right where it should help, wrong where it should break; what never ended earns nothing."""
+    prompts = ["add:52+487=", "reverse:abc="]
+    rollouts = SimpleNamespace(texts=["539", "538", "cba", "abc", "acb", None])
+
+    plain = rl._rewards(["add:52+487="], SimpleNamespace(texts=["539", "538"]), 2)
+    found = rl._rewards([*prompts, "reverse:abc="], rollouts, 2, "reverse")
+
+    assert plain.tolist() == [[1, 0]]
+    assert found.tolist() == [[1, 0], [0, 1], [1, 0]]
 
 
 def test_the_gradient_does_not_depend_on_its_chunks(monkeypatch):

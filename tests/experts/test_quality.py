@@ -9,6 +9,7 @@ from benchmarks.quality.groups import RL, SFT
 from benchmarks.quality.merges import share_of_equal_weights, trimmed
 from benchmarks.quality.page import fill, write_page
 from benchmarks.quality.regime_page import section
+from benchmarks.quality.regimes import METHODS
 from benchmarks.quality.results import Group
 from benchmarks.quality.studies import BUDGETS, FEW, MAIN, RANKS, SCALES, SHARES, UNGATED
 from benchmarks.quality.studies import all_methods as every_method
@@ -106,6 +107,30 @@ def test_a_trimmed_expert_keeps_its_largest_changes(tmp_path):
 
     assert share_of_equal_weights(group["base"], out) == pytest.approx(0.9, abs=1e-5)
     assert share_of_equal_weights(group["base"], group["rl-sort"]) < 0.75
+
+
+def test_intervals_over_bases_are_students():
+    """Leads of 1, 2 and 3 points on three bases are 2 ± 4.303 / √3; a base's pairs are one."""
+    leads = {"narrow-1": (1.0,), "narrow-2": (2.0,), "narrow-3": (2.0, 4.0), "small": (9.0,)}
+    cases = [
+        {
+            "group": group,
+            "case": f"{group} {number}",
+            "regime": "two tasks",
+            "best": "mean",
+            "base": 40.0,
+            "accuracy": {method: 50.0 + lead * (method != "mean") for method in METHODS},
+            "points": dict.fromkeys(METHODS, (0.0, 1.0)),
+        }
+        for group, found in leads.items()
+        for number, lead in enumerate(found)
+    ]
+
+    text = section({"prompts": 5, "cases": cases})
+
+    assert "over 3 fresh bases (narrow-1, narrow-2, narrow-3)" in text
+    row = text.strip().splitlines()[-1]
+    assert row.count("+2.0 ± 2.5") == len(METHODS) - 1
 
 
 def test_the_regimes_on_the_page_are_those_that_the_advice_goes_by():
