@@ -121,8 +121,8 @@ def advice_lines(regime: Mapping[str, Any], advice: Mapping[str, Any]) -> list[s
     lines.append(f"- {reason[0].upper()}{reason[1:]}")
     for found in advice["candidates"]:
         lines.append(
-            f"  - `{found['method']}`: {found['points']:+.1f} points from the best of each group, "
-            f"{found['worst']:+.1f} where it was worst"
+            f"  - `{found['method']}`: {found['points']:z.1f} points from the best of each group, "
+            f"{found['worst']:z.1f} where it was worst"
         )
     return lines
 

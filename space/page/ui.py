@@ -69,7 +69,7 @@ def build_page(service: Service, news: News) -> gr.Blocks:
         with gr.Tab("My jobs") as parts["my_jobs"]:
             parts["mine"] = gr.HTML(label="My jobs", container=False, padding=False)
             parts["refresh"] = gr.Button("Look again", size="sm")
-        with gr.Tab("Explore"):
+        with gr.Tab("Explore") as parts["explore"]:
             _explore(parts)
         with gr.Tab("From code") as parts["from_code"]:
             parts["code"] = gr.HTML(label="From code", container=False, padding=False)
@@ -260,7 +260,7 @@ def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
     on(parts["dismiss"].click, following.dismiss, ["remembered"], [*_JOB, "remembered"])
     continued = [*_JOB, *_UNFINISHED, "remembered", "go_on_note"]
     on(parts["go_on"].click, following.go_on, ["chosen", "remembered"], continued)
-    for look in (parts["my_jobs"].select, parts["refresh"].click):
+    for look in (parts["my_jobs"].select, parts["explore"].select, parts["refresh"].click):
         on(look, following.look_for_unfinished, ["remembered"], _UNFINISHED)
     on(parts["from_code"].select, handlers.from_code, form, ["code"])
     on(

@@ -151,7 +151,8 @@ def test_the_built_in_example_needs_no_account(visit: Visitors) -> None:
 
 @pytest.mark.slow
 def test_a_published_report_can_be_explored(visit: Visitors, town: Town) -> None:
-    """The Explore tab opens the report of a repository, and sets two beside each other."""
+    """The Explore tab opens the report of a repository, and sets two beside each other. It offers
+    a merge as soon as that is done, without a reload."""
     alice = visit("alice")
     alice.start("explored")
     alice.expect_state("Done")
@@ -160,7 +161,7 @@ def test_a_published_report_can_be_explored(visit: Visitors, town: Town) -> None
     expect(shown.get_by_text("How far the heads agree").first).to_be_visible()
     shown = alice.explore("alice/explored", "alice/nothing")
     expect(shown.get_by_text("alice/nothing")).to_be_visible()
-    alice.open()
+    alice.tab("Merge")
     alice.tab("Explore")
     alice.pick("Merged model", "alice/explored")
     alice.pick("Compare with (optional)", "alice/explored")
