@@ -228,8 +228,8 @@ class Stacked(Node):
             part.fill(box[1:], out[number, ...])
 
 
-class Joined(Node):
-    """Tensors one after the other along an axis."""
+class _Along(Node):
+    """Several tensors along an axis; how they share it is `_within`."""
 
     def __init__(self, parts: Sequence[Source], axis: int) -> None:
         self.parts, self.axis = tuple(parts), axis
@@ -244,12 +244,19 @@ class Joined(Node):
             yield from part.readings(inner)
 
     def fill(self, box: Box, out: Array) -> None:
-        """Write part after part."""
+        """Write each part where its places are."""
         for part, inner, place in self._within(box):
             part.fill(inner, out[(*[slice(None)] * self.axis, place)])
 
+    @abstractmethod
     def _within(self, box: Box) -> Iterator[tuple[Source, Box, slice]]:
         """Yield the parts that a box touches, where in each, and where in the result."""
+
+
+class Joined(_Along):
+    """Tensors one after the other along an axis."""
+
+    def _within(self, box: Box) -> Iterator[tuple[Source, Box, slice]]:
         begin, end = box[self.axis]
         offset = 0
         for part in self.parts:
@@ -262,25 +269,8 @@ class Joined(Node):
             offset += size
 
 
-class Woven(Node):
+class Woven(_Along):
     """Tensors of one shape that take turns along an axis: gate, up, gate, up, …"""
-
-    def __init__(self, parts: Sequence[Source], axis: int) -> None:
-        self.parts, self.axis = tuple(parts), axis
-        first = self.parts[0]
-        size = first.shape[axis] * len(self.parts)
-        self.shape = (*first.shape[:axis], size, *first.shape[axis + 1 :])
-        self.dtype = first.dtype
-
-    def readings(self, box: Box) -> Iterator[Reading]:
-        """Yield what each part in the box needs."""
-        for part, inner, _ in self._within(box):
-            yield from part.readings(inner)
-
-    def fill(self, box: Box, out: Array) -> None:
-        """Write each part into every n-th place."""
-        for part, inner, place in self._within(box):
-            part.fill(inner, out[(*[slice(None)] * self.axis, place)])
 
     def _within(self, box: Box) -> Iterator[tuple[Source, Box, slice]]:
         begin, end = box[self.axis]

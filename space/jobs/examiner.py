@@ -1,15 +1,17 @@
 """What a worker asks once it has merged: a visitor's questions, or the built-in example's."""
 
+import contextlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from resmerge_stream.device import usable_cores
 from resmerge_stream.errors import RecipeError, ResMergeError
 from resmerge_stream.planning.request import Request
+from resmerge_stream.sources import Checkpoint
 
 from ..examples import on_this_machine
 from ..questions import parse_questions
@@ -77,7 +79,6 @@ def _shares(
     seconds: float,
     say: Say,
 ) -> dict[str, dict[str, list[float]]]:
-    from resmerge_stream.evaluation.machines import cpu_seconds
     from resmerge_stream.evaluation.results import evaluation
     from resmerge_stream.evaluation.run import Examination
     from resmerge_stream.sources.adapter import AdapterCheckpoint
@@ -88,32 +89,35 @@ def _shares(
     examination = Examination(
         [str(path)], out=folder, limit=len(rules), token=token, cache=folder / "hub"
     )
-    opened = {name: examination.open(place) for name, place in places.items()}
-    whole = {
-        name: checkpoint
-        for name, checkpoint in opened.items()
-        if not isinstance(checkpoint, AdapterCheckpoint)
-    }
-    numel = sum(
-        math.prod(t.spec.shape)
-        for checkpoint in whole.values()
-        for t in checkpoint.tensors.values()
-    )
-    tokens = max(rule["max_new_tokens"] for rule in rules)
-    needed = cpu_seconds(numel, len(whole), len(rules), tokens, usable_cores())
-    if needed > seconds:
-        raise RecipeError(
-            f"these models would take about {needed / 60:.0f} minutes to answer here, and a "
-            f"visitor has {seconds / 60:.0f}. Ask them as a Job."
-        )
     verdicts = {}
-    for name, checkpoint in whole.items():
-        say({"event": "asking", "model": name})
-        verdicts[name] = examination.verdicts(name, checkpoint.identity, places[name])
-    for checkpoint in opened.values():
-        checkpoint.close()
+    with contextlib.ExitStack() as stack:
+        opened = {
+            name: stack.enter_context(contextlib.closing(examination.open(place)))
+            for name, place in places.items()
+        }
+        # An adapter is no model by itself.
+        whole = {n: c for n, c in opened.items() if not isinstance(c, AdapterCheckpoint)}
+        _refuse_slow(list(whole.values()), rules, seconds)
+        for name, checkpoint in whole.items():
+            say({"event": "asking", "model": name})
+            verdicts[name] = examination.verdicts(name, checkpoint.identity, places[name])
     keys = ("accuracy", "low", "high", "n")
     return {
         name: {_QUESTIONS: [float(row[_QUESTIONS][key]) for key in keys]}
         for name, row in evaluation(verdicts)["models"].items()
     }
+
+
+def _refuse_slow(
+    models: Sequence[Checkpoint], rules: Sequence[Mapping[str, Any]], seconds: float
+) -> None:
+    from resmerge_stream.evaluation.machines import cpu_seconds
+
+    numel = sum(math.prod(t.spec.shape) for model in models for t in model.tensors.values())
+    tokens = max(rule["max_new_tokens"] for rule in rules)
+    needed = cpu_seconds(numel, len(models), len(rules), tokens, usable_cores())
+    if needed > seconds:
+        raise RecipeError(
+            f"these models would take about {needed / 60:.0f} minutes to answer here, and a "
+            f"visitor has {seconds / 60:.0f}. Ask them as a Job."
+        )

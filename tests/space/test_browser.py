@@ -76,7 +76,10 @@ def test_a_lost_connection_is_found_again(visit: Visitors, town: Town) -> None:
 
 @pytest.mark.slow
 def test_cancel_and_continue(visit: Visitors, town: Town) -> None:
-    """Cancel stops a merge in the middle and says how to go on; Continue finishes it."""
+    """Cancel stops a merge in the middle and says how to go on; Continue finishes it.
+
+    After a reload the job that is shown stands above the list of unfinished ones.
+    """
     alice = visit("alice")
     with town.held("alice/stopped", lost=True) as hold:
         alice.start("stopped")
@@ -86,6 +89,14 @@ def test_cancel_and_continue(visit: Visitors, town: Town) -> None:
         expect(alice.page.get_by_text("“Continue” goes on from there")).to_be_visible()
         assert "model.safetensors.index.json" not in town.hub.files("alice/stopped")
 
+    alice.open(alice.link)
+    shown = alice.page.get_by_role("heading", name="Your merge").bounding_box()
+    others = alice.page.get_by_role("button", name="Continue this merge")
+    expect(others).to_be_visible()
+    listed = others.bounding_box()
+    assert shown is not None
+    assert listed is not None
+    assert shown["y"] < listed["y"]
     alice.button("Continue").click()
     alice.expect_state("Done")
     assert "model.safetensors.index.json" in town.hub.files("alice/stopped")
