@@ -5,14 +5,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from resmerge_stream.methods import MergeMethod
+from resmerge_stream.methods import MergeMethod, find_methods
 from resmerge_stream.sources import REPO_ID
 from resmerge_stream.units import dollars, format_size
 
 from ..examples import PREFIX
 from ..jobs.records import ACTIVE, CANCELLED, CONTINUABLE, DONE, QUEUED, RUNNING, Job
 from .shares import shares_html
-from .words import base_of, duration, esc, facts, notice, table
+from .words import base_of, duration, esc, facts, notice, sentence, table
 
 _STATES = {
     "queued": "Waiting", "planning": "Reading headers", "running": "Merging",
@@ -90,15 +90,21 @@ def title_of(asked: Mapping[str, Any]) -> str:
     merged += f" of {recipe['base_model']}" if beside else ""
     made = asked.get("push_to") or "files to download"
     made = f"a pull request on {made}" if asked.get("create_pr") else made
-    method = recipe.get("merge_method", "resmerge")
-    return f"{count} {merged} by {method} → {made}"
+    return f"{count} {merged} by {_method_of(recipe)} → {made}"
 
 
 def short_title(job: Job) -> str:
     """Return what a job is called in a list: what it made, how, and when."""
     made = job.asked.get("push_to") or "files"
-    method = (job.asked.get("recipe") or {}).get("merge_method", "resmerge")
+    method = _method_of(job.asked.get("recipe") or {})
     return f"{made} · {method} · {time.strftime('%Y-%m-%d %H:%M', time.gmtime(job.created))} UTC"
+
+
+def _method_of(recipe: Mapping[str, Any]) -> str:
+    """Return what the form calls a recipe's method; the recipe's own name where it has no other."""
+    name = str(recipe.get("merge_method", "resmerge"))
+    found = find_methods().get(name)
+    return found.title if found else name
 
 
 def jobs_html(jobs: Sequence[Job], *, signed_in: bool) -> str:
@@ -234,12 +240,11 @@ def who_html(name: str, on_space: bool) -> str:
 
 
 def method_html(method: type[MergeMethod]) -> str:
-    """Return what a method is in a sentence, and where it comes from."""
-    summary = " ".join((method.__doc__ or "").split())
-    first = summary.split(". ")[0].rstrip(".")
+    """Return what a method is in a sentence or two, and where it comes from."""
+    summary = " ".join((method.__doc__ or "").partition("\n\n")[0].split()).rstrip(".")
     return (
-        f'<p class="rm-soft">{esc(first)}. <a href="{esc(method.url)}" target="_blank" '
-        f'rel="noopener">{esc(method.paper)}</a></p>'
+        f'<p class="rm-soft">{esc(summary)}. <a href="{esc(method.url)}" target="_blank" '
+        f'rel="noopener">{esc(sentence(method.paper))}</a></p>'
     )
 
 

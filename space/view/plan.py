@@ -9,7 +9,7 @@ from resmerge_stream.report.words import rule_in_words
 from resmerge_stream.units import format_size
 
 from ..hardware import MODEL, Fit, Machine
-from .words import duration, esc, facts, table
+from .words import duration, esc, facts, sentence, table
 
 
 def plan_html(
@@ -31,7 +31,7 @@ def plan_html(
     """
     parts = []
     if plan["problems"]:
-        items = "".join(f"<li>{esc(text)}</li>" for text in plan["problems"])
+        items = "".join(f"<li>{esc(sentence(text))}</li>" for text in plan["problems"])
         count = len(plan["problems"])
         what = "one problem" if count == 1 else f"{count} problems"
         parts.append(
@@ -41,7 +41,7 @@ def plan_html(
     else:
         parts.append(_verdict(plan, _where(push_to, create_pr), hindrance))
     if plan["warnings"]:
-        items = "".join(f"<li>{esc(text)}</li>" for text in plan["warnings"])
+        items = "".join(f"<li>{esc(sentence(text))}</li>" for text in plan["warnings"])
         parts.append(f'<div class="rm-note rm-warn"><b>Good to know</b><ul>{items}</ul></div>')
     if plan["tensors"] and not plan["refused"]:
         parts += [_tiles(plan), _rules(plan)]
@@ -103,11 +103,11 @@ def _sources(sources: Iterable[Mapping[str, Any]]) -> str:
                 f"<code>{name}</code>",
                 f"<code>{esc(str(commit)[:10])}</code>" if commit else "comes with this app",
                 format_size(source["bytes"]),
-                esc(source.get("license") or "not said"),
-                "gated" if source.get("gated") else "open",
+                esc(source.get("license") or "not stated"),
+                "yes" if source.get("gated") else "no",
             )
         )
-    head = ("Part", "Repository", "Commit", "Weights", "Licence", "Access")
+    head = ("Part", "Repository", "Commit", "Weights", "Licence", "Gated")
     return table(head, rows, "What is read, and which commit")
 
 

@@ -20,6 +20,12 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def sentence(text: str) -> str:
+    """Return text that begins with a capital, unless a name stands first, such as org/base."""
+    first = text.partition(" ")[0].rstrip(",:;")
+    return text[:1].upper() + text[1:] if first.isalpha() else text
+
+
 def base_of(recipe: Mapping[str, Any]) -> tuple[bool, bool]:
     """Return whether a recipe has a base, and whether the base takes part as one of the models.
 
@@ -36,7 +42,7 @@ def base_of(recipe: Mapping[str, Any]) -> tuple[bool, bool]:
 
 def notice(text: str, kind: str = "bad") -> str:
     """Return one boxed message; kinds: bad, warn, good, plain."""
-    return f'<div class="rm-note rm-{kind}" role="status">{esc(text)}</div>'
+    return f'<div class="rm-note rm-{kind}" role="status">{esc(sentence(text))}</div>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> str:

@@ -159,7 +159,7 @@ def test_what_changed_since_the_plan_is_planned_again(handlers):
     [
         (None, "o/m", 0, "Sign in"),
         (ALICE, "", 0, "Name the result"),
-        (ALICE, "alice/m", 3, "you have 3 jobs"),
+        (ALICE, "alice/m", 3, "have 3 jobs"),
         (ALICE, "alice/m", 2, ""),
     ],
     ids=["nobody", "no name", "too many jobs", "ready"],

@@ -46,11 +46,12 @@ def test_a_refused_plan_shows_its_problems_first():
 
 
 def test_a_plan_says_what_it_takes():
-    """Bytes in and out, memory, disk, time, rules, and each source's commit, licence and access."""
+    """Bytes in and out, memory, disk, time, rules, and each source's commit, licence and gate."""
     html = view_plan.plan_html(plan(), push_to="me/m")
 
-    for text in ("61 GB", "15 GB", "2 GB", "10 GB", "20 min", "0123456789", "apache-2.0", "gated"):
+    for text in ("61 GB", "15 GB", "2 GB", "10 GB", "20 min", "0123456789", "apache-2.0"):
         assert text in html
+    assert re.findall(r"<td>(yes|no)</td>", html) == ["no", "yes"]
     assert "org/&lt;b&gt;" in html
 
 
@@ -126,9 +127,9 @@ def test_an_evaluation_that_was_made_is_drawn():
     [
         ("resmerge", "o/b", ["o/a", "o/c"], 3, "<dt>Experts</dt><dd>2<", "2 experts of o/b",
          ["base", "expert 1", "expert 2"]),
-        ("linear", None, ["o/a", "o/c"], 2, "<dt>Models</dt><dd>2<", "2 models by linear",
+        ("linear", None, ["o/a", "o/c"], 2, "<dt>Models</dt><dd>2<", "2 models by Linear",
          ["expert 1", "expert 2"]),
-        ("linear", "o/b", ["o/a", "o/b"], 2, "<dt>Models</dt><dd>2<", "2 models by linear",
+        ("linear", "o/b", ["o/a", "o/b"], 2, "<dt>Models</dt><dd>2<", "2 models by Linear",
          ["base", "expert 1"]),
         ("resmerge", "o/b", ["o/a"], 2, "<dt>Experts</dt><dd>1<", "1 expert of o/b",
          ["base", "expert 1"]),
