@@ -64,7 +64,7 @@ def _numbers(job: Job) -> list[tuple[str, str]]:
     if running:
         most = format_size(plan["peak_memory_bytes"])
         pairs.append(("Memory", f"{format_size(job.memory_bytes)} · planned {most}"))
-        pairs.append(("Time left", duration(job.seconds_left)))
+        pairs.insert(0, ("Time left", duration(job.seconds_left)))
     return pairs
 
 
@@ -110,9 +110,9 @@ def _method_of(recipe: Mapping[str, Any]) -> str:
 def jobs_html(jobs: Sequence[Job], *, signed_in: bool) -> str:
     """Return a visitor's jobs, each with a link that opens it."""
     where = (
-        "Signed in, you see them on any device."
+        "Your jobs, on any device where you sign in."
         if signed_in
-        else ("This browser's jobs. Sign in to see an account's, on any device.")
+        else ("The jobs of this browser. Sign in to see your account's, on any device.")
     )
     soft = f'<p class="rm-soft">{where}</p>'
     if not jobs:
@@ -128,7 +128,7 @@ def jobs_html(jobs: Sequence[Job], *, signed_in: bool) -> str:
                 f"{day} UTC",
             )
         )
-    shown = table(("Job", "State", "Merged", "Asked"), rows, "Jobs")
+    shown = table(("Job", "State", "Merged", "Created"), rows, "Jobs")
     return f'{soft}<div class="rm">{shown}</div>'
 
 

@@ -82,6 +82,7 @@ def compared_html(left: Opened, right: Opened) -> str:
             lines.append(
                 (f"{esc(NAMES[key])}, {esc(name)}", _spread(first), _spread(second), change)
             )
+    lines.sort(key=lambda line: line[-1] == "–")  # what both have stands first
     head = ("Median", esc(left.name), esc(right.name), "Difference")
     figures = "".join(
         figure

@@ -1,6 +1,7 @@
 """Words and pieces of pages: escaping, times, tables."""
 
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -62,5 +63,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> s
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
     """Return pairs of label and value as tiles."""
-    inner = "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(v)}</dd></div>" for k, v in pairs)
+    inner = "".join(f"<div><dt>{esc(k)}</dt><dd>{_unbroken(v)}</dd></div>" for k, v in pairs)
     return f'<dl class="rm-tiles">{inner}</dl>'
+
+
+def _unbroken(value: str) -> str:
+    """Return text for HTML in which a number and its unit stay on one line."""
+    return re.sub(r"(?<=\d) (?=[kMGT]?B\b|s\b|min\b|h\b)", "&nbsp;", esc(value))
