@@ -28,7 +28,7 @@ from .texts import heading
 
 Parts = dict[str, Any]
 _RECIPE = "base_model: org/base\nmodels:\n  - model: org/math\n  - model: org/code"
-MODEL_INFO = "namespace/name, @revision if you like, or a page of the Hub"
+MODEL_INFO = "owner/name, with @revision if you like, or its address on the Hub"
 METHOD = "resmerge"
 # The fields that name a model.
 MODELS = ("base", *(f"expert{number}" for number in range(ROWS)))
@@ -50,7 +50,7 @@ def choose(parts: Parts) -> None:
     with gr.Row():
         parts["namespace"] = gr.Dropdown([], label="Owner", visible=False, min_width=140)
         parts["name"] = gr.Textbox(
-            label="Name of the result", placeholder="my-merge, or namespace/my-merge",
+            label="Name of the result", placeholder="my-merge, or owner/my-merge",
             max_length=200, min_width=220,
         )  # fmt: skip
     parts["chips"] = gr.HTML(label="What was changed", container=False, padding=False)
@@ -106,7 +106,7 @@ def _start_from(parts: Parts) -> None:
             parts[f"example{number}"] = gr.Button(example.label, size="sm", min_width=180)
     parts["yaml"] = gr.Textbox(
         label="Recipe", lines=4, max_lines=20, max_length=32_768, placeholder=_RECIPE,
-        info="mergekit's YAML, or a merged model on the Hub: namespace/name",
+        info="mergekit's YAML, or a merged model on the Hub: owner/name",
     )  # fmt: skip
     with gr.Row():
         parts["fill"] = gr.Button("Fill the form from it", size="sm")
@@ -176,7 +176,7 @@ def _output(parts: Parts) -> None:
             info="whole experts need one; empty: as high as it takes to keep all",
         )  # fmt: skip
         parts["tokenizer_from"] = gr.Textbox(
-            label="Tokenizer from", placeholder="the base", info="namespace/name",
+            label="Tokenizer from", placeholder="the base", info="owner/name",
             max_length=200, min_width=200,
         )  # fmt: skip
         parts["missing"] = gr.Dropdown(
@@ -189,7 +189,7 @@ def _publish(parts: Parts) -> None:
     """Add how the result is published, and what follows."""
     parts["publish"] = gr.Radio(
         [AS_NEW, AS_UPDATE, AS_PULL_REQUEST], value=AS_NEW, label="Publish as",
-        info="an update replaces the model that stands there; a pull request proposes to",
+        info="an update replaces what the repository has; a pull request proposes to",
     )  # fmt: skip
     parts["visibility"] = gr.Radio(
         [PRIVATE, PUBLIC, AS_IT_IS], value=PRIVATE, label="Visibility",

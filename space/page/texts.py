@@ -9,11 +9,11 @@ from ..view.words import esc
 
 TITLE = (
     "<h1>ResMerge Stream</h1>"
-    "<p>Merge language models that reinforcement learning made out of one base, without loading "
-    "them: from the Hub to the Hub, one tensor at a time.</p>"
+    "<p>Merge language models that were trained by reinforcement learning from one base. From the "
+    "Hub to the Hub, one tensor at a time.</p>"
 )
 SKIP = '<a class="rm-skip" href="#base">Skip to the form</a>'
-TRY = "Plans, merges and examines four small built-in experts. No account, under a minute."
+TRY = "Merges four small built-in experts and tests the result. No account, under a minute."
 
 
 def heading(title: str, note: str = "") -> str:
@@ -65,8 +65,8 @@ def from_code(url: str, asked: Mapping[str, Any], *, key: bool) -> str:
         ensure_ascii=False,
     )
     return (
-        '<div class="rm"><p>What the form asks for now, from elsewhere and with the same limits. '
-        "A merge started there can be followed here. The endpoints: <code>/methods</code>, "
+        '<div class="rm"><p>The merge in the form, started from code. The same limits apply, and '
+        "you can follow it here. The endpoints: <code>/methods</code>, "
         "<code>/plan</code>, <code>/merge</code>, <code>/status</code>, <code>/jobs</code>, "
         "<code>/cancel</code>, <code>/resume</code>, <code>/files</code> and "
         "<code>/report</code>.</p>"
