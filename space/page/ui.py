@@ -24,8 +24,17 @@ CSS, _WATCH, _KEEP, _FILE = (
 TICK_S = 5.0
 # Afterwards what changes was changed by a visitor; what a reload brought back is shown at once.
 _READY = "(...values) => {{ window.resmergeReady = true; return (\n{keep})(...values); }}"
-_SHOW_JOB = "() => setTimeout(() => document.getElementById('follow')?.scrollIntoView(), 100)"
 _ASKING = '() => \'<p class="rm-soft" role="status">Asking the Hub …</p>\''
+# Plan stands at the end of a long form, and its answer below it, out of a small window.
+_SHOW_PLAN = """() => { setTimeout(() => {
+  const plan = document.getElementById('plan');
+  if (plan.getBoundingClientRect().bottom + 200 > window.innerHeight) plan.scrollIntoView();
+}, 200); }"""
+# What Merge says when it starts nothing stands above the form.
+_SHOW_MERGE = """() => setTimeout(() => {
+  const said = document.querySelector('#merge-note .rm-note');
+  (said || document.getElementById('follow'))?.scrollIntoView();
+}, 100)"""
 _LOST = '<p id="lost" class="rm-lost" role="status"></p>'
 # The browser decodes what it keeps, so this is in the page: it hides nothing, it only must not
 # change from one start of the server to the next.
@@ -35,7 +44,7 @@ Parts = dict[str, Any]
 
 
 def build_page(service: Service, news: News) -> gr.Blocks:
-    """Return the app: three tabs for people, endpoints for programs.
+    """Return the app: four tabs for people, endpoints for programs.
 
     Args:
         service: behind it.
@@ -63,12 +72,13 @@ def build_page(service: Service, news: News) -> gr.Blocks:
                     "Try the example", variant="primary", scale=0, min_width=220
                 )
                 gr.HTML(f'<p class="rm-soft">{TRY}</p>', container=False, padding=False)
-            parts["merge_note"] = gr.HTML(container=False, padding=False)
+            parts["merge_note"] = gr.HTML(container=False, padding=False, elem_id="merge-note")
             fields.choose(parts)
             _plan_and_merge(parts)
         with gr.Tab("My jobs") as parts["my_jobs"]:
             parts["mine"] = gr.HTML(label="My jobs", container=False, padding=False)
-            parts["refresh"] = gr.Button("Look again", size="sm")
+            with gr.Row():
+                parts["refresh"] = gr.Button("Refresh", size="sm", scale=0, min_width=160)
         with gr.Tab("Explore") as parts["explore"]:
             _explore(parts)
         with gr.Tab("From code") as parts["from_code"]:
@@ -86,7 +96,7 @@ def _header(parts: Parts) -> None:
         gr.HTML(TITLE, container=False, padding=False, elem_classes="rm-title", min_width=320)
         if on_space():
             with gr.Column(min_width=240, scale=0):
-                gr.LoginButton(size="sm")
+                gr.LoginButton(size="sm", logout_value="Sign out ({})")
                 gr.DuplicateButton("Duplicate this Space", size="sm")
     parts["who"] = gr.HTML(label="Account", container=False, padding=False)
 
@@ -164,13 +174,13 @@ def _plan_and_merge(parts: Parts) -> None:
         container=False,
         padding=False,
     )
-    parts["plan_html"] = gr.HTML(label="Plan", container=False, padding=False)
+    parts["plan_html"] = gr.HTML(label="Plan", container=False, padding=False, elem_id="answer")
 
 
 def _explore(parts: Parts) -> None:
     gr.HTML(
-        '<p class="rm-soft">Every merge of this tool keeps how each gate decided, in '
-        "<code>resmerge/report.json</code>. Open one, or set two beside each other.</p>",
+        '<p class="rm-soft">Every merge by this tool keeps a report of what each gate decided, in '
+        "<code>resmerge/report.json</code>. Open one, or compare two.</p>",
         container=False,
         padding=False,
     )
@@ -178,7 +188,7 @@ def _explore(parts: Parts) -> None:
         for name, label in (("report_a", "Merged model"), ("report_b", "Compare with (optional)")):
             parts[name] = gr.Dropdown(
                 [], value=None, label=label, allow_custom_value=True, filterable=True,
-                info="one of your merges, or any namespace/name",
+                info="one of your merges, or any owner/name",
             )  # fmt: skip
     parts["open"] = gr.Button("Open", variant="primary", elem_id="open-report")
     parts["explored"] = gr.HTML(label="Report", container=False, padding=False)
@@ -233,15 +243,18 @@ def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
     on(parts["method"].change, handlers.choose_method, ["method", "count"], filled, quick=True)
     on(parts["as"].change, handlers.choose_output, ["as"], ["adapter_rank"], quick=True)
     planned = ["planned", "plan_html", "merge", "merge_note", *fields.MODELS]
-    on(parts["plan"].click, handlers.plan, form, planned, busy="plan_html")
+    parts["plan"].click(None, js=_SHOW_PLAN, api_visibility="private")
+    on(parts["plan"].click, handlers.plan, form, planned, busy="plan_html").then(
+        None, js=_SHOW_PLAN, api_visibility="private"
+    )
     merge = [*form, "planned", "remembered"]
     started = [*_JOB, "remembered", "merge", "merge_note"]
     on(parts["merge"].click, handlers.merge, merge, started, busy="merge_note").then(
-        None, js=_SHOW_JOB
+        None, js=_SHOW_MERGE
     )
     tried = list(dict.fromkeys([*started, *filled]))
     on(parts["try"].click, handlers.try_example, ["remembered"], tried, busy="merge_note").then(
-        None, js=_SHOW_JOB
+        None, js=_SHOW_MERGE
     )
     asked, told = ["job", "state", "log", "gates"], ["state", "status", "log", "gates"]
     parts["watching"].tick(
@@ -261,7 +274,7 @@ def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
     continued = [*_JOB, *_UNFINISHED, "remembered", "go_on_note"]
     on(parts["go_on"].click, following.go_on, ["chosen", "remembered"], continued)
     for look in (parts["my_jobs"].select, parts["explore"].select, parts["refresh"].click):
-        on(look, following.look_for_unfinished, ["remembered"], _UNFINISHED)
+        on(look, following.look_for_unfinished, ["remembered"], _UNFINISHED, busy="mine")
     on(parts["from_code"].select, handlers.from_code, form, ["code"])
     on(
         parts["open"].click,

@@ -290,7 +290,7 @@ def test_a_logout_forgets(visit: Visitors, town: Town) -> None:
     alice.expect_state("Done")
     alice.fill("typed")
 
-    alice.page.get_by_role("button", name="Logout (alice)").click()
+    alice.page.get_by_role("button", name="Sign out (alice)").click()
     expect(alice.page.get_by_text("Without an account")).to_be_visible()
     alice.open()
 
