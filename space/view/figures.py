@@ -66,12 +66,13 @@ def heatmap(rows: Sequence[Row], gate: Measure, *, named: bool = False) -> str:
     layers = layers[:: max(1, -(-len(layers) // _MOST_LAYERS))]
     columns: list[int | None] = [*layers, *([None] if any(c[1] is None for c in found) else [])]
     low, high = _ends(gate, list(found.values()))
-    width = _PLOT / len(columns)
+    left = _room_for(labels)
+    width = (_LEFT + _PLOT - left) / len(columns)
     paths: dict[str, list[str]] = {}
     for (label, layer), value in found.items():
         if label not in labels or layer not in columns:
             continue
-        x = _LEFT + columns.index(layer) * width
+        x = left + columns.index(layer) * width
         y = _TOP + labels.index(label) * _CELL_H
         colour = _colour(gate, value, low, high)
         where = "outside the layers" if layer is None else f"layer {layer}"
@@ -86,24 +87,29 @@ def heatmap(rows: Sequence[Row], gate: Measure, *, named: bool = False) -> str:
     )
     height = _TOP + len(labels) * _CELL_H
     names = "".join(
-        f'<text x="{_LEFT - 6}" y="{_TOP + i * _CELL_H + 15}" text-anchor="end">{esc(label)}</text>'
+        f'<text x="{left - 6}" y="{_TOP + i * _CELL_H + 15}" text-anchor="end">{esc(label)}</text>'
         for i, label in enumerate(labels)
     )
-    axis = _layer_axis(columns, width, height)
+    axis = _layer_axis(columns, left, width, height)
     said = f"{gate.title}: median {statistics.median(found.values()):.3g} over {len(found)} cells"
     svg = _svg(height + _BOTTOM, said, f"{fills}{names}{axis}")
     return _figure(gate, svg, _scale(gate, low, high))
 
 
-def _layer_axis(columns: Sequence[int | None], width: float, height: int) -> str:
+def _room_for(labels: Iterable[str]) -> int:
+    """Return where the cells begin, right of the longest label; labels take half at most."""
+    return min(max(_LEFT, 12 + 9 * max(map(len, labels))), _PLOT // 2)
+
+
+def _layer_axis(columns: Sequence[int | None], left: int, width: float, height: int) -> str:
     step = max(1, -(-len(columns) // 12))
     ticks = "".join(
-        f'<text x="{_LEFT + (i + 0.5) * width:.1f}" y="{height + 16}" text-anchor="middle">'
+        f'<text x="{left + (i + 0.5) * width:.1f}" y="{height + 16}" text-anchor="middle">'
         f"{'–' if layer is None else layer}</text>"
         for i, layer in enumerate(columns)
         if i % step == 0 or layer is None
     )
-    middle = _LEFT + _PLOT / 2
+    middle = left + len(columns) * width / 2
     return f'{ticks}<text x="{middle}" y="{height + 35}" text-anchor="middle">layer</text>'
 
 
