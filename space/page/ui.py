@@ -23,8 +23,13 @@ CSS, _WATCH, _KEEP, _FILE = (
 )
 TICK_S = 5.0
 # Afterwards what changes was changed by a visitor; what a reload brought back is shown at once.
-_READY = "(...values) => {{ window.resmergeReady = true; return (\n{keep})(...values); }}"
+_READY = "(...values) => {{ {leave} window.resmergeReady = true; return (\n{keep})(...values); }}"
 _ASKING = '() => \'<p class="rm-soft" role="status">Asking the Hub …</p>\''
+# Gradio's dropdown opens its list again after Tab has left it: it must not hear of that key.
+_LEAVE = """window.addEventListener('keydown', (event) => {
+  const list = event.target.closest?.('input[role="combobox"], input[role="listbox"]');
+  if (event.key === 'Tab' && list) event.stopPropagation();
+}, true);"""
 # Plan stands at the end of a long form, and its answer below it, out of a small window.
 _SHOW_PLAN = """() => { setTimeout(() => {
   const plan = document.getElementById('plan');
@@ -210,7 +215,7 @@ def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
         None,
         [parts[name] for name in fields.names()],
         [parts["kept"], parts["chips"]],
-        js=_READY.format(keep=_keep(parts)),
+        js=_READY.format(leave=_LEAVE, keep=_keep(parts)),
         api_visibility="private",
     )
     on(app.load, following.look_for_unfinished, ["remembered"], _UNFINISHED)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import expect
 
 from tests.loopback_hub.accounts import Accounts
 from tests.support.space_pages import Visit
@@ -40,6 +41,8 @@ def test_the_keyboard_is_enough(visit: Visitors) -> None:
     press_until(guest, "Skip to the form", most=1)
     guest.page.keyboard.press("Enter")
     press_until(guest, "Plan", most=11)
+    # A list that Tab left open would cover the form.
+    expect(guest.page.get_by_role("option")).to_have_count(0)
     guest.open()
     press_until(guest, "Try the example", most=12)
     guest.page.keyboard.press("Enter")
