@@ -13,7 +13,7 @@ PAGE_WORDS: Mapping[Remedy, str] = {
     Remedy.CHECK_FOLDER: "",
     Remedy.CONTINUE: "press “Continue” on its job",
     Remedy.FINISH_OTHER: "continue that job under “My jobs”",
-    Remedy.DISCARD_STAGING: "press “Remove what it left” on its job",
+    Remedy.DISCARD_STAGING: "press “Delete the partial result” on its job",
     Remedy.GIVE_MODELS: "fill in a base and at least one expert",
     Remedy.GIVE_TARGET: "name the result",
     Remedy.ANOTHER_FOLDER: "choose another name",

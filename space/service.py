@@ -104,8 +104,8 @@ class Service:
             )
         if needs_account(asked) and not asked.publication:
             raise RecipeError(
-                "a merge of these models is published. Only the built-in example can be downloaded "
-                "as files.",
+                "a merge of models on the Hub goes to the Hub. Only the built-in example can be "
+                "downloaded as files.",
                 Remedy.GIVE_TARGET,
             )
         self.jobs.check_caps(visitor.name, address)

@@ -14,6 +14,7 @@ from ..examples import examples
 from ..identity import on_space
 from ..service import Service
 from . import fields
+from .following import Following
 from .handlers import Handlers
 from .news import News
 from .texts import SKIP, TITLE, TRY, heading
@@ -109,7 +110,7 @@ def _header(parts: Parts) -> None:
 _ACTS: tuple[tuple[str, str, Literal["stop", "primary", "secondary"]], ...] = (
     ("cancel", "Cancel", "stop"),
     ("resume", "Continue", "primary"),
-    ("discard", "Remove what it left", "secondary"),
+    ("discard", "Delete the partial result", "secondary"),
 )
 
 
@@ -207,9 +208,11 @@ _UNFINISHED = ["unfinished", "chosen", "mine", "report_a", "report_b", *fields.M
 
 
 def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
-    form, filled = [*fields.names(), "count"], fields.filled()
-    following = handlers.following
     on = functools.partial(_on, parts)
+    _wire_form(parts, handlers, on)
+    _wire_merge(parts, handlers, on)
+    _wire_job(parts, handlers.following, on)
+    following, filled = handlers.following, fields.filled()
     loaded = [*_JOB, *filled, "remembered", "who", "pasted"]
     on(app.load, handlers.load, ["remembered", "kept"], loaded).then(
         None,
@@ -219,6 +222,22 @@ def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
         api_visibility="private",
     )
     on(app.load, following.look_for_unfinished, ["remembered"], _UNFINISHED)
+    for look in (parts["my_jobs"].select, parts["explore"].select, parts["refresh"].click):
+        on(look, following.look_for_unfinished, ["remembered"], _UNFINISHED, busy="mine")
+    form = [*fields.names(), "count"]
+    on(parts["from_code"].select, handlers.from_code, form, ["code"])
+    on(
+        parts["open"].click,
+        handlers.explore,
+        ["report_a", "report_b"],
+        ["explored"],
+        busy="explored",
+    )
+
+
+def _wire_form(parts: Parts, handlers: Handlers, on: Callable[..., Any]) -> None:
+    """Wire what fills the form, and what keeps it."""
+    filled = fields.filled()
     gr.on(
         [parts[name].change for name in fields.names()],
         None,
@@ -247,6 +266,11 @@ def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
         )
     on(parts["method"].change, handlers.choose_method, ["method", "count"], filled, quick=True)
     on(parts["as"].change, handlers.choose_output, ["as"], ["adapter_rank"], quick=True)
+
+
+def _wire_merge(parts: Parts, handlers: Handlers, on: Callable[..., Any]) -> None:
+    """Wire Plan, Merge and *Try the example*."""
+    form, filled = [*fields.names(), "count"], fields.filled()
     planned = ["planned", "plan_html", "merge", "merge_note", *fields.MODELS]
     parts["plan"].click(None, js=_SHOW_PLAN, api_visibility="private")
     on(parts["plan"].click, handlers.plan, form, planned, busy="plan_html").then(
@@ -261,6 +285,10 @@ def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
     on(parts["try"].click, handlers.try_example, ["remembered"], tried, busy="merge_note").then(
         None, js=_SHOW_MERGE
     )
+
+
+def _wire_job(parts: Parts, following: Following, on: Callable[..., Any]) -> None:
+    """Wire the job that is shown: its news, its buttons, and what it is asked."""
     asked, told = ["job", "state", "log", "gates"], ["state", "status", "log", "gates"]
     parts["watching"].tick(
         None, [parts[name] for name in asked], [parts[name] for name in told], js=_WATCH.read_text()
@@ -278,16 +306,6 @@ def _wire(app: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
     on(parts["dismiss"].click, following.dismiss, ["remembered"], [*_JOB, "remembered"])
     continued = [*_JOB, *_UNFINISHED, "remembered", "go_on_note"]
     on(parts["go_on"].click, following.go_on, ["chosen", "remembered"], continued)
-    for look in (parts["my_jobs"].select, parts["explore"].select, parts["refresh"].click):
-        on(look, following.look_for_unfinished, ["remembered"], _UNFINISHED, busy="mine")
-    on(parts["from_code"].select, handlers.from_code, form, ["code"])
-    on(
-        parts["open"].click,
-        handlers.explore,
-        ["report_a", "report_b"],
-        ["explored"],
-        busy="explored",
-    )
 
 
 def _keep(parts: Parts) -> str:

@@ -167,8 +167,8 @@ def _next_steps(asked: Mapping[str, Any], *, is_adapter: bool) -> str:
         )
     return (
         f'<p>Try it: <code>transformers chat {esc(repo)}</code></p><p><a href="{gguf}" '
-        f'target="_blank" rel="noopener">Make a GGUF, also quantised</a>, of '
-        f"<code>{esc(repo)}</code></p>"
+        f'target="_blank" rel="noopener">Make a GGUF of it</a>, quantised if you like: paste '
+        f"<code>{esc(repo)}</code> there.</p>"
     )
 
 
