@@ -24,24 +24,26 @@ _TOP = """\
 {transformers} has {all} causal language models and image-text models, of which {unbuilt} were not
 built.
 
-Written by `python -m tests.zoo`, with torch {torch}. For each architecture transformers makes a
-small random model and writes it with `save_pretrained`, as a base and two experts. Then:
+This page is written by `python -m tests.zoo`, with torch {torch}. For each architecture,
+transformers makes a small random model and writes it with `save_pretrained`, as a base and two
+experts. Columns:
 
-- **decomposed**: how many of its tensors ResMerge's own rule takes; the rest takes the rule of
-  `other`. What is a linear map is decomposed, routers too; `resmerge-stream plan` lists them.
+- **decomposed**: how many of its tensors follow ResMerge's own rule; the rest follow the rule of
+  `other`. Every linear map is decomposed, even routers; `resmerge-stream plan` lists them.
 - **merges**: planned without a problem, and merged by `mean` and by `resmerge`.
 - **loads**: `from_pretrained` loads both results, with nothing missing and nothing unexpected.
 - **two equal experts**: their mean is that expert, bit for bit. *Logits*: a forward pass gives
-  equal logits too. *Weights*: the forward pass asks for more than token ids (an image, mostly), or
-  the small sizes do not suit it.
+  equal logits too. *Weights*: the forward pass needs more than token ids (mostly an image), or
+  does not work with the small sizes.
 - **quantised**: the same holds with such a base. FP8 is `weight_scale_inv` with blocks of
-  128 × 128 on every linear map but routers and stacks of experts; scales by channel and by tensor
-  are read as well. GPTQ, AWQ, bitsandbytes and GGUF are refused, with what to do.
+  128 × 128 on every linear map except routers and stacks of experts; scales by channel and by
+  tensor are read too. GPTQ, AWQ, bitsandbytes and GGUF are refused; the message says what to do.
 
-Gate and up in one tensor, and experts in stacks, give the bytes that the same model gives with each
-in a tensor of its own, also where a stack stores its maps as (in, out), as Llama 4 and gpt-oss do.
+If gate and up share one tensor, or experts are stacked, the bytes are those of the same model with
+each in its own tensor. This holds even if a stack stores its maps as (in, out), as in Llama 4 and
+gpt-oss.
 
-Small models show names, shapes and storage, not whether a merge is good: see
+Small models test names, shapes and storage, not whether a merge is good; for that see
 [quality.md](quality.md).
 
 | | architectures |
