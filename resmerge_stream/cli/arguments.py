@@ -9,47 +9,47 @@ from ..specs import OUTPUT_DTYPES
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add ``--json``."""
-    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+    parser.add_argument("--json", action="store_true", help="print JSON, one object per line")
 
 
 def add_publication(parser: argparse.ArgumentParser) -> None:
     """Add what says where on the Hub to publish, and how."""
-    hub = parser.add_argument_group("publish on the Hub, with HF_TOKEN or its login")
+    hub = parser.add_argument_group("publish on the Hub, with HF_TOKEN or the Hub's login")
     hub.add_argument(
-        "--push-to", metavar="NS/NAME", help="the repository; a new one is made private"
+        "--push-to", metavar="NS/NAME", help="publish to this repository; a new one is private"
     )
     seen = hub.add_mutually_exclusive_group()
     seen.add_argument(
         "--private", action="store_true", help="keep it private (default for a new one)"
     )
     seen.add_argument(
-        "--public", action="store_true", help="make it public when everything is there"
+        "--public", action="store_true", help="make it public when the merge is complete"
     )
     hub.add_argument(
         "--update",
         action="store_true",
-        help="replace the model that is there; the plan lists the files",
+        help="replace the model in it; the plan lists the files",
     )
     hub.add_argument(
         "--create-pr",
         action="store_true",
-        help="open a pull request on it instead; nothing else there is touched",
+        help="open a pull request on it instead; change nothing else",
     )
     hub.add_argument(
         "--collection", metavar="OWNER/SLUG", help="add the model to this collection of yours"
     )
     hub.add_argument(
-        "--discuss", action="store_true", help="open a discussion there when it is done"
+        "--discuss", action="store_true", help="open a discussion in it when the merge is done"
     )
     hub.add_argument(
         "--max-disk",
         metavar="SIZE",
-        help="disk for unsent shards (default: two for each process); 0: no files",
+        help="disk space for shards not yet sent (default: two shards per process); 0: write none",
     )
     parser.add_argument(
         "--work-dir",
         metavar="DIR",
-        help="where to keep what a restart needs (default: the user's cache)",
+        help="keep what a restart needs in this folder (default: your cache folder)",
     )
 
 
@@ -57,34 +57,35 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add what says what to merge, and how."""
     parser.add_argument(
         "recipe", nargs="?", metavar="RECIPE",
-        help="a file in mergekit's vocabulary; or a merged model: folder, id or address",
+        help="a recipe file in mergekit's vocabulary, or a merged model's folder, ID or address",
     )  # fmt: skip
-    what = parser.add_argument_group("instead of a recipe, or over it")
+    what = parser.add_argument_group("instead of a recipe, or to override it")
     what.add_argument(
         "--base", metavar="ID", help="the base model: a folder or namespace/name[@revision]"
     )
     what.add_argument(
-        "--expert", metavar="ID", action="append", default=[], help="an expert; give one for each"
+        "--expert", metavar="ID", action="append", default=[], help="an expert; repeat for each"
     )
     what.add_argument(
         "--method",
         metavar="NAME",
-        help="how to merge (default: resmerge); with a preset: ties:paper; 'methods' lists them",
+        help="how to merge, also with a preset such as ties:paper (default: resmerge); "
+        "'methods' lists all",
     )
     what.add_argument(
         "--set",
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="a parameter of the method; give one for each",
+        help="a parameter of the method; repeat for each",
     )
     what.add_argument(
         "--tokenizer-source", metavar="WHICH",
-        help="base, union or an ID: the models' rows are matched by token",
+        help="match the models' rows by token, with the tokens of: base, union or an ID",
     )  # fmt: skip
     how = parser.add_argument_group("output")
     how.add_argument(
-        "--dtype", metavar="TYPE", help=f"{', '.join(OUTPUT_DTYPES)} (default: the base's)"
+        "--dtype", metavar="TYPE", help=f"one of {', '.join(OUTPUT_DTYPES)} (default: the base's)"
     )
     for known in declared():
         if known.changes != "nothing":
@@ -118,14 +119,14 @@ def add_submit(parser: argparse.ArgumentParser) -> None:
     job = parser.add_argument_group("the Job")
     add_job(job)
     job.add_argument(
-        "--attach", metavar="JOB_ID", help="follow a Job that runs or ran; takes no recipe"
+        "--attach", metavar="JOB_ID", help="follow a running or finished Job; takes no recipe"
     )
-    then = parser.add_argument_group("what the Job does when the merge is published")
+    then = parser.add_argument_group("what the Job does after it has published the merge")
     then.add_argument(
         "--then",
         choices=("evaluate",),
-        help="ask base, experts and merge (--tasks), on a GPU that holds each; the results are a "
-        "pull request on the merge",
+        help="ask base, experts and merge questions (--tasks), on a GPU that can hold each model; "
+        "open a pull request on the merge with the results",
     )
     add_questions(then, required=False)
 
@@ -133,15 +134,15 @@ def add_submit(parser: argparse.ArgumentParser) -> None:
 def add_job(group: argparse._ActionsContainer) -> None:
     """Add what says how a Job runs."""
     group.add_argument(
-        "--flavor", metavar="NAME", help="which machine (default: the cheapest that fits)"
+        "--flavor", metavar="NAME", help="run on this machine (default: the cheapest that fits)"
     )
     group.add_argument(
         "--timeout",
         metavar="TIME",
-        help="end the Job after, such as 2h (default: from the estimate)",
+        help="end the Job after this time, such as 2h (default: from the estimate)",
     )
     group.add_argument(
-        "--yes", action="store_true", help="start without asking whether the price is right"
+        "--yes", action="store_true", help="start without asking you to accept the price"
     )
 
 
@@ -152,20 +153,20 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         "--methods",
         metavar="A,B,C",
         required=True,
-        help="methods, with parameters behind colons: resmerge,ties:density=0.2,ties:paper",
+        help="methods, with parameters after colons: resmerge,ties:density=0.2,ties:paper",
     )
     parser.add_argument(
         "--out",
         metavar="DIR",
         required=True,
-        help="gets a folder for each method, the table and the picture",
+        help="write a folder for each method, the table and the picture to this folder",
     )
     parser.add_argument(
         "--report-only",
         action="store_true",
         help="write reports, table and picture, but no weights",
     )
-    parser.add_argument("--work-dir", metavar="DIR", help="as for merge")
+    parser.add_argument("--work-dir", metavar="DIR", help="the same as for merge")
     asked = parser.add_argument_group("which merge is best")
     asked.add_argument(
         "--evaluate",
@@ -177,7 +178,8 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         "--keep",
         choices=("all", "best"),
         default="all",
-        help="best: merge one after another and keep the best model's files only",
+        help="best: run one merge after another, and keep only the best model's files "
+        "(default: all)",
     )
 
 
@@ -190,16 +192,16 @@ def add_analyse(parser: argparse.ArgumentParser) -> None:
         metavar="ID",
         action="append",
         default=[],
-        help="an SFT expert to compare with; give one for each",
+        help="an SFT expert to compare with; repeat for each",
     )
     parser.add_argument("--rank", type=int, default=1, help="directions in the head (default: 1)")
     add_sample(parser)
     parser.add_argument(
         "--component",
         choices=("head", "residual"),
-        help="write the model W0 + head (or residual) of one expert instead",
+        help="instead, write the model W0 + head (or residual) of one expert",
     )
-    parser.add_argument("--of", metavar="EXPERT", help="the expert, by ID or number")
+    parser.add_argument("--of", metavar="EXPERT", help="the expert for --component: ID or number")
 
 
 def add_sample(parser: argparse.ArgumentParser) -> None:
@@ -208,7 +210,7 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
         "--sample",
         metavar="SHARE",
         default="100%",
-        help="share of the layers to read, such as 20%%",
+        help="share of the layers to read, such as 20%% (default: 100%%)",
     )
 
 
@@ -220,23 +222,23 @@ def add_extract(parser: argparse.ArgumentParser) -> None:
         help="an expert, a finished merge or an adapter: folder or namespace/name[@revision]",
     )
     parser.add_argument(
-        "--base", metavar="ID", required=True, help="what the adapter is to be put on"
+        "--base", metavar="ID", required=True, help="the base model that the adapter will belong to"
     )
     parser.add_argument(
         "--rank",
         metavar="K",
         dest="adapter_rank",
         default="32",
-        help="of the adapter's modules, at most (default: 32)",
+        help="highest rank of the adapter's modules (default: 32)",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="only read, and print how much of the difference each rank up to K holds",
+        help="write nothing; print how much of the difference each rank up to K keeps",
     )
     parser.add_argument("--out", metavar="DIR", help="the output folder; must not exist yet")
     parser.add_argument(
-        "--dtype", metavar="TYPE", help=f"{', '.join(OUTPUT_DTYPES)} (default: float32)"
+        "--dtype", metavar="TYPE", help=f"one of {', '.join(OUTPUT_DTYPES)} (default: float32)"
     )
     add_publication(parser)
     add_machine(parser)
@@ -246,29 +248,32 @@ def add_extract(parser: argparse.ArgumentParser) -> None:
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``evaluate``."""
     parser.add_argument(
-        "models", nargs="+", metavar="MODEL", help="folder or namespace/name[@revision]; base first"
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="folder or namespace/name[@revision]; give the base first",
     )
     add_questions(parser, required=True)
     parser.add_argument(
         "--out",
         metavar="DIR",
         default="evaluation",
-        help="the folder for results and for the answers so far",
+        help="the folder for results and unfinished answers (default: evaluation)",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     parser.add_argument(
         "--card",
         metavar="MERGE",
-        help="put the results into the card of this one of the models; on the Hub, by a "
+        help="put the results into the card of this merge, one of the models; on the Hub, by a "
         "pull request",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+    parser.add_argument("--json", action="store_true", help="print JSON, one object per line")
     job = parser.add_argument_group("as a Job on the Hub")
     job.add_argument(
         "--job",
         action="store_true",
-        help="run on one of the Hub's machines, with a GPU that holds each model; asks before it "
-        "spends; the results are a pull request (--card)",
+        help="run on one of the Hub's machines, with a GPU that can hold each model; asks before "
+        "it spends money; opens a pull request with the results (--card)",
     )
     add_job(job)
 
@@ -279,7 +284,7 @@ def add_questions(parser: argparse._ActionsContainer, *, required: bool) -> None
         "--tasks",
         required=required,
         metavar="A,B,C",
-        help="built-in tasks (add, sort, reverse, close), files FILE.jsonl or FILE.yaml, or tasks "
+        help="built-in tasks (add, sort, reverse, close), files (FILE.jsonl, FILE.yaml), or tasks "
         "of lm-evaluation-harness",
     )
     parser.add_argument(

@@ -124,42 +124,46 @@ class Options:
         changes="values",
         parse=_whole,
         metavar="N",
-        help="seed of all random numbers (default: 0)",
+        help="seed for all random numbers (default: 0)",
     )
     max_shard_bytes: int | None = option(
         None, key="max_shard_size", changes="files", parse=_size, metavar="SIZE",
-        help="size of an output file, such as 5GB (default: as the base's, at most 5GB)",
+        help="largest output file, such as 5GB (default: as in the base, at most 5GB)",
     )  # fmt: skip
     missing: str = option(
         "base", changes="values", parse=_text, metavar="HOW",
-        help="where an expert lacks a tensor: base (merge the others' there) or refuse",
+        help="if only some experts have a tensor: base (default) merges theirs, refuse stops",
     )  # fmt: skip
     output: str = option(
         "model", key="as", changes="values", parse=_text, metavar="KIND",
-        help="write a whole model, or an adapter of the base: model or adapter",
+        help="what to write: model (default), or adapter, a LoRA adapter of the base",
     )  # fmt: skip
     adapter_rank: int | None = option(
         None, changes="values", parse=_whole, metavar="K",
-        help="of the adapter, at most (default: as high as it takes to keep all)",
+        help="highest rank of the adapter (default: the rank that keeps everything)",
     )  # fmt: skip
     tokenizer_from: str | None = option(
-        None, changes="files", parse=_text, metavar="ID", help="take the tokenizer from this model"
+        None,
+        changes="files",
+        parse=_text,
+        metavar="ID",
+        help="take the tokenizer files from this model",
     )
     device: str = option(
         "auto", changes="nothing", parse=_text, metavar="DEVICE",
-        help="where to compute: auto (default), cpu, cuda, cuda:N or mps",
+        help="where to compute: auto (default), cpu, cuda or cuda:N",
     )  # fmt: skip
     memory_budget: int | None = option(
         None, changes="nothing", parse=_size, metavar="SIZE",
-        help="memory for all processes here, such as 4GB (default: 80%% of what is free)",
+        help="memory for all processes on this machine, such as 4GB (default: 80%% of free memory)",
     )  # fmt: skip
     check_sources: bool = option(
         True, changes="nothing", parse=_flag, metavar="",
-        help="do not compare what is read with the Hub's sha256",
+        help="do not compare source files with the Hub's SHA-256",
     )  # fmt: skip
     patience: int | None = option(
         None, changes="nothing", parse=_duration, metavar="TIME",
-        help="how long the Hub may fail before the merge stops (15m)",
+        help="how long the Hub may fail before the merge stops (default: 15m)",
     )  # fmt: skip
     max_header_bytes: int | None = None
 
