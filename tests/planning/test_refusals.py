@@ -13,7 +13,7 @@ from resmerge_stream.planning.resolve import Resolver
 DOCS = Path(__file__).parents[2] / "docs" / "recipes.md"
 ROW = re.compile(r"^\| `([^`]+)` \| (.+) \|$", re.MULTILINE)
 FRAGMENTS, _, FILES = (
-    DOCS.read_text().partition("## What is refused")[2].partition("Of a whole file is refused:")
+    DOCS.read_text().partition("## What is refused")[2].partition("Whole files that are refused:")
 )
 TABLE, FILE_TABLE = ROW.findall(FRAGMENTS), ROW.findall(FILES)
 RECIPE = {"merge_method": "ties", "base_model": "org/base", "models": ["org/a", "org/b"]}
