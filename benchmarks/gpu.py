@@ -131,7 +131,7 @@ def _difference(base: Path, left: Path, right: Path) -> tuple[float, str]:
             safe_open(right / file.name, "pt") as two,
             safe_open(base / file.name, "pt") as start,
         ):
-            for name in one.keys():  # noqa: SIM118  # safe_open is no mapping
+            for name in one.keys():  # noqa: SIM118  # safe_open is not a mapping
                 W0 = start.get_tensor(name).double()
                 delta = one.get_tensor(name).double() - W0
                 other = two.get_tensor(name).double() - W0

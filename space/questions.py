@@ -58,7 +58,7 @@ def _question(line: str, where: str) -> dict[str, Any]:
         rule = json.loads(line)
     except (ValueError, RecursionError) as exc:
         raise RecipeError(
-            f'{where} is no JSON. Write one object a line: {{"prompt": "2+2=", "answer": "4"}}.'
+            f'{where} is not JSON. Write one object a line: {{"prompt": "2+2=", "answer": "4"}}.'
         ) from exc
     if not isinstance(rule, dict) or not isinstance(rule.get("prompt"), str):
         raise RecipeError(f"{where}: expected an object with a prompt, a text.")

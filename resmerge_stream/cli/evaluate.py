@@ -35,7 +35,7 @@ def evaluate(args: argparse.Namespace) -> int:
         ResMergeError: it was refused, or stopped.
     """
     if args.card and args.card not in args.models:
-        raise RecipeError(f"{args.card} is none of the models that are asked.")
+        raise RecipeError(f"{args.card} is not among the models that are asked.")
     if args.job:
         # Packing this tool as a wheel is nothing that other commands wait for.
         from .evaluation_job import evaluate_as_job

@@ -47,7 +47,7 @@ def _named(name: str, flavors: Sequence[Flavor], errand: Errand) -> Flavor:
     known = {flavor.name: flavor for flavor in flavors}
     if name not in known:
         raise RecipeError(
-            f"--flavor {name!r} is none of the Hub's machines: {listed(known, limit=40)}."
+            f"--flavor {name!r} is not one of the Hub's machines: {listed(known, limit=40)}."
         )
     if lack := errand.lack_of(known[name]):
         raise RecipeError(f"--flavor {name} does not do: {lack}. Leave it out to choose.")

@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add_json(verify)
     add_compare(_command(commands, "compare", "merge by several methods in one pass"))
     add_analyse(_command(commands, "analyse", "measure the experts' spectra; no merging"))
-    add_extract(_command(commands, "extract", "a model as a LoRA adapter of its base"))
+    add_extract(_command(commands, "extract", "turn a model into a LoRA adapter of its base"))
     add_evaluate(_command(commands, "evaluate", "ask models the same questions"))
     add_submit(_command(commands, "submit", "merge as a Job on the Hub; asks before it spends"))
     methods = _command(commands, "methods", "list the methods and their parameters")

@@ -68,7 +68,7 @@ def merge_at(repo_id: str, token: str | bool | None = None) -> tuple[HubRepo, Mo
     repo = HubRepo(client(token), repo_id)
     info = repo.info()
     if info is None:
-        raise CheckpointNotFoundError(f"there is no model {shown(repo_id)} on the Hub to tell.")
+        raise CheckpointNotFoundError(f"there is no model {shown(repo_id)} on the Hub.")
     if not set(CARD_FILES) <= set(listed(info)):
         raise RecipeError(f"{repo_id} has no {' and '.join(CARD_FILES)} of a merge.")
     return repo, info

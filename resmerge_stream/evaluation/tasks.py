@@ -99,7 +99,7 @@ def _read_questions(path: Path, limit: int) -> Questions:
             try:
                 rule = json.loads(line)
             except ValueError as exc:
-                raise RecipeError(f"{where} is no JSON: {exc}.") from exc
+                raise RecipeError(f"{where} is not JSON: {exc}.") from exc
             if not isinstance(rule, dict) or not isinstance(rule.get("prompt"), str):
                 raise RecipeError(f"{where}: expected an object with a prompt, a text.")
             check_rule(rule, where)
@@ -126,7 +126,7 @@ def _read_yaml(path: Path) -> Harness:
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise RecipeError(f"{path.name} is no YAML: {exc}") from exc
+        raise RecipeError(f"{path.name} is not YAML: {exc}") from exc
     name = document.get("task") if isinstance(document, dict) else None
     if not isinstance(name, str):
         raise RecipeError(f"{path.name}: a task of the harness names itself under 'task'.")

@@ -53,7 +53,7 @@ def check_rule(rule: Mapping[str, Any], where: str) -> None:
         try:
             re.compile(str(answer))
         except re.error as exc:
-            raise RecipeError(f"{where}: {answer!r} is no regular expression: {exc}.") from exc
+            raise RecipeError(f"{where}: {answer!r} is not a regular expression: {exc}.") from exc
     if how == "number" and _last_number(str(answer)) is None:
         raise RecipeError(f"{where}: {answer!r} holds no number.")
 

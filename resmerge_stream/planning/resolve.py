@@ -175,9 +175,9 @@ class Resolver:
         for key in given:
             if key not in known:
                 raise RecipeError(
-                    f"{shown(key)} is no parameter that {self.kind.name} has for each model; there "
-                    f"are: {listed(known) if known else 'none'}. What holds for the whole merge "
-                    "stands under the recipe's 'parameters'."
+                    f"{shown(key)} is not a parameter that {self.kind.name} has for each model; "
+                    f"there are: {listed(known) if known else 'none'}. What holds for the whole "
+                    "merge stands under the recipe's 'parameters'."
                 )
 
     def _checked(self, chosen: Chosen) -> Chosen:

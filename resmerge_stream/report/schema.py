@@ -35,7 +35,7 @@ def parse_report(data: bytes, *, where: str) -> dict[str, Any]:
             _refuse(where, f"has no list of {key!r}")
         wrong = [row for row in rows if not check(row)]
         if wrong:
-            _refuse(where, f"has a row in {key!r} that is none: {shown(wrong[0])}")
+            _refuse(where, f"has a row in {key!r} that is not one: {shown(wrong[0])}")
         if len({row["name"] for row in rows}) != len(rows):
             _refuse(where, f"has the same name twice in {key!r}")
     if not isinstance(report.get("summary"), dict):
@@ -47,7 +47,7 @@ def parse_report(data: bytes, *, where: str) -> dict[str, Any]:
 def _check_options(report: dict[str, Any], where: str) -> None:
     options = report.get("options", {})
     if not isinstance(options, dict) or not isinstance(report.get("counted", {}), dict):
-        _refuse(where, "has 'options' or 'counted' that are no mapping")
+        _refuse(where, "has 'options' or 'counted' that is not a mapping")
     try:
         Options.from_dict(options)
     except RecipeError as exc:

@@ -44,7 +44,7 @@ def open_checkpoint(
         return LocalCheckpoint.open(folder, ref)
     if not REPO_ID.fullmatch(ref.id):
         raise CheckpointNotFoundError(
-            f"there is no folder {shown(ref.id)}, and it is no repository id either. Give the "
+            f"there is no folder {shown(ref.id)}, and it is not a repository id either. Give the "
             "folder of a model (with config.json and *.safetensors), or namespace/name on the Hub."
         )
     from ..hub.client import NoSuchRepositoryError

@@ -158,7 +158,7 @@ def _refuse_kinds(config: Mapping[str, Any], where: str) -> None:
     for key, what in _VARIANTS.items():
         if config.get(key):
             raise UnsupportedCheckpointError(
-                f"{where!r} is {what}: it is no fixed update of the base's weights. Merge it "
+                f"{where!r} is {what}: it is not a fixed update of the base's weights. Merge it "
                 "into its base with peft if peft can, and give that model."
             )
     start = str(config.get("init_lora_weights")).lower()
@@ -181,7 +181,9 @@ def _matching(patterns: Mapping[str, Any], module: str) -> str:
 def _patterns(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
     found = config.get(name) or {}
     if not isinstance(found, dict) or len(found) > _MAX_PATTERNS:
-        raise CheckpointFormatError(f"{where!r}: {name} is no mapping of module names to numbers.")
+        raise CheckpointFormatError(
+            f"{where!r}: {name} is not a mapping of module names to numbers."
+        )
     for key in found:
         if len(key) > _MAX_PATTERN or _EXPLOSIVE.search(key):
             raise CheckpointFormatError(
@@ -192,7 +194,7 @@ def _patterns(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any
             re.compile(key)
         except re.error as exc:
             raise CheckpointFormatError(
-                f"{where!r}: {name} has the pattern {key[:80]!r}, which is no regex: {exc}."
+                f"{where!r}: {name} has the pattern {key[:80]!r}, which is not a regex: {exc}."
             ) from exc
     return found
 

@@ -198,7 +198,7 @@ class _Layout:
         elif (found := _WHOLE.fullmatch(name)) is not None:
             self._place_whole(f"{found['module']}.{found['end']}", key)
         else:
-            self._refuse(f"it has the tensor {shown(key)}, which is none of LoRA's")
+            self._refuse(f"it has the tensor {shown(key)}, which is not one of LoRA's")
 
     def _place(self, module: str, pair: _Pair) -> None:
         keys = pair.keys

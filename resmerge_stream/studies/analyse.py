@@ -162,7 +162,7 @@ def component_recipe(recipe: Recipe, component: str, of: str, *, rank: int = 1) 
     if not chosen and of.isdigit() and 1 <= int(of) <= len(names):
         chosen = [recipe.experts[int(of) - 1]]
     if not chosen:
-        raise RecipeError(f"{of!r} is none of the experts: {', '.join(names)}.")
+        raise RecipeError(f"{of!r} is not one of the experts: {', '.join(names)}.")
     ablations = {"head": "head_only", "residual": "residual_only"}
     if component not in ablations:
         raise RecipeError(f"the component must be head or residual, not {component!r}.")

@@ -21,7 +21,8 @@ KINDS = {
     "copies": "nearly the same update",
     "opposed": "some updates point against each other",
     "overlapping": "some updates point the same way",
-    "unequal": "some updates are much longer than others",
+    "long": "one update is much longer than every other",
+    "short": "some updates are much shorter than the longest",
     "sparse": "each update changes few of the weights",
     "orthogonal": "updates of one length that have nothing in common",
     "single": "fewer than two experts changed anything",
@@ -149,8 +150,12 @@ def kind_of(cosines: Sequence[float], lengths: Sequence[float], changed: Sequenc
         return "opposed"
     if max(cosines) >= _OVERLAPPING:
         return "overlapping"
-    if max(lengths) >= _UNEQUAL * min(lengths):
-        return "unequal"
+    # Two regimes: one that drowns the others out, and some that have no say.
+    *_, second, longest = sorted(lengths)
+    if longest >= _UNEQUAL * second:
+        return "long"
+    if longest >= _UNEQUAL * min(lengths):
+        return "short"
     return "sparse" if max(changed) <= _SPARSE else "orthogonal"
 
 

@@ -102,7 +102,7 @@ def test_a_function_cannot_hold_up_an_evaluation(function, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "line 1 is no JSON"),
+        ("{", "line 1 is not JSON"),
         ('{"answer": "a"}', "with a prompt"),
         ('{"prompt": "a"}', "needs an answer"),
         ('{"prompt": "a", "verify": "taste", "answer": "b"}', "verify must be"),

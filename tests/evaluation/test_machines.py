@@ -3,7 +3,7 @@
 import pytest
 
 from resmerge_stream.errors import RecipeError
-from resmerge_stream.evaluation.machines import Sitting
+from resmerge_stream.evaluation.machines import Sitting, cpu_seconds
 from resmerge_stream.evaluation.tasks import Harness, find_tasks
 from resmerge_stream.hub.flavors import FLAVORS, Flavor
 from resmerge_stream.planning.machines import ranked
@@ -85,3 +85,18 @@ def test_tasks_of_one_name_are_refused(tmp_path):
 
     with pytest.raises(RecipeError, match="same name"):
         find_tasks([str(path) for path in paths], 5)
+
+
+def test_a_cpu_takes_longer_for_more_of_anything():
+    """Elements, questions beyond a batch, tokens and models cost time; cores save it."""
+    least = cpu_seconds(10**9, 4, 20, 32, 2)
+
+    assert least > 100
+    for more in (
+        cpu_seconds(2 * 10**9, 4, 20, 32, 2),
+        cpu_seconds(10**9, 4, 33, 32, 2),
+        cpu_seconds(10**9, 4, 20, 64, 2),
+        cpu_seconds(10**9, 8, 20, 32, 2),
+        cpu_seconds(10**9, 4, 20, 32, 1),
+    ):
+        assert more > least

@@ -79,6 +79,25 @@ def test_a_pull_request_holds_the_merge_and_main_is_as_it_was(bench: Bench) -> N
     assert staging(bench) == []
 
 
+@pytest.mark.slow
+def test_with_xet_the_shards_reach_a_pull_request_by_reference(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Sent once, into one's own staging; somebody else's repository takes them over unsent."""
+    with running_bench(tmp_path_factory.mktemp("xet"), xet=True) as bench:
+        bench.hub.add_user("carol")
+        repo_id = carols(bench, "over-xet")
+
+        done = offer(bench, repo_id)
+
+        assert done.code == 0, done.err
+        assert offered(bench, repo_id) == {**bench.expected(), "notes.md": b"hers"}
+        assert staging(bench) == []
+        assert uploads(bench) == 0
+        moved = [e for e in bench.hub.log if "lfs-copy" in e.path or "xet" in e.path]
+        assert moved
+
+
 def test_the_plan_says_what_a_pull_request_replaces(bench: Bench) -> None:
     """As for an update: the files are named before a tensor moves."""
     repo_id = carols(bench, "listed")

@@ -114,7 +114,7 @@ def test_small_models_of_the_hub_answer_here(town: Town, asked: str) -> None:
 
     with client_of(town, town.alice) as client:
         how = {"recipe": RECIPE, "push_to": "alice/answers", "api_name": "/merge"}
-        with pytest.raises(AppError, match="question 1 is no JSON"):
+        with pytest.raises(AppError, match="question 1 is not JSON"):
             client.predict(questions="what is 2+2?", **how)
         last = ended(client, client.predict(questions=questions, **how)["job"])
 

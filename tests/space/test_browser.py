@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import expect
 
 from space.page.ui import TICK_S
+from tests.loopback_hub.services import machine
 from tests.support.hub_runs import ROOT
 from tests.support.space_pages import Visit
 from tests.support.space_runs import Town, wait_for
@@ -179,6 +180,33 @@ def test_a_published_report_can_be_explored(visit: Visitors, town: Town) -> None
     alice.button("Open").click()
     shown = alice.page.get_by_role("tabpanel").filter(visible=True)
     expect(shown.get_by_role("table", name="Two merges beside each other")).to_be_visible()
+
+
+@pytest.mark.slow
+def test_a_merge_is_asked_as_a_job_at_a_price(visit: Visitors, lone_town: Town) -> None:
+    """Below a published merge the price is asked for first; the button that names it starts it."""
+    gpu = machine("l4x1", 8, 30, 400, 0.0133, "L4 24 GB")
+    lone_town.hub.settings.hardware = [*lone_town.hub.settings.hardware, gpu]
+    scopes = lone_town.hub.space_env("alice/space")["OAUTH_SCOPES"]
+    lone_town.space.extra = {"OAUTH_SCOPES": f"{scopes} jobs"}
+    lone_town.space.restart()
+    alice = Visit(visit().page, lone_town).open().sign_in("alice")
+    alice.start("asked")
+    alice.expect_state("Done")
+    asking = alice.page.get_by_role("button", name="Evaluate it, as a Job on the Hub")
+    asking.click()
+
+    alice.button("What does that cost?").click()
+    start = alice.page.get_by_role("button", name=re.compile("^Start the Job for about"))
+    expect(start).to_be_visible()
+    expect(alice.page.get_by_text("The Hub bills it to your account")).to_be_visible()
+    alice.page.get_by_role("spinbutton", name="Questions a task").fill("100")
+    expect(start).to_be_hidden()
+    alice.button("What does that cost?").click()
+    start.click()
+
+    expect(alice.page.get_by_text("Its results will be a pull request")).to_be_visible()
+    assert len(lone_town.hub.recorded.jobs) == 1
 
 
 @pytest.mark.slow

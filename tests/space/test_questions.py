@@ -28,7 +28,7 @@ def lines(count: int, **more: object) -> str:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("sort cab", "question 1 is no JSON"),
+        ("sort cab", "question 1 is not JSON"),
         ('{"prompt": "a", "answer": "b"}\n{"answer": "b"}', "question 2: expected an object"),
         ('{"prompt": "a"}', "needs an answer"),
         ('{"prompt": "a", "answer": "(a+)+$", "verify": "regex"}', "exact or number here"),
