@@ -69,7 +69,7 @@ def ask_as_job(
     from resmerge_stream.jobs.evaluation import JobEvaluation
 
     if not visitor.token:
-        raise PublishError("a Job is paid by an account.", Remedy.SIGN_IN)
+        raise PublishError("an account has to pay for a Job.", Remedy.SIGN_IN)
     names, models = _names(tasks, limit), models_asked(report)
     if not models:
         raise RecipeError(

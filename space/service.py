@@ -240,7 +240,7 @@ class Service:
             repo_id = "" if job.asked.get("create_pr") else str(job.asked.get("push_to") or "")
             if not repo_id:
                 raise RecipeError(
-                    "a Job asks what stands at a repository's main: publish it first."
+                    "a Job can only ask a model on its repository's main branch. Publish it first."
                 )
         opened = self.report(name, visitor)
         return ask_as_job(

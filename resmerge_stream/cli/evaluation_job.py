@@ -18,7 +18,7 @@ def evaluate_as_job(args: argparse.Namespace) -> int:
     """
     if not args.card:
         raise RecipeError(
-            "a Job's results are a pull request on the merge: say with --card which of the models."
+            "a Job puts its results into a pull request on the merge. Name that model with --card."
         )
     refuse_folders(args.models)
     show = Show(as_json=args.json)

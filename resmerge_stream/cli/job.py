@@ -50,7 +50,9 @@ def _named(name: str, flavors: Sequence[Flavor], errand: Errand) -> Flavor:
             f"--flavor {name!r} is not one of the Hub's machines: {listed(known, limit=40)}."
         )
     if lack := errand.lack_of(known[name]):
-        raise RecipeError(f"--flavor {name} does not do: {lack}. Leave it out to choose.")
+        raise RecipeError(
+            f"--flavor {name} does not fit: {lack}. Leave it out to get the cheapest that fits."
+        )
     return known[name]
 
 

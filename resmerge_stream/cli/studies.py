@@ -80,9 +80,11 @@ def compare(args: argparse.Namespace) -> int:
     from ..studies.compare_plan import plan_comparison
 
     if args.evaluate != bool(args.tasks):
-        raise RecipeError("--evaluate and --tasks go together: to ask, and what.")
+        raise RecipeError("--evaluate and --tasks need each other: give both.")
     if args.keep == "best" and not args.evaluate:
-        raise RecipeError("which merge is best is known when they are asked: --evaluate --tasks.")
+        raise RecipeError(
+            "--keep best needs the models' answers: give --evaluate and --tasks as well."
+        )
     names = [name for name in args.methods.split(",") if name.strip()]
     comparison = plan_comparison(
         recipe_of(args), names, options_of(args), out=args.out, report_only=args.report_only
@@ -124,7 +126,9 @@ def analyse(args: argparse.Namespace, run_plan: RunPlan) -> int:
 
     recipe = recipe_of(args)
     if bool(args.component) != bool(args.of):
-        raise RecipeError("--component and --of go together: which part, of which expert.")
+        raise RecipeError(
+            "--component (head or residual) and --of (the expert) need each other: give both."
+        )
     if args.component:
         chosen = component_recipe(recipe, args.component, args.of, rank=args.rank)
         return run_plan(

@@ -32,7 +32,7 @@ def submit(args: argparse.Namespace) -> int:
     if args.timeout:
         duration(args.timeout)  # refused before the plan takes its time
     if bool(args.tasks) != bool(args.then):
-        raise RecipeError("--then evaluate and --tasks go together: what to do, and what to ask.")
+        raise RecipeError("--then evaluate and --tasks need each other: give both.")
     plan = _plan(args)
     try:
         return _submit(args, plan, show)

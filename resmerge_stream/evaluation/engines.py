@@ -62,7 +62,7 @@ def choose_engine(name: str, device: str) -> Literal["transformers", "vllm"]:
         RecipeError: there is no such engine, or vLLM is asked for and not installed.
     """
     if name not in ENGINES:
-        raise RecipeError(f"{shown(name)} loads no models here: {', '.join(ENGINES)} do.")
+        raise RecipeError(f"unknown engine {shown(name)}. Choose one of: {', '.join(ENGINES)}.")
     if name == "transformers":
         return "transformers"
     installed = importlib.util.find_spec("vllm") is not None

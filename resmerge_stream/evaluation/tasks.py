@@ -112,7 +112,7 @@ def _read_questions(path: Path, limit: int) -> Questions:
             if len(prompts) == limit:
                 break
     if not prompts:
-        raise RecipeError(f"{path.name} asks nothing: one JSON object a line, with a prompt.")
+        raise RecipeError(f"{path.name} asks nothing. Write one JSON object a line, with a prompt.")
     return Questions(path.stem, tuple(prompts), tuple(rules), new_tokens)
 
 

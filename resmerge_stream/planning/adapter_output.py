@@ -43,7 +43,7 @@ def as_adapter(plan: Plan, found: Findings) -> Plan:
             tensors[name] = factored
     output.tell(found)
     if not tensors and not found.problems:
-        found.problem("no expert changes a matrix of the base: there is nothing for an adapter.")
+        found.problem("no expert changes a matrix of the base, so an adapter would be empty.")
     if found.problems:
         return plan
     modules = [t.factors for t in tensors.values() if t.factors is not None]

@@ -196,8 +196,8 @@ def _merge_damaged(
             return
         if last:
             raise StoppedError(
-                f"{listed(names)}: read twice, and twice the bytes are not those of the sha256 "
-                "that the Hub names. Shards were made of them.",
+                f"{listed(names)}: read twice, and both times the bytes did not match the Hub's "
+                "sha256. Shards were made of them.",
                 Remedy.DISCARD_STAGING,
             )
         for shard in own:

@@ -55,14 +55,14 @@ class Publication:
             )
         if self.create_pr and (self.public is not None or self.update):
             raise RecipeError(
-                "a pull request leaves the repository as it is: ask neither for its visibility nor "
-                "for an update of it.",
+                "a pull request does not change the repository. Leave out the visibility and the "
+                "update.",
                 field="create_pr",
             )
         if self.create_pr and (self.collection or self.discuss):
             raise RecipeError(
-                "a pull request is a discussion itself, and what it holds is no model of a "
-                "collection yet: ask for neither with it.",
+                "a pull request is already a discussion, and its model cannot join a collection "
+                "yet. Leave both out.",
                 field="create_pr",
             )
         if self.collection:

@@ -188,12 +188,12 @@ def test_a_merge_and_its_evaluation_are_one_job(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "say with --card"),
-        (["--card", "alice/sort"], "none of the models"),
+        ([], "Name that model with --card"),
+        (["--card", "alice/sort"], "not among the models"),
         (["--card", MODELS[0]], "of a merge"),
         (["--card", "alice/merged", "--flavor", "cpu-basic"], "it has no GPU"),
         (["--card", "alice/merged", "--flavor", "t4-small"], "bf16"),
-        (["--card", "alice/merged", "--flavor", "huge"], "none of the Hub's machines"),
+        (["--card", "alice/merged", "--flavor", "huge"], "not one of the Hub's machines"),
         (["--card", "alice/merged", "--timeout", "soon"], "is not a time"),
         (["--card", "alice/merged", "--limit", "0"], "at least one question"),
         (["--card", "alice/merged", "--tasks", "none.jsonl"], "there is no file"),
@@ -220,7 +220,7 @@ def test_what_cannot_be_evaluated_is_refused_here(
     [
         (["--create-pr"], "leave out --create-pr"),
         (["--as", "adapter"], "leave out --as"),
-        (["--tasks", ""], "go together"),
+        (["--tasks", ""], "need each other"),
         (["--flavor", "cpu-basic"], "it has no GPU"),
     ],
     ids=["pull-request", "adapter", "tasks", "cpu"],

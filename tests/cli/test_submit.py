@@ -209,7 +209,7 @@ def test_ctrl_c_leaves_the_job_running(bench: Bench, hears: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--flavor", "cpu-huge"], "none of the Hub's machines"),
+        (["--flavor", "cpu-huge"], "not one of the Hub's machines"),
         (["--flavor", "cpu-basic", "--device", "cuda"], "no device of the kind cuda"),
         (["--memory-budget", "900GB"], "no machine of the Hub fits"),
         (["--timeout", "soon"], "is not a time"),

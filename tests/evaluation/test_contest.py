@@ -113,8 +113,8 @@ def test_files_of_others_outlive_a_beaten_model(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--evaluate"], "go together"),
-        (["--tasks", "add"], "go together"),
+        (["--evaluate"], "need each other"),
+        (["--tasks", "add"], "need each other"),
         (["--keep", "best"], "known when they are asked"),
         (["--evaluate", "--tasks", "add", "--report-only"], "no model to evaluate"),
         (["--evaluate", "--tasks", "no_such_task"], "add, sort, reverse, close"),

@@ -77,7 +77,7 @@ def test_an_engine_that_is_not_there_is_one_message():
     """vLLM without vLLM, and a name that is none, are refused before any model is loaded."""
     with pytest.raises(RecipeError, match="vLLM is not installed here"):
         choose_engine("vllm", "cpu")
-    with pytest.raises(RecipeError, match="auto, transformers, vllm"):
+    with pytest.raises(RecipeError, match="Choose one of: auto, transformers, vllm"):
         choose_engine("llama.cpp", "cpu")
 
 

@@ -106,7 +106,7 @@ def test_a_function_cannot_hold_up_an_evaluation(function, monkeypatch):
         ('{"answer": "a"}', "with a prompt"),
         ('{"prompt": "a"}', "needs an answer"),
         ('{"prompt": "a", "verify": "taste", "answer": "b"}', "verify must be"),
-        ('{"prompt": "a", "verify": "regex", "answer": "("}', "no regular expression"),
+        ('{"prompt": "a", "verify": "regex", "answer": "("}', "not a regular expression"),
         ('{"prompt": "a", "verify": "number", "answer": "b"}', "holds no number"),
         ('{"prompt": "a", "verify": "python"}', "needs a function"),
         ("", "asks nothing"),

@@ -69,7 +69,7 @@ WRONG = {
         {f"{Q}.lora_A.weight": torch.ones(4, 32), f"{Q}.lora_B.weight": torch.ones(32, 4)},
         "trained on another base",
     ),
-    "a name that no LoRA has": ({}, {f"{Q}.vera_lambda_b": torch.ones(4)}, "none of LoRA's"),
+    "a name that no LoRA has": ({}, {f"{Q}.vera_lambda_b": torch.ones(4)}, "not one of LoRA's"),
     "whole numbers": ({}, {f"{Q}.lora_A.weight": torch.ones(4, 16, dtype=torch.int8)}, "holds I8"),
     "another type of adapter": ({"peft_type": "IA3"}, {}, "only LoRA adapters"),
     "aLoRA": ({"alora_invocation_tokens": [1]}, {}, "aLoRA"),
@@ -81,7 +81,7 @@ WRONG = {
     "OLoRA": ({"init_lora_weights": "olora"}, {}, "Convert it to LoRA"),
     "LoftQ": ({"init_lora_weights": "loftq"}, {}, "Convert it to LoRA"),
     "a pattern that takes for ever": ({"rank_pattern": {"(a+)+$": 4}}, {}, "matched safely"),
-    "a pattern that is none": ({"rank_pattern": {"(": 4}}, {}, "no regex"),
+    "a pattern that is none": ({"rank_pattern": {"(": 4}}, {}, "not a regex"),
 }
 
 

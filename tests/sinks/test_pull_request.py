@@ -186,8 +186,8 @@ def test_discarding_removes_the_staging_of_a_pull_request(bench: Bench) -> None:
         (["--push-to", "alice/x", "--collection", "carol/hers-1"], "you may not add to it"),
         (["--push-to", "alice/x", "--collection", "alice/none-1"], "there is no collection"),
         (["--push-to", "alice/x", "--collection", "mine"], "Write owner/title-id"),
-        (["--push-to", "alice/x", "--create-pr", "--update"], "leaves the repository as it is"),
-        (["--push-to", "alice/x", "--create-pr", "--discuss"], "is a discussion itself"),
+        (["--push-to", "alice/x", "--create-pr", "--update"], "does not change the repository"),
+        (["--push-to", "alice/x", "--create-pr", "--discuss"], "is already a discussion"),
     ],
 )
 def test_what_cannot_be_published_is_refused_first(

@@ -128,7 +128,7 @@ def test_nobody_pays_without_an_account() -> None:
     """A Job needs somebody who pays."""
     how = {"tasks": "sort", "limit": 5, "pay_up_to": 9.0}
 
-    with pytest.raises(PublishError, match="paid by an account"):
+    with pytest.raises(PublishError, match="an account has to pay"):
         ask_as_job(REPORT, "alice/asked", Visitor(), **how)
 
 
