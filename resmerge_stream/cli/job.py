@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from ..errors import JobRefusedError, RecipeError, StoppedError, listed
 from ..hub.flavors import Flavor
 from ..jobs.errand import Errand, Offer, offer, start
-from ..jobs.submission import JobLog
 from ..pipes import heard
 from ..units import dollars, duration
 from . import console
+from .job_log import JobLog
 
 if TYPE_CHECKING:
     from ..hub.jobs import HubJobs

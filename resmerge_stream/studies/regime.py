@@ -16,7 +16,7 @@ from ..planning.plan import PlannedTensor
 from ..roles import layer_of
 
 # From the lowest bar up: which one number makes a group something else than orthogonal.
-_COPIES, _OPPOSED, _OVERLAPPING, _UNEQUAL, _SPARSE = 0.9, -0.2, 0.2, 5.0, 0.1
+_COPIES, _OPPOSED, _OVERLAPPING, _UNEQUAL, _SPARSE = 0.9, -0.2, 0.2, 3.0, 0.1
 KINDS = {
     "copies": "nearly the same update",
     "opposed": "some updates point against each other",

@@ -19,9 +19,9 @@ from collections.abc import Iterator
 import pytest
 from huggingface_hub import HfApi
 
+from resmerge_stream.cli.job_log import JobLog
 from resmerge_stream.errors import RecipeError
 from resmerge_stream.hub import jobs as hub_jobs
-from resmerge_stream.jobs.submission import JobLog
 from resmerge_stream.units import dollars, duration
 from tests.loopback_hub import Answer, Hook
 from tests.loopback_hub.job_runner import JobRecord
