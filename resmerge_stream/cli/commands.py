@@ -10,11 +10,13 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 from ..errors import RecipeError, Remedy, ResMergeError, StoppedError
 from ..hub.patience import PATIENCE
+from ..methods import RECOMMENDED
 from ..planning.plan import Plan, RefusedPlan, plan_merge
 from ..planning.planned import refused_plan
 from ..planning.recipe_file import load_recipe
@@ -190,14 +192,14 @@ def _demo(args: argparse.Namespace) -> int:
 
     if args.prompts < 0:
         raise RecipeError(f"--prompts must be 0 or more prompts a task, not {args.prompts}.")
-    recipe = built_in_recipe(lora=args.lora)
+    recipe = replace(built_in_recipe(lora=args.lora), method=RECOMMENDED)
     plan = plan_merge(recipe, out=args.out)
     _run(plan, args.out, None, as_json=args.json)
     passed = console.show_checks(verify_folder(args.out, recipe=recipe), as_json=args.json)
     if args.prompts:
         with tempfile.TemporaryDirectory() as folder:
             console.say("merging them by other methods as well, to compare")
-            merges = {"resmerge": args.out, **merged_otherwise(Path(folder), recipe)}
+            merges = {RECOMMENDED: args.out, **merged_otherwise(Path(folder), recipe)}
             console.say(f"asking every model {args.prompts} held-out prompts a task")
             accuracies = demo_accuracies(merges, args.prompts, say=console.say)
         console.show_accuracies(accuracies, as_json=args.json)

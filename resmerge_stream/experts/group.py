@@ -14,8 +14,8 @@ from .tasks import TASKS
 # Of the held-out prompts that the demo asks; training asked none of them.
 SEED = 7
 # What the demo sets beside its merge: the two that everybody tries first, those of the literature
-# that do best here, and the sibling of ResMerge that keeps what each head does.
-BESIDE = ("mean", "task_arithmetic", "tsv_m", "swudi", "head_regression")
+# that do best here, and ResMerge.
+BESIDE = ("mean", "task_arithmetic", "tsv_m", "swudi", "resmerge")
 
 _FOLDER = Path(__file__).parent
 

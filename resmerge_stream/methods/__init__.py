@@ -11,7 +11,11 @@ from typing import Any
 from ..errors import RecipeError, listed, shown
 from .base import MergeMethod, Rule, Site, Update, key_of
 
-__all__ = ["MergeMethod", "Rule", "Site", "Update", "build_method", "find_methods"]
+__all__ = ["RECOMMENDED", "MergeMethod", "Rule", "Site", "Update", "build_method", "find_methods"]
+
+# What page and demo choose first, by the evidence of docs/quality.md. A recipe that names no method
+# still means `resmerge`.
+RECOMMENDED = "head_regression"
 
 
 def find_methods() -> dict[str, type[MergeMethod]]:

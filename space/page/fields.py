@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import gradio as gr
 
-from resmerge_stream.methods import MergeMethod, find_methods, parameter_fields
+from resmerge_stream.methods import RECOMMENDED, MergeMethod, find_methods, parameter_fields
 from resmerge_stream.specs import OUTPUT_DTYPES
 
 from ..examples import examples
@@ -29,7 +29,7 @@ from .texts import heading
 Parts = dict[str, Any]
 _RECIPE = "base_model: org/base\nmodels:\n  - model: org/math\n  - model: org/code"
 MODEL_INFO = "owner/name, with @revision if you like, or its address on the Hub"
-METHOD = "resmerge"
+METHOD = RECOMMENDED
 # The fields that name a model.
 MODELS = ("base", *(f"expert{number}" for number in range(ROWS)))
 

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from resmerge_stream.cli.main import main
 from resmerge_stream.experts.group import BESIDE, builtin_group
 from resmerge_stream.experts.tasks import TASKS
+from resmerge_stream.methods import RECOMMENDED
 from tests.support.checkpoints import (
     ROOT,
     child_environment,
@@ -893,7 +894,7 @@ class TestWholeRuns:
         table = done.stdout[done.stdout.index("right answers") :].splitlines()
         assert "40 held-out prompts a task" in table[0]
         assert table[1].split() == ["model", *TASKS, "mean"]
-        assert [line.split()[0] for line in table[2:]] == [*builtin_group(), "resmerge", *BESIDE]
+        assert [line.split()[0] for line in table[2:]] == [*builtin_group(), RECOMMENDED, *BESIDE]
         assert (tmp_path / "out" / "model.safetensors").exists()
         assert {path.name for path in tmp_path.iterdir()} == {"out", "cache"}
 
@@ -908,7 +909,7 @@ class TestWholeRuns:
         lines = [json.loads(line) for line in second.stdout.splitlines()]
         assert lines[0]["already_there"] is True
         assert all(line["passed"] for line in lines[1:-1])
-        assert list(lines[-1]["accuracy"]) == [*builtin_group(), "resmerge", *BESIDE]
+        assert list(lines[-1]["accuracy"]) == [*builtin_group(), RECOMMENDED, *BESIDE]
 
     def test_a_merge_is_verified_by_its_recipe(self, group, tmp_path, capsys):
         """Verify merges a sample again where a recipe names the sources, and exits 0."""

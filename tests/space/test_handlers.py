@@ -475,7 +475,7 @@ def test_what_the_browser_kept_fills_the_form_and_nothing_else(handlers):
         "o/c",
         3,
     ]
-    assert changes["controls.resmerge"]["visible"]
+    assert changes["controls.head_regression"]["visible"]
     assert "seed" not in changes
     assert changes["job"] == ""
 

@@ -4,8 +4,10 @@ import re
 
 import pytest
 
+from resmerge_stream.methods import RECOMMENDED, find_methods
 from resmerge_stream.report import words
 from resmerge_stream.run.events import Progressed
+from resmerge_stream.studies.advice import evidence
 from space.explore import Opened
 from space.hardware import MODEL, Fit, Machine
 from space.jobs.estimates import expected_seconds
@@ -354,3 +356,16 @@ def test_an_adapter_says_what_it_holds_and_how_it_is_loaded():
     assert "35 modules, rank 16, holds 87.83%" in view_report.summary_html(opened)
     assert "PeftModel" in view.result_html(done)
     assert "PeftModel" not in view.result_html(job(state="done", url="https://h.co/me/m"))
+
+
+def test_the_recommended_method_says_why():
+    """The page's reason is what the evidence counts; no other method is recommended."""
+    cases = evidence()["cases"]
+    near = sum(case["points"][RECOMMENDED][0] >= -1 for case in cases)
+    methods = find_methods()
+
+    assert f"in {near} of {len(cases)} groups" in view.method_html(methods[RECOMMENDED])
+    assert near == max(
+        sum(case["points"][method][0] >= -1 for case in cases) for method in cases[0]["points"]
+    )
+    assert "Recommended" not in view.method_html(methods["resmerge"])

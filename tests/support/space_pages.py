@@ -65,7 +65,7 @@ class Visit:
         expect(offered).to_have_count(0)
 
     def fill(self, name: str, *, namespace: str = "alice") -> None:
-        """Write the group's models and the result's name into the form."""
+        """Write the group's models and the result's name into the form; by ResMerge, for its gates."""
         base, *experts = MODELS
         self.choose("Base model", f"{namespace}/{base}")
         for number, expert in enumerate(experts, 1):
@@ -73,6 +73,7 @@ class Visit:
                 self.button("Add an expert").click()
             self.choose(f"Expert {number}", f"{namespace}/{expert}")
         self.page.get_by_role("textbox", name="Name of the result", exact=True).fill(name)
+        self.pick("Method", "ResMerge")
 
     def advanced(self) -> None:
         """Open or close what is seldom needed."""
