@@ -65,7 +65,7 @@ class Visit:
         expect(offered).to_have_count(0)
 
     def fill(self, name: str, *, namespace: str = "alice") -> None:
-        """Write the group's models and the result's name into the form; by ResMerge, for its gates."""
+        """Write the group's models and the result's name into the form; ResMerge, for its gates."""
         base, *experts = MODELS
         self.choose("Base model", f"{namespace}/{base}")
         for number, expert in enumerate(experts, 1):
