@@ -55,6 +55,19 @@ def web_recipe(document: object, settings: Settings) -> Recipe:
     return web_request({"recipe": document}, settings).recipe
 
 
+def models_on_hub(recipe: Mapping[str, Any]) -> list[str]:
+    """Return base and experts of a recipe as plain data; empty where one is not on the Hub.
+
+    The built-in example's names look like ids, and no repository has them.
+    """
+    listed = [m.get("model") if isinstance(m, dict) else m for m in recipe.get("models") or ()]
+    names = [str(name) for name in (recipe.get("base_model"), *listed) if name]
+    on_hub = all(
+        REPO_ID.fullmatch(name.partition("@")[0]) and not name.startswith(PREFIX) for name in names
+    )
+    return list(dict.fromkeys(names)) if on_hub else []
+
+
 def check_id(ref: ModelRef) -> None:
     """Refuse a model that is neither a repository id nor one of the built-in example.
 

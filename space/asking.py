@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from resmerge_stream.errors import PublishError, RecipeError, Remedy, shown
-from resmerge_stream.sources import REPO_ID
 from resmerge_stream.specs import DTYPES, TensorSpec
 
+from .asked import models_on_hub
 from .identity import Visitor
 
 # Of the harness, or built in: no path of this machine, and no list that never ends.
@@ -24,14 +24,11 @@ def models_asked(report: Mapping[str, Any]) -> list[str]:
     recipe = report.get("recipe")
     if not isinstance(recipe, dict) or report.get("adapter"):
         return []
-    listed = [m.get("model") if isinstance(m, dict) else m for m in recipe.get("models") or ()]
-    names = [str(name) for name in (recipe.get("base_model"), *listed) if name]
     sources = report.get("sources") or ()
     files = [file["name"] for source in sources for file in source["files"]]
     if any(name.startswith("adapter_model") for name in files):
         return []
-    on_hub = all(REPO_ID.fullmatch(name.partition("@")[0]) for name in names)
-    return list(dict.fromkeys(names)) if on_hub else []
+    return models_on_hub(recipe)
 
 
 def ask_as_job(

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from resmerge_stream.methods import RECOMMENDED, MergeMethod, find_methods
-from resmerge_stream.sources import REPO_ID
 from resmerge_stream.units import dollars, format_size
 
-from ..examples import PREFIX
+from ..asked import models_on_hub
 from ..jobs.records import ACTIVE, CANCELLED, CONTINUABLE, DONE, QUEUED, RUNNING, Job
 from .shares import shares_html
 from .words import base_of, duration, esc, facts, notice, sentence, table
@@ -177,22 +176,14 @@ def _next_steps(asked: Mapping[str, Any], *, is_adapter: bool) -> str:
 def can_be_asked(asked: Mapping[str, Any]) -> bool:
     """Whether a Job can ask what was merged: a whole model at main, of models on the Hub."""
     is_adapter = (asked.get("options") or {}).get("as") == "adapter"
-    return bool(_asked_beside(asked)) and not (is_adapter or asked.get("create_pr"))
-
-
-def _asked_beside(asked: Mapping[str, Any]) -> list[str]:
-    """Return base and experts, where all are on the Hub."""
-    recipe = asked.get("recipe") or {}
-    listed = [m.get("model") if isinstance(m, dict) else m for m in recipe.get("models") or ()]
-    base = recipe.get("base_model")
-    models = list(dict.fromkeys(str(name) for name in ([base] if base else []) + listed))
-    on_hub = all(REPO_ID.fullmatch(name.partition("@")[0]) for name in models)
-    return models if on_hub and not any(name.startswith(PREFIX) for name in models) else []
+    return bool(models_on_hub(asked.get("recipe") or {})) and not (
+        is_adapter or asked.get("create_pr")
+    )
 
 
 def _evaluation(asked: Mapping[str, Any]) -> str:
     """Return the command that asks the merge and its models as a Job, where all are on the Hub."""
-    models, repo = _asked_beside(asked), str(asked.get("push_to"))
+    models, repo = models_on_hub(asked.get("recipe") or {}), str(asked.get("push_to"))
     if not models:
         return ""
     words = " ".join(shlex.quote(name) for name in (*models, repo))

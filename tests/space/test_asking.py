@@ -140,6 +140,7 @@ def test_nobody_pays_without_an_account() -> None:
         ({"sources": [{"files": [{"name": "adapter_model.safetensors"}]}]}, []),
         ({"recipe": {"base_model": "models/base/x", "models": []}}, []),
         ({"recipe": None}, []),
+        ({"recipe": {"base_model": "built-in/base", "models": ["built-in/rl-add"]}}, []),
     ],
 )
 def test_a_job_asks_whole_models_of_the_hub(change: dict[str, object], models: list[str]) -> None:
