@@ -60,7 +60,9 @@ def models_on_hub(recipe: Mapping[str, Any]) -> list[str]:
 
     The built-in example's names look like ids, and no repository has them.
     """
-    listed = [m.get("model") if isinstance(m, dict) else m for m in recipe.get("models") or ()]
+    models = recipe.get("models")  # a stranger's report may say anything there
+    given = models if isinstance(models, list) else []
+    listed = [m.get("model") if isinstance(m, dict) else m for m in given]
     names = [str(name) for name in (recipe.get("base_model"), *listed) if name]
     on_hub = all(
         REPO_ID.fullmatch(name.partition("@")[0]) and not name.startswith(PREFIX) for name in names

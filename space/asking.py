@@ -1,5 +1,6 @@
 """A published merge and its models asked as a Job on the Hub, which the visitor pays for."""
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -24,9 +25,7 @@ def models_asked(report: Mapping[str, Any]) -> list[str]:
     recipe = report.get("recipe")
     if not isinstance(recipe, dict) or report.get("adapter"):
         return []
-    sources = report.get("sources") or ()
-    files = [file["name"] for source in sources for file in source["files"]]
-    if any(name.startswith("adapter_model") for name in files):
+    if "adapter_model." in json.dumps(report.get("sources")):
         return []
     return models_on_hub(recipe)
 

@@ -140,6 +140,8 @@ def test_nobody_pays_without_an_account() -> None:
         ({"sources": [{"files": [{"name": "adapter_model.safetensors"}]}]}, []),
         ({"recipe": {"base_model": "models/base/x", "models": []}}, []),
         ({"recipe": None}, []),
+        ({"recipe": {"base_model": 7, "models": 7}}, []),
+        ({"recipe": {"models": [{"model": ["x"]}]}, "sources": [7, {"files": 7}]}, []),
         ({"recipe": {"base_model": "built-in/base", "models": ["built-in/rl-add"]}}, []),
     ],
 )
