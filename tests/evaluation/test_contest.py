@@ -115,7 +115,7 @@ def test_files_of_others_outlive_a_beaten_model(tmp_path, monkeypatch):
     [
         (["--evaluate"], "need each other"),
         (["--tasks", "add"], "need each other"),
-        (["--keep", "best"], "needs the models. answers"),
+        (["--keep", "best"], "needs the models' answers"),
         (["--evaluate", "--tasks", "add", "--report-only"], "no model to evaluate"),
         (["--evaluate", "--tasks", "no_such_task"], "add, sort, reverse, close"),
         (["--evaluate", "--tasks", "add", "--limit", "0"], "at least one question"),

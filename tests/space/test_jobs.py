@@ -405,7 +405,7 @@ def test_merging_models_of_the_hub_needs_an_account(service):
     """Without an account only the built-in example is queued; with one, a target is needed."""
     with pytest.raises(PublishError, match="merged without an account"):
         service.submit(asked(service.jobs, HUB, push_to="alice/m"), Visitor())
-    with pytest.raises(RecipeError, match="is published"):
+    with pytest.raises(RecipeError, match="goes to the Hub"):
         service.submit(asked(service.jobs, HUB), ALICE)
 
 
