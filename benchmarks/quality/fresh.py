@@ -73,10 +73,27 @@ def main(argv: Sequence[str]) -> None:
             seconds = time.monotonic() - start
             print(f"{group}/{case.name}: {seconds:.0f} s", file=sys.stderr, flush=True)
     if arguments.publish:
-        evidence = evidence_of(results)
+        evidence = with_others(evidence_of(results), json.loads(_EVIDENCE.read_text("utf-8")))
         _EVIDENCE.write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
         write_section(Path("docs/quality.md"), evidence)
         for group in results["groups"]:
             log = training_log(work / "experts" / group)
             text = json.dumps(log, indent=1) + "\n"
             (_LOGS / f"{group}.json").write_text(text, encoding="utf-8")
+
+
+def with_others(found: dict[str, Any], published: dict[str, Any]) -> dict[str, Any]:
+    """Return evidence together with what is published of groups that it says nothing about.
+
+    Raises:
+        ValueError: other questions were asked of those groups.
+    """
+    measured = {case["group"] for case in found["cases"]}
+    others = [case for case in published["cases"] if case["group"] not in measured]
+    for key in ("prompts", "seed"):
+        if others and found[key] != published[key]:
+            raise ValueError(
+                f"{key} is {found[key]} here and {published[key]} for the groups published before: "
+                "measure all of them, or take that."
+            )
+    return found | {"cases": others + found["cases"]}
