@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .low_rank import LowRank
+from .passes import subtract
 
 
 class Change(Protocol):
@@ -43,8 +44,7 @@ class Stored:
 
     def subtract(self, base: Tensor, rows: slice, out: Tensor) -> None:
         """Write W − W0; values cross to the device in their stored dtype, half of float32."""
-        out.copy_(self.values[rows].to(out.device))
-        out.sub_(base)
+        subtract(self.values[rows], base, out)
 
     def is_finite(self, rows: slice) -> bool:
         """Return whether W is finite there."""

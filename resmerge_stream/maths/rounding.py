@@ -2,13 +2,14 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .task_vectors import block_inner
+from .passes import inner
 
 
 @dataclass(slots=True)
@@ -27,16 +28,22 @@ class Kept:
 
     def add(self, update: Tensor, kept: Tensor) -> None:
         """Add one block: ΔW and K, float32, same shape."""
-        kept_sq = block_inner(kept, kept)
-        self.update_sq += block_inner(update, update)
-        self.inner += block_inner(update, kept)
-        self.kept_sq += kept_sq
         if kept.device.type == "cpu":
             # torch counts nonzero floats fifteen times slower.
-            self.changed += int(np.count_nonzero(kept.numpy() != 0))
+            changed = int(np.count_nonzero(kept.numpy() != 0))
         else:
-            self.changed += int(torch.count_nonzero(kept))
-        self.numel += kept.numel()
+            changed = int(torch.count_nonzero(kept))
+        products = [inner(update, update), inner(update, kept), inner(kept, kept)]
+        self.add_sums([*products, changed], kept.numel())
+
+    def add_sums(self, sums: Sequence[float], numel: int) -> None:
+        """Add one block: ‖ΔW‖², ⟨ΔW, K⟩, ‖K‖², the number of nonzero K; and of how many values."""
+        update_sq, product, kept_sq, changed = sums
+        self.update_sq += update_sq
+        self.inner += product
+        self.kept_sq += kept_sq
+        self.changed += int(changed)
+        self.numel += numel
         self.overflowed |= not math.isfinite(kept_sq)
 
     def absorb(self, other: "Kept") -> None:

@@ -13,16 +13,15 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..memory import BLOCK_ELEMENTS, DEVICE_BLOCKS
 from .changes import Change, Factored, Stored, Unchanged
 from .low_rank import Factors, FactorSpace, LowRank
+from .passes import combined, gram, inner, summed, widened
 
 T = TypeVar("T")
-_DOT_CHUNK = 4096
 
 
 class NonFiniteValues(Exception):
@@ -199,13 +198,13 @@ class TaskVectors:
 
     def base(self, rows: slice) -> Tensor:
         """Return W0 of some rows, float32, shape (b, n), on the device."""
-        return self._stored(self._base, rows).to(torch.float32)
+        return widened(self._stored(self._base, rows))
 
     def expert(self, i: int, rows: slice) -> Tensor:
         """Return W_i of some rows, float32, shape (b, n), on the device."""
         change = self._changes[i]
         if isinstance(change, Stored):
-            return self._stored(change.values, rows).to(torch.float32)
+            return widened(self._stored(change.values, rows))
         delta = torch.empty(rows.stop - rows.start, self.shape[1], device=self.device)
         base = self.base(rows)
         change.subtract(base, rows, delta)
@@ -228,7 +227,26 @@ class TaskVectors:
             NonFiniteValues: as `stack`.
         """
         stack, base = self._read(rows)
-        return stack, self.base(rows) if base is None else base
+        if base is None:
+            base = self.base(rows)
+            self._release(rows)
+        return stack, base
+
+    def summed(self, rows: slice, coefficients: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Return Σ aᵢ Δᵢ and W0 of some rows, both float32, shape (b, n).
+
+        Raises:
+            NonFiniteValues: as `stack`.
+        """
+        stored = [change.values for change in self._changes if isinstance(change, Stored)]
+        if self._whole is None and self.count == len(stored) > 0:
+            base = self.base(rows)
+            if (found := summed([W[rows] for W in stored], base, coefficients)) is not None:
+                self._release(rows)
+                self._note(rows, found[1])
+                return found[0], base
+        stack, base = self.block(rows)
+        return combined(stack, coefficients), base
 
     def matrix(self, i: int) -> Tensor:
         """Return Δ_i whole, float32, shape (m, n); the memory may be reused by the next call."""
@@ -254,8 +272,8 @@ class TaskVectors:
                 self._sum(rows, self.stack(rows))
         # In the order of the rows, whatever the order in which they were first read.
         total = torch.zeros(self.count, self.count, dtype=torch.float64)
-        for gram in self._grams:
-            total += gram
+        for products in self._grams:
+            total += products
         return total
 
     def is_zero(self, rows: slice | None = None) -> bool:
@@ -335,13 +353,13 @@ class TaskVectors:
         """Refuse values that are not finite, and note whether all are zero: the squares tell."""
         number = self._number(rows)
         if self._zero[number] is None:
-            self._note(rows, [block_inner(delta, delta) for delta in stack])
+            self._note(rows, [inner(delta, delta) for delta in stack])
 
     def _sum(self, rows: slice, stack: Tensor) -> None:
         number = self._number(rows)
-        gram = block_gram(stack)
-        self._note(rows, gram.flatten().tolist())
-        self._grams[number] = gram
+        products = gram(stack)
+        self._note(rows, products.flatten().tolist())
+        self._grams[number] = products
         self._summed[number] = True
 
     def _note(self, rows: slice, products: list[float]) -> None:
@@ -369,39 +387,3 @@ def _factors_of(change: Change, shape: tuple[int, int], device: torch.device) ->
         m, n = shape
         return LowRank(torch.zeros(m, 0, device=device), torch.zeros(n, 0, device=device))
     return None
-
-
-def block_gram(stack: Tensor) -> Tensor:
-    """Return ⟨X_i, X_j⟩ of a stack of shape (N, b, n): float64, shape (N, N), on the CPU.
-
-    Products are float32 over chunks of 4,096 elements, summed in float64: `torch.dot` over a
-    whole FFN matrix is off by up to 1 % on a CPU (docs/log.md).
-    """
-    if len(stack) == 0:
-        return torch.zeros(0, 0, dtype=torch.float64)
-    flat = stack.flatten(1)
-    whole = flat.shape[1] // _DOT_CHUNK * _DOT_CHUNK
-    chunks = flat[:, :whole].view(len(flat), -1, _DOT_CHUNK).transpose(0, 1)
-    total = torch.bmm(chunks, chunks.transpose(1, 2)).sum(0, dtype=torch.float64)
-    rest = flat[:, whole:]
-    if rest.shape[1]:
-        total = total + (rest @ rest.T).double()
-    return total.cpu()
-
-
-def block_inner(x: Tensor, y: Tensor) -> float:
-    """Return ⟨X, Y⟩ of two float32 tensors of one shape, in chunks as `block_gram`.
-
-    For a few products: numpy makes one in a fifth of the time that torch takes for a Gram matrix
-    of two.
-    """
-    x, y = x.flatten(), y.flatten()
-    whole = len(x) // _DOT_CHUNK * _DOT_CHUNK
-    if x.device.type != "cpu":
-        chunks = (values[:whole].view(-1, _DOT_CHUNK) for values in (x, y))
-        total = torch.linalg.vecdot(*chunks).sum(dtype=torch.float64)
-        return float(total + x[whole:] @ y[whole:])
-    a, b = x.numpy(), y.numpy()
-    with np.errstate(all="ignore"):  # who asks looks at the result
-        sums = np.vecdot(a[:whole].reshape(-1, _DOT_CHUNK), b[:whole].reshape(-1, _DOT_CHUNK))
-        return float(sums.sum(dtype=np.float64) + np.float64(a[whole:] @ b[whole:]))

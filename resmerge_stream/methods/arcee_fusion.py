@@ -39,7 +39,8 @@ class ArceeFusion(MergeMethod):
 
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Return Δ where its importance reaches the threshold."""
-        from .parts.trimming import keep, magnitudes_at
+        from ..maths.passes import shrunk
+        from .parts.trimming import magnitudes_at
 
         is_row = len(site.spec.shape) < 2
         m, n = vectors.shape
@@ -57,7 +58,7 @@ class ArceeFusion(MergeMethod):
         threshold = median + 1.5 * (high - low)
 
         def rows(block: slice, stack: Tensor) -> Tensor:
-            taken = keep(important(block, stack), threshold).sign_()
+            taken = shrunk(important(block, stack), threshold).sign_()
             return taken.mul_(stack[0])
 
         return Update(rows, "arcee_fusion", {"threshold": threshold})

@@ -81,6 +81,26 @@ class Combination:
 
 
 @dataclass(frozen=True, slots=True)
+class OfSum:
+    """ΔW as a function of Σ aᵢ Δᵢ alone, for which no Δᵢ has to be kept.
+
+    Attributes:
+        coefficients: a, one an expert.
+        finish: ``finish(block, total)`` returns ΔW of a row block from the sum there, float32,
+            shape (b, n), which it may modify.
+    """
+
+    coefficients: tuple[float, ...]
+    finish: Callable[[slice, Tensor], Tensor] = lambda block, total: total
+
+    def rows(self, block: slice, stack: Tensor) -> Tensor:
+        """Return ΔW of a row block from the experts' Δ there."""
+        from ..maths.passes import combined
+
+        return self.finish(block, combined(stack, self.coefficients))
+
+
+@dataclass(frozen=True, slots=True)
 class Update:
     """What a method decided for one matrix.
 
@@ -94,6 +114,7 @@ class Update:
         moves_base: whether rows that no expert changed are merged too; otherwise they keep the
             base's bytes.
         needs_stack: whether `rows` looks at the experts' Δ.
+        of_sum: what `rows` is a method of, where a sum is all that it looks at.
     """
 
     rows: Callable[[slice, Tensor], Tensor]
@@ -103,6 +124,7 @@ class Update:
     combination: Combination | None = None
     moves_base: bool = False
     needs_stack: bool = True
+    of_sum: OfSum | None = None
 
     def factors(self, vectors: TaskVectors) -> LowRank | None:
         """Return ΔW as L·Rᵀ, or None where it is not given so."""

@@ -46,7 +46,8 @@ class DareTies(Dropped):
 
     def sparse(self, vectors: TaskVectors, site: Site) -> tuple[Sparse, Mapping[str, Any]]:
         """Return the dropped task vectors, trimmed where asked."""
-        from .parts.trimming import keep, tensor_thresholds
+        from ..maths.passes import shrunk
+        from .parts.trimming import tensor_thresholds
 
         dropped, gates = super().sparse(vectors, site)
         if self.trim == "none":
@@ -55,7 +56,7 @@ class DareTies(Dropped):
 
         def trimmed(block: slice, stack: Tensor) -> Sequence[Tensor]:
             kept = dropped(block, stack)
-            return [keep(delta, tau) for delta, tau in zip(kept, thresholds, strict=True)]
+            return [shrunk(delta, tau) for delta, tau in zip(kept, thresholds, strict=True)]
 
         return trimmed, gates
 

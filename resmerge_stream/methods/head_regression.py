@@ -18,12 +18,11 @@ coherence, and a cost that streams. docs/quality.md has what it made of small RL
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .base import Combination, Site, Update, param
-from .parts.elementwise import linear
+from .parts.elementwise import linear, with_product
 from .parts.heads import head_of, head_report, project_heads
 from .parts.spectral_method import SpectralMethod
 
@@ -76,7 +75,8 @@ class HeadRegression(SpectralMethod):
             **_residuals(E, self.mu * correction, targets, alive, len(energies)),
         }
         exact = Combination((a,) * vectors.count, E, right.T)
-        return Update(_rows(a, E, right), "head_regression", gates, warnings, exact)
+        total = with_product(Combination(exact.coefficients, E.float(), right.T.float()))
+        return Update(total.rows, "head_regression", gates, warnings, exact, of_sum=total)
 
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
         """Return bytes of the solver, of Δ_j·V for all heads, and of P, E and their products."""
@@ -182,19 +182,6 @@ def _residuals(
 def _share(head: Head | None, energy: float) -> float:
     """Return the head's share of ‖Δ_i‖²."""
     return min(sum(s * s for s in head.sigma) / energy, 1.0) if head is not None else 0.0
-
-
-def _rows(a: float, E: Tensor, right: Tensor) -> Callable[[slice, Tensor], Tensor]:
-    """Return ΔW = a ΣΔ_i + E (PᵀP + μI)⁻¹Pᵀ as a function of row blocks."""
-    left, right = E.float(), right.float()
-
-    def rows(block: slice, stack: Tensor) -> Tensor:
-        update = stack[0] * a
-        for delta in stack[1:]:
-            update.add_(delta, alpha=a)
-        return update.addmm_(left[block], right)
-
-    return rows
 
 
 _IN_WORDS = (

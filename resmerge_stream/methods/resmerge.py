@@ -10,7 +10,6 @@ three variants are set side by side in docs/paper.md. The gates themselves are i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,7 +27,7 @@ from .base import (
     is_matrix,
     param,
 )
-from .parts.elementwise import linear, other_rule
+from .parts.elementwise import linear, other_rule, with_product
 from .parts.heads import head_of, head_report, project_heads, residual_gram
 
 if TYPE_CHECKING:
@@ -140,7 +139,8 @@ class ResMerge(MergeMethod):
         # ΔW = Σ aᵢ Δᵢ + Σ (b − aᵢ) Hᵢ
         combination = _combined(a, [b - a_i for a_i in a], V, Y)
         report |= gates.report | ablated
-        return Update(_rows(combination), "resmerge", report, warnings, combination)
+        total = with_product(combination)
+        return Update(total.rows, "resmerge", report, warnings, combination, of_sum=total)
 
     def _heads(self, vectors: TaskVectors, D: Tensor) -> list[Head | None]:
         """Return the head of every Δ_i (Eq. 6), None where Δ_i is zero."""
@@ -174,24 +174,6 @@ def _combined(a: list[float], e: list[float], V: Tensor, Y: Tensor) -> Combinati
     k = V.shape[1] // len(a)
     left = torch.cat([Y[i, :, i * k : (i + 1) * k] * e_i for i, e_i in enumerate(e)], dim=1)
     return Combination(tuple(a), left, V)
-
-
-def _rows(combination: Combination) -> Callable[..., Tensor]:
-    """Return a combination as a function of row blocks, in the dtype of its factors."""
-    import torch
-
-    a, left, V = combination.coefficients, combination.left, combination.right
-    if left is None or V is None:
-        raise ValueError("this combination has no heads")
-    right = V.T.contiguous()
-
-    def rows(block: slice, stack: Tensor) -> Tensor:
-        update = stack[0].to(right.dtype) * a[0]
-        for delta, a_i in zip(stack[1:], a[1:], strict=True):
-            update.add_(delta, alpha=a_i)
-        return update.addmm_(left[block], right).to(torch.float32)
-
-    return rows
 
 
 def _solver_warnings(heads: list[Head | None]) -> tuple[str, ...]:

@@ -56,7 +56,7 @@ class Sce(MergeMethod):
         )
 
         def rows(block: slice, stack: Tensor) -> Tensor:
-            from .parts.trimming import keep
+            from ..maths.passes import shrunk
 
             agreed = stack.sum(0, dtype=torch.float64)
             sign = torch.ones_like(stack[0]).copysign_(agreed.float())
@@ -67,7 +67,7 @@ class Sce(MergeMethod):
                 share.add_(agreeing.sign_(), alpha=weight)
             merged.div_(share.clamp_min_(_NO_ENERGY)).mul_(sign)
             if self.select_topk < 1:
-                merged.mul_(keep(variance(stack), threshold).sign_())
+                merged.mul_(shrunk(variance(stack), threshold).sign_())
             return merged
 
         return Update(rows, "sce", {"energies": weights, "selection_threshold": threshold})

@@ -10,7 +10,7 @@ as in the original; mergekit cuts them in the order of a sort.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -59,7 +59,10 @@ class Ties(Thinned):
 
     def sparse(self, vectors: TaskVectors, site: Site) -> tuple[Sparse, Mapping[str, Any]]:
         """Return the trimmed task vectors."""
-        from .parts.trimming import keep, tensor_thresholds
+        import torch
+
+        from ..maths.passes import shrunk
+        from .parts.trimming import tensor_thresholds
 
         gates: dict[str, Any] = {}
         if self.trim == "model":
@@ -68,8 +71,11 @@ class Ties(Thinned):
             thresholds = tensor_thresholds(vectors, self.density)
             gates = {"trim_thresholds": thresholds}
 
-        def trimmed(block: slice, stack: Tensor) -> Sequence[Tensor]:
-            return [keep(delta, tau) for delta, tau in zip(stack, thresholds, strict=True)]
+        def trimmed(block: slice, stack: Tensor) -> Tensor:
+            kept = torch.empty_like(stack)
+            for delta, tau, out in zip(stack, thresholds, kept, strict=True):
+                shrunk(delta, tau, out)
+            return kept
 
         return trimmed, gates
 

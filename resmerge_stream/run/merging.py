@@ -19,6 +19,7 @@ from ..errors import NonFiniteError, Remedy
 from ..maths.factoring import Place, fitted
 from ..maths.lanes import Lane, lanes_of
 from ..maths.low_rank import Factors, LowRank, balanced, svd
+from ..maths.passes import moved
 from ..maths.rounding import Kept, block_seed, cast
 from ..maths.stored_bytes import Gathered, as_tensor, bytes_of
 from ..maths.task_vectors import NonFiniteValues, TaskVectors, block_rows
@@ -152,10 +153,9 @@ class Merger:
                 undo.pop_all()
                 return decided
             gathered, kept = Gathered(piece.output_bytes), Kept()
-            for rows, merged in self._blocks(decided, 1):
+            for merged in self._blocks(decided, 1):
                 kept.absorb(merged.kept)
                 gathered.append(merged.data)
-                piece.release(rows)
             self._sample()
             return Merged(decided, gathered.data, kept)
 
@@ -293,47 +293,62 @@ class Merger:
             self.naming(prepared.piece.tensor),
             contextlib.closing(self._blocks(prepared, threads)) as blocks,
         ):
-            for rows, merged in blocks:
+            for merged in blocks:
                 kept.absorb(merged.kept)
                 write(merged.data)
-                prepared.piece.release(rows)
         self._sample()
         prepared.vectors.close()
         return kept
 
-    def _blocks(
-        self, decided: Decided, threads: int
-    ) -> Generator[tuple[slice, MergedRows], None, None]:
+    def _blocks(self, decided: Decided, threads: int) -> Generator[MergedRows, None, None]:
         vectors = decided.vectors
 
         def merge(rows: slice) -> MergedRows:
-            # An update from factors needs no Δ, so that none is formed.
-            if not decided.update.needs_stack:
-                return self.merge_rows(decided, rows, torch.empty(0), vectors.base(rows))
-            return self.merge_rows(decided, rows, *vectors.block(rows))
+            update = decided.update
+            if not update.needs_stack:
+                # From factors: no Δ is formed.
+                delta, base = update.rows(rows, torch.empty(0)), vectors.base(rows)
+            elif update.of_sum is not None:
+                total, base = vectors.summed(rows, update.of_sum.coefficients)
+                delta = update.of_sum.finish(rows, total)
+            else:
+                stack, base = vectors.block(rows)
+                delta = update.rows(rows, stack)
+            merged = self.merge_rows(decided, rows, delta, base)
+            if not update.needs_stack or vectors.is_zero(rows):
+                decided.piece.release(rows)  # the base was read, or once more
+            return merged
 
-        return blocks_ahead(vectors.blocks(), merge, threads)
+        return (merged for _, merged in blocks_ahead(vectors.blocks(), merge, threads))
 
-    def merge_rows(self, decided: Decided, rows: slice, stack: Tensor, base: Tensor) -> MergedRows:
-        """Merge and cast a row block. Safe in any thread, in any order.
+    def merge_rows(self, decided: Decided, rows: slice, delta: Tensor, base: Tensor) -> MergedRows:
+        """Add a row block's ΔW, and cast. Safe in any thread, in any order.
 
         Args:
             decided: what was decided.
             rows: of the piece.
-            stack, base: the task vectors and W0 there.
+            delta, base: ΔW and W0 there, float32.
 
         Raises:
             NonFiniteError: a weight overflows the output dtype.
         """
         spec = decided.piece.tensor.spec
         dtype: torch.dtype = getattr(torch, DTYPES[spec.dtype].torch_name)
-        delta = decided.update.rows(rows, stack)
-        if decided.vectors.is_zero(rows) and not decided.update.moves_base:
-            merged = decided.base[rows].to(dtype)  # signed zeros included
+        kept = Kept()
+        is_copy = decided.vectors.is_zero(rows) and not decided.update.moves_base
+        is_nearest = self.plan.options.rounding != "stochastic"
+        if is_nearest and not is_copy and (found := moved(base, delta, dtype)) is not None:
+            merged, sums = found
+            kept.add_sums(sums, merged.numel())
         else:
-            merged = self._cast(base + delta, dtype, decided, rows.start)
-        kept, back = Kept(), merged.to(base.device, torch.float32)
-        kept.add(delta, back - base if back is merged else back.sub_(base))
+            # A copy is of the bytes, signed zeros included.
+            merged = (
+                decided.base[rows].to(dtype)
+                if is_copy
+                else self._cast(base + delta, dtype, decided, rows.start)
+            )
+            back = merged.to(base.device, torch.float32)
+            kept.add(delta, back - base if back is merged else back.sub_(base))
         if kept.overflowed:
             raise NonFiniteError(
                 f"{spec.name} overflows {DTYPES[spec.dtype].torch_name} after the merge. "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StoppedError
-from ..maths.task_vectors import block_gram
+from ..maths.passes import gram
 from ..report.values import median
 from ..report.words import NAMES
 from ..sinks.durable import write_durably
@@ -37,7 +37,7 @@ class Similarity:
         """
         if list(updates) != self._labels:
             return None
-        return block_gram(torch.cat([torch.stack(list(updates.values())), stack]))
+        return gram([*updates.values(), *stack])
 
     def add(self, products: Tensor | None, experts: Sequence[int]) -> None:
         """Add the products of a row block in file order; and which experts take part there."""

@@ -237,11 +237,12 @@ def _write_rows(
     takers = {label: write[label].of(done.shared.pieces[label]) for label in done.by_label}
 
     def merge(block: slice) -> _Rows:
-        stack, base = vectors.stack(block), vectors.base(block)
+        stack, base = vectors.block(block)
         merged, seconds = {}, {}
         for label, decided in done.by_label.items():
             started = time.monotonic()
-            merged[label] = run.methods[label].merger.merge_rows(decided, block, stack, base)
+            delta = decided.update.rows(block, stack)
+            merged[label] = run.methods[label].merger.merge_rows(decided, block, delta, base)
             seconds[label] = time.monotonic() - started
         is_zero = vectors.is_zero(block)
         updates = {label: rows.delta for label, rows in merged.items()}

@@ -171,8 +171,8 @@ def test_products_are_as_exact_as_float32_is(shape):
     delta = torch.randn(m, n, generator=random)
     right, left = orthonormal(n, 3, random).float(), orthonormal(m, 3, random).float()
 
-    assert relative(times(delta, right), delta.double() @ right.double()) <= 3e-7
-    assert relative(transposed_times(delta, left), delta.double().T @ left.double()) <= 3e-7
+    assert relative(times(delta, right), delta.double() @ right.double()) <= 4e-7
+    assert relative(transposed_times(delta, left), delta.double().T @ left.double()) <= 4e-7
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

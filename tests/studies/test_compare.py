@@ -106,7 +106,7 @@ def test_row_blocks_are_merged_side_by_side(recipe, tmp_path, monkeypatch):
     merge_rows, together = Merger.merge_rows, threading.Event()
     active, lock = [], threading.Lock()
 
-    def watched(self, decided, rows, stack, base):
+    def watched(self, decided, rows, delta, base):
         with lock:
             active.append(rows)
             if len(active) > 1:
@@ -114,7 +114,7 @@ def test_row_blocks_are_merged_side_by_side(recipe, tmp_path, monkeypatch):
         if rows.start == 0 and rows.stop < decided.vectors.shape[0]:
             together.wait(10)
         try:
-            return merge_rows(self, decided, rows, stack, base)
+            return merge_rows(self, decided, rows, delta, base)
         finally:
             with lock:
                 active.remove(rows)

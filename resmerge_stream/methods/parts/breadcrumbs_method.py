@@ -42,7 +42,8 @@ class Trimmed(Thinned):
         """Return the task vectors between two magnitudes."""
         from torch.nn.functional import hardshrink
 
-        from .trimming import keep, magnitudes_at
+        from ...maths.passes import shrunk
+        from .trimming import magnitudes_at
 
         m, n = vectors.shape
         shares = zip(
@@ -63,7 +64,7 @@ class Trimmed(Thinned):
         def between(block: slice, stack: Tensor) -> Sequence[Tensor]:
             kept = []
             for delta, (lower, upper) in zip(stack, bounds, strict=True):
-                part = keep(delta, lower)
+                part = shrunk(delta, lower)
                 if math.isfinite(upper):
                     part = part.sub_(hardshrink(delta, upper))
                 kept.append(part)

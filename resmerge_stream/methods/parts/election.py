@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def disjoint_merge(
-    deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bool, scale: float
+    deltas: Sequence[Tensor] | Tensor, weights: Sequence[float], *, normalize: bool, scale: float
 ) -> Tensor:
     """Return the merge of the entries whose weighted sign is the elected one.
 
@@ -29,6 +29,10 @@ def disjoint_merge(
     """
     import torch
 
+    from ...maths.passes import elected
+
+    if (found := elected(deltas, weights, normalize, scale)) is not None:
+        return found
     # In float64, where the sum of a few float32 differences is exact: a rounded zero has no sign.
     total = torch.zeros_like(deltas[0], dtype=torch.float64)
     for delta, weight in zip(deltas, weights, strict=True):

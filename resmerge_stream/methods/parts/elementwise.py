@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..base import Combination, Site, Update
+from ..base import Combination, OfSum, Site, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,18 +19,22 @@ def linear(coefficients: Sequence[float], rule: str, warnings: tuple[str, ...] =
         rule: what the report calls it.
     """
 
-    def rows(block: slice, stack: Tensor) -> Tensor:
-        return combined(stack, coefficients)
+    total = OfSum(tuple(coefficients))
+    exact = Combination(total.coefficients)
+    return Update(total.rows, rule, warnings=warnings, combination=exact, of_sum=total)
 
-    return Update(rows, rule, warnings=warnings, combination=Combination(tuple(coefficients)))
 
+def with_product(combination: Combination) -> OfSum:
+    """Return Σ aᵢ Δᵢ + L·Rᵀ; the product is added in the dtype of L and R."""
+    left, right = combination.left, combination.right
+    if left is None or right is None:
+        return OfSum(combination.coefficients)
+    columns = right.T.contiguous()
 
-def combined(stack: Sequence[Tensor] | Tensor, coefficients: Sequence[float]) -> Tensor:
-    """Return Σ aᵢ Δᵢ, a new tensor."""
-    total = stack[0] * coefficients[0]
-    for delta, coefficient in zip(stack[1:], coefficients[1:], strict=True):
-        total.add_(delta, alpha=coefficient)
-    return total
+    def finish(block: slice, total: Tensor) -> Tensor:
+        return total.to(left.dtype).addmm_(left[block], columns).float()
+
+    return OfSum(combination.coefficients, finish)
 
 
 def cancelling(weights: Sequence[float]) -> str | None:

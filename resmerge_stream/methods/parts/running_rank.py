@@ -22,6 +22,10 @@ _NOISE = 2.0
 _FIRST = 4
 # Entries that may wait to be sorted into the bracket.
 _WAITING = 1 << 18
+# What is looked at at once has to fit.
+_LEAST = 4096
+# The pattern of the largest float32.
+_INFINITY = 0x7F800000
 
 
 class RunningRank:
@@ -39,23 +43,29 @@ class RunningRank:
         import numpy as np
 
         self._rank, self._total = rank, total
-        self._low, self._high = 0, (1 << 32) - 1  # the bracket, both ends inside
+        self._low, self._high = 0, _INFINITY  # the bracket, both ends inside
         self._above = self._seen = self._blocks = 0
         self._values: NDArray[np.uint32] = np.empty(0, np.uint32)  # inside, from the largest
         self._counts: NDArray[np.int64] = np.empty(0, np.int64)
         # Taken at once: arrays of many sizes that last would break a heap into pieces.
-        self._waiting: NDArray[np.uint32] = np.empty(min(_WAITING, total), np.uint32)
+        self._waiting: NDArray[np.uint32] = np.empty(max(min(_WAITING, total), _LEAST), np.uint32)
         self._wait_count = 0
 
-    def add(self, patterns: NDArray[np.uint32]) -> None:
-        """Take the float32 bit patterns of the next magnitudes: they are ordered like these."""
-        import numpy as np
+    def add(self, values: NDArray[np.float32]) -> None:
+        """Take the next numbers, of which the magnitudes count; one axis."""
+        from ...maths.kernels import bracketed
 
-        # Unsigned, so that what is below the bracket wraps around to beyond its width.
-        inside = (patterns - np.uint32(self._low)) <= np.uint32(self._high - self._low)
-        self._keep(patterns, np.flatnonzero(inside))
-        self._above += int(np.count_nonzero(patterns > np.uint32(self._high)))
-        self._seen += patterns.size
+        done = 0
+        while done < values.size:
+            room = self._waiting[self._wait_count :]
+            low, high = _number(self._low), _number(self._high)
+            seen, above, inside = bracketed(values[done:], low, high, room)
+            done += seen
+            self._above += above
+            self._wait_count += inside
+            if done < values.size:
+                self._sort_in()
+        self._seen += values.size
         self._blocks += 1
         is_power_of_two = self._blocks & (self._blocks - 1) == 0
         if is_power_of_two and self._blocks >= _FIRST:
@@ -69,17 +79,6 @@ class RunningRank:
         if not self._above < self._rank <= (int(ranks[-1]) if ranks.size else 0):
             return None
         return int(self._values[ranks.searchsorted(self._rank)])
-
-    def _keep(self, patterns: NDArray[np.uint32], where: NDArray[np.intp]) -> None:
-        """Have what is inside wait; sort it in whenever no more fits."""
-        while where.size:
-            part = where[: self._waiting.size - self._wait_count]
-            stop = self._wait_count + part.size
-            # No check of bounds, for which numpy would copy: they are indices of this very array.
-            patterns.take(part, out=self._waiting[self._wait_count : stop], mode="clip")
-            self._wait_count, where = stop, where[part.size :]
-            if stop == self._waiting.size:
-                self._sort_in()
 
     def _sort_in(self) -> None:
         import numpy as np
@@ -113,3 +112,10 @@ class RunningRank:
             self._above = int(ranks[first - 1])
         self._values = self._values[first : stop + 1].copy()
         self._counts = self._counts[first : stop + 1].copy()
+
+
+def _number(pattern: int) -> np.float32:
+    """Return the float32 number with a bit pattern: they are ordered alike from 0 on."""
+    import numpy as np
+
+    return np.uint32(pattern).view(np.float32)

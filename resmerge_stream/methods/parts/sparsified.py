@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ...specs import TensorSpec
 from ..base import Alias, MergeMethod, Rule, Site, Update, default_role, of_each, param
 from .election import disjoint_merge
-from .elementwise import combined, linear
+from .elementwise import linear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ _NO_NORM = 1e-7
 # What may be noted of a tensor's entries, beside its row blocks.
 _NOTED_BYTES = 8_000_000
 
-Sparse = Callable[[slice, "Tensor"], Sequence["Tensor"]]
+Sparse = Callable[[slice, "Tensor"], "Sequence[Tensor] | Tensor"]
 
 
 def lambda_param() -> Any:
@@ -116,9 +116,9 @@ class Sparsified(MergeMethod):
         def rows(block: slice, stack: Tensor) -> Tensor:
             deltas = stack if sparse is None else sparse(block, stack)
             if self.elects:
-                return disjoint_merge(
-                    list(deltas), weights, normalize=self.normalize, scale=self.lambda_
-                )
+                return disjoint_merge(deltas, weights, normalize=self.normalize, scale=self.lambda_)
+            from ...maths.passes import combined
+
             return combined(deltas, coefficients)
 
         return Update(rows, site.rule.name, gates)
@@ -171,7 +171,7 @@ def chosen_once(vectors: TaskVectors, sparse: Sparse) -> tuple[Sparse, Sparse]:
     # Taken at once, so that no heap is broken into pieces.
     noted = np.zeros((len(blocks), vectors.count, -(-height * n // 8)), np.uint8)
 
-    def note(block: slice, stack: Tensor) -> Sequence[Tensor]:
+    def note(block: slice, stack: Tensor) -> Sequence[Tensor] | Tensor:
         kept = sparse(block, stack)
         for bits, values in zip(noted[block.start // height], kept, strict=True):
             packed = np.packbits(values.numpy() != 0)

@@ -87,20 +87,10 @@ def keep_count(numel: int, density: float) -> int:
     return max(int(density * numel), 1)
 
 
-def keep(delta: Tensor, threshold: float) -> Tensor:
-    """Return Δ where |Δ| ≥ threshold, zero elsewhere; the threshold is a float32 number."""
-    from torch.nn.functional import hardshrink
-
-    # It keeps what is larger than its bound: the next float32 below, or anything negative.
-    pattern = int(struct.unpack("<I", struct.pack("<f", threshold))[0])
-    below = struct.unpack("<f", struct.pack("<I", pattern - 1))[0] if threshold > 0 else -1.0
-    return hardshrink(delta, below)
-
-
 def tensor_thresholds(
     vectors: TaskVectors,
     density: Each,
-    change: Callable[[slice, Tensor], Sequence[Tensor]] | None = None,
+    change: Callable[[slice, Tensor], Sequence[Tensor] | Tensor] | None = None,
 ) -> list[float]:
     """Return for each expert the ⌊density · numel⌋-th largest |Δ| of one tensor.
 
@@ -122,7 +112,7 @@ def tensor_thresholds(
 def magnitudes_at(
     vectors: TaskVectors,
     ranks: Sequence[int | None],
-    change: Callable[[slice, Tensor], Sequence[Tensor]] | None = None,
+    change: Callable[[slice, Tensor], Sequence[Tensor] | Tensor] | None = None,
 ) -> list[float | None]:
     """Return the magnitude at a rank, counted from the largest, of each of several streams.
 
@@ -174,13 +164,11 @@ def _running_thresholds(
     stacks: Iterable[Sequence[Tensor]], ranks: Sequence[int], total: int
 ) -> list[float] | None:
     """Return the thresholds from one pass, or None where it does not suffice."""
-    import numpy as np
-    import torch
 
     finders = [RunningRank(rank, total) for rank in ranks]
     for stack in stacks:
         for finder, delta in zip(finders, stack, strict=True):
-            finder.add(delta.abs().view(torch.int32).flatten().numpy().view(np.uint32))
+            finder.add(delta.flatten().numpy())
     patterns = [finder.result() for finder in finders]
     return None if None in patterns else [magnitude(p) for p in patterns if p is not None]
 

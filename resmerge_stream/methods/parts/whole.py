@@ -7,9 +7,11 @@ the model that gives the layout: the base, or the first model. Not a method itse
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..base import Combination, Update
+from ..base import Update
+from .elementwise import linear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,33 +38,29 @@ def of_weights(
     """
     excess = 0.0 if base is None else base + sum(experts) - 1.0
 
+    if experts and not excess:
+        return replace(linear(experts, rule, warnings), gates=gates or {})
+
     def rows(block: slice, stack: Tensor) -> Tensor:
-        import torch
+        from ...maths.passes import combined
 
-        b, n = block.stop - block.start, vectors.shape[1]
-        total = torch.zeros(b, n, device=vectors.device)
-        for delta, coefficient in zip(stack, experts, strict=True):
-            total.add_(delta, alpha=coefficient)
-        if excess:
-            total.add_(vectors.base(block), alpha=excess)
-        return total
+        return combined([*stack, vectors.base(block)], [*experts, excess])
 
-    exact = None if excess else Combination(tuple(experts))
-    return Update(rows, rule, gates or {}, warnings, exact, moves_base=excess != 0)
+    return Update(rows, rule, gates or {}, warnings, moves_base=excess != 0)
 
 
 def whole_gram(vectors: TaskVectors) -> Tensor:
     """Return ⟨Wᵢ, Wⱼ⟩ of the base and the experts, in this order: float64, shape (N + 1, N + 1)."""
     import torch
 
-    from ...maths.task_vectors import block_gram
+    from ...maths.passes import gram
 
     count = vectors.count + 1
     total = torch.zeros(count, count, dtype=torch.float64)
     for block in vectors.blocks():
         base = vectors.base(block)
         # As ⟨W0, W0⟩, ⟨W0, Δⱼ⟩ and ⟨Δᵢ, Δⱼ⟩: the small ones keep their digits.
-        total += block_gram(torch.cat([base[None], vectors.stack(block)]))
+        total += gram([base, *vectors.stack(block)])
     inner = total[0, 1:].clone()
     square = total[0, 0].clone()
     total[1:, 1:] += square + inner[:, None] + inner[None, :]

@@ -1,0 +1,196 @@
+"""What a merge does to every value, each in one pass over memory.
+
+On the CPU by compiled loops (`kernels`), for the dtypes that most models have; by torch's
+operations elsewhere, with the same bits in what is written. Sums of products agree to float32's
+resolution.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# float32 products are summed in chunks of so many, these in float64: `torch.dot` over a whole FFN
+# matrix is off by up to 1 % on a CPU (docs/log.md).
+CHUNK = 4096
+
+
+def _loops_for(*tensors: Tensor) -> ModuleType | None:
+    """Return the compiled loops if they can work on these tensors."""
+    if any(values.device.type != "cpu" or not values.is_contiguous() for values in tensors):
+        return None
+    from . import kernels  # late: planning needs none
+
+    return kernels
+
+
+def _flat(values: Tensor) -> np.ndarray:
+    """Return values as numpy has them: bfloat16 as its bits."""
+    bits = values.view(torch.uint16) if values.dtype == torch.bfloat16 else values
+    found: np.ndarray = bits.numpy().reshape(-1)
+    return found
+
+
+def widened(values: Tensor) -> Tensor:
+    """Return values as float32; the tensor itself if it has that dtype."""
+    kernels = _loops_for(values) if values.dtype == torch.bfloat16 else None
+    if kernels is None:
+        return values.to(torch.float32)
+    out = torch.empty(values.shape)
+    kernels.widened(_flat(values), _flat(out))
+    return out
+
+
+def subtract(values: Tensor, base: Tensor, out: Tensor) -> None:
+    """Write values − base.
+
+    Args:
+        values: any float dtype, any device.
+        base: float32, same shape, on the device of `out`.
+        out: float32, written over.
+    """
+    kernels = _loops_for(values, base, out) if values.dtype == torch.bfloat16 else None
+    if kernels is None:
+        out.copy_(values.to(out.device))
+        out.sub_(base)
+    else:
+        kernels.subtracted(_flat(values), _flat(base), _flat(out))
+
+
+def combined(stack: Sequence[Tensor] | Tensor, coefficients: Sequence[float]) -> Tensor:
+    """Return Σ aᵢ Δᵢ, a new tensor: each product rounded, then added in order.
+
+    Args:
+        stack: Δ, float32, N tensors of one shape.
+        coefficients: a.
+    """
+    first, *others = stack
+    kernels = _loops_for(first, *others) if first.dtype == torch.float32 else None
+    if kernels is None:
+        total = first * coefficients[0]
+        for delta, coefficient in zip(others, coefficients[1:], strict=True):
+            # Not `add_(alpha=…)`, which rounds once on some processors and twice on others.
+            total.add_(delta * coefficient)
+        return total
+    total = torch.empty_like(first)
+    kernels.scaled(_flat(first), np.float32(coefficients[0]), _flat(total))
+    for delta, coefficient in zip(others, coefficients[1:], strict=True):
+        kernels.added(_flat(delta), np.float32(coefficient), _flat(total))
+    return total
+
+
+def summed(
+    values: Sequence[Tensor], base: Tensor, coefficients: Sequence[float]
+) -> tuple[Tensor, list[float]] | None:
+    """Return Σ aᵢ (Wᵢ − W0) as `combined` gives it, and every ‖Wᵢ − W0‖²; no difference is kept.
+
+    Args:
+        values: W.
+        base: W0, float32, same shape.
+        coefficients: a.
+
+    Returns:
+        None where there is no compiled loop for it.
+    """
+    if any(stored.dtype != torch.bfloat16 for stored in values):
+        return None
+    kernels = _loops_for(base, *values)
+    if kernels is None:
+        return None
+    total, squares = torch.empty_like(base), list[float]()
+    W0, flat = _flat(base), _flat(total)
+    for stored, a in zip(values, coefficients, strict=True):
+        is_first = not squares
+        squares.append(kernels.summand(_flat(stored), W0, np.float32(a), flat, is_first))
+    return total, squares
+
+
+def moved(base: Tensor, update: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[float]] | None:
+    """Return base + update rounded to nearest, and what that kept of the update.
+
+    Args:
+        base, update: float32, same shape.
+        dtype: the output's.
+
+    Returns:
+        The weights, and ‖ΔW‖², ⟨ΔW, K⟩, ‖K‖² and the number of nonzero K, with K = weights − base.
+        None where there is no compiled loop for it.
+    """
+    kernels = _loops_for(base, update) if dtype in (torch.bfloat16, torch.float32) else None
+    if kernels is None or update.dtype != torch.float32:
+        return None
+    out, sums = torch.empty(base.shape, dtype=dtype), np.zeros(4)
+    move = kernels.moved if dtype == torch.float32 else kernels.moved_and_narrowed
+    move(_flat(base), _flat(update), _flat(out), sums)
+    return out, sums.tolist()
+
+
+def shrunk(values: Tensor, threshold: float, out: Tensor | None = None) -> Tensor:
+    """Return float32 values where their magnitude is at least a threshold, zero elsewhere.
+
+    Args:
+        values: any shape.
+        threshold: a float32 number.
+        out: written over, and returned; a new tensor when None.
+    """
+    out = torch.empty_like(values) if out is None else out
+    kernels = _loops_for(values, out)
+    if kernels is None:
+        return out.copy_(torch.where(values.abs() >= threshold, values, 0))
+    kernels.shrunk(_flat(values), np.float32(threshold), _flat(out))
+    return out
+
+
+def elected(
+    deltas: Sequence[Tensor] | Tensor, weights: Sequence[float], normalize: bool, scale: float
+) -> Tensor | None:
+    """Return the disjoint merge of float32 tensors, or None where there is no compiled loop for it.
+
+    See `resmerge_stream.methods.parts.election`.
+    """
+    stack = deltas if isinstance(deltas, Tensor) else torch.stack(tuple(deltas))
+    stack = stack.contiguous()
+    kernels = _loops_for(stack) if stack.dtype == torch.float32 else None
+    if kernels is None:
+        return None
+    out = torch.empty(stack.shape[1:])
+    rows = stack.numpy().reshape(len(stack), -1)
+    kernels.elected(rows, np.array(weights, float), normalize, np.float32(scale), _flat(out))
+    return out
+
+
+def inner(x: Tensor, y: Tensor) -> float:
+    """Return ⟨X, Y⟩ of two float32 tensors of one shape: float64 sums of float32 chunks."""
+    kernels = _loops_for(x, y)
+    if kernels is not None:
+        return float(kernels.inner(_flat(x), _flat(y)))
+    x, y = x.flatten(), y.flatten()
+    whole = len(x) // CHUNK * CHUNK
+    chunks = (values[:whole].view(-1, CHUNK) for values in (x, y))
+    total = torch.linalg.vecdot(*chunks).sum(dtype=torch.float64)
+    return float(total + x[whole:] @ y[whole:])
+
+
+def gram(stack: Sequence[Tensor] | Tensor) -> Tensor:
+    """Return ⟨X_i, X_j⟩ of N float32 tensors of one shape: float64, shape (N, N), on the CPU."""
+    count = len(stack)
+    if count and stack[0].device.type != "cpu":
+        return _batched_gram(torch.stack(tuple(stack)).flatten(1))
+    products = torch.zeros(count, count, dtype=torch.float64)
+    for i in range(count):
+        for j in range(i + 1):
+            products[i, j] = products[j, i] = inner(stack[i], stack[j])
+    return products
+
+
+def _batched_gram(rows: Tensor) -> Tensor:
+    """Return the same of a device's rows, which waits for the device once."""
+    whole = rows.shape[1] // CHUNK * CHUNK
+    chunks = rows[:, :whole].view(len(rows), -1, CHUNK).transpose(0, 1)
+    total = torch.bmm(chunks, chunks.transpose(1, 2)).sum(0, dtype=torch.float64)
+    rest = rows[:, whole:]
+    if rest.shape[1]:
+        total = total + (rest @ rest.T).double()
+    return total.cpu()

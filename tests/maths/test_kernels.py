@@ -1,0 +1,164 @@
+"""The compiled loops write the bits that torch's operations write, and sum as exactly."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resmerge_stream.maths import passes, products
+from resmerge_stream.methods.parts.election import disjoint_merge
+
+SIZES = (0, 1, 37, 4096, 4097, 10_000)
+floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+def drawn(seed, *shape, spread=40):
+    """Return float32 values of many magnitudes, zeros of both signs among them."""
+    random = torch.Generator().manual_seed(seed)
+    exponents = torch.randint(-spread, spread, shape, generator=random)
+    values = torch.randn(shape, generator=random) * 2.0**exponents
+    return torch.where(torch.rand(shape, generator=random) < 0.05, -0.0, values)
+
+
+def same(found, expected):
+    """Whether two tensors have the same bits."""
+    kinds = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+    return torch.equal(found.view(kinds[found.dtype]), expected.view(kinds[expected.dtype]))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_stored_values_become_float32(size):
+    """bfloat16 is widened exactly."""
+    stored = drawn(1, size).bfloat16()
+
+    assert same(passes.widened(stored), stored.float())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_differences_are_ieee(size):
+    """W − W0 has the bits of torch's subtraction."""
+    stored, base, out = drawn(2, size).bfloat16(), drawn(3, size), torch.empty(size)
+
+    passes.subtract(stored, base, out)
+
+    assert same(out, stored.float() - base)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_sum_without_its_differences_is_the_sum_of_differences(size):
+    """`summed` gives the bits of `combined`, and these are those of products added in order."""
+    base = drawn(4, size)
+    stored = [drawn(seed, size).bfloat16() for seed in (5, 6, 7)]
+    a = [1 / 3, -0.7, 2.0]
+    deltas = [values.float() - base for values in stored]
+    expected = deltas[0] * a[0]
+    for delta, factor in zip(deltas[1:], a[1:], strict=True):
+        expected = expected + delta * factor
+
+    total, squares = passes.summed(stored, base, a)
+
+    assert same(total, expected)
+    assert same(passes.combined(torch.stack(deltas), a), expected)
+    wanted = [float(delta.double().square().sum()) for delta in deltas]
+    assert squares == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", SIZES)
+def test_weights_are_rounded_to_nearest(size, dtype):
+    """W0 + ΔW has the bits of torch's cast, and its sums are those of what the cast kept."""
+    base, update = drawn(8, size, spread=3), drawn(9, size, spread=3)
+
+    weights, sums = passes.moved(base, update, dtype)
+
+    assert same(weights, (base + update).to(dtype))
+    kept, exact = weights.double() - base.double(), update.double()
+    wanted = [exact.square().sum(), (exact * kept).sum(), kept.square().sum()]
+    assert sums[:3] == pytest.approx([float(value) for value in wanted], rel=1e-5, abs=1e-12)
+    assert sums[3] == int((weights.float() - base).count_nonzero())
+
+
+@given(st.lists(st.integers(0, (1 << 32) - 1), min_size=1, max_size=50))
+def test_every_number_is_rounded_as_torch_rounds_it(patterns):
+    """Ties go to even, what is too large becomes infinite, subnormals stay."""
+    bits = torch.tensor(patterns, dtype=torch.int64).to(torch.int32)
+    values = bits.view(torch.float32)
+    values = torch.where(values.isnan(), 0.0, values)
+
+    weights, _ = passes.moved(values, torch.zeros_like(values), torch.bfloat16)
+
+    assert same(weights, (values + 0.0).bfloat16())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_trimming_keeps_what_reaches_the_threshold(size):
+    """Equal magnitudes stay, smaller ones become zero; a threshold of 0 keeps all."""
+    values = drawn(10, size, spread=3).bfloat16().float()
+    tau = float(values.abs().median()) if size else 1.0
+
+    assert torch.equal(passes.shrunk(values, tau), torch.where(values.abs() >= tau, values, 0))
+    assert torch.equal(passes.shrunk(values, 0.0), values)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.3, -0.7, 2.0), (0.0, 1.0, -1.0)], ids=str)
+def test_an_election_is_the_same_everywhere(weights, normalize):
+    """What a CPU's loop merges is what torch's operations merge, zeros and ties among them."""
+    deltas = drawn(11, 3, 50, 99, spread=2).bfloat16().float()
+    deltas[1, :10] = -deltas[0, :10]
+    deltas[2, :10] = 0
+    settings = {"normalize": normalize, "scale": 0.7}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "_loops_for", lambda *tensors: None)
+        expected = disjoint_merge(deltas, weights, **settings)
+
+    found = disjoint_merge(deltas, weights, **settings)
+
+    torch.testing.assert_close(found, expected, rtol=3e-7, atol=0)
+
+
+@given(st.lists(floats, max_size=30), st.lists(floats, max_size=30))
+@settings(max_examples=50)
+def test_sums_that_overflow_are_not_finite_numbers(first, second):
+    """An inner product is close to float64's, or not finite where float32 products are not."""
+    size = min(len(first), len(second))
+    x, y = (torch.tensor(values[:size], dtype=torch.float32) for values in (first, second))
+    exact = float((x.double() * y.double()).sum())
+    scale = float((x.double() * y.double()).abs().sum())
+
+    found = passes.inner(x, y)
+
+    assert abs(found - exact) <= 1e-6 * scale + 1e-40 or scale > 1e38
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (97, 97), (513, 129), (60, 1000)])
+@pytest.mark.parametrize("power", [-60, 0, 60])
+def test_a_krylov_step_is_that_of_blocks(shape, power):
+    """One vector's loop builds the basis and the projected matrix that torch's operations build."""
+    delta = torch.randn(shape, generator=torch.Generator().manual_seed(12)) * 2.0**power
+    short, steps = min(shape), 3
+    start = torch.randn(1, short, generator=torch.Generator().manual_seed(13))
+    start /= torch.linalg.vector_norm(start)
+    found = []
+    for twice in (False, True):
+        # A matrix in columns has no loop of its own.
+        matrix = delta.T.contiguous().T if twice else delta
+        V, T = torch.zeros(8, short), torch.zeros(8, 8, dtype=torch.float64)
+        block, beta = products.krylov_steps(matrix, 2.0**power, V, T, start, 0, steps)
+        found.append((V[:steps], T[:steps, :steps], block, beta))
+
+    for one, other in zip(*found, strict=True):
+        scale = float(other.abs().max())
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (513, 129)])
+def test_a_precise_product_is_that_of_float64(shape):
+    """ΔᵀΔ·x, on the short side, as float64 gives it."""
+    delta = torch.randn(shape, generator=torch.Generator().manual_seed(14))
+    x = torch.randn(min(shape), 1, dtype=torch.float64)
+    wide = (delta if shape[0] < shape[1] else delta.T).double()
+
+    found = products.precise_gram_product(delta, x)
+
+    torch.testing.assert_close(found, wide @ (wide.T @ x), rtol=1e-12, atol=1e-9)
