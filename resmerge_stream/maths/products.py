@@ -1,5 +1,6 @@
 """Products of one large float32 matrix, summed in float64 where float32 sums would lose digits."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,9 +37,66 @@ def transposed_times(delta: Tensor, left: Tensor) -> Tensor:
     return (total + left[whole:].T @ delta[whole:]).float().T
 
 
+# Columns of a wide matrix whose both products are made while they are in the cache.
+_COLUMNS = 128
+
+
+def krylov_steps(
+    delta: Tensor, scale: float, V: Tensor, T: Tensor, block: Tensor, first: int, stop: int
+) -> tuple[Tensor, Tensor]:
+    """Take block Lanczos steps on ΔᵀΔ, or on ΔΔᵀ if that is smaller, fully reorthogonalised.
+
+    One vector at a time reads Δ once a step on the CPU, a block of several twice.
+
+    Args:
+        delta: Δ, float32, shape (m, n).
+        scale: Δ is divided by it; a power of two.
+        V: the basis, float32, shape (room, min(m, n)); written, with room for one block more.
+        T: the projected matrix, float64, shape (room, room); its lower triangle is written.
+        block: the k orthonormal rows to begin with.
+        first, stop: the steps to take.
+
+    Returns:
+        The next block, and the k × k float64 factor β that the last step left.
+    """
+    rank = len(block)
+    if rank == 1 and delta.device.type == "cpu" and delta.is_contiguous():
+        from . import kernels
+
+        V[first] = block[0]
+        at_once = _COLUMNS if delta.shape[0] < delta.shape[1] else CHUNK
+        arrays = (delta.numpy(), np.float32(scale), V.numpy(), T.numpy())
+        beta = kernels.krylov(*arrays, first, stop, at_once)
+        return V[stop : stop + 1].clone(), torch.full((1, 1), beta, dtype=torch.float64)
+    m, n = delta.shape
+    forward, backward = (transposed_times, times) if m < n else (times, transposed_times)
+    for done in range(first * rank, stop * rank, rank):
+        V[done : done + rank] = block
+        basis = V[: done + rank]
+        product = (backward(delta, forward(delta, block.T / scale)) / scale).T
+        # Orthogonalise twice: the first pass leaves errors of the size of what it removed.
+        projection = product @ basis.T
+        product = product - projection @ basis
+        again = product @ basis.T
+        product = product - again @ basis
+        T[done : done + rank, : done + rank] = (projection + again).double()
+        block, beta = orthonormal_rows(product)
+    return block, beta
+
+
 def precise_gram_product(delta: Tensor, columns: Tensor) -> Tensor:
     """Return ΔᵀΔ·X (or ΔΔᵀ·X on the short side) in float64, a few rows or columns at a time."""
-    wide = delta if delta.shape[0] < delta.shape[1] else delta.T
+    m, n = delta.shape
+    if columns.shape[1] == 1 and delta.device.type == "cpu" and delta.is_contiguous():
+        from . import kernels
+
+        x, total = columns.flatten().numpy(), np.zeros(len(columns))
+        if m < n:
+            kernels.precise_wide_product(delta.numpy(), x, total, _COLUMNS)
+        else:
+            kernels.precise_tall_product(delta.numpy(), x, total)
+        return torch.from_numpy(total)[:, None]
+    wide = delta if m < n else delta.T
     image = torch.zeros_like(columns)
     for start in range(0, wide.shape[1], PRECISE_ROWS):
         part = wide[:, start : start + PRECISE_ROWS].double()

@@ -22,6 +22,7 @@ from .products import (
     CHUNK,
     PRECISE_ROWS,
     frobenius_norm,
+    krylov_steps,
     orthonormal_columns,
     orthonormal_rows,
     precise_gram_product,
@@ -29,7 +30,9 @@ from .products import (
     transposed_times,
 )
 
-# Converged: the residual is below this times σ₁, and below ten times this times the gap.
+# Converged: what the head's angle changes in the head is below this times the rest of the update…
+UPDATE_TOLERANCE = 3e-6
+# …or, where no gap determines the angle, the residual is below this times σ₁².
 TOLERANCE = 1e-7
 # Above this share of energy the float32 noise of the head shows in the update: refine it.
 REFINE_ABOVE = 0.3
@@ -117,45 +120,33 @@ def _lanczos(delta: Tensor, rank: int, norm: float, patience: int, max_steps: in
     After `patience` steps a small residual is enough, however small the gap: then the head is not
     unique to float32's resolution, and the gap says so.
     """
-    m, n = delta.shape
-    forward, backward = (transposed_times, times) if m < n else (times, transposed_times)
-    short = min(m, n)
+    short = min(delta.shape)
     # Products with the matrix scaled by a power of two neither overflow nor underflow.
     scale = 2.0 ** math.frexp(norm)[1]
+    energy = (norm / scale) ** 2
     V = torch.empty(patience * rank, short, dtype=torch.float32, device=delta.device)
     # On the device as well: nothing has to be waited for until it is looked at.
     T = torch.zeros(patience * rank, patience * rank, dtype=torch.float64, device=delta.device)
-    block = _start(short, rank, delta.device)
-    check = 4
-    for step in range(max_steps):
-        done = step * rank
-        if done == len(V):
+    block, step, check = _start(short, rank, delta.device), 0, 4
+    while step < max_steps:
+        stop = min(check, max_steps)
+        while stop * rank >= len(V):
             V, T = _grown(V, T)
-        V[done : done + rank] = block
-        basis = V[: done + rank]
-        product = (backward(delta, forward(delta, block.T / scale)) / scale).T
-        # Orthogonalise twice: the first pass leaves errors of the size of what it removed.
-        projection = product @ basis.T
-        product = product - projection @ basis
-        again = product @ basis.T
-        product = product - again @ basis
-        T[done : done + rank, : done + rank] = (projection + again).double()
-        block, beta = orthonormal_rows(product)
-        if step + 1 < check and step + 1 < max_steps:
-            continue
-        check = step + 1 + max(2, (step + 1) // 12)
-        strict = step + 1 < patience or patience == max_steps
-        found = _converged(T[: done + rank, : done + rank], beta, rank, strict=strict)
+        block, beta = krylov_steps(delta, scale, V, T, block, step, stop)
+        step, check = stop, stop + max(2, stop // 12)
+        strict = step < patience or patience == max_steps
+        size = step * rank
+        found = _converged(T[:size, :size], beta, rank, energy, strict=strict)
         if found is not None:
             values, vectors = found
+            basis = V[:size]
             top = (vectors[:, -rank:].to(basis).T @ basis).T.flip(1)
-            energy = (norm / scale) ** 2
             if float(values[-rank:].sum()) > REFINE_ABOVE * energy:
                 top = _refined(delta, scale, top, basis, values, vectors, energy)
             V_top = _right_vectors(delta, top)
             following = float(values[-rank - 1]) if len(values) > rank else 0.0
             gap = math.sqrt(float(values[-rank]) / following) if following > 0 else math.inf
-            return _head(delta, V_top, "lanczos", step + 1, gap)
+            return _head(delta, V_top, "lanczos", step, gap)
     return None
 
 
@@ -211,10 +202,19 @@ def _grown(V: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([V, torch.empty_like(V)]), T_larger
 
 
-def _converged(T: Tensor, beta: Tensor, rank: int, *, strict: bool) -> tuple[Tensor, Tensor] | None:
-    """Return all eigenvalues and eigenvectors of the projected problem once the top ones are exact.
+def _converged(
+    T: Tensor, beta: Tensor, rank: int, energy: float, *, strict: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Return all eigenvalues and eigenvectors of the projected problem once the update is exact.
 
-    The residual of a Ritz pair is ‖β·s‖ with s the last entries of its eigenvector.
+    The residual of a Ritz pair is ‖β·s‖ with s the last entries of its eigenvector; divided by the
+    gap it bounds the head's angle θ, and √2·σ₁·θ what that changes in the head (docs/paper.md).
+
+    Args:
+        T, beta: the projected problem, and what the next step would add.
+        rank: k.
+        energy: ‖Δ‖².
+        strict: whether the angle counts, or the residual alone.
     """
     T, beta = T.cpu(), beta.cpu()
     values, vectors = torch.linalg.eigh(torch.tril(T) + torch.tril(T, -1).T)
@@ -223,11 +223,11 @@ def _converged(T: Tensor, beta: Tensor, rank: int, *, strict: bool) -> tuple[Ten
         return None
     residual = float(torch.linalg.vector_norm(beta @ vectors[-rank:, -rank:], dim=0).max())
     following = float(values[-rank - 1]) if len(values) > rank else 0.0
-    gap = max((kth - following) / first, 1e-12) if strict else 1.0
+    rest = math.sqrt(max(energy - float(values[-rank:].sum()), 0.0) / first)
+    angle = UPDATE_TOLERANCE * min(max(rest, 0.1), 20.0)
+    allowed = angle * max(kth - following, 1e-12 * first) if strict else TOLERANCE * first
     exhausted = float(torch.linalg.vector_norm(beta)) <= BREAKDOWN * first
-    if exhausted or residual <= TOLERANCE * first * min(1.0, 10 * gap):
-        return values, vectors
-    return None
+    return (values, vectors) if exhausted or residual <= allowed else None
 
 
 def _gram(delta: Tensor, rank: int) -> Head:
