@@ -79,6 +79,21 @@ def inner(x: Singles, y: Singles) -> float:
 
 
 @exact
+def gram(rows: tuple[Singles, ...], products: Doubles) -> None:
+    """Add all ⟨rowsᵢ, rowsⱼ⟩ with j ≤ i, each as `inner` adds it.
+
+    Args:
+        rows: compiled for each number of them.
+        products: (N, N); the lower triangle is added to.
+    """
+    for start in range(0, rows[0].size, CHUNK):
+        chunk = slice(start, min(start + CHUNK, rows[0].size))
+        for i in range(len(rows)):
+            for j in range(i + 1):
+                products[i, j] += np.float64(_inner(rows[i][chunk], rows[j][chunk]))
+
+
+@exact
 def subtracted(bits: Bits, base: Singles, out: Singles) -> None:
     """Write bfloat16 values minus float32 ones."""
     for start in range(0, base.size, CHUNK):
@@ -87,6 +102,37 @@ def subtracted(bits: Bits, base: Singles, out: Singles) -> None:
         widened(bits[chunk], part)
         for j in range(part.size):
             part[j] = part[j] - minus[j]
+
+
+@exact
+def differences(
+    bits: Bits,
+    experts: tuple[Bits, ...],
+    outs: tuple[Singles, ...],
+    products: Doubles,
+    all_pairs: bool,
+) -> None:
+    """Write Δᵢ = Wᵢ − W0 of bfloat16 values, and add ⟨Δᵢ, Δⱼ⟩.
+
+    Args:
+        bits: of W0.
+        experts: of each Wᵢ; compiled for each number of them.
+        outs: of each Δᵢ.
+        products: (N, N); the lower triangle is added to.
+        all_pairs: or of i = j only.
+    """
+    room = np.empty(CHUNK, np.float32)
+    for start in range(0, bits.size, CHUNK):
+        chunk = slice(start, min(start + CHUNK, bits.size))
+        base = room[: chunk.stop - start]
+        widened(bits[chunk], base)
+        for i in range(len(experts)):
+            delta = outs[i][chunk]
+            widened(experts[i][chunk], delta)
+            for j in range(delta.size):
+                delta[j] = delta[j] - base[j]
+            for k in range(0 if all_pairs else i, i + 1):
+                products[i, k] += np.float64(_inner(delta, outs[k][chunk]))
 
 
 @exact
@@ -176,6 +222,60 @@ def moved(base: Singles, update: Singles, out: Singles, sums: Doubles) -> None:
             after[j] = before[j] + change[j]
             kept[j] = after[j] - before[j]
         _tally(change, kept, sums)
+
+
+@exact
+def merged_sum(
+    bits: Bits,
+    experts: tuple[Bits, ...],
+    coefficients: Singles,
+    own: np.float32,
+    out: Bits,
+    squares: Doubles,
+    sums: Doubles,
+) -> None:
+    """Write W0 + Σ aᵢ (Wᵢ − W0) + e·W0 of bfloat16 values, all of it while a chunk is in the cache.
+
+    The same values as `widened`, `summand` of each and `moved_and_narrowed`, one after the other.
+
+    Args:
+        bits: of W0.
+        experts: of each Wᵢ; compiled for each number of them.
+        coefficients: a.
+        own: e.
+        out: bits of the result.
+        squares: ‖Wᵢ − W0‖² are added.
+        sums: as `moved_and_narrowed` adds them.
+    """
+    before, delta = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    total, kept = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    for start in range(0, bits.size, CHUNK):
+        chunk = slice(start, min(start + CHUNK, bits.size))
+        size = chunk.stop - start
+        base, change, sum_, rest = before[:size], delta[:size], total[:size], kept[:size]
+        widened(bits[chunk], base)
+        for i in range(len(experts)):
+            widened(experts[i][chunk], change)
+            factor = coefficients[i]
+            for j in range(size):
+                change[j] = change[j] - base[j]
+            squares[i] += np.float64(_inner(change, change))
+            if i == 0:
+                for j in range(size):
+                    sum_[j] = change[j] * factor
+            else:
+                for j in range(size):
+                    sum_[j] = sum_[j] + change[j] * factor
+        if own != 0:
+            for j in range(size):
+                sum_[j] = sum_[j] + base[j] * own
+        for j in range(size):
+            rest[j] = base[j] + sum_[j]
+        narrowed(rest, out[chunk])
+        widened(out[chunk], rest)
+        for j in range(size):
+            rest[j] = rest[j] - base[j]
+        _tally(sum_, rest, sums)
 
 
 @exact

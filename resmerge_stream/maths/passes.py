@@ -59,6 +59,31 @@ def subtract(values: Tensor, base: Tensor, out: Tensor) -> None:
         kernels.subtracted(_flat(values), _flat(base), _flat(out))
 
 
+def differences(
+    base: Tensor, values: Sequence[Tensor], out: Tensor, *, all_pairs: bool
+) -> Tensor | None:
+    """Write Δᵢ = Wᵢ − W0 of all experts, and return ⟨Δᵢ, Δⱼ⟩.
+
+    Args:
+        base: W0 as stored.
+        values: W as stored, same shape.
+        out: Δ, float32, one more axis.
+        all_pairs: or of i = j only; the others are zero then.
+
+    Returns:
+        float64, shape (N, N), each as `inner` adds it. None where there is no compiled loop for it.
+    """
+    if not values or any(stored.dtype != torch.bfloat16 for stored in (base, *values)):
+        return None
+    kernels = _loops_for(base, *values, *out)
+    if kernels is None:
+        return None
+    products = torch.zeros(len(values), len(values), dtype=torch.float64)
+    experts, outs = tuple(map(_flat, values)), tuple(map(_flat, out))
+    kernels.differences(_flat(base), experts, outs, products.numpy(), all_pairs)
+    return products + torch.tril(products, -1).T
+
+
 def combined(stack: Sequence[Tensor] | Tensor, coefficients: Sequence[float]) -> Tensor:
     """Return Σ aᵢ Δᵢ, a new tensor: each product rounded, then added in order.
 
@@ -107,24 +132,57 @@ def summed(
     return total, squares
 
 
-def moved(base: Tensor, update: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[float]] | None:
-    """Return base + update rounded to nearest, and what that kept of the update.
+def merged_sum(
+    base: Tensor,
+    values: Sequence[Tensor],
+    coefficients: Sequence[float],
+    own: float,
+    out: Tensor,
+) -> tuple[list[float], list[float]] | None:
+    """Write W0 + Σ aᵢ (Wᵢ − W0) + e·W0, rounded to nearest: `summed` and `moved` in one pass.
+
+    Args:
+        base: W0 as stored.
+        values: W as stored, same shape.
+        coefficients: a.
+        own: e.
+        out: the weights, same shape.
+
+    Returns:
+        Every ‖Wᵢ − W0‖², and the sums of `moved`. None where there is no compiled loop for it.
+    """
+    if any(stored.dtype != torch.bfloat16 for stored in (base, out, *values)):
+        return None
+    kernels = _loops_for(base, out, *values)
+    if kernels is None:
+        return None
+    squares, sums = np.zeros(len(values)), np.zeros(4)
+    experts = tuple(map(_flat, values))
+    factors = np.array(coefficients, np.float32)
+    kernels.merged_sum(_flat(base), experts, factors, np.float32(own), _flat(out), squares, sums)
+    return squares.tolist(), sums.tolist()
+
+
+def moved(base: Tensor, update: Tensor, out: Tensor) -> list[float] | None:
+    """Write base + update rounded to nearest, and return what that kept of the update.
 
     Args:
         base, update: float32, same shape.
-        dtype: the output's.
+        out: the weights, in the output's dtype.
 
     Returns:
-        The weights, and ‖ΔW‖², ⟨ΔW, K⟩, ‖K‖² and the number of nonzero K, with K = weights − base.
-        None where there is no compiled loop for it.
+        ‖ΔW‖², ⟨ΔW, K⟩, ‖K‖² and the number of nonzero K, with K = weights − base. None where there
+        is no compiled loop for it.
     """
-    kernels = _loops_for(base, update) if dtype in (torch.bfloat16, torch.float32) else None
-    if kernels is None or update.dtype != torch.float32:
+    if update.dtype != torch.float32 or out.dtype not in (torch.bfloat16, torch.float32):
         return None
-    out, sums = torch.empty(base.shape, dtype=dtype), np.zeros(4)
-    move = kernels.moved if dtype == torch.float32 else kernels.moved_and_narrowed
+    kernels = _loops_for(base, update, out)
+    if kernels is None:
+        return None
+    sums = np.zeros(4)
+    move = kernels.moved if out.dtype == torch.float32 else kernels.moved_and_narrowed
     move(_flat(base), _flat(update), _flat(out), sums)
-    return out, sums.tolist()
+    return [float(value) for value in sums]
 
 
 def shrunk(values: Tensor, threshold: float, out: Tensor | None = None) -> Tensor:
@@ -179,10 +237,12 @@ def gram(stack: Sequence[Tensor] | Tensor) -> Tensor:
     if count and stack[0].device.type != "cpu":
         return _batched_gram(torch.stack(tuple(stack)).flatten(1))
     products = torch.zeros(count, count, dtype=torch.float64)
-    for i in range(count):
-        for j in range(i + 1):
-            products[i, j] = products[j, i] = inner(stack[i], stack[j])
-    return products
+    if not count:
+        return products
+    from . import kernels
+
+    kernels.gram(tuple(_flat(values.contiguous()) for values in stack), products.numpy())
+    return products + torch.tril(products, -1).T
 
 
 def _batched_gram(rows: Tensor) -> Tensor:

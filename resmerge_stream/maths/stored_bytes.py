@@ -33,6 +33,11 @@ class Gathered:
         self.data = bytes_of(torch.empty(nbytes, dtype=torch.uint8))
         self._done = 0
 
+    def part(self, start: int, nbytes: int) -> memoryview:
+        """Return the memory of some of them, to be written; they count as appended."""
+        self._done = max(self._done, start + nbytes)
+        return self.data[start : start + nbytes]
+
     def append(self, part: memoryview) -> None:
         """Copy the next bytes in."""
         self.data[self._done : self._done + len(part)] = part

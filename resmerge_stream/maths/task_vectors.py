@@ -19,7 +19,7 @@ from torch import Tensor
 from ..memory import BLOCK_ELEMENTS, DEVICE_BLOCKS
 from .changes import Change, Factored, Stored, Unchanged
 from .low_rank import Factors, FactorSpace, LowRank
-from .passes import combined, gram, inner, summed, widened
+from .passes import combined, differences, gram, inner, merged_sum, summed, widened
 
 T = TypeVar("T")
 
@@ -218,7 +218,10 @@ class TaskVectors:
         Raises:
             NonFiniteValues: some of these values are NaN or infinite, or overflow float32.
         """
-        return self._read(rows)[0]
+        stack, _ = self._read(rows)
+        if self._whole is None:
+            self._release(rows)
+        return stack
 
     def block(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Return all Δ_i and W0 of some rows, as `stack` and `base` do, reading W0 once.
@@ -227,26 +230,53 @@ class TaskVectors:
             NonFiniteValues: as `stack`.
         """
         stack, base = self._read(rows)
-        if base is None:
-            base = self.base(rows)
-            self._release(rows)
-        return stack, base
+        return stack, self.base(rows) if base is None else base
 
     def summed(self, rows: slice, coefficients: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Return Σ aᵢ Δᵢ and W0 of some rows, both float32, shape (b, n).
+        """Return Σ aᵢ Δᵢ and W0 of some rows, both float32, shape (b, n); nothing is released.
 
         Raises:
             NonFiniteValues: as `stack`.
         """
-        stored = [change.values for change in self._changes if isinstance(change, Stored)]
-        if self._whole is None and self.count == len(stored) > 0:
+        if stored := self._all_stored(rows):
             base = self.base(rows)
-            if (found := summed([W[rows] for W in stored], base, coefficients)) is not None:
-                self._release(rows)
+            if (found := summed(stored, base, coefficients)) is not None:
                 self._note(rows, found[1])
                 return found[0], base
         stack, base = self.block(rows)
         return combined(stack, coefficients), base
+
+    def write_sum(
+        self, rows: slice, coefficients: Sequence[float], own: float, out: Tensor
+    ) -> list[float] | None:
+        """Write W0 + Σ aᵢ Δᵢ + e·W0 of some rows; return what rounding kept. Releases nothing.
+
+        Args:
+            rows: a block.
+            coefficients: a.
+            own: e.
+            out: the weights, shape (b, n).
+
+        Returns:
+            As `passes.moved`; None where it cannot be done in one pass, or all Δᵢ are zero.
+
+        Raises:
+            NonFiniteValues: as `stack`.
+        """
+        stored = self._all_stored(rows)
+        found = merged_sum(self._base[rows], stored, coefficients, own, out) if stored else None
+        if found is None:
+            return None
+        squares, sums = found
+        self._note(rows, squares)
+        return sums if any(squares) else None
+
+    def _all_stored(self, rows: slice) -> list[Tensor]:
+        """Return the rows of all experts as stored, or none where some are not given so."""
+        stored = [change.values for change in self._changes if isinstance(change, Stored)]
+        if self._whole is not None or len(stored) < self.count:
+            return []
+        return [values[rows] for values in stored]
 
     def matrix(self, i: int) -> Tensor:
         """Return Δ_i whole, float32, shape (m, n); the memory may be reused by the next call."""
@@ -269,7 +299,9 @@ class TaskVectors:
             return self.space.gram()
         for rows in self.blocks():
             if not self._summed[self._number(rows)]:
-                self._sum(rows, self.stack(rows))
+                stack = self._block_buffer(rows) if self._whole is None else self._whole[:, rows]
+                self._sum(rows, stack, is_there=self._whole is not None)
+                self._release(rows)
         # In the order of the rows, whatever the order in which they were first read.
         total = torch.zeros(self.count, self.count, dtype=torch.float64)
         for products in self._grams:
@@ -304,18 +336,26 @@ class TaskVectors:
         """Return all Δ_i of some rows, and W0 where it had to be read for them."""
         if self._whole is not None:
             return self._whole[:, rows], None
-        b, n = rows.stop - rows.start, self.shape[1]
-        use = f"block of {threading.get_ident()}"
-        stack = self._buffer(use, self.count * b * n).view(self.count, b, n)
+        stack = self._block_buffer(rows)
+        stored = self._all_stored(rows)
+        products = differences(self._base[rows], stored, stack, all_pairs=False)
+        if products is not None:
+            self._note(rows, products.diagonal().tolist())
+            return stack, None
         base = self._subtract(rows, stack)
         self._look(rows, stack)
         return stack, base
+
+    def _block_buffer(self, rows: slice) -> Tensor:
+        """Return this thread's room for all Δ_i of some rows."""
+        b, n = rows.stop - rows.start, self.shape[1]
+        use = f"block of {threading.get_ident()}"
+        return self._buffer(use, self.count * b * n).view(self.count, b, n)
 
     def _subtract(self, rows: slice, out: Tensor) -> Tensor:
         base = self.base(rows)
         for change, delta in zip(self._changes, out, strict=True):
             change.subtract(base, rows, delta)
-        self._release(rows)
         return base
 
     def _low_rank(self) -> list[LowRank] | None:
@@ -332,8 +372,8 @@ class TaskVectors:
         m, n = self.shape
         whole = self._buffer("whole", self.count * m * n).view(self.count, m, n)
         for rows in self.blocks():
-            self._subtract(rows, whole[:, rows])
-            self._sum(rows, whole[:, rows])
+            self._sum(rows, whole[:, rows], is_there=False)
+            self._release(rows)
         return whole
 
     def _stored(self, matrix: Tensor, rows: slice) -> Tensor:
@@ -355,12 +395,19 @@ class TaskVectors:
         if self._zero[number] is None:
             self._note(rows, [inner(delta, delta) for delta in stack])
 
-    def _sum(self, rows: slice, stack: Tensor) -> None:
-        number = self._number(rows)
-        products = gram(stack)
+    def _sum(self, rows: slice, stack: Tensor, *, is_there: bool) -> None:
+        """Note the products of all Δ_i of some rows; write these first unless they are there."""
+        products = None
+        if not is_there:
+            stored = self._all_stored(rows)
+            products = differences(self._base[rows], stored, stack, all_pairs=True)
+            if products is None:
+                self._subtract(rows, stack)
+        if products is None:
+            products = gram(stack)
         self._note(rows, products.flatten().tolist())
-        self._grams[number] = products
-        self._summed[number] = True
+        self._grams[self._number(rows)] = products
+        self._summed[self._number(rows)] = True
 
     def _note(self, rows: slice, products: list[float]) -> None:
         if not all(map(math.isfinite, products)):

@@ -82,19 +82,25 @@ class Combination:
 
 @dataclass(frozen=True, slots=True)
 class OfSum:
-    """ΔW as a function of Σ aᵢ Δᵢ alone, for which no Δᵢ has to be kept.
+    """ΔW as a function of Σ aᵢ Δᵢ + e·W0 alone, for which no Δᵢ has to be kept.
 
     Attributes:
         coefficients: a, one an expert.
-        finish: ``finish(block, total)`` returns ΔW of a row block from the sum there, float32,
-            shape (b, n), which it may modify.
+        added: ``added(block, total)`` returns ΔW of a row block from the sum there, float32,
+            shape (b, n), which it may modify; None where the sum is ΔW.
+        own: e, the share of W0 itself, where the merge is of whole weights.
     """
 
     coefficients: tuple[float, ...]
-    finish: Callable[[slice, Tensor], Tensor] = lambda block, total: total
+    added: Callable[[slice, Tensor], Tensor] | None = None
+    own: float = 0.0
+
+    def finish(self, block: slice, total: Tensor) -> Tensor:
+        """Return ΔW of a row block from the sum there, which may be modified."""
+        return total if self.added is None else self.added(block, total)
 
     def rows(self, block: slice, stack: Tensor) -> Tensor:
-        """Return ΔW of a row block from the experts' Δ there."""
+        """Return ΔW of a row block from the experts' Δ there, where e is 0."""
         from ..maths.passes import combined
 
         return self.finish(block, combined(stack, self.coefficients))

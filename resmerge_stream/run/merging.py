@@ -89,9 +89,8 @@ Prepared = Carried | Decided | Merged
 
 @dataclass(frozen=True, slots=True)
 class MergedRows:
-    """A merged row block: its ΔW, float32; its bytes in the output dtype; what the cast kept."""
+    """A merged row block: its bytes in the output dtype; what the cast kept."""
 
-    delta: Tensor
     data: memoryview
     kept: Kept
 
@@ -153,9 +152,8 @@ class Merger:
                 undo.pop_all()
                 return decided
             gathered, kept = Gathered(piece.output_bytes), Kept()
-            for merged in self._blocks(decided, 1):
+            for merged in self._blocks(decided, 1, gathered):
                 kept.absorb(merged.kept)
-                gathered.append(merged.data)
             self._sample()
             return Merged(decided, gathered.data, kept)
 
@@ -300,62 +298,91 @@ class Merger:
         prepared.vectors.close()
         return kept
 
-    def _blocks(self, decided: Decided, threads: int) -> Generator[MergedRows, None, None]:
-        vectors = decided.vectors
+    def _blocks(
+        self, decided: Decided, threads: int, gathered: Gathered | None = None
+    ) -> Generator[MergedRows, None, None]:
+        """Yield the merged row blocks, in order; their bytes are in `gathered` if it is given."""
+        vectors, of_sum = decided.vectors, decided.update.of_sum
+        dtype = torch_dtype(decided.piece)
+        row_bytes = vectors.shape[1] * dtype.itemsize
+
+        def place(rows: slice) -> Tensor:
+            shape = (rows.stop - rows.start, vectors.shape[1])
+            if gathered is None:
+                return torch.empty(shape, dtype=dtype)
+            part = gathered.part(rows.start * row_bytes, shape[0] * row_bytes)
+            return torch.frombuffer(part, dtype=dtype).view(shape)
 
         def merge(rows: slice) -> MergedRows:
-            update = decided.update
-            if not update.needs_stack:
-                # From factors: no Δ is formed.
-                delta, base = update.rows(rows, torch.empty(0)), vectors.base(rows)
-            elif update.of_sum is not None:
-                total, base = vectors.summed(rows, update.of_sum.coefficients)
-                delta = update.of_sum.finish(rows, total)
-            else:
-                stack, base = vectors.block(rows)
-                delta = update.rows(rows, stack)
-            merged = self.merge_rows(decided, rows, delta, base)
-            if not update.needs_stack or vectors.is_zero(rows):
-                decided.piece.release(rows)  # the base was read, or once more
+            out = place(rows)
+            if of_sum is not None and of_sum.added is None and self._is_nearest:
+                sums = vectors.write_sum(rows, of_sum.coefficients, of_sum.own, out)
+                if sums is not None:
+                    kept = Kept()
+                    kept.add_sums(sums, out.numel())
+                    return self._checked(decided, bytes_of(out), kept)
+            return self.merge_rows(decided, rows, *_delta_and_base(decided, rows), out)
+
+        def merge_and_release(rows: slice) -> MergedRows:
+            merged = merge(rows)
+            decided.piece.release(rows)
             return merged
 
-        return (merged for _, merged in blocks_ahead(vectors.blocks(), merge, threads))
+        ahead = blocks_ahead(vectors.blocks(), merge_and_release, threads)
+        with contextlib.closing(ahead):
+            for _, merged in ahead:
+                yield merged
 
-    def merge_rows(self, decided: Decided, rows: slice, delta: Tensor, base: Tensor) -> MergedRows:
+    def merge_rows(
+        self,
+        decided: Decided,
+        rows: slice,
+        delta: Tensor,
+        base: Tensor,
+        out: Tensor | None = None,
+    ) -> MergedRows:
         """Add a row block's ΔW, and cast. Safe in any thread, in any order.
 
         Args:
             decided: what was decided.
             rows: of the piece.
             delta, base: ΔW and W0 there, float32.
+            out: gets the weights, on the CPU, in the output dtype.
 
         Raises:
             NonFiniteError: a weight overflows the output dtype.
         """
-        spec = decided.piece.tensor.spec
-        dtype: torch.dtype = getattr(torch, DTYPES[spec.dtype].torch_name)
+        out = torch.empty(base.shape, dtype=torch_dtype(decided.piece)) if out is None else out
         kept = Kept()
         is_copy = decided.vectors.is_zero(rows) and not decided.update.moves_base
-        is_nearest = self.plan.options.rounding != "stochastic"
-        if is_nearest and not is_copy and (found := moved(base, delta, dtype)) is not None:
-            merged, sums = found
-            kept.add_sums(sums, merged.numel())
+        sums = moved(base, delta, out) if self._is_nearest and not is_copy else None
+        if sums is not None:
+            kept.add_sums(sums, out.numel())
         else:
             # A copy is of the bytes, signed zeros included.
             merged = (
-                decided.base[rows].to(dtype)
+                decided.base[rows].to(out.dtype)
                 if is_copy
-                else self._cast(base + delta, dtype, decided, rows.start)
+                else self._cast(base + delta, out.dtype, decided, rows.start)
             )
+            out.copy_(merged)
             back = merged.to(base.device, torch.float32)
             kept.add(delta, back - base if back is merged else back.sub_(base))
+        return self._checked(decided, bytes_of(out), kept)
+
+    @property
+    def _is_nearest(self) -> bool:
+        return self.plan.options.rounding != "stochastic"
+
+    def _checked(self, decided: Decided, data: memoryview, kept: Kept) -> MergedRows:
         if kept.overflowed:
+            spec = decided.piece.tensor.spec
             raise NonFiniteError(
                 f"{spec.name} overflows {DTYPES[spec.dtype].torch_name} after the merge. "
                 "Smaller parameters may help.",
                 Remedy.WIDER_DTYPE,
             )
-        return MergedRows(delta, bytes_of(merged), kept)
+        return MergedRows(data, kept)
 
     def _cast(self, weights: Tensor, dtype: torch.dtype, decided: Decided, first: int) -> Tensor:
         """Return rows of a piece, from its row `first` on, in the output dtype."""
@@ -402,6 +429,27 @@ def reported(rows: Rows, prepared: Prepared, kept: Kept) -> dict[str, Any] | Non
         is_copy=decided.is_copy,
         is_last=decided.piece.is_last,
     )
+
+
+def torch_dtype(piece: Piece) -> torch.dtype:
+    """Return the dtype in which a piece is written."""
+    found: torch.dtype = getattr(torch, DTYPES[piece.tensor.spec.dtype].torch_name)
+    return found
+
+
+def _delta_and_base(decided: Decided, rows: slice) -> tuple[Tensor, Tensor]:
+    """Return ΔW and W0 of a row block, float32."""
+    vectors, update = decided.vectors, decided.update
+    if not update.needs_stack:
+        # From factors: no Δ is formed.
+        return update.rows(rows, torch.empty(0)), vectors.base(rows)
+    if update.of_sum is not None:
+        total, base = vectors.summed(rows, update.of_sum.coefficients)
+        if update.of_sum.own:
+            total.add_(base * update.of_sum.own)
+        return update.of_sum.finish(rows, total), base
+    stack, base = vectors.block(rows)
+    return update.rows(rows, stack), base
 
 
 def from_factors(update: Update, factors: LowRank | Factors) -> Update:

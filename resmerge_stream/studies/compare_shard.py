@@ -238,14 +238,14 @@ def _write_rows(
 
     def merge(block: slice) -> _Rows:
         stack, base = vectors.block(block)
-        merged, seconds = {}, {}
+        merged, seconds, updates = {}, {}, {}
         for label, decided in done.by_label.items():
             started = time.monotonic()
-            delta = decided.update.rows(block, stack)
-            merged[label] = run.methods[label].merger.merge_rows(decided, block, delta, base)
+            updates[label] = decided.update.rows(block, stack)
+            merger = run.methods[label].merger
+            merged[label] = merger.merge_rows(decided, block, updates[label], base)
             seconds[label] = time.monotonic() - started
         is_zero = vectors.is_zero(block)
-        updates = {label: rows.delta for label, rows in merged.items()}
         products = None if is_zero else similarity.products(updates, stack)
         return _Rows(merged, seconds, products, is_zero)
 

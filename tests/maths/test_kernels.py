@@ -69,7 +69,8 @@ def test_weights_are_rounded_to_nearest(size, dtype):
     """W0 + ΔW has the bits of torch's cast, and its sums are those of what the cast kept."""
     base, update = drawn(8, size, spread=3), drawn(9, size, spread=3)
 
-    weights, sums = passes.moved(base, update, dtype)
+    weights = torch.empty(size, dtype=dtype)
+    sums = passes.moved(base, update, weights)
 
     assert same(weights, (base + update).to(dtype))
     kept, exact = weights.double() - base.double(), update.double()
@@ -85,7 +86,8 @@ def test_every_number_is_rounded_as_torch_rounds_it(patterns):
     values = bits.view(torch.float32)
     values = torch.where(values.isnan(), 0.0, values)
 
-    weights, _ = passes.moved(values, torch.zeros_like(values), torch.bfloat16)
+    weights = torch.empty(values.shape, dtype=torch.bfloat16)
+    passes.moved(values, torch.zeros_like(values), weights)
 
     assert same(weights, (values + 0.0).bfloat16())
 
@@ -162,3 +164,40 @@ def test_a_precise_product_is_that_of_float64(shape):
     found = products.precise_gram_product(delta, x)
 
     torch.testing.assert_close(found, wide @ (wide.T @ x), rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("own", [0.0, -0.25])
+@pytest.mark.parametrize("size", SIZES)
+def test_one_pass_writes_what_several_write(size, own):
+    """`merged_sum` gives the bits and sums of `summed` and `moved`, one after the other."""
+    base = drawn(15, size, spread=3).bfloat16()
+    stored = [drawn(seed, size, spread=3).bfloat16() for seed in (16, 17)]
+    expected, out = torch.empty(size, dtype=torch.bfloat16), torch.empty(size, dtype=torch.bfloat16)
+    total, squares = passes.summed(stored, base.float(), [0.5, 0.75])
+    update = total + base.float() * own if own else total
+    sums = passes.moved(base.float(), update, expected)
+
+    found = passes.merged_sum(base, stored, [0.5, 0.75], own, out)
+
+    assert same(out, expected)
+    assert found == (squares, sums)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_differences_come_with_their_products(size):
+    """`differences` gives the bits of `subtract`, and the products of `gram` or squares alone."""
+    base = drawn(18, size, spread=3).bfloat16()
+    stored = [drawn(seed, size, spread=3).bfloat16() for seed in (19, 20, 21)]
+    expected, out = torch.empty(3, size), torch.empty(3, size)
+    for values, delta in zip(stored, expected, strict=True):
+        passes.subtract(values, base.float(), delta)
+
+    products = passes.differences(base, stored, out, all_pairs=True)
+
+    assert same(out, expected)
+    assert torch.equal(products, passes.gram(expected))
+    squares = passes.differences(base, stored, out, all_pairs=False)
+    assert torch.equal(squares, torch.diag(products.diagonal()))
+    exact = expected.double() @ expected.double().T
+    lengths = exact.diagonal().sqrt()
+    assert ((products - exact).abs() <= 1e-6 * lengths[:, None] * lengths[None, :]).all()

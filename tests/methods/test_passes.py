@@ -39,11 +39,11 @@ def test_rows_are_looked_at_no_oftener_than_needed(
     inside = threading.local()
 
     def counting(look):
-        def counted(vectors, rows, *more):
+        def counted(vectors, rows, *more, **named):
             is_inside, inside.look = getattr(inside, "look", False), True
             looked[vectors.shape] += 0 if is_inside else rows.stop - rows.start
             try:
-                return look(vectors, rows, *more)
+                return look(vectors, rows, *more, **named)
             finally:
                 inside.look = is_inside
 
@@ -53,7 +53,7 @@ def test_rows_are_looked_at_no_oftener_than_needed(
         read[checkpoint.id, name] += (stop or SHAPE[0]) - start
         return own(checkpoint, name, start, stop)
 
-    for look in ("stack", "block", "summed"):
+    for look in ("stack", "block", "summed", "write_sum", "_sum"):
         monkeypatch.setattr(TaskVectors, look, counting(getattr(TaskVectors, look)))
     monkeypatch.setattr(LocalCheckpoint, "read", reading)
 

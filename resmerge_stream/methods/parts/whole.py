@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..base import Update
+from ..base import OfSum, Update
 from .elementwise import linear
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def of_weights(
 
         return combined([*stack, vectors.base(block)], [*experts, excess])
 
-    return Update(rows, rule, gates or {}, warnings, moves_base=excess != 0)
+    total = OfSum(tuple(experts), own=excess) if experts else None
+    return Update(rows, rule, gates or {}, warnings, moves_base=excess != 0, of_sum=total)
 
 
 def whole_gram(vectors: TaskVectors) -> Tensor:
