@@ -365,6 +365,39 @@ def elected(
             merged[j] = merged[j] * sign * scale
 
 
+@exact
+def shared_mean(
+    rows: tuple[Singles, ...], threshold: np.float32, lone_factors: Singles, out: Singles
+) -> None:
+    """Write the mean of those of an entry's changes that are larger than a threshold.
+
+    Args:
+        rows: Δᵢ; compiled for each number of them.
+        threshold: τ ≥ 0.
+        lone_factors: of a change that only expert i made.
+        out: zero where nobody changed anything.
+    """
+    counts, lone = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    for start in range(0, out.size, CHUNK):
+        chunk = slice(start, min(start + CHUNK, out.size))
+        total = out[chunk]
+        total[:] = 0
+        counts[:] = 0
+        lone[:] = 0
+        for i in range(len(rows)):
+            row, factor = rows[i][chunk], lone_factors[i]
+            for j in range(total.size):
+                changed = abs(row[j]) > threshold
+                total[j] = total[j] + (row[j] if changed else np.float32(0))
+                counts[j] = counts[j] + (np.float32(1) if changed else np.float32(0))
+                lone[j] = lone[j] + (factor if changed else np.float32(0))
+        for j in range(total.size):
+            if counts[j] == 1:
+                total[j] = total[j] * lone[j]
+            elif counts[j] > 1:
+                total[j] = total[j] / counts[j]
+
+
 @reordered
 def _axpy(row: Singles, factor: np.float32, total: Singles) -> None:
     for j in range(row.size):

@@ -219,6 +219,22 @@ def elected(
     return out
 
 
+def shared_mean(
+    stack: Sequence[Tensor] | Tensor, threshold: float, lone_factors: Sequence[float]
+) -> Tensor | None:
+    """Return the mean of each entry's changes above a threshold; see `methods.ram.shared_mean`.
+
+    None where there is no compiled loop for it.
+    """
+    kernels = _loops_for(*stack)
+    if kernels is None or any(delta.dtype != torch.float32 for delta in stack):
+        return None
+    out = torch.empty_like(stack[0])
+    rows, factors = tuple(map(_flat, stack)), np.array(lone_factors, np.float32)
+    kernels.shared_mean(rows, np.float32(threshold), factors, _flat(out))
+    return out
+
+
 def inner(x: Tensor, y: Tensor) -> float:
     """Return ⟨X, Y⟩ of two float32 tensors of one shape: float64 sums of float32 chunks."""
     kernels = _loops_for(x, y)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from resmerge_stream.maths import passes, products
 from resmerge_stream.methods.parts.election import disjoint_merge
+from resmerge_stream.methods.ram import shared_mean
 
 SIZES = (0, 1, 37, 4096, 4097, 10_000)
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -201,3 +202,16 @@ def test_differences_come_with_their_products(size):
     exact = expected.double() @ expected.double().T
     lengths = exact.diagonal().sqrt()
     assert ((products - exact).abs() <= 1e-6 * lengths[:, None] * lengths[None, :]).all()
+
+
+@pytest.mark.parametrize("unique", [(1.0, 1.0, 1.0), (1.5, 0.2, 3.0)], ids=str)
+def test_a_shared_mean_is_the_same_everywhere(unique):
+    """A CPU's loop and torch's operations make the same of changes that some experts share."""
+    deltas = drawn(22, 3, 50, 99, spread=2).bfloat16().float()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "_loops_for", lambda *tensors: None)
+        expected = shared_mean(deltas, 0.5, list(unique))
+
+    found = shared_mean(deltas, 0.5, list(unique))
+
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
