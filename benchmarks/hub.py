@@ -158,9 +158,9 @@ def header_hub(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[Ben
     shutil.rmtree(folder, ignore_errors=True)
     with LoopbackHub(folder / "hub") as hub:
         specs = [TensorSpec(tensor, "BF16", shape) for tensor, shape in shapes.items()]
-        made, files = Bench(hub, folder, hub.add_user("alice")), _header_files(specs)
-        for model in ("base", "expert0", "expert1"):
-            hub.add_repo(f"alice/{model}", files)
+        made = Bench(hub, folder, hub.add_user("alice"))
+        for number, model in enumerate(("base", "expert0", "expert1")):
+            hub.add_repo(f"alice/{model}", _header_files(specs, padding=8 * number))
         yield made
 
 
@@ -190,11 +190,14 @@ def m5(args: argparse.Namespace) -> None:
     table(("model", "tensors", "planning", "memory", "verdict", "needs memory", "needs disk"), rows)
 
 
-def _header_files(specs: list[TensorSpec]) -> dict[str, bytes | Sparse]:
+def _header_files(specs: list[TensorSpec], padding: int) -> dict[str, bytes | Sparse]:
+    """Return the files of a model; others with another padding, of spaces behind the header."""
     shards = plan_shards([specs], 5_000_000_000)
-    files: dict[str, bytes | Sparse] = {
-        shard.name: Sparse(head=shard.header, size=shard.nbytes) for shard in shards
-    }
+    files: dict[str, bytes | Sparse] = {}
+    for shard in shards:
+        length = len(shard.header) - 8 + padding
+        head = length.to_bytes(8, "little") + shard.header[8:] + b" " * padding
+        files[shard.name] = Sparse(head=head, size=shard.nbytes + padding)
     files["model.safetensors.index.json"] = index_json(shards)
     files["config.json"] = b'{"model_type": "made_up", "tie_word_embeddings": false}'
     return files

@@ -50,8 +50,8 @@ def fit(plan: Plan, budget: int, *, elsewhere: bool = False) -> Fit:
     """
     shared = max((t.method.shared_scratch_bytes(*t.matrix) for t in _matrices(plan)), default=0)
     room = budget - FIXED_BYTES - WRITE_QUEUE_BYTES - shared
-    ahead = _read_ahead_bytes(plan, room, elsewhere=elsewhere)
-    room -= ahead
+    ahead = _read_ahead(plan, room, elsewhere=elsewhere)
+    room -= ahead.bytes
     worst, resident = (0, ""), set()
     for name, tensor in plan.tensors.items():
         size = plan.working_bytes_of(replace(tensor, resident=True))
@@ -60,9 +60,15 @@ def fit(plan: Plan, budget: int, *, elsewhere: bool = False) -> Fit:
         else:
             size = plan.working_bytes_of(replace(tensor, resident=False))
         worst = max(worst, (size, name))
+    # A second of the largest pieces, so that the line need not wait while the first is merged.
+    # Only of memory that was asked for.
+    is_asked = plan.options.memory_budget is not None
+    if is_asked and ahead.largest > ahead.window and room - ahead.largest >= worst[0]:
+        ahead = replace(ahead, window=ahead.window + ahead.largest)
+        room -= ahead.largest
     return Fit(
         room=room,
-        read_ahead_bytes=ahead,
+        read_ahead_bytes=ahead.bytes,
         resident=frozenset(resident),
         worst=worst[0],
         worst_name=worst[1],
@@ -120,8 +126,21 @@ def _matrices(plan: Plan) -> list[PlannedTensor]:
     return [t for t in plan.tensors.values() if t.rule and t.rule.needs_matrix]
 
 
-def _read_ahead_bytes(plan: Plan, room: int, *, elsewhere: bool) -> int:
-    """Return bytes of private memory for what is read ahead: the largest piece, and a window.
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """Private memory for what is read ahead: bytes of the largest piece, and of a window."""
+
+    largest: int
+    window: int
+
+    @property
+    def bytes(self) -> int:
+        """Both together."""
+        return self.largest + self.window
+
+
+def _read_ahead(plan: Plan, room: int, *, elsewhere: bool) -> _Ahead:
+    """Return how much is read ahead.
 
     Pages of mapped files are not private; what comes from the Hub is, and what is made when it is
     read (dequantised, put together).
@@ -139,6 +158,6 @@ def _read_ahead_bytes(plan: Plan, room: int, *, elsewhere: bool) -> int:
         )
         largest = max(largest, fetched + plan.made_bytes_of(tensor))
     if not largest:
-        return 0
+        return _Ahead(0, 0)
     window = min(HUB_WINDOW_BYTES, max(LEAST_HUB_WINDOW_BYTES, (room - largest) // 3))
-    return largest + window
+    return _Ahead(largest, window)

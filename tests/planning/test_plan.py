@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from resmerge_stream.cli.console import show_plan
 from resmerge_stream.errors import PlanRefusedError, RecipeError
+from resmerge_stream.planning import memory_fit
 from resmerge_stream.planning.plan import Options, RefusedPlan, plan_merge
 from resmerge_stream.recipe import ModelRef, Recipe
 from tests.support.checkpoints import (
@@ -649,3 +650,20 @@ def test_numbers_of_the_whole_model_do_not_differ_between_tensors(group):
 def test_a_method_for_fewer_models_says_how_many(method, words, group):
     """Models are not left out quietly."""
     only_problem(plan_group(group, method=method), words)
+
+
+@pytest.mark.parametrize(
+    ("asked", "budget", "pieces"), [(True, 10**9, 2), (False, 10**9, 1), (True, 420_000_000, 1)]
+)
+def test_a_second_large_piece_is_read_ahead_in_memory_that_was_asked_for(
+    group, monkeypatch, asked, budget, pieces
+):
+    """With a budget that has room for it, the line need not wait while a large matrix is merged."""
+    large = memory_fit._Ahead(largest=150_000_000, window=16_000_000)
+    monkeypatch.setattr(memory_fit, "_read_ahead", lambda plan, room, elsewhere: large)
+    plan = plan_group(group, options=Options(memory_budget=budget if asked else None))
+
+    fitted = memory_fit.fit(plan, budget)
+
+    assert fitted.read_ahead_bytes == pieces * large.largest + large.window
+    assert fitted.worst <= fitted.room
