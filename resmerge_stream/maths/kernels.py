@@ -8,7 +8,7 @@ A bfloat16 is its 16 bits here.
 
 from __future__ import annotations
 
-import math
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 Singles = NDArray[np.float32]
 Doubles = NDArray[np.float64]
+Floats = NDArray[np.floating[Any]]
 # bfloat16 values.
 Bits = NDArray[np.uint16]
 # Of float32 values.
@@ -25,16 +26,20 @@ Patterns = NDArray[np.uint32]
 
 # float32 sums are no longer than this; they are added in float64.
 CHUNK = 4096
-# Well above the smallest float32, below every norm of a row that is not rounding noise.
-TINY = 1e-30
+# Compiled loops take some kB each; with less room none is kept.
+_ROOM_BYTES = 20_000_000
 
 
 def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     def compiled(function: Callable[..., Any]) -> Any:
+        one_off = njit(nogil=True, error_model="numpy", **options)
         try:
-            return njit(nogil=True, error_model="numpy", cache=True, **options)(function)
-        except RuntimeError:  # no folder to keep it in
-            return njit(nogil=True, error_model="numpy", **options)(function)
+            kept = njit(nogil=True, error_model="numpy", cache=True, **options)(function)
+            # A disk that is full would end the call that compiles.
+            has_room = shutil.disk_usage(kept.stats.cache_path).free >= _ROOM_BYTES
+        except (RuntimeError, OSError):  # there is no folder to keep it in
+            return one_off(function)
+        return kept if has_room else one_off(function)
 
     return compiled
 
@@ -61,8 +66,9 @@ def narrowed(values: Singles, out: Bits) -> None:
 
 
 @reordered
-def _inner(x: Singles, y: Singles) -> Any:
-    total = np.float32(0)
+def dot(x: Floats, y: Floats) -> Any:
+    """Return ⟨x, y⟩, summed in the dtype of y."""
+    total = y.dtype.type(0)
     for j in range(x.size):
         total += x[j] * y[j]
     return total
@@ -74,7 +80,7 @@ def inner(x: Singles, y: Singles) -> float:
     total = 0.0
     for start in range(0, x.size, CHUNK):
         chunk = slice(start, min(start + CHUNK, x.size))
-        total += np.float64(_inner(x[chunk], y[chunk]))
+        total += np.float64(dot(x[chunk], y[chunk]))
     return total
 
 
@@ -90,7 +96,7 @@ def gram(rows: tuple[Singles, ...], products: Doubles) -> None:
         chunk = slice(start, min(start + CHUNK, rows[0].size))
         for i in range(len(rows)):
             for j in range(i + 1):
-                products[i, j] += np.float64(_inner(rows[i][chunk], rows[j][chunk]))
+                products[i, j] += np.float64(dot(rows[i][chunk], rows[j][chunk]))
 
 
 @exact
@@ -128,11 +134,9 @@ def differences(
         widened(bits[chunk], base)
         for i in range(len(experts)):
             delta = outs[i][chunk]
-            widened(experts[i][chunk], delta)
-            for j in range(delta.size):
-                delta[j] = delta[j] - base[j]
+            subtracted(experts[i][chunk], base, delta)
             for k in range(0 if all_pairs else i, i + 1):
-                products[i, k] += np.float64(_inner(delta, outs[k][chunk]))
+                products[i, k] += np.float64(dot(delta, outs[k][chunk]))
 
 
 @exact
@@ -163,33 +167,18 @@ def summand(bits: Bits, base: Singles, factor: np.float32, total: Singles, is_fi
     room, squares = np.empty(CHUNK, np.float32), 0.0
     for start in range(0, base.size, CHUNK):
         chunk = slice(start, min(start + CHUNK, base.size))
-        minus, part, delta = base[chunk], total[chunk], room[: chunk.stop - start]
-        widened(bits[chunk], delta)
-        for j in range(delta.size):
-            delta[j] = delta[j] - minus[j]
-        squares += np.float64(_inner(delta, delta))
+        delta = room[: chunk.stop - start]
+        subtracted(bits[chunk], base[chunk], delta)
+        squares += np.float64(dot(delta, delta))
         if is_first:
-            for j in range(delta.size):
-                part[j] = delta[j] * factor
+            scaled(delta, factor, total[chunk])
         else:
-            for j in range(delta.size):
-                part[j] = part[j] + delta[j] * factor
+            added(delta, factor, total[chunk])
     return squares
 
 
 @exact
-def _tally(update: Singles, kept: Singles, sums: Doubles) -> None:
-    sums[0] += np.float64(_inner(update, update))
-    sums[1] += np.float64(_inner(update, kept))
-    sums[2] += np.float64(_inner(kept, kept))
-    changed = 0
-    for j in range(kept.size):
-        changed += kept[j] != np.float32(0)
-    sums[3] += changed
-
-
-@exact
-def moved_and_narrowed(base: Singles, update: Singles, out: Bits, sums: Doubles) -> None:
+def moved(base: Singles, update: Singles, out: Bits, sums: Doubles) -> None:
     """Write base + update as bfloat16, and add to the sums what that kept of the update.
 
     Args:
@@ -204,24 +193,14 @@ def moved_and_narrowed(base: Singles, update: Singles, out: Bits, sums: Doubles)
         for j in range(kept.size):
             kept[j] = before[j] + change[j]
         narrowed(kept, out[chunk])
-        widened(out[chunk], kept)
+        subtracted(out[chunk], before, kept)
+        sums[0] += np.float64(dot(change, change))
+        sums[1] += np.float64(dot(change, kept))
+        sums[2] += np.float64(dot(kept, kept))
+        changed = 0
         for j in range(kept.size):
-            kept[j] = kept[j] - before[j]
-        _tally(change, kept, sums)
-
-
-@exact
-def moved(base: Singles, update: Singles, out: Singles, sums: Doubles) -> None:
-    """Write base + update as float32, and add to the sums as `moved_and_narrowed` does."""
-    room = np.empty(CHUNK, np.float32)
-    for start in range(0, base.size, CHUNK):
-        chunk = slice(start, min(start + CHUNK, base.size))
-        before, change, kept = base[chunk], update[chunk], room[: chunk.stop - start]
-        after = out[chunk]
-        for j in range(kept.size):
-            after[j] = before[j] + change[j]
-            kept[j] = after[j] - before[j]
-        _tally(change, kept, sums)
+            changed += kept[j] != np.float32(0)
+        sums[3] += changed
 
 
 @exact
@@ -236,7 +215,7 @@ def merged_sum(
 ) -> None:
     """Write W0 + Σ aᵢ (Wᵢ − W0) + e·W0 of bfloat16 values, all of it while a chunk is in the cache.
 
-    The same values as `widened`, `summand` of each and `moved_and_narrowed`, one after the other.
+    `widened`, `summand` of each expert and `moved`, chunk by chunk.
 
     Args:
         bits: of W0.
@@ -245,37 +224,18 @@ def merged_sum(
         own: e.
         out: bits of the result.
         squares: ‖Wᵢ − W0‖² are added.
-        sums: as `moved_and_narrowed` adds them.
+        sums: as `moved` adds them.
     """
-    before, delta = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    total, kept = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    before, update = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     for start in range(0, bits.size, CHUNK):
         chunk = slice(start, min(start + CHUNK, bits.size))
-        size = chunk.stop - start
-        base, change, sum_, rest = before[:size], delta[:size], total[:size], kept[:size]
+        base, total = before[: chunk.stop - start], update[: chunk.stop - start]
         widened(bits[chunk], base)
         for i in range(len(experts)):
-            widened(experts[i][chunk], change)
-            factor = coefficients[i]
-            for j in range(size):
-                change[j] = change[j] - base[j]
-            squares[i] += np.float64(_inner(change, change))
-            if i == 0:
-                for j in range(size):
-                    sum_[j] = change[j] * factor
-            else:
-                for j in range(size):
-                    sum_[j] = sum_[j] + change[j] * factor
+            squares[i] += summand(experts[i][chunk], base, coefficients[i], total, i == 0)
         if own != 0:
-            for j in range(size):
-                sum_[j] = sum_[j] + base[j] * own
-        for j in range(size):
-            rest[j] = base[j] + sum_[j]
-        narrowed(rest, out[chunk])
-        widened(out[chunk], rest)
-        for j in range(size):
-            rest[j] = rest[j] - base[j]
-        _tally(sum_, rest, sums)
+            added(base, own, total)
+        moved(base, total, out[chunk], sums)
 
 
 @exact
@@ -324,12 +284,16 @@ def bracketed(
 
 @exact
 def elected(
-    rows: Singles, weights: Doubles, normalize: bool, scale: np.float32, out: Singles
+    rows: tuple[Singles, ...],
+    weights: Doubles,
+    normalize: bool,
+    scale: np.float32,
+    out: Singles,
 ) -> None:
     """Write TIES' disjoint merge of float32 rows.
 
     Args:
-        rows: Δ, (N, size).
+        rows: Δᵢ; compiled for each number of them.
         weights: w, float64.
         normalize: divide by the sum of the weights that agree, where it is not zero.
         scale: λ, float32.
@@ -344,13 +308,13 @@ def elected(
         total[:] = 0
         weight_of[:] = 0
         for i in range(len(weights)):
-            row, weight = rows[i, chunk], weights[i]
+            row, weight = rows[i][chunk], weights[i]
             for j in range(total.size):
                 total[j] += row[j] * weight
         for i in range(len(weights)):
             if weights[i] == 0:
                 continue
-            row, weight = rows[i, chunk], np.float32(weights[i])
+            row, weight = rows[i][chunk], np.float32(weights[i])
             length, side = abs(weight), np.float32(1 if weight > 0 else -1)
             for j in range(total.size):
                 sign = side if total[j] >= 0 else -side
@@ -396,152 +360,3 @@ def shared_mean(
                 total[j] = total[j] * lone[j]
             elif counts[j] > 1:
                 total[j] = total[j] / counts[j]
-
-
-@reordered
-def _axpy(row: Singles, factor: np.float32, total: Singles) -> None:
-    for j in range(row.size):
-        total[j] += factor * row[j]
-
-
-@exact
-def tall_product(matrix: Singles, x: Singles, image: Doubles, rows_at_once: int) -> None:
-    """Add ΔᵀΔ·x to the image: both products of a row while it is in the cache.
-
-    Args:
-        matrix: Δ, float32, (m, n).
-        x: float32, (n,).
-        image: float64, (n,).
-        rows_at_once: rows that are added up in float32.
-    """
-    m, n = matrix.shape
-    part = np.empty(n, np.float32)
-    for start in range(0, m, rows_at_once):
-        part[:] = 0
-        for i in range(start, min(start + rows_at_once, m)):
-            _axpy(matrix[i], np.float32(inner(matrix[i], x)), part)
-        for j in range(n):
-            image[j] += np.float64(part[j])
-
-
-@exact
-def wide_product(matrix: Singles, x: Singles, image: Doubles, columns_at_once: int) -> None:
-    """Add ΔΔᵀ·x to the image: both products of some columns while they are in the cache.
-
-    Args:
-        matrix: Δ, float32, (m, n).
-        x: float32, (m,).
-        image: float64, (m,).
-        columns_at_once: how many; their part of an element is added up in float32.
-    """
-    m, n = matrix.shape
-    room = np.empty(columns_at_once, np.float32)
-    for start in range(0, n, columns_at_once):
-        stop = min(start + columns_at_once, n)
-        part = room[: stop - start]
-        part[:] = 0
-        for i in range(m):
-            _axpy(matrix[i, start:stop], x[i], part)
-        for i in range(m):
-            image[i] += np.float64(_inner(matrix[i, start:stop], part))
-
-
-@exact
-def krylov(
-    matrix: Singles,
-    scale: np.float32,
-    V: Singles,
-    T: Doubles,
-    first: int,
-    stop: int,
-    at_once: int,
-) -> float:
-    """Take Lanczos steps on ΔᵀΔ, or on ΔΔᵀ if that is smaller, with full reorthogonalisation.
-
-    Args:
-        matrix: Δ, float32, (m, n).
-        scale: Δ is divided by it; a power of two, float32.
-        V: the basis, float32, (steps, min(m, n)); row `first` is the unit vector to begin with.
-        T: the projected matrix, float64, (steps, steps); its lower triangle is written.
-        first, stop: the steps to take; V has a row `stop` for the next unit vector.
-        at_once: rows (or columns, if these are more) that are added up in float32.
-
-    Returns:
-        The length β of what the last step added.
-    """
-    short = V.shape[1]
-    is_wide = matrix.shape[0] < matrix.shape[1]
-    image, x = np.empty(short), np.empty(short, np.float32)
-    product, inner_products = np.empty(short, np.float32), np.empty(stop)
-    beta = 0.0
-    for step in range(first, stop):
-        for j in range(short):
-            x[j] = V[step, j] / scale
-        image[:] = 0
-        if is_wide:
-            wide_product(matrix, x, image, at_once)
-        else:
-            tall_product(matrix, x, image, at_once)
-        for j in range(short):
-            product[j] = image[j] / scale
-        T[step, : step + 1] = 0
-        # Twice: the first pass leaves errors of the size of what it removed.
-        for _ in range(2):
-            for i in range(step + 1):
-                inner_products[i] = inner(V[i], product)
-            for i in range(step + 1):
-                _axpy(V[i], np.float32(-inner_products[i]), product)
-                T[step, i] += inner_products[i]
-        beta = math.sqrt(inner(product, product))
-        # A matrix with one changed element exhausts its Krylov space exactly: the row is zero.
-        divisor = np.float32(beta if beta > TINY else 1.0)
-        for j in range(short):
-            V[step + 1, j] = product[j] / divisor
-    return beta
-
-
-@reordered
-def _precise_inner(row: Singles, x: Doubles) -> float:
-    total = 0.0
-    for j in range(row.size):
-        total += np.float64(row[j]) * x[j]
-    return total
-
-
-@reordered
-def _precise_axpy(row: Singles, factor: float, total: Doubles) -> None:
-    for j in range(row.size):
-        total[j] += factor * np.float64(row[j])
-
-
-@exact
-def precise_tall_product(matrix: Singles, x: Doubles, image: Doubles) -> None:
-    """Add ΔᵀΔ·x to the image as `tall_product`, all sums in float64.
-
-    Args:
-        matrix: Δ, float32, (m, n).
-        x, image: float64, (n,).
-    """
-    for i in range(len(matrix)):
-        _precise_axpy(matrix[i], _precise_inner(matrix[i], x), image)
-
-
-@exact
-def precise_wide_product(matrix: Singles, x: Doubles, image: Doubles, columns_at_once: int) -> None:
-    """Add ΔΔᵀ·x to the image as `wide_product`, all sums in float64.
-
-    Args:
-        matrix: Δ, float32, (m, n).
-        x, image: float64, (m,).
-        columns_at_once: how many.
-    """
-    m, n = matrix.shape
-    room = np.empty(columns_at_once)
-    for start in range(0, n, columns_at_once):
-        stop = min(start + columns_at_once, n)
-        part = room[: stop - start]
-        part[:] = 0
-        for i in range(m):
-            _precise_axpy(matrix[i, start:stop], x[i], part)
-        for i in range(m):
-            image[i] += _precise_inner(matrix[i, start:stop], part)

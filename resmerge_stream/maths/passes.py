@@ -17,9 +17,14 @@ from torch import Tensor
 CHUNK = 4096
 
 
+def is_plain(*tensors: Tensor) -> bool:
+    """Return whether compiled loops can work on these tensors: on the CPU, without holes."""
+    return all(values.device.type == "cpu" and values.is_contiguous() for values in tensors)
+
+
 def _loops_for(*tensors: Tensor) -> ModuleType | None:
     """Return the compiled loops if they can work on these tensors."""
-    if any(values.device.type != "cpu" or not values.is_contiguous() for values in tensors):
+    if not is_plain(*tensors):
         return None
     from . import kernels  # late: planning needs none
 
@@ -168,20 +173,19 @@ def moved(base: Tensor, update: Tensor, out: Tensor) -> list[float] | None:
 
     Args:
         base, update: float32, same shape.
-        out: the weights, in the output's dtype.
+        out: the weights.
 
     Returns:
         ‖ΔW‖², ⟨ΔW, K⟩, ‖K‖² and the number of nonzero K, with K = weights − base. None where there
         is no compiled loop for it.
     """
-    if update.dtype != torch.float32 or out.dtype not in (torch.bfloat16, torch.float32):
+    if update.dtype != torch.float32 or out.dtype != torch.bfloat16:
         return None
     kernels = _loops_for(base, update, out)
     if kernels is None:
         return None
     sums = np.zeros(4)
-    move = kernels.moved if out.dtype == torch.float32 else kernels.moved_and_narrowed
-    move(_flat(base), _flat(update), _flat(out), sums)
+    kernels.moved(_flat(base), _flat(update), _flat(out), sums)
     return [float(value) for value in sums]
 
 
@@ -208,13 +212,10 @@ def elected(
 
     See `resmerge_stream.methods.parts.election`.
     """
-    stack = deltas if isinstance(deltas, Tensor) else torch.stack(tuple(deltas))
-    stack = stack.contiguous()
-    kernels = _loops_for(stack) if stack.dtype == torch.float32 else None
-    if kernels is None:
+    kernels = _loops_for(*deltas)
+    if kernels is None or any(delta.dtype != torch.float32 for delta in deltas):
         return None
-    out = torch.empty(stack.shape[1:])
-    rows = stack.numpy().reshape(len(stack), -1)
+    out, rows = torch.empty_like(deltas[0]), tuple(map(_flat, deltas))
     kernels.elected(rows, np.array(weights, float), normalize, np.float32(scale), _flat(out))
     return out
 

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .passes import is_plain
+
 # float32 sums longer than this are cut into chunks and added in float64.
 CHUNK = 256
 
@@ -37,10 +39,6 @@ def transposed_times(delta: Tensor, left: Tensor) -> Tensor:
     return (total + left[whole:].T @ delta[whole:]).float().T
 
 
-# Columns of a wide matrix whose both products are made while they are in the cache.
-_COLUMNS = 128
-
-
 def krylov_steps(
     delta: Tensor, scale: float, V: Tensor, T: Tensor, block: Tensor, first: int, stop: int
 ) -> tuple[Tensor, Tensor]:
@@ -60,13 +58,11 @@ def krylov_steps(
         The next block, and the k × k float64 factor β that the last step left.
     """
     rank = len(block)
-    if rank == 1 and delta.device.type == "cpu" and delta.is_contiguous():
-        from . import kernels
+    if rank == 1 and is_plain(delta):
+        from . import krylov
 
         V[first] = block[0]
-        at_once = _COLUMNS if delta.shape[0] < delta.shape[1] else CHUNK
-        arrays = (delta.numpy(), np.float32(scale), V.numpy(), T.numpy())
-        beta = kernels.krylov(*arrays, first, stop, at_once)
+        beta = krylov.steps(delta.numpy(), np.float32(scale), V.numpy(), T.numpy(), first, stop)
         return V[stop : stop + 1].clone(), torch.full((1, 1), beta, dtype=torch.float64)
     m, n = delta.shape
     forward, backward = (transposed_times, times) if m < n else (times, transposed_times)
@@ -86,17 +82,13 @@ def krylov_steps(
 
 def precise_gram_product(delta: Tensor, columns: Tensor) -> Tensor:
     """Return ΔᵀΔ·X (or ΔΔᵀ·X on the short side) in float64, a few rows or columns at a time."""
-    m, n = delta.shape
-    if columns.shape[1] == 1 and delta.device.type == "cpu" and delta.is_contiguous():
-        from . import kernels
+    if columns.shape[1] == 1 and is_plain(delta):
+        from . import krylov
 
-        x, total = columns.flatten().numpy(), np.zeros(len(columns))
-        if m < n:
-            kernels.precise_wide_product(delta.numpy(), x, total, _COLUMNS)
-        else:
-            kernels.precise_tall_product(delta.numpy(), x, total)
+        total = np.zeros(len(columns))
+        krylov.gram_product(delta.numpy(), columns.flatten().numpy(), total)
         return torch.from_numpy(total)[:, None]
-    wide = delta if m < n else delta.T
+    wide = delta if delta.shape[0] < delta.shape[1] else delta.T
     image = torch.zeros_like(columns)
     for start in range(0, wide.shape[1], PRECISE_ROWS):
         part = wide[:, start : start + PRECISE_ROWS].double()

@@ -299,9 +299,7 @@ class TaskVectors:
             return self.space.gram()
         for rows in self.blocks():
             if not self._summed[self._number(rows)]:
-                stack = self._block_buffer(rows) if self._whole is None else self._whole[:, rows]
-                self._sum(rows, stack, is_there=self._whole is not None)
-                self._release(rows)
+                self._sum(rows, self._block_buffer(rows))
         # In the order of the rows, whatever the order in which they were first read.
         total = torch.zeros(self.count, self.count, dtype=torch.float64)
         for products in self._grams:
@@ -372,8 +370,7 @@ class TaskVectors:
         m, n = self.shape
         whole = self._buffer("whole", self.count * m * n).view(self.count, m, n)
         for rows in self.blocks():
-            self._sum(rows, whole[:, rows], is_there=False)
-            self._release(rows)
+            self._sum(rows, whole[:, rows])
         return whole
 
     def _stored(self, matrix: Tensor, rows: slice) -> Tensor:
@@ -395,16 +392,14 @@ class TaskVectors:
         if self._zero[number] is None:
             self._note(rows, [inner(delta, delta) for delta in stack])
 
-    def _sum(self, rows: slice, stack: Tensor, *, is_there: bool) -> None:
-        """Note the products of all Δ_i of some rows; write these first unless they are there."""
-        products = None
-        if not is_there:
-            stored = self._all_stored(rows)
-            products = differences(self._base[rows], stored, stack, all_pairs=True)
-            if products is None:
-                self._subtract(rows, stack)
+    def _sum(self, rows: slice, out: Tensor) -> None:
+        """Write all Δ_i of some rows, and keep their products."""
+        stored = self._all_stored(rows)
+        products = differences(self._base[rows], stored, out, all_pairs=True)
         if products is None:
-            products = gram(stack)
+            self._subtract(rows, out)
+            products = gram(out)
+        self._release(rows)
         self._note(rows, products.flatten().tolist())
         self._grams[self._number(rows)] = products
         self._summed[self._number(rows)] = True
