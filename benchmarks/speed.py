@@ -139,12 +139,12 @@ def copied_bytes_per_second() -> float:
 
 
 def moved_bytes(report: dict[str, Any]) -> int:
-    """Return the bytes that a merge moves at least: what is read, what is written, and two passes
-    over every expert's float32 matrix for each Lanczos step of the slowest."""
+    """Return the bytes that a merge moves at least: what is read, what is written, and one pass over
+    every expert's float32 matrix for each Lanczos step of the slowest."""
     summary, passes = report["summary"], 0
     for row in report["tensors"]:
         steps = int((row.get("solver") or {}).get("steps") or 0)
-        passes += 2 * 4 * math.prod(row["shape"]) * steps * len(row.get("sigma") or ())
+        passes += 4 * math.prod(row["shape"]) * steps * len(row.get("sigma") or ())
     return int(summary["bytes_read"]) + int(summary["bytes_written"]) + passes
 
 
