@@ -139,8 +139,8 @@ def copied_bytes_per_second() -> float:
 
 
 def moved_bytes(report: dict[str, Any]) -> int:
-    """Return the bytes that a merge moves at least: what is read, what is written, and one pass over
-    every expert's float32 matrix for each Lanczos step of the slowest."""
+    """Return the bytes that a merge moves at least: what is read, what is written, and one pass
+    over every expert's float32 matrix for each Lanczos step of the slowest."""
     summary, passes = report["summary"], 0
     for row in report["tensors"]:
         steps = int((row.get("solver") or {}).get("steps") or 0)
