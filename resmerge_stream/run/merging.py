@@ -6,6 +6,7 @@ threads changes no bit of the result.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -308,7 +309,7 @@ class Merger:
 
         def place(rows: slice) -> Tensor:
             shape = (rows.stop - rows.start, vectors.shape[1])
-            if gathered is None:
+            if gathered is None or not math.prod(shape):
                 return torch.empty(shape, dtype=dtype)
             part = gathered.part(rows.start * row_bytes, shape[0] * row_bytes)
             return torch.frombuffer(part, dtype=dtype).view(shape)
