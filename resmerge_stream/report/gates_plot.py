@@ -1,17 +1,15 @@
 """The picture in the card: how every gate decided, layer by layer, from a report.
 
-Matplotlib's Agg canvas only, imported where it draws, so that nothing here costs a plan anything.
+What draws is imported where it does, so that nothing here costs a plan anything.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from io import BytesIO
 from typing import Any
 
 from ..roles import Role, layer_of
 from .panels import (
     AXIS,
-    DPI,
     ROW,
     TITLE,
     TOP,
@@ -22,6 +20,7 @@ from .panels import (
     draw_heatmap,
     draw_strip,
 )
+from .sheet import Sheet
 from .values import family_rank, module_label, module_rank
 from .words import CHANGES, GATES, KEPT, Measure
 
@@ -38,9 +37,6 @@ def gates_png(report: Mapping[str, Any]) -> bytes:
     Args:
         report: ``report.json`` of any method; missing and null values stay grey.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     cells, roles = _cells(report["tensors"])
     families = _families(cells, roles)
     panels = _with_values(GATES, cells) or _with_values(
@@ -49,22 +45,18 @@ def gates_png(report: Mapping[str, Any]) -> bytes:
     modules, layers = _axes_of(panels, cells, roles)
     height = ROW * max(len(modules), 3) + TITLE + AXIS
     rows = -(-len(panels) // 2)
-    strip = 0.42 * max(len(families), 1) + TITLE + AXIS
-    total = TOP + rows * height + (strip if families else 0.5)
-    figure = Figure(figsize=(WIDTH, total), dpi=DPI, facecolor="white")
-    draw_heading(figure, report, total, bool(families))
+    strip = 42 * max(len(families), 1) + TITLE + AXIS
+    total = TOP + rows * height + (strip if families else 50)
+    sheet = Sheet(WIDTH, total)
+    draw_heading(sheet, report, bool(families))
     for number, panel in enumerate(panels):
         top = TOP + (number // 2) * height + TITLE
         box = (number % 2, top, height - TITLE - AXIS)
-        draw_heatmap(figure, total, box, panel, cells, modules, layers)
+        draw_heatmap(sheet, box, panel, cells, modules, layers)
     for number, measure in enumerate(KEPT if families else ()):
         box = (number, TOP + rows * height + TITLE, strip - TITLE - AXIS)
-        draw_strip(figure, total, box, measure, families)
-    buffer = BytesIO()
-    canvas: Any = FigureCanvasAgg(figure)  # untyped in matplotlib
-    # Without its version in the file, matplotlib writes the same bytes every time.
-    canvas.print_png(buffer, metadata={"Software": None})
-    return buffer.getvalue()
+        draw_strip(sheet, box, measure, families)
+    return sheet.png()
 
 
 def _cells(

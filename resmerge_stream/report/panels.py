@@ -1,4 +1,4 @@
-"""One panel of a picture: heatmaps by layer and module, strips by family."""
+"""One panel of a picture: heatmaps by layer and module, strips by family. Places are in pixels."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,23 +6,35 @@ from typing import Any
 
 from ..roles import Role
 from ..units import printable
+from .sheet import Box, Sheet, painted
 from .values import median, value_of
 from .words import Measure
 
-WIDTH, _LEFT, _PANEL, _BAR, _SECOND = 13.6, 2.25, 4.35, 0.14, 7.9  # inches
-ROW, TITLE, AXIS, TOP = 0.3, 0.68, 0.58, 0.6  # inches
-_GREY, _INK, _SOFT = "#dcdcdc", "#222222", "#666666"
+WIDTH, _LEFT, _PANEL, _BAR, _SECOND = 1360, 225, 435, 14, 790
+ROW, TITLE, AXIS, TOP = 30, 68, 58, 60
+_GREY, _INK, _SOFT, _LINE = "#dcdcdc", "#222222", "#666666", "#bbbbbb"
+# Heights of letters.
+_HEADING, _NAME, _LABEL, _SMALL = 21, 18, 14, 12.5
+# A mark at an axis, and how far its number is from it.
+_MARK, _GAP = 3, 7
+# Of a colour bar's and of a strip's numbers, at most.
+_NUMBERS = 8
 
+# Viridis, and Brewer's RdBu reversed, at equal steps.
+VIRIDIS = (
+    "#440154", "#48186a", "#472d7b", "#424086", "#3b528b", "#33638d", "#2c728e", "#26828e",
+    "#21918c", "#1f9f88", "#27ad81", "#3dbc74", "#5cc863", "#81d34d", "#aadc32", "#d5e21a",
+    "#fde725",
+)  # fmt: skip
+CENTRED = (
+    "#053061", "#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7", "#fddbc7", "#f4a582",
+    "#d6604d", "#b2182b", "#67001f",
+)  # fmt: skip
 
 # A cell of the picture: module and layer, or None outside the blocks.
 Cell = tuple[str, int | None]
 
-
-DPI = 100
-
-
 _ANNOTATED_LAYERS = 4
-
 
 _FAMILY_COLOURS: dict[str, str] = {
     Role.ATTENTION: "#3b6fb6",
@@ -34,74 +46,58 @@ _FAMILY_COLOURS: dict[str, str] = {
 }
 
 
-def draw_heading(figure: Any, report: Mapping[str, Any], total: float, changed: bool) -> None:
-    """Write the picture's title line; `total` is the figure's height in inches."""
+def draw_heading(sheet: Sheet, report: Mapping[str, Any], changed: bool) -> None:
+    """Write the picture's title line."""
     method = (report.get("method") or {}).get("name") or "merge"
     experts = max(len(report.get("sources") or ()) - 1, 0)
     count = len(report["tensors"])
     text = f"{method}, {experts} expert{'s' * (experts != 1)}, {count} tensors"
     note = "grey: nothing to show" if changed else "no tensor was changed"
-    y = 1 - 0.28 / total
-    figure.text(0.02, y, _safe(text, 60), fontsize=15, weight="bold", color=_INK, va="center")
-    figure.text(0.98, y, note, fontsize=10, color=_SOFT, va="center", ha="right")
+    sheet.text((0.02 * WIDTH, 28), _safe(text, 60), _HEADING, _INK, "lm", bold=True)
+    sheet.text((0.98 * WIDTH, 28), note, _LABEL, _SOFT, "rm")
 
 
-def _add_axes(figure: Any, total: float, box: tuple[int, float, float]) -> Any:
-    """Return axes in the left (0) or right (1) column, `top` inches from the top."""
+def _titles(sheet: Sheet, left: float, top: float, title: str, symbols: str) -> None:
+    sheet.text((left, top - 30), title, _NAME, _INK, "ls", bold=True)
+    sheet.text((left, top - 9), symbols, _LABEL, _SOFT, "ls")
+
+
+def _area(box: tuple[int, float, float]) -> Box:
+    """Return the edges of a panel in the left (0) or right (1) column, from its top and height."""
     column, top, height = box
     left = _SECOND if column else _LEFT
-    rect = (left / WIDTH, 1 - (top + height) / total, _PANEL / WIDTH, height / total)
-    axes = figure.add_axes(rect)
-    axes.tick_params(labelsize=10, length=2, colors=_INK)
-    for spine in axes.spines.values():
-        spine.set_color("#bbbbbb")
-    return axes
-
-
-def _titles(axes: Any, title: str, symbols: str) -> None:
-    axes.set_title(title, loc="left", fontsize=13, weight="bold", color=_INK, pad=22)
-    axes.annotate(
-        symbols, (0, 1), (0, 6), "axes fraction", "offset points", fontsize=10, color=_SOFT
-    )
+    return left, top, left + _PANEL, top + height
 
 
 def draw_heatmap(
-    figure: Any,
-    total: float,
+    sheet: Sheet,
     box: tuple[int, float, float],
     panel: Measure,
     cells: Mapping[Cell, Any],
     modules: Sequence[str],
     layers: Sequence[int | None],
 ) -> None:
-    """Draw one heatmap of modules by layers; `box` is column, top and height in inches."""
+    """Draw one heatmap of modules by layers; `box` is column, top and height."""
     import numpy as np
-    from matplotlib import colormaps
 
     values = cell_values(cells, panel.key)
     data = np.array([[values.get((m, layer), math.nan) for layer in layers] for m in modules])
     low, high = _limits(panel.scale, data[np.isfinite(data)].tolist())
-    colours = colormaps["RdBu_r" if panel.scale == "centre" else "viridis"].with_extremes(bad=_GREY)
-    axes = _add_axes(figure, total, box)
-    image = axes.imshow(
-        np.ma.masked_invalid(data),
-        aspect="auto",
-        interpolation="nearest",
-        cmap=colours,
-        vmin=low,
-        vmax=high,
-    )
-    _titles(axes, panel.title, panel.symbols)
-    _label_cells(axes, modules if box[0] == 0 else [""] * len(modules), layers)
+    scale = CENTRED if panel.scale == "centre" else VIRIDIS
+    area = left, top, right, bottom = _area(box)
+    _titles(sheet, left, top, panel.title, panel.symbols)
+    colours = painted(data, low, high, scale, _GREY)
+    sheet.cells(area, colours)
     if len(layers) <= _ANNOTATED_LAYERS:
-        _annotate(axes, image, data)
-    x = (_SECOND if box[0] else _LEFT) + _PANEL + 0.1
-    rect = (x / WIDTH, axes.get_position().y0, _BAR / WIDTH, axes.get_position().height)
-    bar = figure.colorbar(image, cax=figure.add_axes(rect))
-    bar.ax.tick_params(labelsize=9, length=2, colors=_INK)
-    bar.outline.set_visible(False)
-    if high < 1e-3:
-        bar.formatter = lambda value, _: f"{value:.1e}"
+        _annotate(sheet, area, data, colours)
+    sheet.frame(area, _LINE)
+    _label_cells(sheet, area, modules if box[0] == 0 else [""] * len(modules), layers)
+    bar = right + 10, top, right + 10 + _BAR, bottom
+    sheet.cells(bar, painted(np.linspace(high, low, 256)[:, None], low, high, scale, _GREY))
+    for value, text in numbers_of(low, high):
+        y = bottom - (value - low) / (high - low) * (bottom - top)
+        sheet.fill((bar[2], y, bar[2] + _MARK, y + 1), _INK)
+        sheet.text((bar[2] + _GAP, y), text, _SMALL, _INK, "lm")
 
 
 def _limits(scale: str, values: Sequence[float]) -> tuple[float, float]:
@@ -116,82 +112,100 @@ def _limits(scale: str, values: Sequence[float]) -> tuple[float, float]:
     return low - spare, high + spare
 
 
-def _label_cells(axes: Any, modules: Sequence[str], layers: Sequence[int | None]) -> None:
+def numbers_of(low: float, high: float) -> list[tuple[float, str]]:
+    """Return round numbers of a range, and how they are written; none where it is no range."""
+    rough = (high - low) / _NUMBERS
+    if not math.isfinite(rough) or rough <= 1e-12 * max(abs(low), abs(high)):
+        return []
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    # As many digits as the step has, which is 25 of some power at the most.
+    digits = max(0, 1 - math.floor(math.log10(step)) - (step / power != 2.5))
+    form = f".{digits}f" if 1e-3 <= max(abs(low), abs(high)) < 1e6 else ".1e"
+    return [(i * step, f"{i * step:{form}}") for i in range(first, last + 1)]
+
+
+def _label_cells(
+    sheet: Sheet, area: Box, modules: Sequence[str], layers: Sequence[int | None]
+) -> None:
+    left, top, right, bottom = area
+    for row, module in enumerate(modules):
+        y = top + (row + 0.5) * (bottom - top) / len(modules)
+        sheet.fill((left - _MARK, y, left, y + 1), _INK)
+        sheet.text((left - _GAP, y), _safe(module, 26), _LABEL, _INK, "rm")
     step = max(1, math.ceil(len(layers) / 13))
-    ticks = [i for i, layer in enumerate(layers) if layer is not None and i % step == 0]
-    ticks += [i for i, layer in enumerate(layers) if layer is None]
-    names = ["–" if layers[i] is None else str(layers[i]) for i in ticks]
-    axes.set_xticks(ticks, labels=names)
+    for column, layer in enumerate(layers):
+        if layer is not None and column % step:
+            continue
+        x = left + (column + 0.5) * (right - left) / len(layers)
+        sheet.fill((x, bottom + 1, x + 1, bottom + 1 + _MARK), _INK)
+        sheet.text((x, bottom + 18), "–" if layer is None else str(layer), _LABEL, _INK, "ms")
     outside = "  (–: outside the layers)" if None in layers else ""
-    axes.set_xlabel(f"layer{outside}", fontsize=10, color=_SOFT, labelpad=2)
-    axes.set_yticks(range(len(modules)), labels=[_safe(module, 26) for module in modules])
+    sheet.text(((left + right) / 2, bottom + 35), f"layer{outside}", _LABEL, _SOFT, "ms")
 
 
-def _annotate(axes: Any, image: Any, data: Any) -> None:
+def _annotate(sheet: Sheet, area: Box, data: Any, colours: Any) -> None:
     """Write the number into every cell, dark on light and light on dark."""
+    left, top, right, bottom = area
+    rows, columns = data.shape
     for row, line in enumerate(data.tolist()):
         for column, value in enumerate(line):
             if math.isfinite(value):
-                red, green, blue, _ = image.cmap(image.norm(value))
+                red, green, blue = colours[row, column] / 255
                 light = 0.3 * red + 0.59 * green + 0.11 * blue > 0.55
-                axes.text(
-                    column,
-                    row,
-                    f"{value:.3f}" if abs(value) >= 0.0005 or value == 0 else f"{value:.0e}",
-                    ha="center",
-                    va="center",
-                    fontsize=9,
-                    color=_INK if light else "white",
-                )
+                x = left + (column + 0.5) * (right - left) / columns
+                y = top + (row + 0.5) * (bottom - top) / rows
+                text = f"{value:.3f}" if abs(value) >= 0.0005 or value == 0 else f"{value:.0e}"
+                sheet.text((x, y), text, _SMALL, _INK if light else "white", "mm")
 
 
 def draw_strip(
-    figure: Any,
-    total: float,
+    sheet: Sheet,
     box: tuple[int, float, float],
     measure: Measure,
     families: Mapping[str, Mapping[str, Sequence[float]]],
 ) -> None:
     """Draw one strip of dots a family, with its median."""
     key = measure.key
-    axes = _add_axes(figure, total, box)
-    _titles(
-        axes, f"{measure.title}, by family", f"{measure.symbols}; a dot is a module of one layer"
-    )
+    area = left, top, right, bottom = _area(box)
+    symbols = f"{measure.symbols}; a dot is a module of one layer"
+    _titles(sheet, left, top, f"{measure.title}, by family", symbols)
     everything = [v for strips in families.values() for v in strips.get(key, ())]
     low, high = min([0.9, *everything]), max([1.0, *everything])
-    axes.set_xlim(low - 0.03 * (high - low), high + 0.03 * (high - low))
-    axes.set_ylim(len(families) - 0.5, -0.5)
-    axes.axvline(1, color="#aaaaaa", linewidth=1, zorder=0)
+    low, high = low - 0.03 * (high - low), high + 0.03 * (high - low)
+
+    def x_of(value: float) -> float:
+        return left + (value - low) / (high - low) * (right - left)
+
+    sheet.fill((x_of(1), top, x_of(1) + 1, bottom), "#aaaaaa")
+    row_height = (bottom - top) / len(families)
     for row, (family, strips) in enumerate(families.items()):
+        middle_y = top + (row + 0.5) * row_height
+        if box[0] == 0:
+            sheet.fill((left - _MARK, middle_y, left, middle_y + 1), _INK)
+            sheet.text((left - _GAP, middle_y), _safe(family, 26), _LABEL, _INK, "rm")
         values = strips.get(key) or ()
         if not values:
             continue
         # Golden-ratio steps spread the dots evenly, and the same way every time.
-        spread = [row + ((i * 0.618034) % 1 - 0.5) * 0.6 for i in range(len(values))]
-        colour = _FAMILY_COLOURS.get(family, _SOFT)
-        axes.scatter(values, spread, s=14, alpha=0.55, linewidths=0, c=colour, zorder=3)
-        middle = median(values)
-        axes.plot([middle, middle], [row - 0.36, row + 0.36], color=_INK, linewidth=2)
-        axes.annotate(
-            f"median {middle:.3f}",
-            (1, row),
-            (6, 0),
-            ("axes fraction", "data"),
-            "offset points",
-            va="center",
-            fontsize=9,
-            color=_INK,
-        )
-    names = [_safe(family, 26) for family in families] if box[0] == 0 else []
-    axes.set_yticks(range(len(families)) if names else [], labels=names)
+        spread = [((i * 0.618034) % 1 - 0.5) * 0.6 for i in range(len(values))]
+        dots = [(x_of(v), middle_y + s * row_height) for v, s in zip(values, spread, strict=True)]
+        sheet.dots(dots, 6, _FAMILY_COLOURS.get(family, _SOFT), 0.55)
+        x, half = x_of(median(values)), 0.36 * row_height
+        sheet.fill((x - 1, middle_y - half, x + 1, middle_y + half), _INK)
+        sheet.text((right + 8, middle_y), f"median {median(values):.3f}", _SMALL, _INK, "lm")
+    sheet.frame(area, _LINE)
+    for value, text in numbers_of(low, high):
+        x = x_of(value)
+        sheet.fill((x, bottom + 1, x + 1, bottom + 1 + _MARK), _INK)
+        sheet.text((x, bottom + 18), text, _LABEL, _INK, "ms")
 
 
 def _safe(text: str, limit: int) -> str:
-    """Return text that the font can draw and that is not taken for TeX."""
+    """Return text that the font can draw."""
     plain = printable(text, "?").encode("ascii", "replace").decode()
-    plain = plain if len(plain) <= limit else plain[: limit - 3] + "..."
-    return plain.replace("$", r"\$")
+    return plain if len(plain) <= limit else plain[: limit - 3] + "..."
 
 
 def cell_values(cells: Mapping[Cell, Sequence[Mapping[str, Any]]], key: str) -> dict[Cell, float]:

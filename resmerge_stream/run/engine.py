@@ -250,7 +250,7 @@ def _finish(
     plan: Plan, sink: Sink, merger: Merger, progress: Progress, crew: Crew
 ) -> Iterator[Event]:
     """Write the report and the card, and publish."""
-    give_memory_back()  # the card's picture needs some
+    give_memory_back()  # report and card need some
     bytes_read, bytes_written, _ = progress.totals()
     report = build_report(
         plan,

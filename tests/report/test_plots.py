@@ -1,17 +1,24 @@
 """The picture in the card."""
 
 import copy
+import math
 import struct
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib import colormaps
 
 from resmerge_stream.methods import find_methods, method_class
 from resmerge_stream.report.card import render_card
 from resmerge_stream.report.gates_plot import gates_png
+from resmerge_stream.report.panels import CENTRED, VIRIDIS, numbers_of
+from resmerge_stream.report.sheet import painted
 from resmerge_stream.report.values import module_label, value_of
 from tests.report.test_card import merge, write_group
 
@@ -141,12 +148,66 @@ def test_module_label_tells_a_bias_from_its_matrix() -> None:
     assert module_label("model.layers.0.self_attn.q_proj.bias") == "q_proj bias"
 
 
-def test_importing_the_card_does_not_import_matplotlib() -> None:
-    """Planning must not pay for the picture; and pyplot, with its global state, is never used."""
+def test_a_card_and_its_picture_import_no_matplotlib() -> None:
+    """Planning pays for no picture, and a merge not for a library that takes longer to load."""
     code = (
-        "import sys, resmerge_stream.report.card as c; assert 'matplotlib' not in sys.modules\n"
+        "import sys, resmerge_stream.report.card as c; assert 'PIL' not in sys.modules\n"
         "import resmerge_stream.report.gates_plot as p; p.gates_png({'tensors': []})\n"
-        "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
+        "assert 'PIL' in sys.modules and 'matplotlib' not in sys.modules"
     )
 
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("scale", "name"), [(VIRIDIS, "viridis"), (CENTRED, "RdBu_r")])
+def test_colours_are_matplotlibs(scale: tuple[str, ...], name: str) -> None:
+    """Every number of a scale gets the colour that matplotlib gives it, to 6 of 255."""
+    numbers = np.linspace(0, 1, 256)
+
+    ours = painted(numbers, 0, 1, scale, "#dcdcdc").astype(int)
+
+    theirs = np.rint(255 * colormaps[name](numbers)[:, :3]).astype(int)
+    assert np.abs(ours - theirs).max() <= 6
+
+
+def test_what_is_no_number_is_blank() -> None:
+    """NaN and infinity get the colour of nothing; what lies outside the scale its ends."""
+    found = painted(np.array([np.nan, np.inf, -5, 5]), 0, 1, ("#000000", "#0a0a0a"), "#dcdcdc")
+
+    assert found[:, 0].tolist() == [0xDC, 0xDC, 0, 10]
+
+
+@given(
+    st.floats(-1e300, 1e300, allow_subnormal=False), st.floats(1e-300, 1e300, allow_subnormal=False)
+)
+def test_axes_have_round_numbers(low: float, length: float) -> None:
+    """An axis has four to ten different numbers at equal steps, all of them inside it."""
+    high = low + length
+    found = numbers_of(low, high)
+    if length < 1e-6 * abs(low):
+        return  # hardly a range; the next test
+
+    values = [value for value, _ in found]
+    slack = 1e-6 * length
+    assert 4 <= len(found) <= 10
+    assert all(low - slack <= value <= high + slack for value in values)
+    np.testing.assert_allclose(np.diff(values), values[1] - values[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "texts"),
+    [
+        (0.0, 0.83, "0.0 0.2 0.4 0.6 0.8"),
+        (0.945, 0.962, "0.9450 0.9475 0.9500 0.9525 0.9550 0.9575 0.9600"),
+        (0.0, 1.35e-4, "0.0e+00 2.0e-05 4.0e-05 6.0e-05 8.0e-05 1.0e-04 1.2e-04"),
+        (-1.0, 1.0, "-1.00 -0.75 -0.50 -0.25 0.00 0.25 0.50 0.75 1.00"),
+        (0.0, 1.6e6, "0.0e+00 2.0e+05 4.0e+05 6.0e+05 8.0e+05 1.0e+06 1.2e+06 1.4e+06 1.6e+06"),
+        (1e30, 1e30, ""),
+        (0.0, math.inf, ""),
+    ],
+)
+def test_numbers_are_written_as_short_as_they_are_told_apart(
+    low: float, high: float, texts: str
+) -> None:
+    """As many digits as the step has; powers of ten for what is tiny or huge; none for no range."""
+    assert " ".join(text for _, text in numbers_of(low, high)) == texts
