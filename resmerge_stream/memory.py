@@ -28,6 +28,8 @@ KEPT_BUFFER_BYTES = 4 << 20
 # Likewise of a matrix's factors where the result is an adapter: the kernel took as long to hand
 # such buffers out anew as the arithmetic takes. glibc allows no more.
 KEPT_FACTOR_BYTES = 32 << 20
+# Memory of merged bytes that were written is kept for the next, so much of it.
+KEPT_OUTPUT_BYTES = 18_000_000
 # A tensor merged by rows is read in ranges of about this many output bytes a source.
 PIECE_BYTES = 8_000_000
 # A tensor that is merged by rows but decided whole is held when its output is not larger than this.

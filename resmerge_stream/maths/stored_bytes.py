@@ -1,5 +1,10 @@
 """Stored bytes as tensors, tensors as stored bytes, and bytes gathered in one buffer."""
 
+import queue
+import threading
+import weakref
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +24,38 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's stubs lack Buffer on 3.11
 
 
+class Recycled:
+    """Memory that is lent again once nobody refers to it: the kernel hands out pages one by one,
+    which took as long as a mean's arithmetic (docs/log.md).
+
+    Args:
+        kept_bytes: that may wait to be lent again.
+    """
+
+    def __init__(self, kept_bytes: int) -> None:
+        self._kept_bytes = kept_bytes
+        self._free: list[np.ndarray] = []
+        # Memory comes back in whatever thread drops the last reference, in the middle of anything.
+        self._returned: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> memoryview:
+        """Lend memory; contents undefined."""
+        with self._lock:
+            while not self._returned.empty():
+                self._free.append(self._returned.get())
+            fitting = [memory for memory in self._free if memory.nbytes == nbytes]
+            memory = fitting[-1] if fitting else None
+            self._free = [other for other in self._free if other is not memory]
+            while sum(other.nbytes for other in self._free) > self._kept_bytes:
+                del self._free[0]
+        if memory is None:
+            memory = np.empty(nbytes, np.uint8)
+        lent = memory.view()
+        weakref.finalize(lent, self._returned.put, memory).atexit = False
+        return memoryview(lent)  # type: ignore[arg-type]  # numpy's stubs lack Buffer on 3.11
+
+
 class Gathered:
     """Bytes put one after the other into memory that is taken at once.
 
@@ -27,10 +64,11 @@ class Gathered:
 
     Args:
         nbytes: that will come.
+        memory: where they are put.
     """
 
-    def __init__(self, nbytes: int) -> None:
-        self.data = bytes_of(torch.empty(nbytes, dtype=torch.uint8))
+    def __init__(self, nbytes: int, memory: Recycled) -> None:
+        self.data = memory.take(nbytes)
         self._done = 0
 
     def part(self, start: int, nbytes: int) -> memoryview:

@@ -8,6 +8,7 @@ from ..errors import Findings, NotEnoughMemoryError, Remedy
 from ..memory import (
     FIXED_BYTES,
     HUB_WINDOW_BYTES,
+    KEPT_OUTPUT_BYTES,
     LEAST_HUB_WINDOW_BYTES,
     SPARE_BYTES,
     WRITE_QUEUE_BYTES,
@@ -49,7 +50,7 @@ def fit(plan: Plan, budget: int, *, elsewhere: bool = False) -> Fit:
         elsewhere: on another machine, where no repository is in the local cache.
     """
     shared = max((t.method.shared_scratch_bytes(*t.matrix) for t in _matrices(plan)), default=0)
-    room = budget - FIXED_BYTES - WRITE_QUEUE_BYTES - shared
+    room = budget - FIXED_BYTES - WRITE_QUEUE_BYTES - KEPT_OUTPUT_BYTES - shared
     ahead = _read_ahead(plan, room, elsewhere=elsewhere)
     room -= ahead.bytes
     worst, resident = (0, ""), set()

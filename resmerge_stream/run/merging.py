@@ -22,8 +22,9 @@ from ..maths.lanes import Lane, lanes_of
 from ..maths.low_rank import Factors, LowRank, balanced, svd
 from ..maths.passes import moved
 from ..maths.rounding import Kept, block_seed, cast
-from ..maths.stored_bytes import Gathered, as_tensor, bytes_of
+from ..maths.stored_bytes import Gathered, Recycled, as_tensor, bytes_of
 from ..maths.task_vectors import NonFiniteValues, TaskVectors, block_rows
+from ..memory import KEPT_OUTPUT_BYTES
 from ..methods import Rule, Site, Update
 from ..planning.plan import Plan, PlannedTensor
 from ..planning.planned import OutputFactors
@@ -97,7 +98,7 @@ class MergedRows:
 
 
 class Merger:
-    """Merges the pieces of a plan's tensors. It keeps nothing of one piece for the next.
+    """Merges the pieces of a plan's tensors. It keeps nothing of one piece for the next but memory.
 
     Args:
         plan: what is merged.
@@ -118,6 +119,7 @@ class Merger:
         self.lanes = lanes_of(device, plan.working_bytes)
         self.counted = counted
         self._layers = plan.layers
+        self._memory = Recycled(KEPT_OUTPUT_BYTES)
         self._sample = sample
 
     def prepare(self, piece: Piece) -> Prepared:
@@ -152,7 +154,7 @@ class Merger:
             if not self.plan.is_held(piece.tensor):
                 undo.pop_all()
                 return decided
-            gathered, kept = Gathered(piece.output_bytes), Kept()
+            gathered, kept = Gathered(piece.output_bytes, self._memory), Kept()
             for merged in self._blocks(decided, 1, gathered):
                 kept.absorb(merged.kept)
             self._sample()
@@ -176,7 +178,7 @@ class Merger:
         result = fitted(piece.read_shape, found, output.rank, dtype)
         sides = (result.factors.left, result.factors.right)
         down, up = sides if output.flipped else sides[::-1]
-        gathered = Gathered(piece.tensor.output_bytes)
+        gathered = Gathered(piece.tensor.output_bytes, self._memory)
         gathered.append(bytes_of(down.T.contiguous()))
         gathered.append(bytes_of(up))
         self._sample()

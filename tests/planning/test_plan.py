@@ -653,7 +653,7 @@ def test_a_method_for_fewer_models_says_how_many(method, words, group):
 
 
 @pytest.mark.parametrize(
-    ("asked", "budget", "pieces"), [(True, 10**9, 2), (False, 10**9, 1), (True, 420_000_000, 1)]
+    ("asked", "budget", "pieces"), [(True, 10**9, 2), (False, 10**9, 1), (True, 440_000_000, 1)]
 )
 def test_a_second_large_piece_is_read_ahead_in_memory_that_was_asked_for(
     group, monkeypatch, asked, budget, pieces
