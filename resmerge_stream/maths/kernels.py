@@ -360,3 +360,46 @@ def shared_mean(
                 total[j] = total[j] * lone[j]
             elif counts[j] > 1:
                 total[j] = total[j] / counts[j]
+
+
+@reordered
+def length_1(values: Singles) -> Any:
+    """Return ‖x‖₁ of float32 values, summed in float64."""
+    total = 0.0
+    for j in range(values.size):
+        total += np.float64(abs(values[j]))
+    return total
+
+
+@exact
+def shared_sum(
+    rows: tuple[Singles, ...], share: float, least: int, factor: np.float32, out: Singles
+) -> None:
+    """Write factor·Σ Δᵢ where enough experts matter: |Δᵢ| > share·|Σ Δ − Δᵢ|; elsewhere zero.
+
+    Args:
+        rows: Δᵢ; compiled for each number of them.
+        share: λ.
+        least: as many experts.
+        factor: float32.
+        out: float32.
+    """
+    totals, users = np.empty(CHUNK), np.empty(CHUNK, np.float32)
+    for start in range(0, out.size, CHUNK):
+        chunk = slice(start, min(start + CHUNK, out.size))
+        merged = out[chunk]
+        total, count = totals[: merged.size], users
+        total[:] = 0
+        count[:] = 0
+        for i in range(len(rows)):
+            row = rows[i][chunk]
+            for j in range(total.size):
+                total[j] += row[j]
+        for i in range(len(rows)):
+            row = rows[i][chunk]
+            for j in range(total.size):
+                others = abs(total[j] - row[j]) * share
+                count[j] += np.float32(1) if abs(row[j]) > others else np.float32(0)
+        for j in range(total.size):
+            found = np.float32(total[j]) if count[j] >= least else np.float32(0)
+            merged[j] = found * factor

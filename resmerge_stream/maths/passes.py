@@ -15,6 +15,8 @@ from torch import Tensor
 # float32 products are summed in chunks of so many, these in float64: `torch.dot` over a whole FFN
 # matrix is off by up to 1 % on a CPU (docs/log.md).
 CHUNK = 4096
+# Entries whose keys stay in the cache while they are sorted.
+_SORTED_ENTRIES = 1 << 15
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -202,6 +204,95 @@ def shrunk(values: Tensor, threshold: float, out: Tensor | None = None) -> Tenso
     if kernels is None:
         return out.copy_(torch.where(values.abs() >= threshold, values, 0))
     kernels.shrunk(_flat(values), np.float32(threshold), _flat(out))
+    return out
+
+
+def fractions(key: int, start: int, shape: tuple[int, ...]) -> Tensor:
+    """Return the random numbers at consecutive places: float32 from [0, 1), on the CPU.
+
+    See `resmerge_stream.maths.chance`.
+    """
+    from . import chance
+
+    out = torch.empty(shape)
+    chance.fractions(key, start, _flat(out))
+    return out
+
+
+def dropped(values: Tensor, key: int, start: int, density: float, factor: float = 1.0) -> Tensor:
+    """Return factor·values where the random number at a value's place is below the density.
+
+    Args:
+        values: float32, any shape, any device.
+        key, start: of the numbers.
+        density: p.
+        factor: of what is kept; the rest is zero.
+    """
+    if not is_plain(values):
+        numbers = fractions(key, start, tuple(values.shape)).to(values.device)
+        return (values * (numbers < density)).mul_(factor)
+    from . import chance
+
+    out = torch.empty_like(values)
+    sizes = np.float32(density), np.float32(factor)
+    chance.dropped(_flat(values), key, start, *sizes, _flat(out))
+    return out
+
+
+def dropped_by_rank(
+    values: Tensor, key: int, start: int, chances: Tensor, *, inverse: bool
+) -> Tensor:
+    """Return the values whose random number is below the chance of their rank in the row.
+
+    Args:
+        values: float32, shape (b, n), any device. Equal magnitudes are ranked by their places.
+        key, start: of the numbers.
+        chances: from the smallest magnitude to the largest, float32, shape (n,), on the CPU.
+        inverse: divide what is kept by its chance.
+    """
+    if not is_plain(values):
+        ascending = values.abs().argsort(dim=1, stable=True)
+        own = chances.to(values.device).expand_as(values)
+        own = torch.empty_like(values).scatter_(1, ascending, own)
+        numbers = fractions(key, start, tuple(values.shape)).to(values.device)
+        kept = values * (numbers < own)
+        return kept.div_(own) if inverse else kept
+    from . import chance
+
+    out, rows = torch.empty_like(values), values.numpy()
+    # Numbers with their place below them are sorted in half the time of torch's stable order; in
+    # parts, so that they stay in the cache.
+    n = values.shape[1]
+    height = max(_SORTED_ENTRIES // max(n, 1), 1)
+    keys = np.empty((min(height, len(values)), n), np.int64)
+    for first in range(0, len(values), height):
+        part = slice(first, min(first + height, len(values)))
+        order = keys[: part.stop - first]
+        chance.ranking(rows[part], order)
+        order.sort(axis=1)
+        chance.dropped_by_rank(
+            rows[part], key, start + first * n, chances.numpy(), inverse, order, out.numpy()[part]
+        )
+    return out
+
+
+def length_1(values: Tensor) -> float:
+    """Return ‖X‖₁ of a float32 tensor, summed in float64."""
+    kernels = _loops_for(values)
+    if kernels is not None:
+        return float(kernels.length_1(_flat(values)))
+    return float(values.abs().sum(dtype=torch.float64))
+
+
+def shared_sum(
+    stack: Sequence[Tensor] | Tensor, share: float, least: int, factor: float
+) -> Tensor | None:
+    """Return what `methods.consensus` makes of float32 tensors, or None without a compiled loop."""
+    kernels = _loops_for(*stack)
+    if kernels is None or any(delta.dtype != torch.float32 for delta in stack):
+        return None
+    out, rows = torch.empty_like(stack[0]), tuple(map(_flat, stack))
+    kernels.shared_sum(rows, share, least, np.float32(factor), _flat(out))
     return out
 
 

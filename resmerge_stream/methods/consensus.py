@@ -43,6 +43,10 @@ class Consensus(MergeMethod):
         def rows(block: slice, stack: Tensor) -> Tensor:
             import torch
 
+            from ..maths.passes import shared_sum
+
+            if (found := shared_sum(stack, self.mask_lambda, self.k, self.scale)) is not None:
+                return found
             total = torch.zeros_like(stack[0], dtype=torch.float64)
             for delta in stack:
                 total.add_(delta)

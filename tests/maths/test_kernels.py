@@ -244,3 +244,31 @@ def test_loops_that_cannot_be_kept_run_all_the_same(size, tmp_path):
 
     subprocess.run(["umount", "--lazy", str(place)], check=True)
     assert (run.returncode, run.stdout) == (0, "9.0\n"), run.stderr
+
+
+@settings(deadline=None)
+@given(
+    share=st.sampled_from([0.0, 0.4, 1.0, 3.0]),
+    least=st.integers(0, 4),
+    factor=st.sampled_from([1.0, 0.4, -2.0]),
+    seed=st.integers(0, 50),
+)
+def test_a_shared_sum_is_its_definition(share, least, factor, seed):
+    """Σ Δ where enough experts matter, in float64 as written in the paper, and zero elsewhere."""
+    deltas = drawn(seed, 3, 20, 41, spread=2)
+
+    found = passes.shared_sum(deltas, share, least, factor)
+
+    exact = deltas.double()
+    total = exact.sum(0)
+    users = (exact.abs() > share * (total - exact).abs()).sum(0)
+    expected = torch.where(users >= least, total, 0.0).float() * torch.tensor(factor)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_length_is_summed_in_float64(size):
+    """‖x‖₁ is exact to float64's resolution."""
+    values = drawn(30, size, spread=3)
+
+    assert passes.length_1(values) == pytest.approx(float(values.double().abs().sum()), rel=1e-13)

@@ -14,9 +14,6 @@ from ..base import Site
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Entries drawn from one seed, about; a multiple of whole rows.
-_CHUNK = 65_536
-
 
 def dropper(
     site: Site, densities: Sequence[float], *, inverse: bool
@@ -30,41 +27,29 @@ def dropper(
     """
 
     def dropped(block: slice, stack: Tensor) -> list[Tensor]:
+        from ...maths import passes
+
         kept = []
         for i, (delta, density) in enumerate(zip(stack, densities, strict=True)):
             if density < 1:
-                delta = delta * keep_mask(site, i, block, delta, density)
-                delta = delta.div_(density) if inverse and density > 0 else delta
+                factor = 1 / density if inverse and density > 0 else 1.0
+                place = place_of(site, block, delta)
+                delta = passes.dropped(delta, key_of(site, i), place, density, factor)
             kept.append(delta)
         return kept
 
     return dropped
 
 
-def keep_mask(site: Site, expert: int, block: slice, delta: Tensor, density: float) -> Tensor:
-    """Return which entries of a row block are kept."""
-    return drawn(site, expert, block, delta) < density
-
-
-def drawn(site: Site, expert: int, block: slice, delta: Tensor) -> Tensor:
-    """Return a uniform random number from [0, 1) for each entry of a row block.
-
-    Rows are drawn in chunks that depend on the row's length only, each from a seed of the tensor's
-    name, the expert and the chunk: the order of work, shards and budget change nothing.
-    """
-    import torch
-
+def key_of(site: Site, expert: int) -> int:
+    """Return the key of the random numbers of a tensor and an expert."""
     from ...maths.rounding import block_seed
 
-    b, n = delta.shape
-    height = max(_CHUNK // n, 1)
-    first, last = site.start_row + block.start, site.start_row + block.start + b
-    numbers = torch.empty(b, n)
-    for chunk in range(first // height, -(-last // height)):
-        seed = block_seed(site.seed, f"expert {expert}", chunk)
-        generator = torch.Generator().manual_seed(seed)
-        chunk_numbers = torch.rand(height, n, generator=generator)
-        start = chunk * height
-        low, high = max(start, first), min(start + height, last)
-        numbers[low - first : high - first] = chunk_numbers[low - start : high - start]
-    return numbers.to(delta.device)
+    return block_seed(site.seed, f"expert {expert}", 0)
+
+
+def place_of(site: Site, block: slice, delta: Tensor) -> int:
+    """Return the place of a row block's first entry in its tensor: the order of work, shards and
+    budget change nothing."""
+    row: int = site.start_row + block.start
+    return row * delta.shape[1]

@@ -25,8 +25,6 @@ class Dropped(Thinned):
     url: ClassVar[str] = "https://arxiv.org/abs/2311.03099"
     earlier: ClassVar[Mapping[str, Any]] = {"density": 0.2, "rescale": "inverse"}
 
-    masks: ClassVar[bool] = True
-
     rescale: str = rescale_param("l1", RESCALE_LABEL, *RESCALES)
 
     def sparse(self, vectors: TaskVectors, site: Site) -> tuple[Sparse, Mapping[str, Any]]:

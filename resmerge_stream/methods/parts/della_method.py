@@ -3,7 +3,7 @@
 Deep et al. 2024, https://arxiv.org/abs/2406.11617, as mergekit 0.1.5 has it: in each row the entry
 of rank r of n magnitudes (1 the smallest) stays with probability density − ε + 2ε·(r − 1)/(n − 1).
 A vector is one row. Equal magnitudes are ranked in their order in the row. The random numbers are
-our own (`dare.drawn`): the same distribution as mergekit's, not the same bits.
+our own (`dare.key_of`): the same distribution as mergekit's, not the same bits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..base import Site, of_each, param
-from .dare import drawn
+from .dare import key_of, place_of
 from .sparsified import Sparse, Thinned, rescale_param
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from ...maths.task_vectors import TaskVectors
 
 RESCALES = ("l1", "inverse", "none")
-# Entries whose keys stay in the cache while they are sorted.
-_SORTED_ENTRIES = 1 << 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,58 +58,34 @@ class MagnitudeDropped(Thinned):
         densities = of_each(self.density, vectors.count)
         epsilons = of_each(self.epsilon, vectors.count)
         inverse = self.rescale == "inverse"
+        is_row = len(site.spec.shape) < 2
 
         def dropped(block: slice, stack: Tensor) -> list[Tensor]:
+            from ...maths import passes
+
             kept = []
             for i, (delta, p, e) in enumerate(zip(stack, densities, epsilons, strict=True)):
                 if p <= 0:
                     delta = delta * 0
                 elif p < 1:
-                    chance = chances(delta, p, e, is_row=len(site.spec.shape) < 2)
-                    mask = drawn(site, i, block, delta) < chance
-                    delta = delta * mask
-                    delta = delta.div_(chance) if inverse else delta
+                    rows = delta.T if is_row else delta
+                    numbers = key_of(site, i), place_of(site, block, delta)
+                    chances = chances_of(rows.shape[1], p, e)
+                    found = passes.dropped_by_rank(rows, *numbers, chances, inverse=inverse)
+                    delta = found.T if is_row else found
                 kept.append(delta)
             return kept
 
         return dropped, {}
 
 
-def chances(delta: Tensor, density: float, epsilon: float, *, is_row: bool) -> Tensor:
-    """Return the probability of keeping each entry of some rows, shape (b, n).
+def chances_of(n: int, density: float, epsilon: float) -> Tensor:
+    """Return the probabilities of keeping the n entries of a row, of the smallest magnitude first.
 
     Args:
-        delta: Δ of whole rows; of a vector, which is one row, one entry a line.
+        n: length of a row.
         density, epsilon: the middle and half the width of the probabilities.
-        is_row: whether this is a vector.
     """
     import torch
 
-    rows = delta.T if is_row else delta
-    n = rows.shape[1]
-    places = torch.linspace(density - epsilon, density + epsilon, n, device=delta.device)
-    order = _ascending(rows)
-    found = torch.empty_like(rows).scatter_(1, order, places.expand_as(order))
-    return found.T if is_row else found
-
-
-def _ascending(rows: Tensor) -> Tensor:
-    """Return the order of the magnitudes in each row, equal ones in the order of their places."""
-    import numpy as np
-    import torch
-
-    if rows.device.type != "cpu" or rows.dtype != torch.float32:
-        return rows.abs().argsort(dim=1, stable=True)
-    # Bit patterns of magnitudes are ordered like them: with its place below it each is a different
-    # number, and numbers are sorted by numpy in half the time of torch's stable order.
-    b, n = rows.shape
-    order = np.empty((b, n), np.int64)
-    places, height = np.arange(n), max(_SORTED_ENTRIES // max(n, 1), 1)
-    for start in range(0, b, height):
-        keys = order[start : start + height]
-        keys[...] = rows[start : start + height].abs().view(torch.int32).numpy()
-        keys <<= 32
-        keys |= places
-        keys.sort(axis=1)
-        keys &= 0xFFFFFFFF
-    return torch.from_numpy(order)
+    return torch.linspace(density - epsilon, density + epsilon, n)

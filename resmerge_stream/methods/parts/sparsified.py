@@ -96,15 +96,13 @@ class Sparsified(MergeMethod):
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Make the task vectors sparse, then add what is left, or what agrees."""
         gates: Mapping[str, Any] = {}
-        weights = list(site.weights)
+        weights, factors = list(site.weights), [1.0] * vectors.count
         sparse: Sparse | None = None
         if not self.dense():
             sparse, gates = self.sparse(vectors, site)
             if self.rescale_to_norm():
                 choose, sparse = chosen_once(vectors, sparse) if self.masks else (sparse, sparse)
-                # w·(f·Δ̂) = (w·f)·Δ̂, but the division below is by the w alone.
                 factors = l1_factors(vectors, choose)
-                sparse = _times(sparse, factors)
 
         total = sum(weights)
         divisor = total if self.normalize and abs(total) >= _NO_WEIGHT else 1.0
@@ -112,6 +110,8 @@ class Sparsified(MergeMethod):
 
         if sparse is None and not self.elects:
             return linear(coefficients, site.rule.name)
+        if self.elects and sparse is not None and self.rescale_to_norm():
+            sparse = _times(sparse, factors)
 
         def rows(block: slice, stack: Tensor) -> Tensor:
             deltas = stack if sparse is None else sparse(block, stack)
@@ -119,7 +119,8 @@ class Sparsified(MergeMethod):
                 return disjoint_merge(deltas, weights, normalize=self.normalize, scale=self.lambda_)
             from ...maths.passes import combined
 
-            return combined(deltas, coefficients)
+            # w·(f·Δ̂) = (w·f)·Δ̂, but the division is by the w alone.
+            return combined(deltas, [a * f for a, f in zip(coefficients, factors, strict=True)])
 
         return Update(rows, site.rule.name, gates)
 
@@ -190,14 +191,14 @@ def chosen_once(vectors: TaskVectors, sparse: Sparse) -> tuple[Sparse, Sparse]:
 
 def l1_factors(vectors: TaskVectors, sparse: Sparse) -> list[float]:
     """Return ‖Δᵢ‖₁ / ‖Δ̂ᵢ‖₁ over the whole tensor, 1 where either is nearly nothing."""
-    import torch
+    from ...maths.passes import length_1
 
     before, after = [0.0] * vectors.count, [0.0] * vectors.count
     for block in vectors.blocks():
         stack = vectors.stack(block)
         for i, kept in enumerate(sparse(block, stack)):
-            before[i] += float(stack[i].abs().sum(dtype=torch.float64))
-            after[i] += float(kept.abs().sum(dtype=torch.float64))
+            before[i] += length_1(stack[i])
+            after[i] += length_1(kept)
     return [
         x / y if x >= _NO_NORM and y >= _NO_NORM else 1.0
         for x, y in zip(before, after, strict=True)
