@@ -140,6 +140,27 @@ def differences(
 
 
 @exact
+def products(bits: Bits, experts: tuple[Bits, ...], sums: Doubles) -> None:
+    """Add the products of W0 and all Δᵢ = Wᵢ − W0, of bfloat16 values, with one another.
+
+    Args:
+        bits: of W0.
+        experts: of each Wᵢ; compiled for each number of them.
+        sums: (N + 1, N + 1); the lower triangle is added to, W0 first.
+    """
+    room = np.empty((len(experts) + 1, CHUNK), np.float32)
+    for start in range(0, bits.size, CHUNK):
+        chunk = slice(start, min(start + CHUNK, bits.size))
+        length = chunk.stop - start
+        widened(bits[chunk], room[0, :length])
+        for i in range(len(experts)):
+            subtracted(experts[i][chunk], room[0, :length], room[i + 1, :length])
+        for i in range(len(experts) + 1):
+            for k in range(i + 1):
+                sums[i, k] += np.float64(dot(room[i, :length], room[k, :length]))
+
+
+@exact
 def scaled(row: Singles, factor: np.float32, out: Singles) -> None:
     """Write factor·row, float32."""
     for j in range(out.size):

@@ -91,6 +91,27 @@ def differences(
     return products + torch.tril(products, -1).T
 
 
+def products(base: Tensor, values: Sequence[Tensor]) -> Tensor | None:
+    """Return the products of W0 and all Δᵢ = Wᵢ − W0 with one another; nothing is kept of them.
+
+    Args:
+        base: W0 as stored.
+        values: W as stored, same shape.
+
+    Returns:
+        float64, shape (N + 1, N + 1), each as `inner` adds it. None where there is no compiled loop
+        for it.
+    """
+    if not values or any(stored.dtype != torch.bfloat16 for stored in (base, *values)):
+        return None
+    kernels = _loops_for(base, *values)
+    if kernels is None:
+        return None
+    sums = torch.zeros(len(values) + 1, len(values) + 1, dtype=torch.float64)
+    kernels.products(_flat(base), tuple(map(_flat, values)), sums.numpy())
+    return sums + torch.tril(sums, -1).T
+
+
 def combined(stack: Sequence[Tensor] | Tensor, coefficients: Sequence[float]) -> Tensor:
     """Return Σ aᵢ Δᵢ, a new tensor: each product rounded, then added in order.
 

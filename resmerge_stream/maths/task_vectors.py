@@ -19,7 +19,7 @@ from torch import Tensor
 from ..memory import BLOCK_ELEMENTS, DEVICE_BLOCKS
 from .changes import Change, Factored, Stored, Unchanged
 from .low_rank import Factors, FactorSpace, LowRank
-from .passes import combined, differences, gram, inner, merged_sum, summed, widened
+from .passes import combined, differences, gram, inner, merged_sum, products, summed, widened
 
 T = TypeVar("T")
 
@@ -298,11 +298,27 @@ class TaskVectors:
         if self.space is not None:
             return self.space.gram()
         for rows in self.blocks():
-            if not self._summed[self._number(rows)]:
+            if not self._summed[self._number(rows)] and self._products(rows) is None:
                 self._sum(rows, self._block_buffer(rows))
         # In the order of the rows, whatever the order in which they were first read.
         total = torch.zeros(self.count, self.count, dtype=torch.float64)
-        for products in self._grams:
+        for of_block in self._grams:
+            total += of_block
+        return total
+
+    def whole_gram(self) -> Tensor:
+        """Return the products of W0 and all Δ_i with one another, W0 first, as `gram`.
+
+        Raises:
+            NonFiniteValues: as `stack`.
+        """
+        total = torch.zeros(self.count + 1, self.count + 1, dtype=torch.float64)
+        for rows in self.blocks():
+            products = self._products(rows)
+            if products is None:
+                stack, base = self.block(rows)
+                products = gram([base, *stack])
+                self._release(rows)
             total += products
         return total
 
@@ -403,6 +419,20 @@ class TaskVectors:
         self._note(rows, products.flatten().tolist())
         self._grams[self._number(rows)] = products
         self._summed[self._number(rows)] = True
+
+    def _products(self, rows: slice) -> Tensor | None:
+        """Return the products of W0 and all Δ_i of some rows, and keep those of the Δ_i.
+
+        None where they can't be had without the Δ_i.
+        """
+        found = products(self._base[rows], self._all_stored(rows))
+        if found is not None:
+            of_deltas = found[1:, 1:]
+            self._release(rows)
+            self._note(rows, of_deltas.flatten().tolist())
+            self._grams[self._number(rows)] = of_deltas
+            self._summed[self._number(rows)] = True
+        return found
 
     def _note(self, rows: slice, products: list[float]) -> None:
         if not all(map(math.isfinite, products)):

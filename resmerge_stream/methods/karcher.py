@@ -61,9 +61,9 @@ class Karcher(MergeMethod):
         if self.around == "base":
             a, warnings = self._coefficients(vectors.gram(), list(site.weights))
             return linear([self.scale * value for value in a], "karcher", warnings)
+        gram = whole_gram(vectors)
         if vectors.is_zero():
             return linear([0.0] * vectors.count, "karcher")  # the mean of equals, exactly
-        gram = whole_gram(vectors)
         if site.base_weight is None:
             gram = gram[1:, 1:]
         # mergekit's takes no weights.

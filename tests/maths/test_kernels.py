@@ -272,3 +272,18 @@ def test_a_length_is_summed_in_float64(size):
     values = drawn(30, size, spread=3)
 
     assert passes.length_1(values) == pytest.approx(float(values.double().abs().sum()), rel=1e-13)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_products_of_the_base_and_its_differences_need_no_differences(size):
+    """W0 first, then Δᵢ: each pair has the product that `gram` gives of them."""
+    base = drawn(31, size, spread=3).bfloat16()
+    stored = [drawn(seed, size, spread=3).bfloat16() for seed in (32, 33)]
+    rows = [base.float(), *(values.float() - base.float() for values in stored)]
+
+    found = passes.products(base, stored)
+
+    assert torch.equal(found, passes.gram(rows))
+    exact = torch.stack(rows).double()
+    bound = 1e-6 * float(exact.square().sum(1).max()) if size else 0
+    torch.testing.assert_close(found, exact @ exact.T, rtol=0, atol=bound)

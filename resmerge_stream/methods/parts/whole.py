@@ -52,16 +52,8 @@ def of_weights(
 
 def whole_gram(vectors: TaskVectors) -> Tensor:
     """Return ⟨Wᵢ, Wⱼ⟩ of the base and the experts, in this order: float64, shape (N + 1, N + 1)."""
-    import torch
-
-    from ...maths.passes import gram
-
-    count = vectors.count + 1
-    total = torch.zeros(count, count, dtype=torch.float64)
-    for block in vectors.blocks():
-        base = vectors.base(block)
-        # As ⟨W0, W0⟩, ⟨W0, Δⱼ⟩ and ⟨Δᵢ, Δⱼ⟩: the small ones keep their digits.
-        total += gram([base, *vectors.stack(block)])
+    # As ⟨W0, W0⟩, ⟨W0, Δⱼ⟩ and ⟨Δᵢ, Δⱼ⟩: the small ones keep their digits.
+    total = vectors.whole_gram()
     inner = total[0, 1:].clone()
     square = total[0, 0].clone()
     total[1:, 1:] += square + inner[:, None] + inner[None, :]
