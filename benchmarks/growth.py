@@ -1,0 +1,109 @@
+"""How time and memory grow with the model and with the experts: ``python -m benchmarks.growth``.
+
+Qwen2.5's shapes of 0.5B, 1.5B and 3B (layers and widths) with two experts, then 0.5B with two, four
+and eight; on a disk, for they are large (50 GB). Before each run the sources leave the page cache,
+so that all sizes read from the disk alike. Given is the merge's own time for each GB that it reads
+and writes. ``--quick`` takes small shapes.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.synthetic import QWEN25_05B, Shape, Updates, write_group
+
+from .measure import machine, merge_command, run
+from .methods import SMALL
+
+QWEN25_15B = Shape(
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    vocab_size=151_936,
+)
+QWEN25_3B = Shape(
+    hidden_size=2048,
+    intermediate_size=11_008,
+    num_hidden_layers=36,
+    num_attention_heads=16,
+    num_key_value_heads=2,
+    vocab_size=151_936,
+)
+_GB = 1e9
+
+
+def main() -> None:
+    """Run every size and number of experts, and print a table in Markdown."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
+    parser.add_argument("methods", nargs="*", default=["mean", "resmerge"], metavar="METHOD")
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()) / "resmerge-growth")
+    parser.add_argument("--times", type=int, default=3, help="rounds")
+    parser.add_argument("--quick", action="store_true", help="small shapes, one round")
+    args = parser.parse_args()
+    sizes = {"0.5B": QWEN25_05B, "1.5B": QWEN25_15B, "3B": QWEN25_3B}
+    if args.quick:
+        sizes = {"4 layers": SMALL, "8 layers": replace(SMALL, num_hidden_layers=8)}
+        args.times = 1
+    smallest = next(iter(sizes))
+    cases = [(name, 2) for name in sizes] + [(smallest, 4), (smallest, 8)]
+    print(f"{machine()}; {args.dir}, sources not in memory\n")
+    print("| method | model | experts | read + written | merge s | s / GB | ÷ the first | peak MB |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|")
+    for method in args.methods:
+        first = None
+        for name, experts in cases:
+            source = _group(args.dir, name, sizes[name], experts)
+            nbytes, seconds, peak = _merged(method, source, experts, args.dir, args.times)
+            each = seconds / nbytes * _GB
+            first = first or each
+            print(
+                f"| {method} | {name} | {experts} | {nbytes / _GB:.1f} GB | {seconds:.2f} "
+                f"| {each:.2f} | {each / first:.2f} | {peak / 1e6:.0f} |",
+                flush=True,
+            )
+
+
+def _group(folder: Path, name: str, shape: Shape, experts: int) -> Path:
+    """Return a group of at least so many experts, made if it is not there."""
+    most = 8 if shape in (QWEN25_05B, SMALL) else experts
+    target = folder / name.replace(" ", "-")
+    if not (target / "complete").exists():
+        write_group(target, shape, experts=most, updates=Updates(gap=2.0))
+        (target / "complete").touch()
+    return target
+
+
+def _merged(
+    method: str, source: Path, experts: int, folder: Path, times: int
+) -> tuple[int, float, int]:
+    """Return bytes read and written, the median of the merge's own seconds, and the highest peak."""
+    found = []
+    for _ in range(times):
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        _leave_page_cache(source)
+        options = ("--method", method, "--work-dir", str(folder / "out/work"))
+        done = run(merge_command(source, folder / "out/merged", *options, experts=experts))
+        report = (folder / "out/merged/resmerge/report.json").read_text(encoding="utf-8")
+        found.append((json.loads(report)["summary"], done.peak_private))
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    nbytes = found[0][0]["bytes_read"] + found[0][0]["bytes_written"]
+    seconds = statistics.median(summary["seconds"] for summary, _ in found)
+    return nbytes, seconds, max(peak for _, peak in found)
+
+
+def _leave_page_cache(source: Path) -> None:
+    os.sync()
+    for file in source.glob("*/*.safetensors"):
+        with file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+if __name__ == "__main__":
+    main()
