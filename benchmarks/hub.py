@@ -1,6 +1,7 @@
 """Hub to Hub, on a loopback Hub (S5, M4, M5, R1, R2): ``python -m benchmarks.hub NAME``.
 
 s5  wall time of a throttled merge beside download alone, upload alone and merge alone
+line  wall time beside what the slower of the two lines needs for the bytes alone
 m4  the largest disk use of shards while a merge runs, with two shards and with ``--max-disk 0``
 m5  planning of models that exist as headers only: 405B dense, 671B mixture of experts
 r1  SIGKILL at random moments, then the same command until it is done
@@ -33,6 +34,8 @@ from tests.support.hub_runs import MODELS, Bench, Run, make_bench
 from .measure import run, scratch_folder
 
 _RATE, _LATENCY_S = 40e6, 0.05
+# MB/s down and up; None for no limit.
+_LINES = ((20, 20), (40, 40), (80, 20), (40, 10), (None, None))
 
 
 @contextmanager
@@ -96,6 +99,42 @@ def s5(args: argparse.Namespace) -> None:
         ("download alone", "upload alone", "merge alone", "Hub to Hub", "bound"),
         [(f"{down:.1f} s", f"{up:.1f} s", f"{alone:.1f} s", f"{both:.1f} s", f"{bound:.1f} s")],
     )
+
+
+def line(args: argparse.Namespace) -> None:
+    """Print how far merges over lines of several speeds are from the slower line's own time."""
+    rows = []
+    with bench(args) as made:
+        made.expected()  # what is compiled at first use is there
+        for down, up in _LINES:
+            limits = made.hub.limits
+            limits.down, limits.up = (rate and rate * 1e6 for rate in (down, up))
+            limits.latency = _LATENCY_S
+            made.forget_uploads()
+            made.hub.log.clear()
+            target = f"alice/line-{down}-{up}"
+            words = ["merge", *made.sources(), "--push-to", target]
+            wall, done = timed(lambda words=words: made.fresh(words))  # type: ignore[misc]
+            if done.code:
+                raise RuntimeError(done.err)
+            sent = [entry.sent for entry in made.hub.log.find(method="GET", port="cdn")]
+            received = [entry.received for entry in made.hub.log.find(method="PUT", port="cdn")]
+            seconds = [
+                sum(nbytes) / (rate * 1e6) if rate else 0.0
+                for nbytes, rate in ((sent, down), (received, up))
+            ]
+            bound = 1.1 * max(seconds) + 4
+            rows.append(
+                (
+                    f"{down} / {up} MB/s" if down else "unthrottled",
+                    f"{sum(sent) / 1e6:.0f} MB, {seconds[0]:.1f} s",
+                    f"{sum(received) / 1e6:.0f} MB in {len(received)}, {seconds[1]:.1f} s",
+                    f"{wall:.1f} s",
+                    f"{bound:.1f} s",
+                    "met" if wall <= bound else "MISSED",
+                )
+            )
+    table(("down / up", "download", "upload", "wall", "bound", ""), rows)
 
 
 def m4(args: argparse.Namespace) -> None:
@@ -344,7 +383,7 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
         print("| " + " | ".join(row) + " |")
 
 
-_MEASURES = {"s5": s5, "m4": m4, "m5": m5, "r1": r1, "r2": r2, "checks": checks}
+_MEASURES = {"s5": s5, "line": line, "m4": m4, "m5": m5, "r1": r1, "r2": r2, "checks": checks}
 
 
 def main() -> None:
