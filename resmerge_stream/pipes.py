@@ -161,17 +161,19 @@ class WorkAhead(Generic[T]):
 
 
 class WriteBehind:
-    """Runs writes in a thread, in order, behind their producer.
+    """Runs writes in threads, begun in order, behind their producer.
 
     Args:
         limit: bytes that may wait; None for any number.
+        threads: writes at a time.
     """
 
-    def __init__(self, limit: int | None) -> None:
+    def __init__(self, limit: int | None, threads: int = 1) -> None:
         self._window = _Window(1 << 62 if limit is None else limit)
         self._waiting: deque[tuple[int, Callable[[], object]]] = deque()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
 
     def put(self, size: int, write: Callable[[], object]) -> None:
         """Queue a write of `size` bytes; blocks while the window is full.
@@ -199,13 +201,13 @@ class WriteBehind:
             self._raise()
 
     def close(self, *, wait: bool = True) -> None:
-        """Drop what still waits; the write that is under way is waited for, or ends by itself."""
+        """Drop what still waits; writes that are under way are waited for, or end by themselves."""
         with self._window.changed:
             self._window.closed = True
             self._waiting.clear()
             self._window.changed.notify_all()
-        if wait:
-            self._thread.join()
+        for thread in self._threads if wait else ():
+            thread.join()
 
     def _raise(self) -> None:
         if self._window.error is not None:
@@ -215,15 +217,15 @@ class WriteBehind:
         window = self._window
         while True:
             with window.changed:
-                window.changed.wait_for(lambda: self._waiting or window.closed)
-                if window.closed:
+                window.changed.wait_for(lambda: self._waiting or window.closed or window.error)
+                if window.closed or window.error:
                     return
                 size, write = self._waiting.popleft()
             try:
                 write()
             except BaseException as exc:  # handed to the producer, whatever it is
                 with window.changed:
-                    window.error = exc
+                    window.error = window.error or exc
                     window.changed.notify_all()
                 return
             del write

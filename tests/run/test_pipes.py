@@ -130,6 +130,37 @@ def test_writes_happen_in_order():
     queue.close()
 
 
+def test_several_writes_may_be_under_way():
+    """A second thread begins the next write while the first one still waits."""
+    gate, begun = threading.Event(), threading.Event()
+    queue = WriteBehind(None, threads=2)
+    queue.put(1, gate.wait)
+    queue.put(1, begun.set)
+
+    assert begun.wait(120)
+
+    gate.set()
+    queue.drain()
+    queue.close()
+
+
+def test_nothing_is_begun_after_an_error():
+    """Where one write failed, what waits is not begun by another thread either."""
+    gate, written = threading.Event(), []
+    queue = WriteBehind(None, threads=2)
+    queue.put(1, gate.wait)
+    queue.put(1, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        queue.drain()
+    with pytest.raises(ZeroDivisionError):
+        queue.put(1, lambda: written.append(1))
+    gate.set()
+
+    queue.close()
+
+    assert written == []
+
+
 def test_a_producer_waits_while_the_window_is_full():
     """No more bytes wait than the limit allows."""
     gate, waiting, first = threading.Event(), [], threading.Event()

@@ -1,6 +1,7 @@
 """Publishing to the Hub: asked before, staged in private, shown in one commit, safe to repeat."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,29 @@ def test_a_slow_upload_is_told_of(bench: Bench) -> None:
     counts = [event["bytes_sent"] for event in done.events if "bytes_sent" in event]
     assert counts == sorted(counts)
     assert counts[-1] > 0
+
+
+def test_a_shard_is_sent_while_another_is_committed(bench: Bench) -> None:
+    """The line is not idle while the Hub commits: the next shard's bytes are under way."""
+    bench.forget_uploads()
+    waited = []
+
+    def wait_for_another() -> None:
+        until = time.monotonic() + 60
+        sent = len(bench.hub.log.find(method="PUT", path="/upload/"))
+        while (now := len(bench.hub.log.find(method="PUT", path="/upload/"))) == sent:
+            if time.monotonic() > until:
+                break
+            time.sleep(0.01)
+        waited.append(now > sent)
+
+    # The first such commit starts the staging, before anything is sent.
+    bench.hub.faults.add(Hook(call=wait_for_another), path="/commit/resmerge-", skip=1, times=1)
+
+    done = bench.merge("--push-to", "alice/overlap")
+
+    assert done.code == 0, done.err
+    assert waited == [True]
 
 
 def test_the_card_recipe_and_report_are_there(bench: Bench) -> None:

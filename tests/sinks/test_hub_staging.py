@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from resmerge_stream.errors import StoppedError
 from resmerge_stream.hub.repo import HubRepo
 from resmerge_stream.sinks.hub.staging import Staging, read_staged
 from resmerge_stream.sinks.sink import Membership
-from tests.loopback_hub import LoopbackHub
+from tests.loopback_hub import Hook, LoopbackHub
 
 PLAN = "0123456789abcdef"
 
@@ -39,9 +40,14 @@ def open_staging(repo: HubRepo, mark: str, *, is_main: bool) -> Staging:
     return Staging(repo, PLAN, {}, Membership(mark, is_main, is_main), made_repo=False)
 
 
+def name_of(number: int) -> str:
+    """Return the name of a shard."""
+    return f"model-{number:05}.safetensors"
+
+
 def stage(staging: Staging, number: int) -> None:
     """Commit a small shard."""
-    name, data = f"model-{number:05}.safetensors", b"%05d" % number * 200
+    name, data = name_of(number), b"%05d" % number * 200
     entry = {"name": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     staging.stage(CommitOperationAdd(name, data), {**entry, "tensors": []})
 
@@ -89,3 +95,51 @@ def test_another_run_of_the_same_merge_stops_every_process_of_the_first(repo: Hu
     staged = read_staged(repo, PLAN)
     assert staged is not None
     assert set(staged.entries) == {"model-00001.safetensors", "model-00002.safetensors"}
+
+
+def test_shards_that_come_during_a_commit_share_the_next_one(
+    hub: LoopbackHub, repo: HubRepo
+) -> None:
+    """However many wait while one commits, all of them are in the commit after it."""
+    staging = open_staging(repo, "mark", is_main=True)
+    go_on, held = threading.Event(), threading.Event()
+    hub.faults.add(Hook(call=lambda: (held.set(), go_on.wait(60))), path="/commit/res", times=1)
+    threads = [threading.Thread(target=stage, args=(staging, number)) for number in range(5)]
+    threads[0].start()
+    assert held.wait(60)
+    for thread in threads[1:]:
+        thread.start()
+    while len(staging._waiting) < 5:
+        time.sleep(0.01)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+
+    staged = read_staged(repo, PLAN)
+    titles = [c.title for c in repo.api.list_repo_commits(repo.id, revision=staging.branch)]
+    assert staged is not None
+    assert set(staged.entries) == set(staging.entries) == {name_of(n) for n in range(5)}
+    assert titles[:2] == ["Stage 4 shards", f"Stage {name_of(0)}"]
+
+
+def test_a_failed_commit_fails_every_shard_in_it(hub: LoopbackHub, repo: HubRepo) -> None:
+    """Who waits for a commit never takes another's failure for its own shard's success."""
+    staging = open_staging(repo, "mark", is_main=True)
+    open_staging(repo, "other", is_main=True)  # takes the branch over
+    failed: list[int] = []
+
+    def work(number: int) -> None:
+        try:
+            stage(staging, number)
+        except StoppedError:
+            failed.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert sorted(failed) == [0, 1, 2]
+    assert not staging.entries
+    assert not staging._waiting

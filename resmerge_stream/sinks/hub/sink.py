@@ -4,7 +4,8 @@ That commit is main's next one, or a pull request, for which nothing else there 
 """
 
 import json
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
@@ -32,6 +33,10 @@ from .target import (
     staging_repo,
 )
 from .upload import StreamedShard, upload_file
+
+# Shards under way at a time: around its bytes, each waits for six answers of the Hub, so that one
+# alone would leave the line idle. How many bytes that is, the room on the disk says.
+_SENDERS = 4
 
 
 class HubSink:
@@ -72,7 +77,8 @@ class HubSink:
         largest = max((shard.nbytes for shard in shards), default=0)
         allowed = target.publication.max_disk
         self._disk = 2 * largest if allowed is None else allowed // machine_share()[1]
-        self._sent = self._sending = 0
+        self._sent, self._sending = 0, dict[str, int]()
+        self._counting = threading.Lock()
 
     def open(self) -> Self:
         """Make the repository and the staging branch this run's, and see what is staged there.
@@ -107,16 +113,18 @@ class HubSink:
         self._staging = Staging(
             repo, plan_hash, self._identity, member, made_repo=made, asked=self._asked
         )
-        self._uploads = WriteBehind(None)
+        self._uploads = WriteBehind(None, _SENDERS)
+        self._queued: set[str] = set()
         self._resume(sends=member.is_first)
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that this run has sent: shards, and what is read of one that goes as a file.
+        """Bytes that this run has sent: shards, and what is read of those that go as files.
 
         hf_xet does not tell how far it is: with Xet storage, whole shards are counted.
         """
-        return self._sent + self._sending
+        with self._counting:
+            return self._sent + sum(self._sending.values())
 
     @property
     def bytes_to_send(self) -> int:
@@ -129,6 +137,8 @@ class HubSink:
 
     def make_room(self, shard: Shard) -> None:
         """Wait until the disk has room beside the shards that are being sent."""
+        if shard.name in self._queued:
+            self._uploads.drain()  # it is made again: what was made of it first is still read
         if not self._keep_files and not self._streams:
             self._uploads.drain(down_to=self._disk - shard.nbytes)
 
@@ -148,7 +158,7 @@ class HubSink:
         """Record a finished shard here, and have it sent and recorded on the Hub."""
         if not self._streams:
             self._shelf.keep(shard, entry)
-        self._uploads.put(shard.nbytes, lambda: self._send(shard, entry))
+        self._queue(shard, entry)
 
     def lost(self, files: Iterable[Mapping[str, Any]]) -> list[str]:
         """Return the shards whose staged file is not what the journal says, or cannot be shown.
@@ -263,19 +273,24 @@ class HubSink:
         self._staged_before = set(staged)
         self._finished = on_shelf if self._keep_files else {**staged, **on_shelf}
         for name, entry in on_shelf.items() if sends else ():
-            shard = self._shards[name]
-            self._uploads.put(shard.nbytes, lambda s=shard, e=entry: self._send(s, e))  # type: ignore[misc]
+            self._queue(self._shards[name], entry)
+
+    def _queue(self, shard: Shard, entry: Mapping[str, Any]) -> None:
+        self._queued.add(shard.name)
+        self._uploads.put(shard.nbytes, lambda: self._send(shard, entry))
 
     def _send(self, shard: Shard, entry: Mapping[str, Any]) -> None:
         known = self._staging.entries.get(shard.name)
         if known is None or known["sha256"] != entry["sha256"]:
             if self._deposit is not None:
-                self._deposit.send(self._shelf.path_of(shard.name), entry, self._now_at)
+                path = self._shelf.path_of(shard.name)
+                self._deposit.send(path, entry, self._counter_of(shard))
                 self._staging.stage(None, deposited(entry))
             else:
                 self._staging.stage(self._upload(shard, entry), entry)
-            self._sending = 0
-            self._sent += shard.nbytes
+            with self._counting:
+                self._sending.pop(shard.name, None)
+                self._sent += shard.nbytes
         if not self._keep_files and not self._streams:
             self._shelf.free(shard.name)
 
@@ -289,11 +304,17 @@ class HubSink:
             self._shelf.path_of(shard.name),
             shard.name,
             str(entry["sha256"]),
-            self._now_at,
+            self._counter_of(shard),
         )
 
-    def _now_at(self, position: int) -> None:
-        self._sending = position
+    def _counter_of(self, shard: Shard) -> Callable[[int], None]:
+        """Return what is told how far a shard's file was read to be sent."""
+
+        def now_at(position: int) -> None:
+            with self._counting:
+                self._sending[shard.name] = position
+
+        return now_at
 
     def _final_operations(self, files: Mapping[str, bytes], stale: list[str]) -> list[Operation]:
         staging = self._staging

@@ -9,6 +9,7 @@ import itertools
 import json
 import random
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -161,6 +162,8 @@ class Staging:
         self.repo, self.branch = repo, branch_name(plan_hash)
         self._owner = membership.mark or uuid.uuid4().hex
         self._turn = membership.turn
+        self._waiting: list[_Row] = []
+        self._committing = threading.Lock()
         if membership.is_main:
             repo.create_branch(self.branch)
         staged = read_staged(repo, plan_hash)
@@ -236,6 +239,8 @@ class Staging:
     def stage(self, shard: CommitOperationAdd | None, entry: Mapping[str, Any]) -> None:
         """Commit a shard that was uploaded, with its row of the journal.
 
+        What other threads bring while one commits waits for the next commit, and is all in that.
+
         Args:
             shard: what commits it; None where it waits in the target's storage.
             entry: its row.
@@ -243,15 +248,26 @@ class Staging:
         Raises:
             StoppedError: another run took the branch over, or the Hub failed.
         """
-        name = str(entry["name"])
-        path = f"{FOLDER}/{name}.json"
         data = json.dumps({**entry, "owner": self._owner}).encode()
-        if shard is None:
-            self._advance(f"Deposit {name}", lambda: [_add(path, data)], {path: data})
-        else:
-            proof: dict[str, str | bytes] = {path: data, name: str(entry["sha256"])}
-            self._advance(f"Stage {name}", lambda: [shard, _add(path, data)], proof)
-        self.entries[name] = dict(entry)
+        row = _Row(shard, entry, f"{FOLDER}/{entry['name']}.json", data)
+        self._waiting.append(row)
+        with self._committing:
+            if row in self._waiting:
+                try:
+                    self._commit_rows(list(self._waiting))
+                finally:
+                    if row in self._waiting:  # it failed: the others say so themselves
+                        self._waiting.remove(row)
+
+    def _commit_rows(self, rows: "list[_Row]") -> None:
+        proof: dict[str, str | bytes] = {}
+        for row in rows:
+            proof |= row.proof
+        said = rows[0].entry["name"] if len(rows) == 1 else f"{len(rows)} shards"
+        self._advance(f"Stage {said}", lambda: [op for row in rows for op in row.operations], proof)
+        for row in rows:
+            self.entries[str(row.entry["name"])] = dict(row.entry)
+            self._waiting.remove(row)
 
     def _advance(
         self,
@@ -311,6 +327,27 @@ class Staging:
         if info is None or head is None or head.get("owner") != self._owner:
             return None
         return info.sha if info.sha != self.commit else None
+
+
+@dataclass(eq=False, slots=True)
+class _Row:
+    """A shard on its way to the branch, with its row of the journal."""
+
+    shard: CommitOperationAdd | None
+    entry: Mapping[str, Any]
+    path: str
+    data: bytes
+
+    @property
+    def operations(self) -> list[Operation]:
+        """What commits both."""
+        return [*([] if self.shard is None else [self.shard]), _add(self.path, self.data)]
+
+    @property
+    def proof(self) -> dict[str, str | bytes]:
+        """Files that only their commit leaves, as `HubRepo.commit` takes them."""
+        shard = {} if self.shard is None else {str(self.entry["name"]): str(self.entry["sha256"])}
+        return {self.path: self.data, **shard}
 
 
 def _add(path: str, data: bytes) -> CommitOperationAdd:
