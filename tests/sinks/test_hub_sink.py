@@ -53,6 +53,15 @@ def test_a_slow_upload_is_told_of(bench: Bench) -> None:
     assert counts[-1] > 0
 
 
+def test_a_listing_says_what_is_staged(bench: Bench) -> None:
+    """Before the last commit no shard's row is read again: the branch's listing has the hashes."""
+    done = bench.merge("--push-to", "alice/listing")
+
+    read = {e.path.rpartition("/")[2] for e in bench.hub.log.find(path="/resmerge-staging/")}
+    assert done.code == 0, done.err
+    assert read == {"head.json"}
+
+
 def test_a_shard_is_sent_while_another_is_committed(bench: Bench) -> None:
     """The line is not idle while the Hub commits: the next shard's bytes are under way."""
     bench.forget_uploads()

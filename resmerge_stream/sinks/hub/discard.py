@@ -45,7 +45,7 @@ def discard_staging(repo_id: str, token: str | None, *, create_pr: bool = False)
 def discard_sibling(repo: HubRepo, plan_hash: str) -> bool:
     """Remove the private repository that a run made for its staging alone, if it did."""
     info = repo.info(branch_name(plan_hash))
-    main = repo.info()
+    main = repo.info() if info is not None else None
     if info is None or main is None or listed(main):
         return False
     head = repo.read_json(HEAD, info)

@@ -39,11 +39,6 @@ def branch_name(plan_hash: str) -> str:
     return f"resmerge-{plan_hash}"
 
 
-def branch_id(branch: str) -> str:
-    """Return the plan hash in the name of a staging branch."""
-    return branch.rpartition("-")[2]
-
-
 def is_branch_name(name: str) -> bool:
     """Whether a branch is called like a staging branch."""
     return _BRANCH.fullmatch(name) is not None
@@ -205,17 +200,28 @@ class Staging:
         Raises:
             StoppedError: the network or the Hub kept failing, or another run took the branch over.
         """
-        staged = read_staged(self.repo, branch_id(self.branch))
-        if staged is None or staged.owner != self._owner:
+        info = self.repo.info(self.branch)
+        head = self.repo.read_json(HEAD, info) if info is not None else None
+        if info is None or info.sha is None or head is None or head.get("owner") != self._owner:
             raise self._taken_over()
-        self.commit = staged.commit
-        self.entries = staged.entries
+        self.commit = info.sha
+        found = listed(info)
         return {
             name
             for name, file in files.items()
-            if name not in staged.entries
-            or any(staged.entries[name][key] != file[key] for key in ("size", "sha256"))
+            if not (name in found and _is_file(found[name], file))
+            and not self._waits_elsewhere(name, file, info)
         }
+
+    def _waits_elsewhere(self, name: str, file: Mapping[str, Any], info: ModelInfo) -> bool:
+        """Whether a shard that is not on the branch waits in the target's storage."""
+        row = self.entries.get(name)
+        if row is None:  # another process of this run sent it
+            row = self.repo.read_json(f"{FOLDER}/{name}.json", info) or {}
+        if not is_deposited(row) or not _is_row(row):
+            return False
+        self.entries[name] = row
+        return all(row[key] == file[key] for key in ("size", "sha256"))
 
     def without_xet(self, names: set[str]) -> set[str]:
         """Return the names of staged files for which the Hub has no hash of its Xet storage.
