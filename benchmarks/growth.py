@@ -54,7 +54,7 @@ def main() -> None:
     smallest = next(iter(sizes))
     cases = [(name, 2) for name in sizes] + [(smallest, 4), (smallest, 8)]
     print(f"{machine()}; {args.dir}, sources not in memory\n")
-    print("| method | model | experts | read + written | merge s | s / GB | ÷ the first | peak MB |")
+    print("| method | model | experts | GB moved | merge s | s / GB | ÷ the first | peak MB |")
     print("|---|---|---:|---:|---:|---:|---:|---:|")
     for method in args.methods:
         first = None
@@ -64,7 +64,7 @@ def main() -> None:
             each = seconds / nbytes * _GB
             first = first or each
             print(
-                f"| {method} | {name} | {experts} | {nbytes / _GB:.1f} GB | {seconds:.2f} "
+                f"| {method} | {name} | {experts} | {nbytes / _GB:.1f} | {seconds:.2f} "
                 f"| {each:.2f} | {each / first:.2f} | {peak / 1e6:.0f} |",
                 flush=True,
             )
@@ -83,7 +83,7 @@ def _group(folder: Path, name: str, shape: Shape, experts: int) -> Path:
 def _merged(
     method: str, source: Path, experts: int, folder: Path, times: int
 ) -> tuple[int, float, int]:
-    """Return bytes read and written, the median of the merge's own seconds, and the highest peak."""
+    """Return bytes read and written, the median of the merge's own seconds, and the top peak."""
     found = []
     for _ in range(times):
         shutil.rmtree(folder / "out", ignore_errors=True)
