@@ -20,6 +20,8 @@ SHAPE = (16, 48)  # of these, and of no other tensor of the group
         ("linear", {}, 1),
         ("model_stock", {}, 2),
         ("model_stock", {"filter_wise": True}, 1),
+        ("karcher", {}, 2),
+        ("dare_linear", {"density": 0.5}, 2),
         ("sce", {}, 2),
         ("sce", {"select_topk": 0.5}, 3),
         ("nuslerp", {}, 2),
@@ -53,7 +55,7 @@ def test_rows_are_looked_at_no_oftener_than_needed(
         read[checkpoint.id, name] += (stop or SHAPE[0]) - start
         return own(checkpoint, name, start, stop)
 
-    for look in ("stack", "block", "summed", "write_sum", "_sum"):
+    for look in ("stack", "block", "summed", "write_sum", "_sum", "_products"):
         monkeypatch.setattr(TaskVectors, look, counting(getattr(TaskVectors, look)))
     monkeypatch.setattr(LocalCheckpoint, "read", reading)
 
