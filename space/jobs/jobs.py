@@ -19,7 +19,7 @@ from ..remedies import said
 from ..settings import Settings
 from .estimates import expected_seconds
 from .process import events, let_end, send, start_worker
-from .progress import Live, apply, begin
+from .progress import Live, apply, begin, done_in_words
 from .records import (
     ACTIVE,
     CANCELLED,
@@ -327,7 +327,7 @@ class Jobs:
         if job.shards_done:
             kept = f"{job.shards_done} of {job.plan.get('shards')} files are finished and kept"
         if kind == "finished":
-            self._end(job, DONE, job.message)
+            self._end(job, DONE, done_in_words(job, last))
         elif run.is_cancelling:
             self._end(job, CANCELLED, f"Cancelled. {kept}. To go on, merge the same again.")
         elif kind == "refused":

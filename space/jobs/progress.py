@@ -121,13 +121,18 @@ def _finished(job: Job, live: Live, event: Finished) -> dict[str, Any]:
     live.rows = [row_of(row) for row in event.report["tensors"]]
     job.tensors_done = len(live.rows)
     job.took = 0.0 if event.already_there else time.time() - job.started
-    job.message = (
-        "An earlier run had finished this merge; nothing was left to do."
-        if event.already_there
-        else f"Done in {_duration(job.took)}, from the first header to the last "
-        f"file; of that, merging took {_duration(event.report['summary']['seconds'])}."
-    )
+    job.message = "Everything is written."
     return dict(event.report)
+
+
+def done_in_words(job: Job, event: Mapping[str, Any]) -> str:
+    """Return how long a finished job took, by its last event."""
+    if event["already_there"]:
+        return "An earlier run had finished this merge; nothing was left to do."
+    return (
+        f"Done in {_duration(job.took)}, from the first header to the last file; of that, merging "
+        f"took {_duration(event['report']['summary']['seconds'])}."
+    )
 
 
 def _duration(seconds: float) -> str:

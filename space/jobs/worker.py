@@ -40,10 +40,11 @@ def main() -> int:
     threading.Thread(target=_stop_when_told, daemon=True).start()
     try:
         for event in _events(request):
+            memory_bytes = private_memory()  # the merge's, before other models are asked
             # An adapter answers on its base only, and is not asked.
             if isinstance(event, Finished) and not event.report.get("adapter"):
                 _ask(request, event.where)
-            _say({**event.to_dict(), "memory_bytes": private_memory()})
+            _say({**event.to_dict(), "memory_bytes": memory_bytes})
     except ResMergeError as exc:
         _say({"event": "refused" if exc.exit_code == 2 else "stopped", **exc.to_dict()})
         return exc.exit_code

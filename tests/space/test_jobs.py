@@ -103,6 +103,28 @@ def test_a_merge_runs_by_itself_and_leaves_files(jobs):
     assert "resmerge-tests" not in said
 
 
+def test_a_job_that_runs_says_so_and_keeps_to_its_memory(jobs, monkeypatch):
+    """Until its process has ended nobody reads that it is done; what asking models takes is not
+    shown as the merge's memory, which is no more than planned."""
+    seen = []
+    take = space.jobs.jobs.apply
+
+    def noting(job, live, event):
+        report = take(job, live, event)
+        planned = job.plan.get("peak_memory_bytes", 0)
+        seen.append((event["event"], job.state, job.message, job.memory_bytes <= planned))
+        return report
+
+    monkeypatch.setattr("space.jobs.jobs.apply", noting)
+    job = jobs.submit(asked(jobs, BUILT_IN), owner="", key="k", token=None)
+
+    assert ended(job) == "done", job.log
+    assert job.message.startswith("Done in ")
+    assert seen[-1][:2] == ("finished", "running")
+    assert not [message for _, _, message, _ in seen if "Done" in message]
+    assert all(within for *_, within in seen)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
