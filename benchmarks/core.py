@@ -25,12 +25,12 @@ _BY_ROWS = {
 }  # fmt: skip
 
 
-def group(folder: Path, name: str, shape: Shape, updates: Updates) -> Path:
+def group(folder: Path, name: str, shape: Shape, updates: Updates, *, experts: int = 3) -> Path:
     """Return a generated group, made if it is not there."""
     target = folder / name
     if not (target / "complete").exists():
         print(f"making {target} …", file=sys.stderr)
-        write_group(target, shape, updates=updates)
+        write_group(target, shape, experts=experts, updates=updates)
         (target / "complete").touch()
     return target
 

@@ -15,27 +15,12 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.synthetic import QWEN25_05B, Shape, Updates, write_group
+from benchmarks.synthetic import QWEN25_05B, QWEN25_3B, QWEN25_15B, Updates
 
+from .core import group
 from .measure import machine, merge_command, run
 from .methods import SMALL
 
-QWEN25_15B = Shape(
-    hidden_size=1536,
-    intermediate_size=8960,
-    num_hidden_layers=28,
-    num_attention_heads=12,
-    num_key_value_heads=2,
-    vocab_size=151_936,
-)
-QWEN25_3B = Shape(
-    hidden_size=2048,
-    intermediate_size=11_008,
-    num_hidden_layers=36,
-    num_attention_heads=16,
-    num_key_value_heads=2,
-    vocab_size=151_936,
-)
 _GB = 1e9
 
 
@@ -59,7 +44,9 @@ def main() -> None:
     for method in args.methods:
         first = None
         for name, experts in cases:
-            source = _group(args.dir, name, sizes[name], experts)
+            most = max(count for other, count in cases if other == name)
+            label = name.replace(" ", "-")
+            source = group(args.dir, label, sizes[name], Updates(gap=2.0), experts=most)
             nbytes, seconds, peak = _merged(method, source, experts, args.dir, args.times)
             each = seconds / nbytes * _GB
             first = first or each
@@ -68,16 +55,6 @@ def main() -> None:
                 f"| {each:.2f} | {each / first:.2f} | {peak / 1e6:.0f} |",
                 flush=True,
             )
-
-
-def _group(folder: Path, name: str, shape: Shape, experts: int) -> Path:
-    """Return a group of at least so many experts, made if it is not there."""
-    most = 8 if shape in (QWEN25_05B, SMALL) else experts
-    target = folder / name.replace(" ", "-")
-    if not (target / "complete").exists():
-        write_group(target, shape, experts=most, updates=Updates(gap=2.0))
-        (target / "complete").touch()
-    return target
 
 
 def _merged(

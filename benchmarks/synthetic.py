@@ -48,6 +48,24 @@ QWEN25_05B = Shape(
     vocab_size=151_936,
 )
 
+QWEN25_15B = Shape(
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    vocab_size=151_936,
+)
+
+QWEN25_3B = Shape(
+    hidden_size=2048,
+    intermediate_size=11_008,
+    num_hidden_layers=36,
+    num_attention_heads=16,
+    num_key_value_heads=2,
+    vocab_size=151_936,
+)
+
 QWEN25_7B = Shape(
     hidden_size=3584,
     intermediate_size=18_944,

@@ -1,4 +1,4 @@
-"""Stored bytes as tensors, tensors as stored bytes, and bytes gathered in one buffer."""
+"""Stored bytes as tensors, tensors as stored bytes, and memory where bytes are gathered."""
 
 import queue
 import threading
