@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..device import choose_device
+from ..device import choose_device, keep_memory_steady
 from ..errors import NonFiniteError
+from ..memory import KEPT_BUFFER_BYTES
 from ..report.build import build_report
 from ..report.card import render_card
 from ..run.counting import counted
@@ -132,6 +133,7 @@ def _open(
 def _run_of(comparison: Comparison) -> Run:
     first = comparison.first
     similarity = Similarity(list(comparison.plans), len(first.experts))
+    keep_memory_steady(KEPT_BUFFER_BYTES)
     return Run(comparison, choose_device(first.options.device), {}, similarity)
 
 
