@@ -312,7 +312,7 @@ class Merger:
         def place(rows: slice) -> Tensor:
             shape = (rows.stop - rows.start, vectors.shape[1])
             if gathered is None or not math.prod(shape):
-                return torch.empty(shape, dtype=dtype)
+                return self._room(shape, dtype)
             part = gathered.part(rows.start * row_bytes, shape[0] * row_bytes)
             return torch.frombuffer(part, dtype=dtype).view(shape)
 
@@ -355,7 +355,7 @@ class Merger:
         Raises:
             NonFiniteError: a weight overflows the output dtype.
         """
-        out = torch.empty(base.shape, dtype=torch_dtype(decided.piece)) if out is None else out
+        out = self._room(tuple(base.shape), torch_dtype(decided.piece)) if out is None else out
         kept = Kept()
         is_copy = decided.vectors.is_zero(rows) and not decided.update.moves_base
         sums = moved(base, delta, out) if self._is_nearest and not is_copy else None
@@ -372,6 +372,13 @@ class Merger:
             back = merged.to(base.device, torch.float32)
             kept.add(delta, back - base if back is merged else back.sub_(base))
         return self._checked(decided, bytes_of(out), kept)
+
+    def _room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return room for weights of some rows, on the CPU."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if not nbytes:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self._memory.take(nbytes), dtype=dtype).view(shape)
 
     @property
     def _is_nearest(self) -> bool:

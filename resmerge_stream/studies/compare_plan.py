@@ -151,7 +151,7 @@ def _fitted(comparison: Comparison) -> Comparison:
     working = max(worst[0], min(room, SPARE_BYTES + 2 * worst[0]))
     return replace(
         comparison,
-        plans={label: _with_memory(plan, worst[0], resident) for label, plan in plans.items()},
+        plans={label: _with_memory(plan, working, resident) for label, plan in plans.items()},
         working_bytes=working,
         peak_memory_bytes=fixed + working,
         resident=resident,
