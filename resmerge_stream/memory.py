@@ -56,12 +56,21 @@ def gram_bytes(m: int, n: int, rank: int) -> int:
     return 32 * short * short if max(DENSE_UP_TO, 4 * rank) < short <= GRAM_UP_TO else 0
 
 
-def solver_bytes(m: int, n: int, rank: int, solver: str) -> int:
-    """Return bytes that finding the top `rank` triplets of an m × n matrix takes at most."""
+def solver_bytes(m: int, n: int, rank: int, solver: str, count: int = 1) -> int:
+    """Return bytes that finding the top `rank` triplets of m × n matrices takes at most.
+
+    Args:
+        m, n: shape.
+        rank: k.
+        solver: as the methods name it. Where asked for dense ones, one matrix has its turn.
+        count: of matrices.
+    """
     short = min(m, n)
-    if solver == "dense" or short <= max(DENSE_UP_TO, 4 * rank):
+    if solver == "dense":
         return 8 * m * n * 3
-    return 4 * 2 * (8 + short // 6) * short
+    if short <= max(DENSE_UP_TO, 4 * rank):
+        return 8 * m * n * 3 * count
+    return 4 * 2 * (8 + short // 6) * short * count
 
 
 def svd_bytes(m: int, n: int, count: int = 1) -> int:

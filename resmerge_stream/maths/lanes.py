@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .cores import Cores
 from .task_vectors import Workspace
 
 
@@ -59,17 +60,17 @@ class Lane:
             torch.cuda.empty_cache()
 
 
-def lanes_of(device: torch.device, limit: int) -> tuple[Lane, ...]:
+def lanes_of(device: torch.device, limit: int, cores: Cores) -> tuple[Lane, ...]:
     """Return the ways to try, one after the other, while there is not enough memory.
 
     Args:
         device: where the arithmetic happens.
         limit: bytes of scratch memory to keep for later.
+        cores: that matrices in work share, on a CPU.
     """
-    first = Lane(Workspace(device, limit))
     if device.type == "cpu":
-        return (first,)
-    return with_retreat(first, limit)
+        return (Lane(Workspace(device, limit, cores)),)
+    return with_retreat(Lane(Workspace(device, limit)), limit)
 
 
 def with_retreat(first: Lane, limit: int) -> tuple[Lane, ...]:

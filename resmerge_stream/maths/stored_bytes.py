@@ -34,26 +34,43 @@ class Recycled:
 
     def __init__(self, kept_bytes: int) -> None:
         self._kept_bytes = kept_bytes
+        self._lent_bytes = 0
         self._free: list[np.ndarray] = []
         # Memory comes back in whatever thread drops the last reference, in the middle of anything.
-        self._returned: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+        self._returned: queue.SimpleQueue[tuple[int, np.ndarray | None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> memoryview:
         """Lend memory; contents undefined."""
         with self._lock:
-            while not self._returned.empty():
-                self._free.append(self._returned.get())
+            self._collect()
             fitting = [memory for memory in self._free if memory.nbytes == nbytes]
             memory = fitting[-1] if fitting else None
             self._free = [other for other in self._free if other is not memory]
             while sum(other.nbytes for other in self._free) > self._kept_bytes:
                 del self._free[0]
+            self._lent_bytes += nbytes
         if memory is None:
             memory = np.empty(nbytes, np.uint8)
         lent = memory.view()
-        weakref.finalize(lent, self._returned.put, memory).atexit = False
+        # What is too large to be kept goes with the last reference.
+        again = memory if nbytes <= self._kept_bytes else None
+        weakref.finalize(lent, self._returned.put, (nbytes, again)).atexit = False
         return memoryview(lent)  # type: ignore[arg-type]  # numpy's stubs lack Buffer on 3.11
+
+    @property
+    def lent_bytes(self) -> int:
+        """Bytes that somebody still refers to."""
+        with self._lock:
+            self._collect()
+            return self._lent_bytes
+
+    def _collect(self) -> None:
+        while not self._returned.empty():
+            nbytes, memory = self._returned.get()
+            self._lent_bytes -= nbytes
+            if memory is not None:
+                self._free.append(memory)
 
 
 class Gathered:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..memory import BLOCK_ELEMENTS, DEVICE_BLOCKS
 from .changes import Change, Factored, Stored, Unchanged
+from .cores import Cores
 from .low_rank import Factors, FactorSpace, LowRank
 from .passes import combined, differences, gram, inner, merged_sum, products, summed, widened
 
@@ -39,12 +40,16 @@ class Workspace:
     Args:
         device: where the arithmetic happens.
         limit: bytes of buffers, lent or kept for later; what is kept is dropped beyond it.
+        cores: that may help with a matrix; none but the caller's own when None.
     """
 
-    def __init__(self, device: torch.device, limit: int = 1 << 62) -> None:
+    def __init__(
+        self, device: torch.device, limit: int = 1 << 62, cores: Cores | None = None
+    ) -> None:
         self.device = device
+        self.cores = cores or Cores(0)
         self._limit = limit
-        self._total = 0
+        self._total = self._beside = 0
         self._free: dict[int, list[Tensor]] = {}
         self._lock = threading.Lock()
         # Held by whoever needs much memory for a moment.
@@ -55,10 +60,7 @@ class Workspace:
         with self._lock:
             if self._free.get(numel):
                 return self._free[numel].pop()
-            for size in sorted(self._free, reverse=True):
-                while self._free[size] and self._total + 4 * numel > self._limit:
-                    del self._free[size][-1]
-                    self._total -= 4 * size
+            self._drop_beyond(self._limit - self._beside - 4 * numel)
             self._total += 4 * numel
         return torch.empty(numel, dtype=torch.float32, device=self.device)
 
@@ -77,8 +79,19 @@ class Workspace:
     def drop(self) -> None:
         """Forget the buffers that are not lent."""
         with self._lock:
-            self._total -= 4 * sum(size * len(found) for size, found in self._free.items())
-            self._free.clear()
+            self._drop_beyond(0)
+
+    def leave_room(self, beside: int) -> None:
+        """Keep no more than the limit allows beside so many bytes that others hold, from now on."""
+        with self._lock:
+            self._beside = beside
+            self._drop_beyond(self._limit - beside)
+
+    def _drop_beyond(self, nbytes: int) -> None:
+        for size in sorted(self._free, reverse=True):
+            while self._free[size] and self._total > nbytes:
+                del self._free[size][-1]
+                self._total -= 4 * size
 
 
 def block_rows(m: int, n: int, device: str = "cpu") -> int:
@@ -145,6 +158,16 @@ class TaskVectors:
     def alone(self) -> threading.Lock:
         """A lock for work that needs much memory for a moment: one thread at a time."""
         return self._workspace.alone
+
+    @property
+    def cores(self) -> Cores:
+        """What helps with this matrix while it is idle."""
+        return self._workspace.cores
+
+    @property
+    def are_whole(self) -> bool:
+        """Whether every Δ_i lies in memory, so that `matrix` may be called by several threads."""
+        return self._whole is not None
 
     def close(self) -> None:
         """Give the float32 copies back; the task vectors are not to be used any more."""
@@ -297,9 +320,12 @@ class TaskVectors:
         """
         if self.space is not None:
             return self.space.gram()
-        for rows in self.blocks():
+
+        def add(rows: slice) -> None:
             if not self._summed[self._number(rows)] and self._products(rows) is None:
                 self._sum(rows, self._block_buffer(rows))
+
+        self.cores.each_run(self.blocks(), add)
         # In the order of the rows, whatever the order in which they were first read.
         total = torch.zeros(self.count, self.count, dtype=torch.float64)
         for of_block in self._grams:
@@ -312,14 +338,22 @@ class TaskVectors:
         Raises:
             NonFiniteValues: as `stack`.
         """
-        total = torch.zeros(self.count + 1, self.count + 1, dtype=torch.float64)
-        for rows in self.blocks():
+
+        size = self.count + 1
+        grams = torch.zeros(len(self._grams), size, size, dtype=torch.float64)
+
+        def add(rows: slice) -> None:
             products = self._products(rows)
             if products is None:
                 stack, base = self.block(rows)
                 products = gram([base, *stack])
                 self._release(rows)
-            total += products
+            grams[self._number(rows)] = products
+
+        self.cores.each_run(self.blocks(), add)
+        total = torch.zeros(size, size, dtype=torch.float64)
+        for of_block in grams:
+            total += of_block
         return total
 
     def is_zero(self, rows: slice | None = None) -> bool:
@@ -329,9 +363,8 @@ class TaskVectors:
             return not any(change.touches(where) for change in self._changes)
         if rows is not None:
             return self._zero[self._number(rows)] is True
-        for block in self.blocks():
-            if self._zero[self._number(block)] is None:
-                self.stack(block)
+        unseen = [block for block in self.blocks() if self._zero[self._number(block)] is None]
+        self.cores.each_run(unseen, self._look_at)
         return all(self._zero)
 
     def project(self, V: Tensor) -> Tensor:
@@ -340,10 +373,13 @@ class TaskVectors:
             return self.space.project(V).to(V.dtype)
         result = V.new_empty(self.count, self.shape[0], V.shape[1])
         left = V.T.contiguous()
-        for rows in self.blocks():
+
+        def project(rows: slice) -> None:
             # Vᵀ·Δᵀ rather than Δ·V: five times faster for few columns.
             projected = torch.matmul(left, self.stack(rows).to(V.dtype).transpose(1, 2))
             result[:, rows] = projected.transpose(1, 2)
+
+        self.cores.each_run(self.blocks(), project)
         return result
 
     def _read(self, rows: slice) -> tuple[Tensor, Tensor | None]:
@@ -385,8 +421,7 @@ class TaskVectors:
     def _resident(self) -> Tensor:
         m, n = self.shape
         whole = self._buffer("whole", self.count * m * n).view(self.count, m, n)
-        for rows in self.blocks():
-            self._sum(rows, whole[:, rows])
+        self.cores.each_run(self.blocks(), lambda rows: self._sum(rows, whole[:, rows]))
         return whole
 
     def _stored(self, matrix: Tensor, rows: slice) -> Tensor:
@@ -407,6 +442,10 @@ class TaskVectors:
         number = self._number(rows)
         if self._zero[number] is None:
             self._note(rows, [inner(delta, delta) for delta in stack])
+
+    def _look_at(self, rows: slice) -> None:
+        """Note whether all are zero in a block."""
+        self.stack(rows)
 
     def _sum(self, rows: slice, out: Tensor) -> None:
         """Write all Δ_i of some rows, and keep their products."""

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from .base import Combination, Site, Update, param
 from .parts.elementwise import linear, with_product
-from .parts.heads import head_of, head_report, project_heads
+from .parts.heads import head_report, heads_of, project_heads
 from .parts.spectral_method import SpectralMethod
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class HeadRegression(SpectralMethod):
         if len(alive) == 1:
             return linear([float(energy > 0) for energy in energies], "head_regression")
         a, agreement = _backbone(D[alive][:, alive])
-        heads = [self._head(vectors, i, energy) for i, energy in enumerate(energies)]
+        heads = heads_of(vectors, self.rank, energies, self.solver)
         V, Y = project_heads(vectors, heads, D)
         votes, warnings = _votes([math.sqrt(energies[i]) for i in alive], alive)
         P, E, targets = _constraints(V, Y, alive, a, votes)
@@ -85,7 +85,8 @@ class HeadRegression(SpectralMethod):
         width = experts * min(self.rank, m, n)
         # In float64 where a head has most of an update.
         projected = 8 * experts * m * width
-        return solver_bytes(m, n, self.rank, self.solver) + projected + 40 * (m + n) * width
+        solvers = solver_bytes(m, n, self.rank, self.solver, experts)
+        return solvers + projected + 40 * (m + n) * width
 
     def shared_scratch_bytes(self, m: int, n: int) -> int:
         """Return bytes of the solver's fallback, which threads take in turn."""
@@ -96,9 +97,6 @@ class HeadRegression(SpectralMethod):
     def in_words(self) -> str:
         """Return the formulas in words."""
         return _IN_WORDS.format(rank=self.rank, mu=self.mu)
-
-    def _head(self, vectors: TaskVectors, i: int, energy: float) -> Head | None:
-        return head_of(vectors, i, self.rank, self.solver, energy) if energy > 0 else None
 
 
 def _backbone(D: Tensor) -> tuple[float, float]:

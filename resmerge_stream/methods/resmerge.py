@@ -28,7 +28,7 @@ from .base import (
     param,
 )
 from .parts.elementwise import linear, other_rule, with_product
-from .parts.heads import head_of, head_report, project_heads, residual_gram
+from .parts.heads import head_report, heads_of, project_heads, residual_gram
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +101,8 @@ class ResMerge(MergeMethod):
         """Return bytes of the Krylov basis, or of a dense SVD where the shape calls for one."""
         from ..memory import solver_bytes
 
-        return solver_bytes(m, n, self.rank, self.solver) + 8 * experts**2 * self.rank * m
+        solvers = solver_bytes(m, n, self.rank, self.solver, experts)
+        return solvers + 8 * experts**2 * self.rank * m
 
     def shared_scratch_bytes(self, m: int, n: int) -> int:
         """Return bytes of the solver's fallback, which threads take in turn."""
@@ -119,7 +120,7 @@ class ResMerge(MergeMethod):
         from .parts.gates import decide
 
         D = vectors.gram()
-        heads = self._heads(vectors, D)
+        heads = heads_of(vectors, self.rank, D.diagonal().tolist(), self.solver)
         V, Y = project_heads(vectors, heads, D)
         _, Q, G = residual_gram(vectors, D, V, Y)
         report = head_report(heads, self.rank)
@@ -141,13 +142,6 @@ class ResMerge(MergeMethod):
         report |= gates.report | ablated
         total = with_product(combination)
         return Update(total.rows, "resmerge", report, warnings, combination, of_sum=total)
-
-    def _heads(self, vectors: TaskVectors, D: Tensor) -> list[Head | None]:
-        """Return the head of every Δ_i (Eq. 6), None where Δ_i is zero."""
-        return [
-            head_of(vectors, i, self.rank, self.solver, energy) if energy > 0 else None
-            for i, energy in enumerate(D.diagonal().tolist())
-        ]
 
     def _knobs(self, role: Role) -> Any:
         from .parts.gates import Knobs

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .base import OTHER_CHOICES, Site, Update, param
-from .parts.heads import head_of
+from .parts.heads import heads_of
 from .parts.spectral_method import SpectralMethod, product
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ class Sar(SpectralMethod):
         energies = vectors.gram().diagonal().tolist()
         alive = [i for i, energy in enumerate(energies) if energy > 0]
         k = self._rank(vectors.shape)
-        heads = {i: head_of(vectors, i, k, "auto", energies[i]) for i in alive}
-        V = torch.cat([heads[i].V for i in alive], dim=1)
+        heads = [head for head in heads_of(vectors, k, energies) if head is not None]
+        V = torch.cat([head.V for head in heads], dim=1)
         Y = vectors.project(V)
         width = V.shape[1] // len(alive)
         own = [Y[i, :, j * width : (j + 1) * width] for j, i in enumerate(alive)]
@@ -70,7 +70,12 @@ class Sar(SpectralMethod):
 
         k = self._rank((m, n))
         base = 4 * m * n + (svd_bytes(m, n) if self.variant == "release" else 0)
-        return base + solver_bytes(m, n, k, "auto") + 8 * experts**2 * k * m + 32 * (m + n) * k
+        return (
+            base
+            + solver_bytes(m, n, k, "auto", experts)
+            + 8 * experts**2 * k * m
+            + 32 * (m + n) * k
+        )
 
     def shared_scratch_bytes(self, m: int, n: int) -> int:
         """Return bytes of the solver's fallback, which threads take in turn."""

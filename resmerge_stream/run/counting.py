@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from ..device import usable_cores
 from ..errors import StoppedError
+from ..maths.cores import Cores
 from ..methods.base import Counter
 from ..planning.plan import Plan
 from ..sinks.durable import write_durably
@@ -49,7 +51,8 @@ def counted(
     bytes_read = 0
     for number in range(max(passes)):
         asking = {i: plans[i] for i, count in enumerate(passes) if number < count}
-        mergers = {i: Merger(plan, device, found[i]) for i, plan in asking.items()}
+        cores = Cores(usable_cores())
+        mergers = {i: Merger(plan, device, found[i], cores=cores) for i, plan in asking.items()}
         counters = {
             i: plan.method.counter(number, found[i], len(plan.experts))
             for i, plan in asking.items()
@@ -96,6 +99,7 @@ def _counting(
             read_bytes=first.read_ahead_bytes or READ_AHEAD_BYTES,
             work_bytes=first.working_bytes,
             cost=lambda shared: plans[shared.lead].working_bytes_of(shared.lead_piece.tensor),
+            cores=mergers[min(mergers)].cores,
             workers=1,  # counters add up in no particular order, but not in two threads at once
         )
         with contextlib.closing(chain):

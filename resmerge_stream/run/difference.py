@@ -108,6 +108,7 @@ def _any_differs(
         work_bytes=plan.working_bytes,
         cost=lambda piece: plan.working_bytes_of(piece.tensor),
         workers=workers(merger.device),
+        cores=merger.cores,
         on_read=read,
         tick=_TICK_S,
     )

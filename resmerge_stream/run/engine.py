@@ -335,6 +335,7 @@ def _prepared(
         work_bytes=plan.working_bytes,
         cost=lambda piece: plan.working_bytes_of(piece.tensor),
         workers=workers(merger.device),
+        cores=merger.cores,
         keeps=lambda prepared: len(prepared.data) if isinstance(prepared, Merged) else 0,
         on_read=read,
         tick=_TICK_S,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..device import usable_cores
 from ..errors import NonFiniteError, Remedy
+from ..maths.cores import Cores
 from ..maths.factoring import Place, fitted
 from ..maths.lanes import Lane, lanes_of
 from ..maths.low_rank import Factors, LowRank, balanced, svd
@@ -105,6 +106,10 @@ class Merger:
         device: where the arithmetic happens.
         counted: what the method's counting passes found.
         sample: called when much memory is in use.
+        cores: shared with other mergers; its own when None.
+
+    Attributes:
+        cores: that matrices in work share.
     """
 
     def __init__(
@@ -113,10 +118,12 @@ class Merger:
         device: torch.device,
         counted: Mapping[str, Any] = MappingProxyType({}),
         sample: Callable[[], None] = lambda: None,
+        cores: Cores | None = None,
     ) -> None:
         self.device = device
         self.plan = plan
-        self.lanes = lanes_of(device, plan.working_bytes)
+        self.cores = cores or Cores(usable_cores())
+        self.lanes = lanes_of(device, plan.working_bytes, self.cores)
         self.counted = counted
         self._layers = plan.layers
         self._memory = Recycled(KEPT_OUTPUT_BYTES)
@@ -154,9 +161,13 @@ class Merger:
             if not self.plan.is_held(piece.tensor):
                 undo.pop_all()
                 return decided
+            lane.workspace.leave_room(self._memory.lent_bytes + piece.output_bytes)
             gathered, kept = Gathered(piece.output_bytes, self._memory), Kept()
-            for merged in self._blocks(decided, 1, gathered):
-                kept.absorb(merged.kept)
+            merge = self._merging_of(decided, gathered)
+            # What the casts kept is kept, and nothing more: it lies among the next blocks'
+            # temporaries, and would keep the heap from shrinking.
+            for of_block in vectors.cores.each_run(vectors.blocks(), lambda b: merge(b).kept):
+                kept.absorb(of_block)
             self._sample()
             return Merged(decided, gathered.data, kept)
 
@@ -301,10 +312,17 @@ class Merger:
         prepared.vectors.close()
         return kept
 
-    def _blocks(
-        self, decided: Decided, threads: int, gathered: Gathered | None = None
-    ) -> Generator[MergedRows, None, None]:
-        """Yield the merged row blocks, in order; their bytes are in `gathered` if it is given."""
+    def _blocks(self, decided: Decided, threads: int) -> Generator[MergedRows, None, None]:
+        """Yield the merged row blocks, in order."""
+        ahead = blocks_ahead(decided.vectors.blocks(), self._merging_of(decided), threads)
+        with contextlib.closing(ahead):
+            for _, merged in ahead:
+                yield merged
+
+    def _merging_of(
+        self, decided: Decided, gathered: Gathered | None = None
+    ) -> Callable[[slice], MergedRows]:
+        """Return what merges a row block; its bytes are in `gathered` if that is given."""
         vectors, of_sum = decided.vectors, decided.update.of_sum
         dtype = torch_dtype(decided.piece)
         row_bytes = vectors.shape[1] * dtype.itemsize
@@ -331,10 +349,7 @@ class Merger:
             decided.piece.release(rows)
             return merged
 
-        ahead = blocks_ahead(vectors.blocks(), merge_and_release, threads)
-        with contextlib.closing(ahead):
-            for _, merged in ahead:
-                yield merged
+        return merge_and_release
 
     def merge_rows(
         self,

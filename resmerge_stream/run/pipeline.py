@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from ..device import usable_cores
+from ..maths.cores import Cores
 from ..pipes import Held, WorkAhead
 
 
@@ -42,6 +43,7 @@ def worked_ahead(
     work_bytes: int,
     cost: Callable[[P], int],
     workers: int,
+    cores: Cores,
     keeps: Callable[[R], int] | None = None,
     on_read: Callable[[int], None] = lambda nbytes: None,
     tick: float | None = None,
@@ -56,6 +58,7 @@ def worked_ahead(
         work_bytes: that may be in work, or done and not yet taken.
         cost: bytes that a piece takes while it is in work.
         workers: threads.
+        cores: of which each takes one while it works; idle ones help the others.
         keeps: bytes that a result holds once it is made; all that its work took when None.
         on_read: told how many bytes were read, piece by piece.
         tick: seconds after which None is yielded while the next result is not ready.
@@ -65,11 +68,15 @@ def worked_ahead(
     reader = WorkAhead(reads, read_bytes)
     reading: deque[Held[P]] = deque()  # in the order of the results
 
+    def do(piece: P) -> R:
+        with cores.taken():
+            return work(piece)
+
     def jobs() -> Iterator[tuple[int, Callable[[], R]]]:
         for held in reader:
             on_read(held.value.nbytes)
             reading.append(held)
-            yield cost(held.value), partial(work, held.value)
+            yield cost(held.value), partial(do, held.value)
 
     worker = WorkAhead(jobs(), work_bytes, workers=workers, keeps=keeps)
     try:

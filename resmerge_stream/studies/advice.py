@@ -132,6 +132,7 @@ def read_regime(plan: Plan, share: float = 1.0) -> Iterator[tuple[str, int, Regi
         work_bytes=plan.working_bytes,
         cost=lambda piece: plan.working_bytes_of(piece.tensor),
         workers=workers(merger.device),
+        cores=merger.cores,
     )
     with reading_ahead_of(plan, chosen), contextlib.closing(measured):
         for piece, pairs in filter(None, measured):

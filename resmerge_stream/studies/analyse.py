@@ -25,7 +25,7 @@ from ..maths.factors import singular_values
 from ..maths.task_vectors import TaskVectors
 from ..memory import svd_bytes
 from ..methods.parts.gates import Knobs, decide
-from ..methods.parts.heads import head_of, project_heads, residual_gram
+from ..methods.parts.heads import heads_of, project_heads, residual_gram
 from ..planning.plan import Options, Plan, PlannedTensor, RefusedPlan, plan_merge
 from ..recipe import ModelRef, Recipe
 from ..run.engine import environment
@@ -194,6 +194,7 @@ def _analysed(
         work_bytes=plan.working_bytes,
         cost=cost,
         workers=workers(merger.device),
+        cores=merger.cores,
     )
 
 
@@ -255,10 +256,7 @@ def _geometry(
     vectors: TaskVectors, D: torch.Tensor, rank: int, groups: Mapping[str, list[int]]
 ) -> dict[str, Any]:
     """Return the gates of each group of at least two experts (Eqs. 8, 14, 17)."""
-    heads = [
-        head_of(vectors, i, rank, "auto", energy) if energy > 0 else None
-        for i, energy in enumerate(D.diagonal().tolist())
-    ]
+    heads = heads_of(vectors, rank, D.diagonal().tolist())
     V, Y = project_heads(vectors, heads, D)
     _, Q, G = residual_gram(vectors, D, V, Y)
     knobs = Knobs("paper", 1.0, 0.2, 0.7, 1.0)

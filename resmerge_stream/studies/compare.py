@@ -66,7 +66,9 @@ def run_comparison(
             try:
                 found = yield from counted(plans, run.device, store)
                 for (label, sink), counts in zip(sinks.items(), found, strict=True):
-                    merger = Merger(comparison.plans[label], run.device, counts, run.sample)
+                    merger = Merger(
+                        comparison.plans[label], run.device, counts, run.sample, run.cores
+                    )
                     run.methods[label] = Method(sink, merger)
                 yield from _merge_all(run)
             except NonFiniteError:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..device import private_memory, usable_cores
+from ..maths.cores import Cores
 from ..maths.rounding import Kept
 from ..maths.task_vectors import TaskVectors
 from ..memory import WRITE_QUEUE_BYTES
@@ -53,12 +54,13 @@ class Method:
 
 @dataclass(slots=True)
 class Run:
-    """A comparison that is under way."""
+    """A comparison that is under way. Its methods share `cores`."""
 
     comparison: Comparison
     device: torch.device
     methods: dict[str, Method]
     similarity: Similarity
+    cores: Cores = field(default_factory=lambda: Cores(usable_cores()))
     started: float = field(default_factory=time.monotonic)
     bytes_read: int = 0
     peak_private: int = 0
@@ -180,6 +182,7 @@ def _decided(
         work_bytes=run.comparison.working_bytes,
         cost=lambda shared: run.comparison.working_bytes_of(shared.lead_piece.tensor.spec.name),
         workers=workers(run.device),
+        cores=run.cores,
         on_read=read,
     )
 

@@ -130,6 +130,7 @@ def _each(
         work_bytes=plan.working_bytes,
         cost=lambda piece: plan.working_bytes_of(piece.tensor),
         workers=workers(merger.device),
+        cores=merger.cores,
     )
     with reading_ahead_of(plan, tensors), contextlib.closing(chain):
         yield from filter(None, chain)

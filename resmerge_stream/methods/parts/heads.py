@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,6 +34,27 @@ def head_of(vectors: TaskVectors, i: int, rank: int, solver: str, energy: float)
         return top_singular(delta, rank, solver=solver, energy=energy, alone=vectors.alone)
 
     return vectors.once(("head", i, rank, solver), find)
+
+
+def heads_of(
+    vectors: TaskVectors, rank: int, energies: Sequence[float], solver: str = "auto"
+) -> list[Head | None]:
+    """Return the head of every Δ_i (paper Eq. 6), None where Δ_i is zero.
+
+    Args:
+        vectors: of one matrix; where all lie in memory, idle cores find heads of their own.
+        rank: k.
+        energies: ‖Δ_i‖².
+        solver: as `top_singular` takes it.
+    """
+
+    def job(i: int, energy: float) -> Callable[[], Head | None]:
+        return lambda: head_of(vectors, i, rank, solver, energy) if energy > 0 else None
+
+    jobs = [job(i, energy) for i, energy in enumerate(energies)]
+    if vectors.are_whole and solver != "dense":
+        return vectors.cores.each(jobs)
+    return [find() for find in jobs]
 
 
 def head_report(heads: Sequence[Head | None], rank: int) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def chosen_once(vectors: TaskVectors, sparse: Sparse) -> tuple[Sparse, Sparse]:
     Both are `sparse` itself where there would be more to note than a few MB, one bit an entry.
 
     Args:
-        vectors: of the tensor; the first function is called with all of its blocks, in one thread.
+        vectors: of the tensor; the first function is called with all of its blocks.
         sparse: gives Δ times zeros and ones.
     """
     import numpy as np
@@ -194,11 +194,16 @@ def l1_factors(vectors: TaskVectors, sparse: Sparse) -> list[float]:
     from ...maths.passes import length_1
 
     before, after = [0.0] * vectors.count, [0.0] * vectors.count
-    for block in vectors.blocks():
+
+    def lengths(block: slice) -> list[tuple[float, float]]:
         stack = vectors.stack(block)
-        for i, kept in enumerate(sparse(block, stack)):
-            before[i] += length_1(stack[i])
-            after[i] += length_1(kept)
+        pairs = zip(stack, sparse(block, stack), strict=True)
+        return [(length_1(delta), length_1(kept)) for delta, kept in pairs]
+
+    for of_block in vectors.cores.each_run(vectors.blocks(), lengths):
+        for i, (whole, kept) in enumerate(of_block):
+            before[i] += whole
+            after[i] += kept
     return [
         x / y if x >= _NO_NORM and y >= _NO_NORM else 1.0
         for x, y in zip(before, after, strict=True)
