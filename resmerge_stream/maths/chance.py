@@ -9,7 +9,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from .kernels import CHUNK, Patterns, Singles, exact
+from .kernels import (
+    CHUNK,
+    Bits,
+    Doubles,
+    Patterns,
+    Singles,
+    added,
+    dot,
+    exact,
+    length_1,
+    moved,
+    scaled,
+    subtracted,
+    widened,
+)
 
 # Places are dealt in chunks of 4 · LANE: word w of counter c·LANE + j is place (4·c + w)·LANE + j.
 LANE = CHUNK // 4
@@ -96,6 +110,84 @@ def dropped(
         fractions(key, start + first, numbers)
         for j in range(part.size):
             kept[j] = part[j] * np.float32(numbers[j] < density) * factor
+
+
+@exact
+def dropped_sum(
+    bits: Bits,
+    experts: tuple[Bits, ...],
+    coefficients: Singles,
+    keys: np.ndarray,
+    start: int,
+    densities: Singles,
+    factors: Singles,
+    out: Bits,
+    squares: Doubles,
+    sums: Doubles,
+) -> None:
+    """Write W0 + Σ aᵢ Δ̂ᵢ of bfloat16 values, Δ̂ᵢ what `dropped` leaves of Δᵢ = Wᵢ − W0.
+
+    `kernels.merged_sum` with a drop in between, all of it while a chunk is in the cache.
+
+    Args:
+        bits: of W0.
+        experts: of each Wᵢ; compiled for each number of them.
+        coefficients: a.
+        keys: int64, one an expert.
+        start: the first place.
+        densities, factors: as `dropped` takes them, one an expert.
+        out: bits of the result.
+        squares: ‖Δᵢ‖² are added.
+        sums: as `kernels.moved` adds them.
+    """
+    before, update = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    # Two, since loops that write where they read are not done several values at a time.
+    room, left = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    for first in range(0, bits.size, CHUNK):
+        chunk = slice(first, min(first + CHUNK, bits.size))
+        length = chunk.stop - first
+        base, total = before[:length], update[:length]
+        delta, kept = room[:length], left[:length]
+        widened(bits[chunk], base)
+        for i in range(len(experts)):
+            subtracted(experts[i][chunk], base, delta)
+            squares[i] += np.float64(dot(delta, delta))
+            dropped(delta, keys[i], start + first, densities[i], factors[i], kept)
+            if i == 0:
+                scaled(kept, coefficients[i], total)
+            else:
+                added(kept, coefficients[i], total)
+        moved(base, total, out[chunk], sums)
+
+
+@exact
+def dropped_lengths(
+    bits: Bits,
+    experts: tuple[Bits, ...],
+    keys: np.ndarray,
+    start: int,
+    densities: Singles,
+    factors: Singles,
+    lengths: Doubles,
+) -> None:
+    """Add ‖Δᵢ‖₁ and ‖Δ̂ᵢ‖₁, as `dropped_sum` drops entries.
+
+    Args:
+        bits, experts, keys, start, densities, factors: as `dropped_sum` takes them.
+        lengths: float64, (N, 2).
+    """
+    before = np.empty(CHUNK, np.float32)
+    room, left = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    for first in range(0, bits.size, CHUNK):
+        chunk = slice(first, min(first + CHUNK, bits.size))
+        length = chunk.stop - first
+        base, delta, kept = before[:length], room[:length], left[:length]
+        widened(bits[chunk], base)
+        for i in range(len(experts)):
+            subtracted(experts[i][chunk], base, delta)
+            lengths[i, 0] += length_1(delta)
+            dropped(delta, keys[i], start + first, densities[i], factors[i], kept)
+            lengths[i, 1] += length_1(kept)
 
 
 @exact

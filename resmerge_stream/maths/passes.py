@@ -6,6 +6,7 @@ resolution.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
@@ -17,6 +18,38 @@ from torch import Tensor
 CHUNK = 4096
 # Entries whose keys stay in the cache while they are sorted.
 _SORTED_ENTRIES = 1 << 15
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Which entries of each Δᵢ stay, by chance: those whose random number is below a density.
+
+    Attributes:
+        keys: of the random numbers, one an expert.
+        first: place of the matrix's first entry; see `chance`.
+        densities: p, one an expert; 1 and more keep everything.
+        factors: of what is kept, one an expert.
+    """
+
+    keys: tuple[int, ...]
+    first: int
+    densities: tuple[float, ...]
+    factors: tuple[float, ...]
+
+    def of_block(self, rows: slice, stack: Sequence[Tensor] | Tensor) -> list[Tensor]:
+        """Return every Δ̂ᵢ of some rows from the Δᵢ there, (b, n) each."""
+        place = self.first + rows.start * stack[0].shape[1]
+        return [
+            delta if density >= 1 else dropped(delta, key, place, density, factor)
+            for delta, key, density, factor in zip(
+                stack, self.keys, self.densities, self.factors, strict=True
+            )
+        ]
+
+    def arguments(self, start: int) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
+        """Return keys, place, densities and factors as the compiled loops take them."""
+        singles = np.array([self.densities, self.factors], np.float32)
+        return np.array(self.keys, np.int64), self.first + start, singles[0], singles[1]
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -166,6 +199,7 @@ def merged_sum(
     coefficients: Sequence[float],
     own: float,
     out: Tensor,
+    drop: tuple[Drop, int] | None = None,
 ) -> tuple[list[float], list[float]] | None:
     """Write W0 + Σ aᵢ (Wᵢ − W0) + e·W0, rounded to nearest: `summed` and `moved` in one pass.
 
@@ -173,8 +207,9 @@ def merged_sum(
         base: W0 as stored.
         values: W as stored, same shape.
         coefficients: a.
-        own: e.
+        own: e; 0 where entries are dropped.
         out: the weights, same shape.
+        drop: which entries of Wᵢ − W0 count, and where in the matrix the first of them stands.
 
     Returns:
         Every ‖Wᵢ − W0‖², and the sums of `moved`. None where there is no compiled loop for it.
@@ -187,8 +222,42 @@ def merged_sum(
     squares, sums = np.zeros(len(values)), np.zeros(4)
     experts = tuple(map(_flat, values))
     factors = np.array(coefficients, np.float32)
-    kernels.merged_sum(_flat(base), experts, factors, np.float32(own), _flat(out), squares, sums)
+    W0, merged = _flat(base), _flat(out)
+    if drop is None:
+        kernels.merged_sum(W0, experts, factors, np.float32(own), merged, squares, sums)
+    else:
+        from . import chance
+
+        how, start = drop
+        chance.dropped_sum(W0, experts, factors, *how.arguments(start), merged, squares, sums)
     return squares.tolist(), sums.tolist()
+
+
+def dropped_lengths(
+    base: Tensor, values: Sequence[Tensor], drop: Drop, start: int
+) -> list[list[float]] | None:
+    """Return ‖Wᵢ − W0‖₁ before and after entries are dropped, of each expert.
+
+    Args:
+        base: W0 as stored.
+        values: W as stored, same shape.
+        drop: which entries count.
+        start: where in the matrix the first of these stands.
+
+    Returns:
+        None where there is no compiled loop for it.
+    """
+    if not values or any(stored.dtype != torch.bfloat16 for stored in (base, *values)):
+        return None
+    if not is_plain(base, *values):
+        return None
+    from . import chance
+
+    lengths = np.zeros((len(values), 2))
+    experts = tuple(map(_flat, values))
+    chance.dropped_lengths(_flat(base), experts, *drop.arguments(start), lengths)
+    found: list[list[float]] = lengths.tolist()
+    return found
 
 
 def moved(base: Tensor, update: Tensor, out: Tensor) -> list[float] | None:

@@ -20,7 +20,19 @@ from ..memory import BLOCK_ELEMENTS, DEVICE_BLOCKS
 from .changes import Change, Factored, Stored, Unchanged
 from .cores import Cores
 from .low_rank import Factors, FactorSpace, LowRank
-from .passes import combined, differences, gram, inner, merged_sum, products, summed, widened
+from .passes import (
+    Drop,
+    combined,
+    differences,
+    dropped_lengths,
+    gram,
+    inner,
+    length_1,
+    merged_sum,
+    products,
+    summed,
+    widened,
+)
 
 T = TypeVar("T")
 
@@ -270,15 +282,21 @@ class TaskVectors:
         return combined(stack, coefficients), base
 
     def write_sum(
-        self, rows: slice, coefficients: Sequence[float], own: float, out: Tensor
+        self,
+        rows: slice,
+        coefficients: Sequence[float],
+        own: float,
+        out: Tensor,
+        drop: Drop | None = None,
     ) -> list[float] | None:
         """Write W0 + Σ aᵢ Δᵢ + e·W0 of some rows; return what rounding kept. Releases nothing.
 
         Args:
             rows: a block.
             coefficients: a.
-            own: e.
+            own: e; 0 where entries are dropped.
             out: the weights, shape (b, n).
+            drop: which entries of the Δᵢ count; all when None.
 
         Returns:
             As `passes.moved`; None where it cannot be done in one pass, or all Δᵢ are zero.
@@ -287,12 +305,32 @@ class TaskVectors:
             NonFiniteValues: as `stack`.
         """
         stored = self._all_stored(rows)
-        found = merged_sum(self._base[rows], stored, coefficients, own, out) if stored else None
+        if not stored:
+            return None
+        chosen = None if drop is None else (drop, rows.start * self.shape[1])
+        found = merged_sum(self._base[rows], stored, coefficients, own, out, chosen)
         if found is None:
             return None
         squares, sums = found
         self._note(rows, squares)
         return sums if any(squares) else None
+
+    def dropped_lengths(self, rows: slice, drop: Drop) -> list[list[float]]:
+        """Return ‖Δᵢ‖₁ and ‖Δ̂ᵢ‖₁ of some rows, of each expert.
+
+        Raises:
+            NonFiniteValues: as `stack`.
+        """
+        start = rows.start * self.shape[1]
+        lengths = dropped_lengths(self._base[rows], self._all_stored(rows), drop, start)
+        if lengths is None:
+            stack = self.stack(rows)
+            kept = drop.of_block(rows, stack)
+            return [[length_1(x), length_1(y)] for x, y in zip(stack, kept, strict=True)]
+        if not all(math.isfinite(before) for before, _ in lengths):
+            raise NonFiniteValues(self._culprit(rows))
+        self._release(rows)
+        return lengths
 
     def _all_stored(self, rows: slice) -> list[Tensor]:
         """Return the rows of all experts as stored, or none where some are not given so."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..maths.low_rank import LowRank
+    from ..maths.passes import Drop
     from ..maths.task_vectors import TaskVectors
 
 
@@ -89,11 +90,13 @@ class OfSum:
         added: ``added(block, total)`` returns ΔW of a row block from the sum there, float32,
             shape (b, n), which it may modify; None where the sum is ΔW.
         own: e, the share of W0 itself, where the merge is of whole weights.
+        drop: which entries of the Δᵢ count; all when None.
     """
 
     coefficients: tuple[float, ...]
     added: Callable[[slice, Tensor], Tensor] | None = None
     own: float = 0.0
+    drop: Drop | None = None
 
     def finish(self, block: slice, total: Tensor) -> Tensor:
         """Return ΔW of a row block from the sum there, which may be modified."""
@@ -103,7 +106,8 @@ class OfSum:
         """Return ΔW of a row block from the experts' Δ there, where e is 0."""
         from ..maths.passes import combined
 
-        return self.finish(block, combined(stack, self.coefficients))
+        deltas = stack if self.drop is None else self.drop.of_block(block, stack)
+        return self.finish(block, combined(deltas, self.coefficients))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from .parts.sparsified import Sparse
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..maths.passes import Drop
     from ..maths.task_vectors import TaskVectors
 
 
@@ -43,6 +44,10 @@ class DareTies(Dropped):
     def is_local(self) -> bool:
         """Return whether nothing is ranked."""
         return self.trim == "none"
+
+    def drop(self, vectors: TaskVectors, site: Site) -> Drop | None:
+        """Return which entries stay, where chance alone decides."""
+        return self._drop(vectors, site) if self.trim == "none" else None
 
     def sparse(self, vectors: TaskVectors, site: Site) -> tuple[Sparse, Mapping[str, Any]]:
         """Return the dropped task vectors, trimmed where asked."""

@@ -337,7 +337,7 @@ class Merger:
         def merge(rows: slice) -> MergedRows:
             out = place(rows)
             if of_sum is not None and of_sum.added is None and self._is_nearest:
-                sums = vectors.write_sum(rows, of_sum.coefficients, of_sum.own, out)
+                sums = vectors.write_sum(rows, of_sum.coefficients, of_sum.own, out, of_sum.drop)
                 if sums is not None:
                     kept = Kept()
                     kept.add_sums(sums, out.numel())
@@ -468,7 +468,7 @@ def _delta_and_base(decided: Decided, rows: slice) -> tuple[Tensor, Tensor]:
     if not update.needs_stack:
         # From factors: no Δ is formed.
         return update.rows(rows, torch.empty(0)), vectors.base(rows)
-    if update.of_sum is not None:
+    if update.of_sum is not None and update.of_sum.drop is None:
         total, base = vectors.summed(rows, update.of_sum.coefficients)
         if update.of_sum.own:
             total.add_(base * update.of_sum.own)

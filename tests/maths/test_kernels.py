@@ -187,6 +187,28 @@ def test_one_pass_writes_what_several_write(size, own):
     assert found == (squares, sums)
 
 
+@pytest.mark.parametrize("start", [0, 3, 5000])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_pass_that_drops_writes_what_several_write(size, start):
+    """Entries dropped on the way: the bits of a drop, a sum and a cast; both L1 norms."""
+    base = drawn(15, size, spread=3).bfloat16()
+    stored = [drawn(seed, size, spread=3).bfloat16() for seed in (16, 17)]
+    drop = passes.Drop((11, 12), 7, (0.3, 1.0), (1 / 0.3, 1.0))
+    deltas = [values.float() - base.float() for values in stored]
+    kept = [passes.dropped(deltas[0], 11, 7 + start, 0.3, 1 / 0.3), deltas[1]]
+    expected, out = torch.empty(size, dtype=torch.bfloat16), torch.empty(size, dtype=torch.bfloat16)
+    sums = passes.moved(base.float(), passes.combined(kept, [0.5, 0.75]), expected)
+
+    squares, found = passes.merged_sum(base, stored, [0.5, 0.75], 0.0, out, (drop, start))
+    lengths = passes.dropped_lengths(base, stored, drop, start)
+
+    assert same(out, expected)
+    assert found == sums
+    assert squares == [passes.inner(delta, delta) for delta in deltas]
+    norms = [[passes.length_1(x), passes.length_1(y)] for x, y in zip(deltas, kept, strict=True)]
+    torch.testing.assert_close(lengths, norms, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_differences_come_with_their_products(size):
     """`differences` gives the bits of `subtract`, and the products of `gram` or squares alone."""

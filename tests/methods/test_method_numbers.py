@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from resmerge_stream.errors import RecipeError
 from resmerge_stream.maths.task_vectors import TaskVectors, Workspace
 from resmerge_stream.methods import Site, build_method
-from resmerge_stream.methods.parts.dare import dropper
+from resmerge_stream.methods.parts.dare import drop_of
 from resmerge_stream.methods.parts.trimming import ModelThresholds, tensor_thresholds
 from resmerge_stream.recipe import parse_method
 from resmerge_stream.specs import TensorSpec
@@ -136,12 +136,12 @@ def test_dare_draws_the_same_wherever_a_tensor_is_cut(start, length):
     """A row's draw depends on the tensor's name, the expert and the row; not on the piece."""
     spec = TensorSpec(MATRIX, "F32", (1000, 300))
     rule = build_method("dare_linear", {}).rule_for(spec, 1)
-    (whole,) = dropper(Site(rule, (1.0,), 5), [0.2], inverse=False)(
-        slice(0, 1000), torch.ones(1, 1000, 300)
-    )
+    of_all = drop_of(Site(rule, (1.0,), 5), 300, [0.2], inverse=False)
+    (whole,) = of_all.of_block(slice(0, 1000), torch.ones(1, 1000, 300))
     site = Site(rule, (1.0,), 5, start_row=start)
 
-    (piece,) = dropper(site, [0.2], inverse=False)(slice(0, length), torch.ones(1, length, 300))
+    of_piece = drop_of(site, 300, [0.2], inverse=False)
+    (piece,) = of_piece.of_block(slice(0, length), torch.ones(1, length, 300))
 
     assert torch.equal(piece, whole[start : start + length])
     assert 0.19 < float(whole.mean()) < 0.21

@@ -6,7 +6,7 @@ by p. Public code: yule-BUAA/MergeLM (divides by p), mergekit (matches the L1 no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..base import Site
@@ -14,31 +14,26 @@ from ..base import Site
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ...maths.passes import Drop
 
-def dropper(
-    site: Site, densities: Sequence[float], *, inverse: bool
-) -> Callable[[slice, Tensor], list[Tensor]]:
-    """Return a function of a row block that gives the dropped Δᵢ.
+
+def drop_of(site: Site, columns: int, densities: Sequence[float], *, inverse: bool) -> Drop:
+    """Return which entries of a matrix stay.
 
     Args:
         site: gives the seed.
+        columns: n.
         densities: pᵢ, the probability of keeping an entry, one an expert.
         inverse: divide what is kept by pᵢ.
     """
+    from ...maths.passes import Drop
 
-    def dropped(block: slice, stack: Tensor) -> list[Tensor]:
-        from ...maths import passes
-
-        kept = []
-        for i, (delta, density) in enumerate(zip(stack, densities, strict=True)):
-            if density < 1:
-                factor = 1 / density if inverse and density > 0 else 1.0
-                place = place_of(site, block, delta)
-                delta = passes.dropped(delta, key_of(site, i), place, density, factor)
-            kept.append(delta)
-        return kept
-
-    return dropped
+    return Drop(
+        keys=tuple(key_of(site, i) for i in range(len(densities))),
+        first=site.start_row * columns,
+        densities=tuple(densities),
+        factors=tuple(1 / p if inverse and 0 < p < 1 else 1.0 for p in densities),
+    )
 
 
 def key_of(site: Site, expert: int) -> int:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..base import Site, of_each
-from .dare import dropper
+from .dare import drop_of
 from .sparsified import Sparse, Thinned, rescale_param
 
 if TYPE_CHECKING:
+    from ...maths.passes import Drop
     from ...maths.task_vectors import TaskVectors
 
 RESCALES = ("l1", "inverse", "none")
@@ -27,7 +28,14 @@ class Dropped(Thinned):
 
     rescale: str = rescale_param("l1", RESCALE_LABEL, *RESCALES)
 
+    def drop(self, vectors: TaskVectors, site: Site) -> Drop | None:
+        """Return which entries stay."""
+        return self._drop(vectors, site)
+
     def sparse(self, vectors: TaskVectors, site: Site) -> tuple[Sparse, Mapping[str, Any]]:
         """Return the dropped task vectors."""
+        return self._drop(vectors, site).of_block, {}
+
+    def _drop(self, vectors: TaskVectors, site: Site) -> Drop:
         densities = of_each(self.density, vectors.count)
-        return dropper(site, densities, inverse=self.rescale == "inverse"), {}
+        return drop_of(site, vectors.shape[1], densities, inverse=self.rescale == "inverse")

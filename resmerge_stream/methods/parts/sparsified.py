@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...specs import TensorSpec
-from ..base import Alias, MergeMethod, Rule, Site, Update, default_role, of_each, param
+from ..base import Alias, MergeMethod, OfSum, Rule, Site, Update, default_role, of_each, param
 from .election import disjoint_merge
 from .elementwise import linear
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ...maths.passes import Drop
     from ...maths.task_vectors import TaskVectors
 
 # What is true and false in mergekit.
@@ -84,6 +85,10 @@ class Sparsified(MergeMethod):
         """Return a function of a row block that gives the Δ̂ᵢ, and what the report keeps."""
         return (lambda block, stack: stack), {}
 
+    def drop(self, vectors: TaskVectors, site: Site) -> Drop | None:
+        """Return the same where entries are dropped by chance alone, else None."""
+        return None
+
     def is_local(self) -> bool:
         """Return whether an entry is kept or dropped without looking at other rows."""
         return True
@@ -98,11 +103,13 @@ class Sparsified(MergeMethod):
         gates: Mapping[str, Any] = {}
         weights, factors = list(site.weights), [1.0] * vectors.count
         sparse: Sparse | None = None
+        drop: Drop | None = None
         if not self.dense():
             sparse, gates = self.sparse(vectors, site)
+            drop = self.drop(vectors, site)
             if self.rescale_to_norm():
                 choose, sparse = chosen_once(vectors, sparse) if self.masks else (sparse, sparse)
-                factors = l1_factors(vectors, choose)
+                factors = l1_factors(vectors, choose, drop)
 
         total = sum(weights)
         divisor = total if self.normalize and abs(total) >= _NO_WEIGHT else 1.0
@@ -113,14 +120,19 @@ class Sparsified(MergeMethod):
         if self.elects and sparse is not None and self.rescale_to_norm():
             sparse = _times(sparse, factors)
 
+        # w·(f·Δ̂) = (w·f)·Δ̂, but the division is by the w alone.
+        enlarged = [a * f for a, f in zip(coefficients, factors, strict=True)]
+        if drop is not None and not self.elects:
+            dropped = OfSum(tuple(enlarged), drop=drop)
+            return Update(dropped.rows, site.rule.name, gates, of_sum=dropped)
+
         def rows(block: slice, stack: Tensor) -> Tensor:
             deltas = stack if sparse is None else sparse(block, stack)
             if self.elects:
                 return disjoint_merge(deltas, weights, normalize=self.normalize, scale=self.lambda_)
             from ...maths.passes import combined
 
-            # w·(f·Δ̂) = (w·f)·Δ̂, but the division is by the w alone.
-            return combined(deltas, [a * f for a, f in zip(coefficients, factors, strict=True)])
+            return combined(deltas, enlarged)
 
         return Update(rows, site.rule.name, gates)
 
@@ -189,16 +201,24 @@ def chosen_once(vectors: TaskVectors, sparse: Sparse) -> tuple[Sparse, Sparse]:
     return note, repeat
 
 
-def l1_factors(vectors: TaskVectors, sparse: Sparse) -> list[float]:
-    """Return ‖Δᵢ‖₁ / ‖Δ̂ᵢ‖₁ over the whole tensor, 1 where either is nearly nothing."""
+def l1_factors(vectors: TaskVectors, sparse: Sparse, drop: Drop | None = None) -> list[float]:
+    """Return ‖Δᵢ‖₁ / ‖Δ̂ᵢ‖₁ over the whole tensor, 1 where either is nearly nothing.
+
+    Args:
+        vectors: of the tensor.
+        sparse: gives the Δ̂ᵢ of a row block.
+        drop: the same where chance alone decides.
+    """
     from ...maths.passes import length_1
 
     before, after = [0.0] * vectors.count, [0.0] * vectors.count
 
-    def lengths(block: slice) -> list[tuple[float, float]]:
+    def lengths(block: slice) -> list[list[float]]:
+        if drop is not None:
+            return vectors.dropped_lengths(block, drop)
         stack = vectors.stack(block)
         pairs = zip(stack, sparse(block, stack), strict=True)
-        return [(length_1(delta), length_1(kept)) for delta, kept in pairs]
+        return [[length_1(delta), length_1(kept)] for delta, kept in pairs]
 
     for of_block in vectors.cores.each_run(vectors.blocks(), lengths):
         for i, (whole, kept) in enumerate(of_block):
