@@ -56,14 +56,33 @@ _BUSY = 0.8
 
 @dataclass(slots=True)
 class Job:
-    """One piece: bytes to read and to write, memory and seconds to merge it."""
+    """One piece: bytes to read and to write, memory, and one core's seconds to merge it.
+
+    Attributes:
+        heads: seconds of each expert's head; found side by side where they all lie in memory.
+        blocks: seconds of everything else, which is shared out by row blocks.
+    """
 
     shard: Shard
     read: int
     written: float
     memory: int
-    seconds: float
+    heads: tuple[float, ...]
+    blocks: float
+    is_resident: bool
     is_last: bool
+
+    @property
+    def seconds(self) -> float:
+        """Of one core alone."""
+        return self.blocks + sum(self.heads)
+
+    def seconds_with(self, cores: int) -> float:
+        """Return the seconds that it takes with so many cores."""
+        if not self.heads:
+            return self.blocks  # merged by rows, by one core
+        turns = -(-len(self.heads) // cores) if self.is_resident else len(self.heads)
+        return self.blocks / cores + max(self.heads) * turns
 
 
 @dataclass(slots=True)
@@ -113,7 +132,8 @@ class Process:
         self.on_disk = self.peak_disk = 0.0
         self.to_send: deque[Shard] = deque()
         self.sending: Shard | None = None
-        self.busy = dict.fromkeys(("arithmetic", "cores"), 0.0)
+        self.busy = dict.fromkeys(("arithmetic",), 0.0)
+        self.cpu = 0.0
 
     def _order(self) -> Iterator[Job | None]:
         for shard in self.work.ahead():
@@ -164,7 +184,10 @@ class Process:
             self.ready.popleft()
             self.working += job.memory
             self.busy_cores += 1
-            self.sim.at(job.seconds, self.number, ("merged", self.started, job))
+            # Cores that have nothing to do when it begins help.
+            helped = job.seconds_with(self.cores - self.busy_cores + 1)
+            self.sim.at(helped, self.number, ("merged", self.started, job))
+            self.cpu += job.seconds
             self.started += 1
 
     def merged(self, number: int, job: Job) -> None:
@@ -199,7 +222,6 @@ class Process:
     def count(self, seconds: float) -> None:
         """Note what was under way in the time that passed."""
         self.busy["arithmetic"] += seconds * (self.busy_cores > 0)
-        self.busy["cores"] += seconds * self.busy_cores / self.cores
 
 
 class Simulation:
@@ -231,11 +253,19 @@ class Simulation:
                 stored = sum(source.read_cost(spec.name, start, stop) for source in sources)
                 read = 0 if part else stored
                 elements = stored / 2 / len(sources) / (1 if part is None else tensor.parts)
-                seconds = elements * len(sources) * _REST
+                heads: tuple[float, ...] = ()
                 if tensor.rule is not None and tensor.rule.needs_matrix:
-                    seconds += elements * (len(sources) - 1) * self.svd
-                last = is_last and spec is shard.tensors[-1]
-                yield Job(shard, read, 2 * elements, plan.working_bytes_of(tensor), seconds, last)
+                    heads = (elements * self.svd,) * (len(sources) - 1)
+                yield Job(
+                    shard,
+                    read,
+                    2 * elements,
+                    plan.working_bytes_of(tensor),
+                    heads,
+                    elements * len(sources) * _REST,
+                    tensor.resident,
+                    is_last and spec is shard.tensors[-1],
+                )
 
     def at(self, seconds: float, who: int, what: tuple) -> None:
         """Have something happen later."""
@@ -293,6 +323,7 @@ def one(processes: int, kind: str, spectrum: str) -> dict:
     sim = Simulation(plan, processes, machine, svd=SVD[spectrum], own=own)
     sim.run()
     busy = {key: sum(p.busy[key] for p in sim.all) / processes / sim.now for key in sim.all[0].busy}
+    busy["cores"] = sum(p.cpu / p.cores for p in sim.all) / processes / sim.now
     busy["download"] = sum(p.down.busy for p in sim.all) / processes / sim.now
     busy["upload"] = sum(p.up.busy for p in sim.all) / processes / sim.now
     here = 1 if own else processes

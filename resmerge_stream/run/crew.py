@@ -235,8 +235,9 @@ def _ended_in_words(group: Group) -> Iterator[None]:
     def stop(signum: int, frame: FrameType | None) -> None:
         if group.is_over:
             return  # a process that failed is ended with all others; why is being said already
-        group.is_over = True
-        raise StoppedError("the launcher ended this run: a process died, or it was told to.")
+        group.is_over = group.is_ended = True
+        # Raised again later: an error in the middle of a finalizer is only printed.
+        group.check()
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

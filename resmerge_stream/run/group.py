@@ -52,6 +52,7 @@ class Group:
 
     Attributes:
         is_over: whether this or another process failed, so that the run ends.
+        is_ended: whether the launcher ended this process; `check` says so as often as it is asked.
 
     Every wait ends with an error when another process fails or is gone.
     """
@@ -65,7 +66,7 @@ class Group:
         self._silent_s = silent_s
         self._heard: dict[int, tuple[bytes, float]] = {}
         self._looked = time.monotonic()
-        self.is_over = False
+        self.is_over = self.is_ended = False
         self._sent = 0
         self._received = dict.fromkeys(range(1, size), 0)
         self._closed = threading.Event()
@@ -166,7 +167,10 @@ class Group:
         Raises:
             ResMergeError: what another process failed with, in the main process.
             OthersStoppedError: the same in every other process.
+            StoppedError: the launcher ended this process.
         """
+        if self.is_ended:
+            raise StoppedError("the launcher ended this run: a process died, or it was told to.")
         found = self.look("failure")
         if found is not None and found["rank"] != self.rank:
             self._raise(found)

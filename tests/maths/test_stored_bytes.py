@@ -72,3 +72,15 @@ def test_threads_never_share_memory() -> None:
         list(threads.map(work, range(8)))
 
     assert not wrong
+
+
+def test_what_is_lent_is_counted_and_what_is_large_is_not_kept() -> None:
+    """Bytes count until nobody refers to them; more than may wait goes back at once."""
+    memory = Recycled(kept_bytes=250)
+    small, large = memory.take(200), memory.take(300)
+    assert memory.lent_bytes == 500
+
+    del small, large
+
+    assert memory.lent_bytes == 0
+    assert [lent.nbytes for lent in memory._free] == [200]

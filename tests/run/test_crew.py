@@ -205,6 +205,18 @@ def test_a_process_that_falls_silent_stops_the_run():
     main.close()
 
 
+def test_an_end_by_the_launcher_is_not_forgotten():
+    """SIGTERM that came in the middle of a finalizer, where errors are lost, still ends the run."""
+    main = Group(HashStore, 0, 2).open()
+    main.is_over = main.is_ended = True
+
+    for _ in range(2):
+        with pytest.raises(StoppedError, match="the launcher ended this run"):
+            main.check()
+
+    main.close()
+
+
 def test_the_others_end_when_the_main_process_fails():
     """A process that waits for the main one is not left waiting, and says nothing itself."""
     store = HashStore()

@@ -30,11 +30,11 @@ SHORT = "the device's memory was short: merged"
 def with_lanes(monkeypatch):
     """Give a merge on the CPU the ways that a device has; this CPU stands for all of them."""
 
-    def lanes(device, limit):
+    def lanes(device, limit, cores):
         from resmerge_stream.maths.lanes import Lane
         from resmerge_stream.maths.task_vectors import Workspace
 
-        return with_retreat(Lane(Workspace(device, limit)), limit)
+        return with_retreat(Lane(Workspace(device, limit, cores)), limit)
 
     monkeypatch.setattr("resmerge_stream.run.merging.lanes_of", lanes)
 

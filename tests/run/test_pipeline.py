@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from resmerge_stream.maths.cores import Cores
 from resmerge_stream.run.pipeline import blocks_ahead, worked_ahead
 
 
@@ -22,7 +23,7 @@ def chain(pieces, work, **settings):
     """Return the chain over some pieces, with room for all unless said otherwise."""
     limits = {"read_bytes": 10**6, "work_bytes": 10**6, "workers": 3, **settings}
     reads = ((piece.nbytes, lambda piece=piece: piece) for piece in pieces)
-    return worked_ahead(reads, work, cost=lambda piece: piece.nbytes, **limits)
+    return worked_ahead(reads, work, cost=lambda piece: piece.nbytes, cores=Cores(0), **limits)
 
 
 @pytest.mark.parametrize("workers", [1, 4])
