@@ -55,7 +55,8 @@ def test_rows_are_looked_at_no_oftener_than_needed(
         read[checkpoint.id, name] += (stop or SHAPE[0]) - start
         return own(checkpoint, name, start, stop)
 
-    for look in ("stack", "block", "summed", "write_sum", "_sum", "_products"):
+    looks = ("stack", "block", "summed", "write_sum", "dropped_lengths", "_sum", "_products")
+    for look in looks:
         monkeypatch.setattr(TaskVectors, look, counting(getattr(TaskVectors, look)))
     monkeypatch.setattr(LocalCheckpoint, "read", reading)
 
