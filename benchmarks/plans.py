@@ -159,8 +159,8 @@ def _seven(folder: Path) -> None:
         ModelRef(str(folder / "base")),
         tuple(ModelRef(str(folder / f"expert{i}")) for i in range(3)),
     )
-    print("| method | read | written | files | private memory | at least |")
-    print("|---|---:|---:|---:|---:|---:|")
+    print("| method | read | written | files | private memory | at least | arithmetic |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
     for method in ("mean", "ties", "resmerge", "head_regression", "tsv_m", "swudi"):
         plan = plan_merge(Recipe(*models, method), Options(memory_budget=64 * 10**9))
         tight = plan_merge(Recipe(*models, method), Options(memory_budget=1))
@@ -168,7 +168,8 @@ def _seven(folder: Path) -> None:
         peak = "-" if ample.problems else f"{ample.peak_memory_bytes / 1e6:,.0f} MB"
         print(
             f"| `{method}` | {plan.read_bytes / 1e9:.1f} GB | {plan.write_bytes / 1e9:.1f} GB "
-            f"| {len(plan.shards)} | {peak} | {tight.problems[0].arguments['needed']} |"
+            f"| {len(plan.shards)} | {peak} | {tight.problems[0].arguments['needed']} "
+            f"| {plan.compute_seconds:,.0f} s |"
         )
         for one in (plan, tight, ample):
             one.close()

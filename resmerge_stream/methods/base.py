@@ -340,6 +340,13 @@ class MergeMethod(ABC):
         """
         raise ValueError(f"{self.name} has no counting pass {number}")
 
+    def directions(self, m: int, n: int) -> int:
+        """Return how many leading directions of each expert's m × n matrix have to be found.
+
+        The estimate of time goes by it: all of them where a method doesn't say otherwise.
+        """
+        return min(m, n)
+
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
         """Return bytes needed for one m × n matrix beside the float32 task vectors."""
         return 0

@@ -78,6 +78,10 @@ class HeadRegression(SpectralMethod):
         total = with_product(Combination(exact.coefficients, E.float(), right.T.float()))
         return Update(total.rows, "head_regression", gates, warnings, exact, of_sum=total)
 
+    def directions(self, m: int, n: int) -> int:
+        """Return how many directions a head has, or all where LAPACK finds it."""
+        return min(m, n) if self.solver == "dense" else min(self.rank, m, n)
+
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
         """Return bytes of the solver, of Δ_j·V for all heads, and of P, E and their products."""
         from ..memory import solver_bytes

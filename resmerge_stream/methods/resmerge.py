@@ -97,6 +97,10 @@ class ResMerge(MergeMethod):
             return linear([1.0], "resmerge", (warning,))
         return self._merge_matrix(vectors, site)
 
+    def directions(self, m: int, n: int) -> int:
+        """Return how many directions a head has, or all where LAPACK finds it."""
+        return min(m, n) if self.solver == "dense" else min(self.rank, m, n)
+
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
         """Return bytes of the Krylov basis, or of a dense SVD where the shape calls for one."""
         from ..memory import solver_bytes

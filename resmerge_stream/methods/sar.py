@@ -64,6 +64,10 @@ class Sar(SpectralMethod):
         update = product((self.scale * left).float(), right.float(), "sar", gates)
         return Update(update.rows, "sar", gates, warnings)
 
+    def directions(self, m: int, n: int) -> int:
+        """Return how many directions a head has, or all where the base is decomposed whole."""
+        return min(m, n) if self.variant == "release" else self._rank((m, n))
+
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
         """Return bytes of the base, of its SVD and the heads', and of their products."""
         from ..memory import solver_bytes, svd_bytes

@@ -6,10 +6,14 @@ from ..sources.adapter import rank_of
 from .planned import Plan, PlannedTensor
 
 # Seconds on two cores, measured (docs/performance.md): an element and model read; an element and
-# whole expert decomposed; an element and rank of B·A; of factors, a row or column and rank squared.
+# whole expert whose leading direction is found; beside it, and for each row of the shorter side,
+# every further direction, or all of them; an element and rank of B·A; of factors, a row or column
+# and rank squared.
 _SECONDS_START = 3.0
 _SECONDS_ROWS = 0.6e-9
 _SECONDS_MATRIX = 4.0e-9
+_SECONDS_DIRECTION = 9.0e-13
+_SECONDS_SVD = 1.5e-10
 _SECONDS_PRODUCT = 4.0e-11
 _SECONDS_FACTORS = 3.0e-10
 # Bytes a second from and to the Hub: a modest line; the two go on at the same time.
@@ -55,7 +59,10 @@ def _seconds(plan: Plan, tensor: PlannedTensor, passes: int) -> float:
     if tensor.reads_layout:
         seconds += size * rank * _SECONDS_PRODUCT * passes
     if tensor.rule.needs_matrix:
-        seconds += size * decomposed * _SECONDS_MATRIX
+        short = min(tensor.matrix)
+        further = (tensor.method.directions(*tensor.matrix) - 1) * _SECONDS_DIRECTION
+        each = _SECONDS_MATRIX + short * min(further, _SECONDS_SVD)
+        seconds += size * decomposed * each
     if tensor.factors is not None and tensor.reads_layout:
         seconds += size * _SECONDS_MATRIX  # the update whole, and its leading directions
     if not decomposed:

@@ -9,6 +9,7 @@ from resmerge_stream.hub.flavors import FLAVORS, Flavor, flavor_from_text
 from resmerge_stream.planning.machines import Estimate, estimates, largest, shortage, timeout_for
 from resmerge_stream.planning.plan import Options, Plan, plan_merge
 from resmerge_stream.recipe import ModelRef, Recipe
+from tests.support.checkpoints import plan_group
 
 
 def plan_of(group, **options) -> Plan:
@@ -34,6 +35,15 @@ def test_the_cheapest_that_fits_comes_first(group):
     assert [item.flavor.name for item in found] == ["cheap", "slow", "small"]
     assert [item.fits for item in found] == [True, True, False]
     assert isinstance(found[0], Estimate)
+
+
+def test_more_directions_take_longer(group):
+    """One direction, four, all: what a method has to find decides about its time."""
+    methods = [("mean", {}), ("resmerge", {}), ("head_regression", {"rank": 4}), ("tsv_m", {})]
+
+    seconds = [plan_group(group, method=m, parameters=p).compute_seconds for m, p in methods]
+
+    assert seconds == sorted(set(seconds))
 
 
 def test_more_cores_shorten_only_the_arithmetic(group):
