@@ -38,8 +38,10 @@ def finish(bench: Bench, repo_id: str, *arguments: str) -> list[Run]:
 
 
 def _can_be_continued(run: Run) -> bool:
-    """Whether it stopped, or was told before it began that the token is none (`revoked`)."""
-    return run.code == 3 or (run.code == 2 and "does not accept the token" in run.err)
+    """Whether it stopped, or was told before it began that the token is none (`revoked`), or that
+    it does not suffice (`forbidden`)."""
+    refusals = ("does not accept the token", "you may not write to")
+    return run.code == 3 or (run.code == 2 and any(text in run.err for text in refusals))
 
 
 def start_killed(
