@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from .job_runner import JobRecord
+from .job_runner import JobRecord, free_port
 from .repo import now
 from .web import REPO, Call, HubError, Route, route
 
 _LOG_POLL_SECONDS = 0.02
+_NETWORK_NAME = re.compile("[a-z0-9-]{1,46}")
 
 
 async def _record(call: Call) -> dict[str, Any]:
@@ -37,6 +39,10 @@ async def start(call: Call) -> Response:
     payload = await _record(call)
     if payload.get("flavor") not in {machine["name"] for machine in call.hub.settings.hardware}:
         raise HubError(400, f"Invalid flavor: {payload.get('flavor')}")
+    network = payload.get("network") or {}
+    for name in (network.get("group", "a"), *network.get("aliases", ())):
+        if not _NETWORK_NAME.fullmatch(name):
+            raise HubError(400, f"Invalid network name: {name}")
     answer = {
         **payload,
         "id": uuid.uuid4().hex[:24],
@@ -45,7 +51,11 @@ async def start(call: Call) -> Response:
         "status": {"stage": "RUNNING", "message": None},
         "secrets": dict.fromkeys(payload.get("secrets", {})),  # names only, as on the real Hub
     }
-    job = call.hub.recorded.jobs[answer["id"]] = JobRecord(answer)
+    job = JobRecord(answer)
+    if job.group:
+        others = [one for one in call.hub.recorded.jobs.values() if one.group == job.group]
+        job.port = others[0].port if others else free_port()
+    call.hub.recorded.jobs[answer["id"]] = job
     if call.hub.settings.run_jobs is not None:
         job.say("===== Job started =====")
         volumes = {volume["mountPath"]: _files(call, volume) for volume in payload["volumes"]}
@@ -73,7 +83,7 @@ async def list_jobs(call: Call) -> Response:
     stages = query.getlist("stage")
     labels = dict(label.split("=", 1) for label in query.getlist("label"))
     jobs = [
-        job.answer
+        job.told()
         for job in call.hub.recorded.jobs.values()
         if job.answer["owner"]["name"] == namespace
         and (not stages or job.answer["status"]["stage"] in stages)
@@ -97,7 +107,7 @@ def _job(call: Call) -> JobRecord:
 
 async def inspect(call: Call) -> Response:
     """One Job."""
-    return JSONResponse(_job(call).answer)
+    return JSONResponse(_job(call).told())
 
 
 async def logs(call: Call) -> Response:

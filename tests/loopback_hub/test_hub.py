@@ -23,10 +23,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import hf_raise_for_status, http_backoff
 
-from tests.loopback_hub import Cut, Hook, LoopbackHub, Reset, Sparse, limits
-from tests.loopback_hub.exchange import Protocol
+from loopback_hub import Cut, Hook, LoopbackHub, Reset, Sparse, limits
+from loopback_hub.exchange import Protocol
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 MODES = pytest.mark.parametrize("xet", [True, False], ids=["xet", "lfs"])
 LARGE = bytes(range(256)) * 4096  # 1 MiB
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="clients are told apart by /proc")
@@ -875,12 +875,12 @@ def test_a_space_is_duplicated_onto_hardware(hub: LoopbackHub, bob: HfApi) -> No
 
 
 def test_the_command_line_serves_a_folder(tmp_path: Path) -> None:
-    """`python -m tests.loopback_hub` prints how to reach it, serves a folder, and stops cleanly."""
+    """`python -m loopback_hub` prints how to reach it, serves a folder, and stops cleanly."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     options = ["--port", "0", "--dir", str(tmp_path / "hub"), "--repo", f"demo/m={folder}"]
-    command = [sys.executable, "-m", "tests.loopback_hub", *options, "--fault", "503@0:/resolve/"]
+    command = [sys.executable, "-m", "loopback_hub", *options, "--fault", "503@0:/resolve/"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         server.stdout.readline()

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from joserfc import jwt
 from joserfc.jwk import KeySet
 
-from tests.loopback_hub import LoopbackHub, oidc
+from loopback_hub import LoopbackHub, oidc
 
 CALLBACK = "http://127.0.0.1:7860/login/callback?_target_url=%2F"
 

@@ -65,7 +65,10 @@ class Hook:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flip:
-    """Send a file's body with some bits flipped: those set in `bits`, from a position on."""
+    """Send a file's body with some bits flipped: those set in `bits`, from a position on.
+
+    It strikes only requests that ask for that position.
+    """
 
     position: int
     bits: bytes = b"\1"
@@ -146,8 +149,12 @@ class Rule:
     hits: int = 0
     began: float | None = None
 
-    def matches(self, method: str, path: str, port: str) -> bool:
-        """Whether a request is of the kind that this rule strikes."""
+    def matches(self, method: str, path: str, port: str, asked: str = "") -> bool:
+        """Whether a request is of the kind that this rule strikes; `asked` is its Range header."""
+        if isinstance(self.action, Flip) and (bounds := re.fullmatch(r"bytes=(\d+)-(\d*)", asked)):
+            first, last = int(bounds[1]), int(bounds[2] or 1 << 62)
+            if not first <= self.action.position <= last:
+                return False
         return (
             (self.port is None or self.port == port)
             and (self.method is None or re.fullmatch(self.method, method) is not None)
@@ -209,13 +216,13 @@ class Faults:
         with self._lock:
             self._rules.clear()
 
-    def strike(self, method: str, path: str, port: str) -> tuple[Rule, ...]:
+    def strike(self, method: str, path: str, port: str, asked: str = "") -> tuple[Rule, ...]:
         """The rules that strike this request; counts and draws happen here, once a request."""
         with self._lock:
             return tuple(
                 rule
                 for rule in self._rules
-                if rule.matches(method, path, port) and self._falls(rule)
+                if rule.matches(method, path, port, asked) and self._falls(rule)
             )
 
     def _falls(self, rule: Rule) -> bool:

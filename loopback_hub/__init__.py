@@ -8,7 +8,7 @@
         ...
         assert hub.log.find(path="/resolve/")[0].status == 503
 
-From a shell: `python -m tests.loopback_hub --dir FOLDER`.
+From a shell: `python -m loopback_hub --dir FOLDER`.
 """
 
 from .faults import (

@@ -44,7 +44,8 @@ class Gate:
         headers = {name.decode(): value.decode("latin-1") for name, value in scope["headers"]}
         connection: Connection = scope["state"]["connection"]
         pid = connection.client(self._processes)
-        rules = self._faults.strike(scope["method"], path, self._port)
+        asked = headers.get("range", "")
+        rules = self._faults.strike(scope["method"], path, self._port, asked)
 
         def record(exchange: Exchange) -> None:
             entry = Entry(

@@ -13,8 +13,8 @@ DEMO_TOKEN = "hf_demo"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of `python -m tests.loopback_hub`."""
-    options = argparse.ArgumentParser(prog="python -m tests.loopback_hub", description=__doc__)
+    """The options of `python -m loopback_hub`."""
+    options = argparse.ArgumentParser(prog="python -m loopback_hub", description=__doc__)
     options.add_argument(
         "--dir", type=Path, required=True, help="where everything is kept, across restarts"
     )
