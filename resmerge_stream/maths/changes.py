@@ -4,7 +4,7 @@ Each gives Δ = W − W0 of a row block in float32. `TaskVectors` works on them 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Protocol
 
 import torch
@@ -37,7 +37,7 @@ class Change(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class Dense:
     """Another checkpoint's values W, as stored, shape (m, n), any float dtype."""
 
     values: Tensor
@@ -204,3 +204,15 @@ class Sum:
     def touches(self, rows: slice) -> bool:
         """Return whether any does."""
         return any(change.touches(rows) for change in self.changes)
+
+
+def are_same(one: object, other: object) -> bool:
+    """Return whether two changes hold the same: of one kind, with equal tensors."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if is_dataclass(one) and type(one) is type(other):
+        names = [item.name for item in fields(one)]
+        return all(are_same(getattr(one, name), getattr(other, name)) for name in names)
+    if isinstance(one, Sequence) and isinstance(other, Sequence):
+        return len(one) == len(other) and all(map(are_same, one, other))
+    return one is other

@@ -1,7 +1,11 @@
 """Codes of a quantisation as the float32 numbers that they stand for. Pure arithmetic.
 
 FP8: value = code · scale, one scale a block of the matrix. MXFP4 (Open Compute Project,
-Microscaling Formats 1.0): 32 values share one power of two; each is a 4-bit e2m1 number.
+Microscaling Formats 1.0): 32 values share one power of two; each is a 4-bit e2m1 number. NVFP4: 16
+share an FP8 number, and all of a matrix one more. INT4 and INT8 of compressed-tensors: value =
+(code − zero) · scale, and so AWQ and GPTQ, whose words lie along other axes. NF4 of bitsandbytes:
+value = table[code] · scale, a scale each 64 values of the flattened matrix, which may be codes of
+their own.
 """
 
 import torch
@@ -55,3 +59,50 @@ def mxfp4_values(blocks: Tensor, scales: Tensor, out: Tensor) -> None:
     pairs = torch.stack((signed[(blocks & 15).int()], signed[(blocks >> 4).int()]), dim=-1)
     values = pairs.flatten(-2) * power_scales(scales)[..., None]
     out.copy_(values.flatten(-2))
+
+
+def halves(codes: Tensor) -> Tensor:
+    """Return two four-bit codes a byte, the lower one first; shape (…, w) to (…, 2w)."""
+    return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+
+
+def e2m1_values(codes: Tensor) -> Tensor:
+    """Return what bytes of two e2m1 numbers stand for: float32, shape (…, w) to (…, 2w)."""
+    return torch.tensor([*E2M1, *(-value for value in E2M1)])[halves(codes).int()]
+
+
+def unsigned_integers(words: Tensor, bits: int) -> Tensor:
+    """Return codes that are packed along the last axis, the lowest bits first.
+
+    Args:
+        words: (…, w), int32.
+        bits: 4 or 8.
+
+    Returns:
+        uint8, (…, w · 32 / bits).
+    """
+    # A copy: what has one column counts as contiguous, whatever its stride.
+    codes = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    return halves(codes) if bits == 4 else codes
+
+
+def packed_integers(words: Tensor, bits: int) -> Tensor:
+    """Return signed codes, packed as `unsigned_integers` has them: float32, from −2^(bits − 1)."""
+    return unsigned_integers(words, bits).to(torch.float32).sub_(2 ** (bits - 1))
+
+
+def nf4_values(codes: Tensor, table: Tensor, scales: Tensor, first: int, size: int) -> Tensor:
+    """Return the values of consecutive NF4 codes.
+
+    Args:
+        codes: (b,), uint8: two codes a byte, the upper one first.
+        table: (16,), float32.
+        scales: float32, of all blocks from the one that the first value is in.
+        first: place of the first value in that block.
+        size: values that share a scale.
+
+    Returns:
+        float32, (2b,).
+    """
+    values = table[torch.stack((codes >> 4, codes & 15), dim=-1).flatten().int()]
+    return values * scales[(torch.arange(values.numel()) + first) // size]

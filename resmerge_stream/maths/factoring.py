@@ -10,8 +10,8 @@ from .low_rank import (
     LowRank,
     balanced,
     concatenated,
+    core_svd,
     svd,
-    turned,
 )
 from .rounding import Kept
 from .spectral import top_singular
@@ -85,7 +85,7 @@ def _placed(shape: tuple[int, int], place: Place, part: LowRank) -> LowRank:
 
 def _of_product(update: LowRank, rank: int, dtype: torch.dtype) -> Fitted:
     """Return the best factors of a rank; the update's own where they do as well."""
-    found = turned(update)
+    found = core_svd(update)
     energy = found.sigma.square().cpu()
     total = float(energy.sum())
     # Their own rounding is that of the terms, which may be longer than what they add up to.

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from .kernels import Doubles, Floats, Singles, dot, exact, inner, reordered
+from .kernels import Doubles, Floats, Singles, dot, dsdot, exact, reordered
 
 # Rows, or columns of a wide matrix, whose parts of a product are added up before float64's turn.
 ROWS, COLUMNS = 256, 128
@@ -49,7 +49,7 @@ def gram_product(matrix: Singles, x: Floats, image: Doubles) -> None:
     for start in range(0, m, ROWS):
         part[:] = 0
         for i in range(start, min(start + ROWS, m)):
-            _axpy(matrix[i], x.dtype.type(inner(matrix[i], x)), part)
+            _axpy(matrix[i], x.dtype.type(dsdot(matrix[i], x)), part)
         for j in range(n):
             image[j] += np.float64(part[j])
 
@@ -85,11 +85,11 @@ def steps(
         # Twice: the first pass leaves errors of the size of what it removed.
         for _ in range(2):
             for i in range(step + 1):
-                projections[i] = inner(V[i], product)
+                projections[i] = dsdot(V[i], product)
             for i in range(step + 1):
                 _axpy(V[i], np.float32(-projections[i]), product)
                 T[step, i] += projections[i]
-        beta = math.sqrt(inner(product, product))
+        beta = math.sqrt(dsdot(product, product))
         # A matrix with one changed element exhausts its Krylov space exactly: the row is zero.
         divisor = np.float32(beta if beta > _TINY else 1.0)
         for j in range(short):

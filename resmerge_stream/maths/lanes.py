@@ -1,4 +1,8 @@
-"""A device's lanes: stored bytes cross to it once, while other tensors are decided there."""
+"""A device's lanes: stored bytes cross to it once, while other tensors are decided there.
+
+Two tensors at a time. Four or eight, and results copied into pinned memory, changed nothing on an
+H100: what a mean waits for there is the thread that takes the sha256.
+"""
 
 import threading
 from collections.abc import Iterator

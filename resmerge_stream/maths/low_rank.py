@@ -134,12 +134,25 @@ class FactorSpace:
         return self._gram(rest)
 
     def project(self, V: Tensor) -> Tensor:
-        """Return Δ_j·V for all j: V of shape (n, c), result (N, m, c), float64."""
-        V = V.double()
+        """Return Δ_j·V for all j, float64, (N, m, c): V of shape (n, c), or one each, (N, n, c)."""
+        V = V.double().expand(len(self._cores), -1, -1)
         return torch.stack(
             [
-                left @ (core @ (right.T @ V))
-                for left, core, right in zip(self._lefts, self._cores, self._rights, strict=True)
+                left @ (core @ (right.T @ own))
+                for left, core, right, own in zip(
+                    self._lefts, self._cores, self._rights, V, strict=True
+                )
+            ]
+        )
+
+    def project_back(self, Y: Tensor) -> Tensor:
+        """Return Δ_jᵀ·Y_j for all j, float64, (N, n, c): Y of shape (N, m, c)."""
+        return torch.stack(
+            [
+                right @ (core.T @ (left.T @ own))
+                for left, core, right, own in zip(
+                    self._lefts, self._cores, self._rights, Y.double(), strict=True
+                )
             ]
         )
 
@@ -185,7 +198,7 @@ def numerical_rank(sigma: Tensor) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Turned:
+class CoreSvd:
     """The SVD of L·Rᵀ in the coordinates of its own factors: U = L·to_left, V = R·to_right.
 
     Attributes:
@@ -201,7 +214,7 @@ class Turned:
     lengths: Tensor
 
 
-def turned(matrix: LowRank) -> Turned:
+def core_svd(matrix: LowRank) -> CoreSvd:
     """Return the SVD of a matrix of low rank up to its numerical rank, without its vectors.
 
     Taken in the coordinates that the eigenvectors of both factors' Gram matrices give, columns
@@ -215,7 +228,7 @@ def turned(matrix: LowRank) -> Turned:
     U, sigma, Vh = torch.linalg.svd(C_L @ C_R.T)
     rank = numerical_rank(sigma)
     lengths = (grams[0].diagonal() * grams[1].diagonal()).clamp_min(0).sqrt()
-    return Turned(to_left @ U[:, :rank], sigma[:rank], to_right @ Vh[:rank].T, lengths)
+    return CoreSvd(to_left @ U[:, :rank], sigma[:rank], to_right @ Vh[:rank].T, lengths)
 
 
 def svd(matrix: LowRank) -> Factors:
@@ -223,7 +236,7 @@ def svd(matrix: LowRank) -> Factors:
 
     Memory: 8·(m + n)·r bytes twice, and a few r × r matrices.
     """
-    found = turned(matrix)
+    found = core_svd(matrix)
     U, V = matrix.left.double() @ found.to_left, matrix.right.double() @ found.to_right
     return Factors(U, found.sigma.cpu(), V)
 

@@ -14,7 +14,7 @@ CHUNK = 256
 PRECISE_ROWS = 256
 
 
-def times(delta: Tensor, right: Tensor) -> Tensor:
+def matmul(delta: Tensor, right: Tensor) -> Tensor:
     """Return Δ·X for X of shape (n, c): float32 products, chunks of columns summed in float64."""
     n = delta.shape[1]
     if n <= 4 * CHUNK or delta.is_cuda:
@@ -27,7 +27,7 @@ def times(delta: Tensor, right: Tensor) -> Tensor:
     return (total + delta[:, whole:] @ right[whole:]).float()
 
 
-def transposed_times(delta: Tensor, left: Tensor) -> Tensor:
+def transposed_matmul(delta: Tensor, left: Tensor) -> Tensor:
     """Return Δᵀ·Y for Y of shape (m, c): float32 products, chunks of rows summed in float64."""
     m = delta.shape[0]
     if m <= CHUNK or delta.is_cuda:
@@ -65,7 +65,7 @@ def krylov_steps(
         beta = krylov.steps(delta.numpy(), np.float32(scale), V.numpy(), T.numpy(), first, stop)
         return V[stop : stop + 1].clone(), torch.full((1, 1), beta, dtype=torch.float64)
     m, n = delta.shape
-    forward, backward = (transposed_times, times) if m < n else (times, transposed_times)
+    forward, backward = (transposed_matmul, matmul) if m < n else (matmul, transposed_matmul)
     for done in range(first * rank, stop * rank, rank):
         V[done : done + rank] = block
         basis = V[: done + rank]
@@ -110,7 +110,7 @@ def orthonormal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
         # A matrix with one changed element exhausts its Krylov space exactly: the row is zero.
         return rows / torch.where(norm > _TINY, norm, 1.0).float(), norm.reshape(1, 1)
     Q, R = torch.linalg.qr(rows.T)
-    return _float(Q.T.contiguous()), R.double()
+    return Q.T.contiguous().to(torch.float32), R.double()
 
 
 def orthonormal_columns(columns: Tensor) -> Tensor:
@@ -125,7 +125,3 @@ def orthonormal_columns(columns: Tensor) -> Tensor:
 BREAKDOWN = 1e-12
 # Well above the smallest float32, below every norm of a row that is not rounding noise.
 _TINY = 1e-30
-
-
-def _float(values: Tensor) -> Tensor:
-    return values.to(torch.float32)

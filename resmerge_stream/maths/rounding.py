@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .passes import inner
+from .passes import dsdot
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class Kept:
             changed = int(np.count_nonzero(kept.numpy() != 0))
         else:
             changed = int(torch.count_nonzero(kept))
-        products = [inner(update, update), inner(update, kept), inner(kept, kept)]
+        products = [dsdot(update, update), dsdot(update, kept), dsdot(kept, kept)]
         self.add_sums([*products, changed], kept.numel())
 
     def add_sums(self, sums: Sequence[float], numel: int) -> None:

@@ -4,8 +4,11 @@
 reorthogonalisation: float32 products summed in float64, the projected problem in float64. In exact
 arithmetic it builds the Krylov space of Golub–Kahan bidiagonalisation (Golub & Kahan 1965), keeping
 the vectors of the short side only (Simon & Zha 2000 show that one side is enough).
-`dense` is LAPACK's SVD in float64. `auto` takes the dense one for small matrices, and where Lanczos
-has not converged by the time that it would have paid, the eigenvectors of the float64 Gram matrix.
+Its head's error against a float64 SVD, 4864 × 896: 1.2e-7 at σ₁/σ₂ = 3, 5.6e-7 at 1.02, 1.1e-6 at
+1.002. Weighed, not built: Lanczos on a float32 Gram matrix (72 ms a matrix on one core, for some 65
+that its steps would save). `dense` is LAPACK's SVD in float64. `auto` takes the dense one for small
+matrices, and where Lanczos has not converged by the time that it would have paid, the eigenvectors
+of the float64 Gram matrix.
 """
 
 import math
@@ -15,19 +18,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..memory import DENSE_UP_TO, GRAM_UP_TO
+from ..memory import BLOCK_ELEMENTS, DENSE_UP_TO, GRAM_UP_TO
 from .low_rank import Factors
 from .products import (
     BREAKDOWN,
     CHUNK,
-    PRECISE_ROWS,
     frobenius_norm,
     krylov_steps,
+    matmul,
     orthonormal_columns,
     orthonormal_rows,
     precise_gram_product,
-    times,
-    transposed_times,
+    transposed_matmul,
 )
 
 # Converged: what the head's angle changes in the head is below this times the rest of the update…
@@ -46,8 +48,9 @@ class Head:
         V: right singular vectors, shape (n, k), float64, orthonormal columns; a column is zero
             where Δ has no such direction.
         sigma: singular values, largest first.
-        solver: ``lanczos``, ``gram``, ``dense``, or ``factors`` where Δ was given as L·Rᵀ.
-        steps: Lanczos steps taken, 0 for dense.
+        solver: ``lanczos``, ``gram``, ``dense``, ``krylov`` for a fixed number of steps, or
+            ``factors`` where Δ was given as L·Rᵀ.
+        steps: steps taken, 0 for dense.
         residual: max over the k of ‖Δᵀu − σv‖ / σ₁, measured, in float32 products; 0 for
             ``factors``, whose float64 SVD leaves nothing to measure.
         gap: estimate of σ_k / σ_{k+1}; infinite where nothing follows.
@@ -127,11 +130,14 @@ def _lanczos(delta: Tensor, rank: int, norm: float, patience: int, max_steps: in
     V = torch.empty(patience * rank, short, dtype=torch.float32, device=delta.device)
     # On the device as well: nothing has to be waited for until it is looked at.
     T = torch.zeros(patience * rank, patience * rank, dtype=torch.float64, device=delta.device)
-    block, step, check = _start(short, rank, delta.device), 0, 4
+    block, step, check = start_rows(short, rank, delta.device), 0, 4
     while step < max_steps:
         stop = min(check, max_steps)
         while stop * rank >= len(V):
-            V, T = _grown(V, T)
+            room = len(V)
+            T_larger = T.new_zeros(2 * room, 2 * room)
+            T_larger[:room, :room] = T
+            V, T = torch.cat([V, torch.empty_like(V)]), T_larger
         block, beta = krylov_steps(delta, scale, V, T, block, step, stop)
         step, check = stop, stop + max(2, stop // 12)
         strict = step < patience or patience == max_steps
@@ -186,20 +192,13 @@ def _right_vectors(delta: Tensor, short_vectors: Tensor) -> Tensor:
     if m >= n:
         return orthonormal_columns(short_vectors)
     if short_vectors.dtype == torch.float32:
-        return orthonormal_columns(transposed_times(delta, short_vectors))
+        return orthonormal_columns(transposed_matmul(delta, short_vectors))
     V = torch.zeros(n, short_vectors.shape[1], dtype=torch.float64, device=delta.device)
-    for start in range(0, m, PRECISE_ROWS):
-        rows = slice(start, start + PRECISE_ROWS)
+    step = max(BLOCK_ELEMENTS // n, 1)
+    for start in range(0, m, step):
+        rows = slice(start, start + step)
         V += delta[rows].double().T @ short_vectors[rows]
     return orthonormal_columns(V)
-
-
-def _grown(V: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the basis and the projected problem with twice the room."""
-    room = len(V)
-    T_larger = T.new_zeros(2 * room, 2 * room)
-    T_larger[:room, :room] = T
-    return torch.cat([V, torch.empty_like(V)]), T_larger
 
 
 def _converged(
@@ -257,10 +256,10 @@ def _dense(delta: Tensor, rank: int) -> Head:
 
 def _head(delta: Tensor, V: Tensor, solver: str, steps: int, gap: float) -> Head:
     right = V.to(torch.float32)
-    U_sigma = times(delta, right)
+    U_sigma = matmul(delta, right)
     sigma = torch.linalg.vector_norm(U_sigma, dim=0, dtype=torch.float64)
     safe = torch.where(sigma > 0, sigma, torch.ones_like(sigma)).float()
-    back = transposed_times(delta, U_sigma / safe) - right * sigma.float()
+    back = transposed_matmul(delta, U_sigma / safe) - right * sigma.float()
     residual = torch.linalg.vector_norm(back, dim=0, dtype=torch.float64).max()
     first = float(sigma.max())
     return Head(
@@ -273,8 +272,8 @@ def _head(delta: Tensor, V: Tensor, solver: str, steps: int, gap: float) -> Head
     )
 
 
-def _start(size: int, rank: int, device: torch.device) -> Tensor:
-    """Return orthonormal start rows that depend on the size only."""
+def start_rows(size: int, rank: int, device: torch.device) -> Tensor:
+    """Return orthonormal start rows, float32, shape (rank, size), that depend on it only."""
     generator = torch.Generator().manual_seed(0x5EED)
     rows = torch.randn(rank, size, generator=generator, dtype=torch.float32)
     return orthonormal_rows(rows)[0].to(device)

@@ -26,7 +26,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 class Recycled:
     """Memory that is lent again once nobody refers to it: the kernel hands out pages one by one,
-    which took as long as a mean's arithmetic (docs/log.md).
+    200,000 faults a GB, which took as long as a mean's arithmetic.
 
     Args:
         kept_bytes: that may wait to be lent again.
@@ -77,7 +77,7 @@ class Gathered:
     """Bytes put one after the other into memory that is taken at once.
 
     Many small parts kept among the temporaries of row blocks would keep a heap from shrinking:
-    60 to 90 MB more, measured (docs/log.md).
+    60 to 90 MB more, up to 700 in one run of ten on a busy machine.
 
     Args:
         nbytes: that will come.

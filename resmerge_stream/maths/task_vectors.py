@@ -8,6 +8,7 @@ An expert may be stored values or an adapter's factors (`changes`). Where all ar
 `space` answers what can be answered from the factors alone, and no Δ_i needs to be formed.
 """
 
+import itertools
 import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
@@ -16,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..memory import BLOCK_ELEMENTS, DEVICE_BLOCKS
-from .changes import Change, Factored, Stored, Unchanged
+from ..memory import BLOCK_ELEMENTS, DEVICE_BLOCKS, PART_ROWS, PARTS
+from .changes import Change, Dense, Factored, Unchanged, are_same
 from .cores import Cores
 from .low_rank import Factors, FactorSpace, LowRank
 from .passes import (
@@ -25,16 +26,18 @@ from .passes import (
     combined,
     differences,
     dropped_lengths,
+    dsdot,
     gram,
-    inner,
-    length_1,
+    l1_norm,
     merged_sum,
     products,
     summed,
-    widened,
+    upcast,
 )
+from .products import CHUNK
 
 T = TypeVar("T")
+_MANY_COLUMNS = 16
 
 
 class NonFiniteValues(Exception):
@@ -107,12 +110,13 @@ class Workspace:
 
 
 def block_rows(m: int, n: int, device: str = "cpu") -> int:
-    """Return how many rows of an m × n matrix one block has: a multiple of 4, or all of them.
+    """Return how many rows of an m × n matrix one block has: a multiple of 4 where rows are short.
 
     Args:
         device: the type of the device. A GPU's block is some of the CPU's.
     """
-    rows = max(BLOCK_ELEMENTS // max(n, 1) // 4 * 4, 4)
+    rows = max(BLOCK_ELEMENTS // max(n, 1), 1)
+    rows -= rows % 4 if rows > 4 else 0
     return min(rows if device == "cpu" else DEVICE_BLOCKS * rows, max(m, 1))
 
 
@@ -147,7 +151,7 @@ class TaskVectors:
         self.shape: tuple[int, int] = (base.shape[0], base.shape[1])
         self.count = len(experts)
         self._base, self._workspace = base, workspace
-        self._changes = [Stored(e) if isinstance(e, Tensor) else e for e in experts]
+        self._changes = [Dense(e) if isinstance(e, Tensor) else e for e in experts]
         self._release = release
         self._lent: dict[str, Tensor] = {}
         self._whole: Tensor | None = None
@@ -161,7 +165,10 @@ class TaskVectors:
         self.low_rank = self._low_rank()
         if resident and self.low_rank is None:
             try:
-                self._whole = self._resident()
+                m, n = self.shape
+                whole = self._buffer("whole", self.count * m * n).view(self.count, m, n)
+                self.cores.each_run(self.blocks(), lambda rows: self._sum(rows, whole[:, rows]))
+                self._whole = whole
             except BaseException:
                 self.close()
                 raise
@@ -172,9 +179,17 @@ class TaskVectors:
         return self._workspace.alone
 
     @property
+    def has_large_blocks(self) -> bool:
+        """Whether a row block is larger than most: a row alone is longer than one.
+
+        Temporaries of one at a time are all that the plan counts.
+        """
+        return self.device.type == "cpu" and self._step * self.shape[1] > BLOCK_ELEMENTS
+
+    @property
     def cores(self) -> Cores:
-        """What helps with this matrix while it is idle."""
-        return self._workspace.cores
+        """What helps with this matrix while it is idle; nothing where row blocks are large."""
+        return Cores(0) if self.has_large_blocks else self._workspace.cores
 
     @property
     def are_whole(self) -> bool:
@@ -233,13 +248,13 @@ class TaskVectors:
 
     def base(self, rows: slice) -> Tensor:
         """Return W0 of some rows, float32, shape (b, n), on the device."""
-        return widened(self._stored(self._base, rows))
+        return upcast(self._stored(self._base, rows))
 
     def expert(self, i: int, rows: slice) -> Tensor:
         """Return W_i of some rows, float32, shape (b, n), on the device."""
         change = self._changes[i]
-        if isinstance(change, Stored):
-            return widened(self._stored(change.values, rows))
+        if isinstance(change, Dense):
+            return upcast(self._stored(change.values, rows))
         delta = torch.empty(rows.stop - rows.start, self.shape[1], device=self.device)
         base = self.base(rows)
         change.subtract(base, rows, delta)
@@ -326,7 +341,7 @@ class TaskVectors:
         if lengths is None:
             stack = self.stack(rows)
             kept = drop.of_block(rows, stack)
-            return [[length_1(x), length_1(y)] for x, y in zip(stack, kept, strict=True)]
+            return [[l1_norm(x), l1_norm(y)] for x, y in zip(stack, kept, strict=True)]
         if not all(math.isfinite(before) for before, _ in lengths):
             raise NonFiniteValues(self._culprit(rows))
         self._release(rows)
@@ -334,7 +349,7 @@ class TaskVectors:
 
     def _all_stored(self, rows: slice) -> list[Tensor]:
         """Return the rows of all experts as stored, or none where some are not given so."""
-        stored = [change.values for change in self._changes if isinstance(change, Stored)]
+        stored = [change.values for change in self._changes if isinstance(change, Dense)]
         if self._whole is not None or len(stored) < self.count:
             return []
         return [values[rows] for values in stored]
@@ -394,6 +409,36 @@ class TaskVectors:
             total += of_block
         return total
 
+    def is_unmoved(self, i: int) -> bool:
+        """Return whether an expert has the base's values everywhere; ends at the first other."""
+        change = self._changes[i]
+        if isinstance(change, Dense):
+            return self._are_equal(self._base, change.values)
+        return not change.touches(slice(0, self.shape[0]))
+
+    def are_alike(self, i: int, j: int) -> bool:
+        """Return whether two experts give the same values, or the same factors, everywhere.
+
+        Ends at the first difference. Values are not compared with factors: rounding parts them.
+        """
+        one, other = self._changes[i], self._changes[j]
+        if isinstance(one, Dense) and isinstance(other, Dense):
+            return self._are_equal(one.values, other.values)
+        return are_same(one, other)
+
+    def _are_equal(self, one: Tensor, other: Tensor) -> bool:
+        """Return whether stored values are equal, block by block; ends at the first difference."""
+        for rows in self.blocks():
+            left, right = one[rows], other[rows]
+            if left.dtype != right.dtype:
+                left, right = left.float(), right.float()
+            equal = torch.equal(left, right)
+            if self._whole is None:
+                self._release(rows)
+            if not equal:
+                return False
+        return True
+
     def is_zero(self, rows: slice | None = None) -> bool:
         """Return whether every Δ_i is zero in a block that was read, or in the whole matrix."""
         if self.low_rank is not None:
@@ -401,24 +446,71 @@ class TaskVectors:
             return not any(change.touches(where) for change in self._changes)
         if rows is not None:
             return self._zero[self._number(rows)] is True
-        unseen = [block for block in self.blocks() if self._zero[self._number(block)] is None]
-        self.cores.each_run(unseen, self._look_at)
-        return all(self._zero)
+        for block in self.blocks():
+            if self._zero[self._number(block)] is None:
+                self.stack(block)
+            if not self._zero[self._number(block)]:
+                return False  # most often the first one tells
+        return True
 
     def project(self, V: Tensor) -> Tensor:
-        """Return Δ_j·V for all j: V of shape (n, c), result of shape (N, m, c) and V's dtype."""
+        """Return Δ_j·V for all j, shape (N, m, c), of V's dtype.
+
+        Args:
+            V: shape (n, c), the same for all; or one V_j for each, shape (N, n, c).
+        """
         if self.space is not None:
             return self.space.project(V).to(V.dtype)
-        result = V.new_empty(self.count, self.shape[0], V.shape[1])
-        left = V.T.contiguous()
+        result = V.new_empty(self.count, self.shape[0], V.shape[-1])
+        left = V.transpose(-1, -2).contiguous()
 
         def project(rows: slice) -> None:
-            # Vᵀ·Δᵀ rather than Δ·V: five times faster for few columns.
-            projected = torch.matmul(left, self.stack(rows).to(V.dtype).transpose(1, 2))
-            result[:, rows] = projected.transpose(1, 2)
+            stack = self.stack(rows).to(V.dtype)
+            # Vᵀ·Δᵀ rather than Δ·V: five times faster for few columns, slower for many.
+            few = V.shape[-1] < _MANY_COLUMNS
+            projected = torch.matmul(left, stack.mT).mT if few else torch.matmul(stack, V)
+            result[:, rows] = projected
 
         self.cores.each_run(self.blocks(), project)
         return result
+
+    def project_back(self, Y: Tensor) -> Tensor:
+        """Return Δ_jᵀ·Y_j for all j, float64, shape (N, n, c): products in Y's dtype.
+
+        Args:
+            Y: shape (N, m, c).
+
+        Memory: the result once more for each `PART_ROWS` rows, eight times at most.
+        """
+        if self.space is not None:
+            return self.space.project_back(Y)
+        blocks = self.blocks()
+        # Sums of consecutive rows, cut by the shape alone; then these in order.
+        parts = min(max(self.shape[0] // PART_ROWS, 1), PARTS, len(blocks))
+        edges = [len(blocks) * part // parts for part in range(parts + 1)]
+
+        def job(own: list[slice]) -> Callable[[], Tensor]:
+            return lambda: self._back_of(own, Y)
+
+        jobs = [job(blocks[a:b]) for a, b in itertools.pairwise(edges)]
+        first, *others = self.cores.each(jobs)
+        for other in others:
+            first += other
+        return first
+
+    def _back_of(self, blocks: list[slice], Y: Tensor) -> Tensor:
+        """Return ΣΔ_jᵀ·Y_j over some row blocks: float32 sums of a chunk of rows, these float64."""
+        total = Y.new_zeros(self.count, self.shape[1], Y.shape[2], dtype=torch.float64)
+        chunk, height = Y.new_zeros(total.shape), 0
+        for rows in blocks:
+            stack = self.stack(rows).to(Y.dtype)
+            chunk.baddbmm_(stack.transpose(1, 2), Y[:, rows])
+            height += rows.stop - rows.start
+            if height >= CHUNK:
+                total += chunk
+                chunk.zero_()
+                height = 0
+        return total.add_(chunk)
 
     def _read(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Return all Δ_i of some rows, and W0 where it had to be read for them."""
@@ -431,7 +523,9 @@ class TaskVectors:
             self._note(rows, products.diagonal().tolist())
             return stack, None
         base = self._subtract(rows, stack)
-        self._look(rows, stack)
+        number = self._number(rows)
+        if self._zero[number] is None:  # the squares tell what is not finite, and what is all zero
+            self._note(rows, [dsdot(delta, delta) for delta in stack])
         return stack, base
 
     def _block_buffer(self, rows: slice) -> Tensor:
@@ -456,12 +550,6 @@ class TaskVectors:
                 raise NonFiniteValues(i)
         return whole
 
-    def _resident(self) -> Tensor:
-        m, n = self.shape
-        whole = self._buffer("whole", self.count * m * n).view(self.count, m, n)
-        self.cores.each_run(self.blocks(), lambda rows: self._sum(rows, whole[:, rows]))
-        return whole
-
     def _stored(self, matrix: Tensor, rows: slice) -> Tensor:
         """Return some rows on the device; they cross in their stored dtype, half of float32."""
         return matrix[rows].to(self._workspace.device)
@@ -474,16 +562,6 @@ class TaskVectors:
                 self._workspace.give(lent)
             lent = self._lent[use] = self._workspace.take(numel)
         return lent[:numel]
-
-    def _look(self, rows: slice, stack: Tensor) -> None:
-        """Refuse values that are not finite, and note whether all are zero: the squares tell."""
-        number = self._number(rows)
-        if self._zero[number] is None:
-            self._note(rows, [inner(delta, delta) for delta in stack])
-
-    def _look_at(self, rows: slice) -> None:
-        """Note whether all are zero in a block."""
-        self.stack(rows)
 
     def _sum(self, rows: slice, out: Tensor) -> None:
         """Write all Δ_i of some rows, and keep their products."""

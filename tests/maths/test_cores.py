@@ -95,3 +95,15 @@ def test_no_bit_depends_on_the_cores():
     """Gram matrices, heads and projections are the same with one core and with four."""
     for alone, helped in zip(_decided(0), _decided(3), strict=True):
         assert torch.equal(alone, helped)
+
+
+def test_long_rows_are_worked_block_by_block():
+    """Where one row is longer than a block, no other core makes temporaries beside it."""
+    workspace = Workspace(torch.device("cpu"), cores=Cores(3))
+    rows = [torch.zeros(8, 1 << 19), torch.zeros(1, 1).expand(8, 1 << 19)]
+    vectors = TaskVectors(rows[0], rows[1:], workspace, resident=False)
+
+    threads = vectors.cores.each_run(vectors.blocks(), lambda rows: threading.get_ident())
+
+    assert vectors.has_large_blocks
+    assert set(threads) == {threading.get_ident()}

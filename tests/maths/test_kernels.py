@@ -36,7 +36,7 @@ def test_stored_values_become_float32(size):
     """bfloat16 is widened exactly."""
     stored = drawn(1, size).bfloat16()
 
-    assert same(passes.widened(stored), stored.float())
+    assert same(passes.upcast(stored), stored.float())
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -132,7 +132,7 @@ def test_sums_that_overflow_are_not_finite_numbers(first, second):
     exact = float((x.double() * y.double()).sum())
     scale = float((x.double() * y.double()).abs().sum())
 
-    found = passes.inner(x, y)
+    found = passes.dsdot(x, y)
 
     assert abs(found - exact) <= 1e-6 * scale + 1e-40 or scale > 1e38
 
@@ -204,8 +204,8 @@ def test_a_pass_that_drops_writes_what_several_write(size, start):
 
     assert same(out, expected)
     assert found == sums
-    assert squares == [passes.inner(delta, delta) for delta in deltas]
-    norms = [[passes.length_1(x), passes.length_1(y)] for x, y in zip(deltas, kept, strict=True)]
+    assert squares == [passes.dsdot(delta, delta) for delta in deltas]
+    norms = [[passes.l1_norm(x), passes.l1_norm(y)] for x, y in zip(deltas, kept, strict=True)]
     torch.testing.assert_close(lengths, norms, rtol=1e-12, atol=0)
 
 
@@ -256,7 +256,7 @@ def test_loops_that_cannot_be_kept_run_all_the_same(size, tmp_path):
         (place / "filler").write_bytes(bytes(4096))
     code = (
         "import torch; from resmerge_stream.maths import passes; x = torch.ones(9); "
-        "print(passes.inner(x, x))"
+        "print(passes.dsdot(x, x))"
     )
     environment = os.environ | {"NUMBA_CACHE_DIR": str(place)}
 
@@ -293,7 +293,7 @@ def test_a_length_is_summed_in_float64(size):
     """‖x‖₁ is exact to float64's resolution."""
     values = drawn(30, size, spread=3)
 
-    assert passes.length_1(values) == pytest.approx(float(values.double().abs().sum()), rel=1e-13)
+    assert passes.l1_norm(values) == pytest.approx(float(values.double().abs().sum()), rel=1e-13)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resmerge_stream.maths.changes import Factored, ReplacedRows, Rescaled, Stored, Sum, Unchanged
+from resmerge_stream.maths.changes import Dense, Factored, ReplacedRows, Rescaled, Sum, Unchanged
 from resmerge_stream.maths.low_rank import FactorSpace, LowRank, balanced, concatenated, svd
 from resmerge_stream.maths.task_vectors import NonFiniteValues, TaskVectors, Workspace
 from resmerge_stream.methods import Site, build_method
@@ -132,7 +132,7 @@ def test_the_closed_form_is_what_the_method_does_with_the_formed_matrices(
     base = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     # Of the size of the update, so that float32 stores the experts to 1e-7 of it.
     base *= float(formed(made[0]).std())
-    whole = vectors_of(torch.zeros(shape), [Stored(formed(matrix).float()) for matrix in made])
+    whole = vectors_of(torch.zeros(shape), [Dense(formed(matrix).float()) for matrix in made])
 
     update, _ = merged(method, parameters, vectors_of(base, [Factored(x) for x in made]))
     found = update.combination.of(vectors_of(base, [Factored(x) for x in made]))
@@ -172,12 +172,12 @@ def test_the_update_has_no_higher_rank_than_its_experts_together():
 
 @pytest.mark.parametrize("method", ["mean", "resmerge", "tsv_m", "iso_c", "karcher", "dc_merge"])
 def test_mixed_groups_merge_like_whole_ones(method):
-    """Stored values, factors and an expert that leaves the matrix alone are merged together."""
+    """Dense values, factors and an expert that leaves the matrix alone are merged together."""
     made = factors(100, 80, [5, 7])
     random = torch.Generator().manual_seed(3)
     full = 0.1 * torch.randn(100, 80, generator=random)
     base = torch.zeros(100, 80)
-    mixed = vectors_of(base, [Factored(made[0]), Stored(full), Unchanged(), Factored(made[1])])
+    mixed = vectors_of(base, [Factored(made[0]), Dense(full), Unchanged(), Factored(made[1])])
     whole = vectors_of(base, [formed(made[0]).float(), full, base, formed(made[1]).float()])
 
     _, found = merged(method, {}, mixed)
@@ -231,7 +231,7 @@ def test_a_saved_embedding_and_its_adapter_add_up():
     """An adapter that brings the base's layer along is added to what it brought."""
     [made] = factors(20, 30, [3])
     saved = torch.ones(20, 30)
-    vectors = vectors_of(torch.zeros(20, 30), [Sum([Stored(saved), Factored(made)])])
+    vectors = vectors_of(torch.zeros(20, 30), [Sum([Dense(saved), Factored(made)])])
 
     [delta] = vectors.stack(slice(0, 20))
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from resmerge_stream.maths.spectral import times, top_singular, transposed_times
+from resmerge_stream.maths.spectral import matmul, top_singular, transposed_matmul
 from tests.support.matrices import orthonormal, relative, spectrum, with_spectrum
 
 SOLVERS = ("auto", "lanczos", "dense")
@@ -171,8 +171,8 @@ def test_products_are_as_exact_as_float32_is(shape):
     delta = torch.randn(m, n, generator=random)
     right, left = orthonormal(n, 3, random).float(), orthonormal(m, 3, random).float()
 
-    assert relative(times(delta, right), delta.double() @ right.double()) <= 4e-7
-    assert relative(transposed_times(delta, left), delta.double().T @ left.double()) <= 4e-7
+    assert relative(matmul(delta, right), delta.double() @ right.double()) <= 4e-7
+    assert relative(transposed_matmul(delta, left), delta.double().T @ left.double()) <= 4e-7
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -186,3 +186,22 @@ def test_a_single_changed_element_is_its_own_head(shape, solver):
 
     assert relative(head_of(delta, head), delta.double()) <= 1e-6
     assert head.sigma[0] == pytest.approx(1.5e-3, rel=1e-6)
+
+
+def test_the_fallback_copies_no_wide_matrix_in_float64():
+    """What a wide matrix takes beside itself stays far below another copy of it."""
+    delta = torch.randn(100, 60_000, generator=torch.Generator().manual_seed(0))
+    energy = float((delta * delta).sum(dtype=torch.float64))
+
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        head = top_singular(delta, 1, energy=energy)
+
+    live = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    assert head.solver == "gram"
+    assert peak < delta.nbytes / 2
