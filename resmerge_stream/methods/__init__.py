@@ -1,21 +1,20 @@
-"""The methods: every file of this folder that ends in ``METHOD = …``, found by name."""
+"""The methods by name: a file here ends in ``METHOD = …``, or for a family in ``METHODS = (…)``."""
 
 import dataclasses
 import difflib
 import importlib
-import math
 import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import RecipeError, listed, shown
 from .base import MergeMethod, Rule, Site, Update, key_of
+from .settings import before, number, switch
 
-__all__ = ["RECOMMENDED", "MergeMethod", "Rule", "Site", "Update", "build_method", "find_methods"]
+__all__ = ["MergeMethod", "Rule", "Site", "Update", "build_method", "find_methods"]
 
-# What page and demo choose first, by the evidence of docs/quality.md. A recipe that names no method
-# still means `resmerge`.
-RECOMMENDED = "head_regression"
+# Files of several methods.
+FAMILIES = ("sparse",)
 
 
 def find_methods() -> dict[str, type[MergeMethod]]:
@@ -26,12 +25,10 @@ def find_methods() -> dict[str, type[MergeMethod]]:
     """
     found: dict[str, type[MergeMethod]] = {}
     for module in pkgutil.iter_modules(__path__):
-        method = getattr(importlib.import_module(f"{__name__}.{module.name}"), "METHOD", None)
-        if method is None:
-            continue
-        if method.name != module.name:
-            raise RuntimeError(f"methods/{module.name}.py must be called {method.name}.py")
-        found[method.name] = method
+        methods = _methods_in(module.name)
+        if module.name not in (*FAMILIES, *methods) and methods:
+            raise RuntimeError(f"methods/{module.name}.py must be called {next(iter(methods))}.py")
+        found |= methods
     return dict(sorted(found.items()))
 
 
@@ -64,13 +61,19 @@ def method_class(name: str) -> type[MergeMethod]:
     Raises:
         RecipeError: there is none of this name.
     """
-    # A file is called like its method: the other files need not be imported, which takes time.
-    if name in {module.name for module in pkgutil.iter_modules(__path__)}:
-        method = getattr(importlib.import_module(f"{__name__}.{name}"), "METHOD", None)
-        if method is not None:
-            found: type[MergeMethod] = method
-            return found
+    # Most files are called like their method: the others need not be imported, which takes time.
+    is_file = name in {module.name for module in pkgutil.iter_modules(__path__)}
+    for module in [name] if is_file else FAMILIES:
+        if (method := _methods_in(module).get(name)) is not None:
+            return method
     raise RecipeError(_unknown("method", name, find_methods()))
+
+
+def _methods_in(module: str) -> dict[str, type[MergeMethod]]:
+    """Return the methods of a file by name."""
+    file = importlib.import_module(f"{__name__}.{module}")
+    single = getattr(file, "METHOD", None)
+    return {one.name: one for one in getattr(file, "METHODS", (single,)) if one is not None}
 
 
 def parameter_fields(method: type[MergeMethod]) -> dict[str, dataclasses.Field[Any]]:
@@ -83,7 +86,8 @@ def settled(method: type[MergeMethod], parameters: Mapping[str, Any]) -> dict[st
 
     Args:
         method: whose they are.
-        parameters: as a recipe has them, gradients and filters included.
+        parameters: as a recipe has them, gradients and filters included; a preset's value counts
+            where no filter fits.
 
     Raises:
         RecipeError: there is no such parameter, or no such preset.
@@ -97,14 +101,18 @@ def settled(method: type[MergeMethod], parameters: Mapping[str, Any]) -> dict[st
         values |= method.presets[preset]
     for key, value in parameters.items():
         if key in fields:
-            values[key] = value
+            values[key] = before(value, values.get(key))
         elif key in method.aliases:
             alias = method.aliases[key]
             is_known = isinstance(value, str | bool | int) and value in alias.values
-            values[alias.key] = alias.values[value] if is_known else value
+            today = alias.values[value] if is_known else value
+            values[alias.key] = before(today, values.get(alias.key))
         elif key != "preset":
             known = [*fields, *(["preset"] if method.presets else [])]
-            raise RecipeError(_unknown(f"parameter of {method.name}", key, dict.fromkeys(known)))
+            unknown = _unknown(f"parameter of {method.name}", key, dict.fromkeys(known))
+            if having := [n for n, one in find_methods().items() if key in parameter_fields(one)]:
+                unknown += f" Methods that have it: {', '.join(having)}."
+            raise RecipeError(unknown)
     return values
 
 
@@ -125,6 +133,12 @@ _MERGEKIT_KEYS = frozenset({
 def is_mergekits(method: str, key: str) -> bool:
     """Return whether mergekit's method of this name may be given a parameter."""
     return key in _MERGEKIT_KEYS and (method, key) != ("karcher", "scale")
+
+
+def is_parameter(method: type[MergeMethod], key: object) -> bool:
+    """Return whether a word is the name of a parameter: of a method, or of one of mergekit's."""
+    own = {*parameter_fields(method), *method.aliases, method.weight_key, "preset"}
+    return key in own or key in _MERGEKIT_KEYS
 
 
 def is_idle(method: type[MergeMethod], key: str, *, of_model: bool) -> bool:
@@ -187,45 +201,34 @@ def checked_value(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
     kind: type = type(field.default)
     meta = field.metadata
     if kind is str:
-        spoken = {"true": True, "false": False}
-        word = spoken.get(value.lower(), value) if isinstance(value, str) else value
-        value = meta["words"].get(word, value) if isinstance(word, bool) else value
+        value = meta["words"].get(switch(value), value)
+        if isinstance(value, int) and str(value) in meta["choices"]:
+            value = str(value)
         if not isinstance(value, str) or (meta["choices"] and value not in meta["choices"]):
             raise RecipeError(
                 f"{key} must be one of {listed(meta['choices'])}, not {shown(value)}."
             )
         return value
     if kind is bool:
-        words = {"true": True, "false": False, "yes": True, "no": False}
-        value = words.get(value.lower(), value) if isinstance(value, str) else value
-        if not isinstance(value, bool):
+        read = switch(value)
+        if read is None:
             raise RecipeError(f"{key} must be true or false, not {shown(value)}.")
-        return value
-    number = _number(value)
+        return read
+    given = number(value)
     low, high = meta["minimum"], meta["maximum"]
     bounds = f" from {low:g} to {high:g}" if low is not None and high is not None else ""
     whole = "a whole number" if kind is int else "a number"
     if (
-        number is None
-        or (kind is int and number != int(number))
-        or (low is not None and number < low)
-        or (high is not None and number > high)
+        given is None
+        or (kind is int and given != int(given))
+        or (low is not None and given < low)
+        or (high is not None and given > high)
     ):
         raise RecipeError(f"{key} must be {whole}{bounds}, not {shown(value)}.")
-    return kind(number)
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+    return kind(given)
 
 
 def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name[:100], known, n=1)
+    close = difflib.get_close_matches(name[:100].lower(), known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"unknown {what} {name[:100]!r}.{hint} There are: {', '.join(sorted(known)) or 'none'}."

@@ -9,15 +9,11 @@ from a random million; here they are exact for every size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from ..specs import TensorSpec
-from .base import MergeMethod, Rule, Site, Update, default_role
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..maths.task_vectors import TaskVectors
+from ..maths.lazy import TaskVectors, Tensor, passes, torch
+from .base import MergeMethod, Site, Update
+from .parts.trimming import magnitudes_at
 
 _SMALL = 1e-8
 _QUARTILES = (0.25, 0.5, 0.75)
@@ -32,16 +28,10 @@ class ArceeFusion(MergeMethod):
     paper: ClassVar[str] = "Arcee AI; mergekit"
     url: ClassVar[str] = "https://arcee.ai"
     models: ClassVar[tuple[int, int | None]] = (1, 1)
-
-    def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
-        """Return the one rule; the threshold is that of whole tensors."""
-        return Rule("arcee_fusion", default_role(spec), in_pieces=False)
+    in_pieces: ClassVar[bool] = False
 
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Return Δ where its importance reaches the threshold."""
-        from ..maths.passes import shrunk
-        from .parts.trimming import magnitudes_at
-
         is_row = len(site.spec.shape) < 2
         m, n = vectors.shape
 
@@ -58,7 +48,7 @@ class ArceeFusion(MergeMethod):
         threshold = median + 1.5 * (high - low)
 
         def rows(block: slice, stack: Tensor) -> Tensor:
-            taken = shrunk(important(block, stack), threshold).sign_()
+            taken = passes.shrunk(important(block, stack), threshold).sign_()
             return taken.mul_(stack[0])
 
         return Update(rows, "arcee_fusion", {"threshold": threshold})
@@ -66,8 +56,6 @@ class ArceeFusion(MergeMethod):
 
 def importance(base: Tensor, expert: Tensor, *, is_row: bool) -> Tensor:
     """Return |W − W0| · KL(softmax W ‖ softmax W0) by rows; a vector (n, 1) is one row."""
-    import torch
-
     if is_row:
         return importance(base.T, expert.T, is_row=False).T.contiguous()
     p = torch.softmax(expert, dim=-1).add_(_SMALL)

@@ -1,10 +1,11 @@
 """The contract of a merge method: its parameters, its rule for every tensor, its merge of one.
 
-A method is one file in this folder that ends in ``METHOD = TheClass``. The class is a frozen
+A method is one file in this folder that ends in ``METHOD = TheClass``, or one of a family's file,
+which ends in ``METHODS = (…)``. The class is a frozen
 dataclass whose fields are its parameters; from them come the recipe keys, the command line, the
 Space's controls and the card. A recipe may give a number by layer, by module or by model: the plan
-makes one instance for each combination, so a method sees plain numbers. Files here import torch
-only inside their functions, so that planning and ``--help`` stay light.
+makes one instance for each combination, so a method sees plain numbers. Files here take torch and
+the maths from ``maths.lazy``, so that planning and ``--help`` stay light.
 """
 
 from __future__ import annotations
@@ -15,15 +16,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from ..maths.lazy import TaskVectors, Tensor, low_rank, passes
 from ..roles import MATRIX_ROLES, Role, role_of
 from ..specs import TensorSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..maths.low_rank import LowRank
-    from ..maths.passes import Drop
-    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +31,10 @@ class Rule:
     Attributes:
         name: as the report counts it: ``resmerge``, ``mean``, ``sum``, ``base``, …
         role: what part of the model the tensor is.
-        needs_matrix: whether whole float32 task vectors are needed (S2 in docs/methods.md);
-            otherwise row blocks suffice, whatever the tensor's size.
+        needs_matrix: whether a matrix is decided as a whole (S2 in docs/methods.md); otherwise
+            row blocks suffice, whatever the tensor's size.
+        copies: whether float32 copies of whole task vectors are made for that, or row blocks are
+            read again and again.
         as_one: whether gate and up in one tensor are decomposed as one matrix.
         in_pieces: whether ranges of rows can be merged on their own. False hands the whole
             tensor to one `merge` call, still without float32 copies of it.
@@ -43,6 +43,7 @@ class Rule:
     name: str
     role: Role
     needs_matrix: bool = False
+    copies: bool = True
     in_pieces: bool = True
     as_one: bool = False
 
@@ -63,8 +64,6 @@ class Combination:
 
     def of(self, vectors: TaskVectors) -> LowRank | None:
         """Return ΔW from the experts' factors, or None where some have none and count."""
-        from ..maths.low_rank import LowRank, concatenated
-
         parts = []
         if any(self.coefficients):
             if vectors.low_rank is None:
@@ -72,8 +71,8 @@ class Combination:
             found = zip(vectors.low_rank, self.coefficients, strict=True)
             parts = [factors.scaled(a) for factors, a in found if a]
         if self.left is not None and self.right is not None:
-            parts.append(LowRank(self.left, self.right))
-        return concatenated(parts) if parts else None
+            parts.append(low_rank.LowRank(self.left, self.right))
+        return low_rank.concatenated(parts) if parts else None
 
     def scaled(self, factor: float) -> Combination:
         """Return `factor`·ΔW."""
@@ -96,7 +95,7 @@ class OfSum:
     coefficients: tuple[float, ...]
     added: Callable[[slice, Tensor], Tensor] | None = None
     own: float = 0.0
-    drop: Drop | None = None
+    drop: passes.Drop | None = None
 
     def finish(self, block: slice, total: Tensor) -> Tensor:
         """Return ΔW of a row block from the sum there, which may be modified."""
@@ -104,10 +103,8 @@ class OfSum:
 
     def rows(self, block: slice, stack: Tensor) -> Tensor:
         """Return ΔW of a row block from the experts' Δ there, where e is 0."""
-        from ..maths.passes import combined
-
         deltas = stack if self.drop is None else self.drop.of_block(block, stack)
-        return self.finish(block, combined(deltas, self.coefficients))
+        return self.finish(block, passes.combined(deltas, self.coefficients))
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,9 +267,10 @@ class MergeMethod(ABC):
             recipe has one) or ``input`` (it is one model among the others).
         models: how many models beside the base, at least and at most.
         low_rank: whether the result is of low rank where all task vectors are.
+        in_pieces: what the rule says of it, where all tensors have one rule.
         presets: settings of a paper or of public code, by name.
         aliases: earlier names of parameters.
-        earlier: defaults of the releases before 0.2, where they were others.
+        earlier: defaults of the releases before 1.0, where they were others.
     """
 
     name: ClassVar[str]
@@ -284,18 +282,19 @@ class MergeMethod(ABC):
     base: ClassVar[str] = "required"
     models: ClassVar[tuple[int, int | None]] = (1, None)
     low_rank: ClassVar[bool] = False
+    in_pieces: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     aliases: ClassVar[Mapping[str, Alias]] = {}
     earlier: ClassVar[Mapping[str, Any]] = {}
 
-    @abstractmethod
     def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
-        """Return the rule for a tensor, from its name and shape alone.
+        """Return the rule for a tensor, from its name and shape alone: one for all, by default.
 
         Args:
             spec: the tensor as the base stores it, with a float dtype.
             experts: N.
         """
+        return Rule(self.name, default_role(spec), in_pieces=self.in_pieces)
 
     @abstractmethod
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
@@ -347,12 +346,23 @@ class MergeMethod(ABC):
         """
         return min(m, n)
 
+    def columns(self, m: int, n: int, experts: int) -> int:
+        """Return with how many columns each expert's m × n matrix is multiplied altogether.
+
+        The estimate of time goes by it where it is not zero, and no longer by `directions`.
+        """
+        return 0
+
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
         """Return bytes needed for one m × n matrix beside the float32 task vectors."""
         return 0
 
     def shared_scratch_bytes(self, m: int, n: int) -> int:
         """Return bytes that one matrix at a time may need beside `scratch_bytes`."""
+        return 0
+
+    def kept_bytes(self, spec: TensorSpec, rule: Rule, experts: int) -> int:
+        """Return bytes that are kept of a tensor while it is decided, beside a row block's."""
         return 0
 
     def in_words(self) -> str:

@@ -9,15 +9,10 @@ are 0.4 (IBM/STAR), 0.6 (fusion_bench) and 0.2 (MergeBench), for the scale 0.3 t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from ..specs import TensorSpec
-from .base import MergeMethod, Rule, Site, Update, default_role, param
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..maths.task_vectors import TaskVectors
+from ..maths.lazy import TaskVectors, Tensor, passes, torch
+from .base import MergeMethod, Site, Update, param
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +28,13 @@ class Consensus(MergeMethod):
     k: int = param(2, "Experts that must use an entry", minimum=0, maximum=64)
     scale: float = param(0.4, "Factor of the result", minimum=-10.0, maximum=10.0)
 
-    def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
-        """Return the one rule for every tensor."""
-        return Rule("consensus", default_role(spec))
-
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Return scale · τ where at least k masks are set."""
 
         def rows(block: slice, stack: Tensor) -> Tensor:
-            import torch
-
-            from ..maths.passes import shared_sum
-
-            if (found := shared_sum(stack, self.mask_lambda, self.k, self.scale)) is not None:
+            if (
+                found := passes.shared_sum(stack, self.mask_lambda, self.k, self.scale)
+            ) is not None:
                 return found
             total = torch.zeros_like(stack[0], dtype=torch.float64)
             for delta in stack:

@@ -11,16 +11,13 @@ the same sum. λ is tuned on data there; 1 here. Truncated at the numerical rank
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from ..maths.lazy import TaskVectors, Tensor, factors, torch
 from .base import Site, Update, param
+from .parts.election import disjoint_merge
 from .parts.spectral_method import SpectralMethod, product
 from .tsv_m import stacked_bytes
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..maths.task_vectors import TaskVectors
 
 _STEEPEST = 5.0
 
@@ -41,22 +38,17 @@ class DcMerge(SpectralMethod):
 
     def merge_spectrum(self, vectors: TaskVectors, site: Site) -> Update:
         """Return λ · Ũ · M · Ṽᵀ."""
-        import torch
-
-        from ..maths.factors import polar, roots, svd_of
-        from .parts.election import disjoint_merge
-
         k = min(vectors.shape) // vectors.count
-        found = [svd_of(vectors, i) for i in range(vectors.count)]
-        widths = [min(factors.rank, k) for factors in found]
+        found = [factors.svd_of(vectors, i) for i in range(vectors.count)]
+        widths = [min(svd.rank, k) for svd in found]
         U = torch.cat([f.U[:, :w] for f, w in zip(found, widths, strict=True)], dim=1)
         V = torch.cat([f.V[:, :w] for f, w in zip(found, widths, strict=True)], dim=1)
-        root_U, root_V = roots(U)[1], roots(V)[1]
+        root_U, root_V = factors.roots(U)[1], factors.roots(V)[1]
         coordinates, start = [], 0
         mask = torch.zeros_like(root_U, dtype=torch.bool)
-        for factors, width in zip(found, widths, strict=True):
+        for svd, width in zip(found, widths, strict=True):
             own = slice(start, start + width)
-            sigma = self._smooth(factors.sigma[:width]).to(root_U.device)
+            sigma = self._smooth(svd.sigma[:width]).to(root_U.device)
             # ŨᵀUᵢ are columns of (ÛᵀÛ)^(1/2), so M_i needs no product with Δᵢ.
             M = (root_U[:, own] * sigma) @ root_V[own]
             coordinates.append(_largest(M, self.density).float())
@@ -68,13 +60,11 @@ class DcMerge(SpectralMethod):
             "directions": U.shape[1],
             "kept_coordinates": int(torch.count_nonzero(merged * mask)),
         }
-        left = torch.matmul(polar(U), merged * mask)
-        return product(left, polar(V), "dc_merge", gates)
+        left = torch.matmul(factors.polar(U), merged * mask)
+        return product(left, factors.polar(V), "dc_merge", gates)
 
     def _smooth(self, sigma: Tensor) -> Tensor:
         """Return balanced singular values with the same sum."""
-        import torch
-
         if self.smoothing == "none" or len(sigma) < 2:
             return sigma
         if self.smoothing == "avg":
@@ -84,8 +74,8 @@ class DcMerge(SpectralMethod):
         return shape * (sigma.sum() / shape.sum())
 
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
-        """Return bytes of TSV-Merge's factors, and of the coordinates."""
-        return stacked_bytes(m, n, experts) + 4 * (experts + 16) * min(m, n) ** 2
+        """Return bytes of TSV-Merge's factors, of the coordinates, and of what is kept of them."""
+        return stacked_bytes(m, n, experts) + 4 * (experts + 28) * min(m, n) ** 2
 
 
 def _largest(M: Tensor, density: float) -> Tensor:

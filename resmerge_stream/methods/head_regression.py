@@ -1,6 +1,8 @@
 """Head regression: where an expert's head looks, the merge does what that expert does.
 
-Each task vector Δ_i (m × n) gives its k leading triplets u_ir, σ_ir, v_ir. With
+Each task vector Δ_i (m × n) gives k directions v_ir and their strengths σ_ir = ‖Δ_i v_ir‖: the
+leading ones that a fixed number of block Krylov steps finds (`maths.block_krylov`), or with
+``steps: exact`` its singular ones. With
 a = 1/(1 + (N−1)·s̄), s̄ the mean cosine of the pairs of Δ clipped to [0, 1], the backbone is
 B = a·ΣΔ_i: the sum if the experts are orthogonal, Δ if they are copies. With q_ir = σ_ir/σ_i1,
 
@@ -18,23 +20,22 @@ coherence, and a cost that streams. docs/quality.md has what it made of small RL
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
-from .base import Combination, Site, Update, param
+from ..maths.lazy import TaskVectors, Tensor, block_krylov, spectral, torch
+from ..memory import gram_bytes, krylov_bytes, solver_bytes
+from ..specs import TensorSpec
+from .base import Combination, Rule, Site, Update, param
 from .parts.elementwise import linear, with_product
-from .parts.heads import head_report, heads_of, project_heads
+from .parts.heads import head_report, heads_of, not_unique, project_heads
 from .parts.spectral_method import SpectralMethod
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..maths.spectral import Head
-    from ..maths.task_vectors import TaskVectors
 
 # An expert shorter than this share of the longest one has less of a vote: its σ_i1 would scale
 # its directions up to those of any other expert, however little it changed.
 NEGLIGIBLE = 0.05
+EXACT = "exact"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +49,16 @@ class HeadRegression(SpectralMethod):
     paper: ClassVar[str] = "this project; a relative of RegMean, WUDI and SWUDI"
     url: ClassVar[str] = "https://arxiv.org/abs/2503.08099"
     low_rank: ClassVar[bool] = True
+    earlier: ClassVar[Mapping[str, Any]] = {"steps": EXACT}
 
     rank: int = param(16, "Directions k in a head", minimum=1, maximum=256)
+    steps: str = param(
+        "3",
+        "Block Krylov steps that find a head, or exact",
+        choices=("1", "2", "3", "4", EXACT),
+    )
     mu: float = param(0.03, "Pull μ towards the backbone", minimum=1e-6, maximum=1e3)
-    solver: str = param("auto", "How the head is found", choices=("auto", "lanczos", "dense"))
+    solver: str = param("auto", "How exact heads are found", choices=("auto", "lanczos", "dense"))
 
     def merge_spectrum(self, vectors: TaskVectors, site: Site) -> Update:
         """Return B + E (PᵀP + μI)⁻¹ Pᵀ; experts that changed nothing here do not count in N."""
@@ -61,8 +68,18 @@ class HeadRegression(SpectralMethod):
         if len(alive) == 1:
             return linear([float(energy > 0) for energy in energies], "head_regression")
         a, agreement = _backbone(D[alive][:, alive])
-        heads = heads_of(vectors, self.rank, energies, self.solver)
-        V, Y = project_heads(vectors, heads, D)
+        if self.steps == EXACT:
+            heads = heads_of(vectors, self.rank, energies, self.solver)
+            V, Y = project_heads(vectors, heads, D)
+        else:
+            each = block_krylov.krylov_heads(vectors, self.rank, int(self.steps))
+            heads = [head if e > 0 else None for head, e in zip(each, energies, strict=True)]
+            V, Y = project_heads(vectors, heads, D)
+            k = V.shape[1] // len(heads)
+            heads = [
+                head and block_krylov.measured(head, Y[i, :, i * k : (i + 1) * k])
+                for i, head in enumerate(heads)
+            ]
         votes, warnings = _votes([math.sqrt(energies[i]) for i in alive], alive)
         P, E, targets = _constraints(V, Y, alive, a, votes)
         right, correction, condition = _ridge(P, E, self.mu)
@@ -76,31 +93,45 @@ class HeadRegression(SpectralMethod):
         }
         exact = Combination((a,) * vectors.count, E, right.T)
         total = with_product(Combination(exact.coefficients, E.float(), right.T.float()))
+        warnings += not_unique(heads)
         return Update(total.rows, "head_regression", gates, warnings, exact, of_sum=total)
+
+    def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
+        """Return the method's own rule for matrices, which it reads by row blocks, else `other`."""
+        return replace(super().rule_for(spec, experts), copies=self.steps == EXACT)
 
     def directions(self, m: int, n: int) -> int:
         """Return how many directions a head has, or all where LAPACK finds it."""
         return min(m, n) if self.solver == "dense" else min(self.rank, m, n)
 
+    def columns(self, m: int, n: int, experts: int) -> int:
+        """Return those of the steps, there and back, of all heads, and of the sum's correction."""
+        if self.steps == EXACT:
+            return 0
+        return (2 * int(self.steps) + experts + 1) * min(self.rank, m, n)
+
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
         """Return bytes of the solver, of Δ_j·V for all heads, and of P, E and their products."""
-        from ..memory import solver_bytes
-
         width = experts * min(self.rank, m, n)
         # In float64 where a head has most of an update.
         projected = 8 * experts * m * width
-        solvers = solver_bytes(m, n, self.rank, self.solver, experts)
+        if self.steps == EXACT:
+            solvers = solver_bytes(m, n, self.rank, self.solver, experts)
+        else:
+            solvers = krylov_bytes(m, n, self.rank, int(self.steps), experts)
         return solvers + projected + 40 * (m + n) * width
 
     def shared_scratch_bytes(self, m: int, n: int) -> int:
         """Return bytes of the solver's fallback, which threads take in turn."""
-        from ..memory import gram_bytes
-
-        return gram_bytes(m, n, self.rank) if self.solver == "auto" else 0
+        falls_back = self.steps == EXACT and self.solver == "auto"
+        return gram_bytes(m, n, self.rank) if falls_back else 0
 
     def in_words(self) -> str:
         """Return the formulas in words."""
-        return _IN_WORDS.format(rank=self.rank, mu=self.mu)
+        how = (
+            "exactly" if self.steps == EXACT else f"as {self.steps} block Krylov step(s) find them"
+        )
+        return _IN_WORDS.format(rank=self.rank, mu=self.mu, how=how)
 
 
 def _backbone(D: Tensor) -> tuple[float, float]:
@@ -130,8 +161,6 @@ def _constraints(
     V: Tensor, Y: Tensor, alive: list[int], a: float, votes: list[float]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return P (n × Nk), E (m × Nk) and each expert's [q_ir Δ_i v_ir] (m × k), all float64."""
-    import torch
-
     k = V.shape[1] // len(Y)
     P, E, targets = [], [], []
     for i, vote in zip(alive, votes, strict=True):
@@ -148,8 +177,6 @@ def _constraints(
 
 def _ridge(P: Tensor, E: Tensor, mu: float) -> tuple[Tensor, Tensor, float]:
     """Return (PᵀP + μI)⁻¹Pᵀ, E·(PᵀP + μI)⁻¹, and the condition number of PᵀP + μI."""
-    import torch
-
     values, vectors = torch.linalg.eigh((P.T @ P).cpu())
     values = values.clamp_min(0) + mu
     inverse = ((vectors / values) @ vectors.T).to(P.device)
@@ -168,8 +195,6 @@ def _residuals(
         alive: the experts that these are of.
         count: N, unchanged experts included: theirs are None.
     """
-    import torch
-
     found: dict[str, list[float | None]] = {}
     for key, side_by_side in (("residual_before", before), ("residual_after", after)):
         parts = side_by_side.chunk(len(alive), dim=1)
@@ -181,16 +206,16 @@ def _residuals(
     return found
 
 
-def _share(head: Head | None, energy: float) -> float:
+def _share(head: spectral.Head | None, energy: float) -> float:
     """Return the head's share of ‖Δ_i‖²."""
     return min(sum(s * s for s in head.sigma) / energy, 1.0) if head is not None else 0.0
 
 
 _IN_WORDS = (
-    "Each expert's update of a matrix has a **head**: its top {rank} direction(s). The merged "
-    "update is the ridge regression (μ = {mu:g}) towards what each expert does with the inputs of "
-    "its own head, each direction weighted by its strength; on all other inputs it is the sum of "
-    "the updates, divided by 1 + (N−1)·(mean cosine of the updates)."
+    "Each expert's update of a matrix has a **head**: its top {rank} direction(s), {how}. The "
+    "merged update is the ridge regression (μ = {mu:g}) towards what each expert does with the "
+    "inputs of its own head, each direction weighted by its strength; on all other inputs it is "
+    "the sum of the updates, divided by 1 + (N−1)·(mean cosine of the updates)."
 )
 
 METHOD = HeadRegression

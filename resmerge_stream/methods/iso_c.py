@@ -9,13 +9,12 @@ A.2 is the codes' unused share of entries to keep, not a rank. U and V stop at t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from ..maths.lazy import TaskVectors, factors
+from ..memory import svd_bytes
 from .base import Site, Update, param
 from .parts.spectral_method import SpectralMethod, product
-
-if TYPE_CHECKING:
-    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +32,7 @@ class IsoC(SpectralMethod):
 
     def merge_spectrum(self, vectors: TaskVectors, site: Site) -> Update:
         """Return λ · mean(S) · UVᵀ."""
-        from ..maths.factors import svd_of_sum
-
-        common = svd_of_sum(vectors)
+        common = factors.svd_of_sum(vectors)
         level = float(common.sigma.sum()) / min(vectors.shape)
         gates = {
             "directions": common.rank,
@@ -46,8 +43,6 @@ class IsoC(SpectralMethod):
 
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
         """Return bytes of the sum, its SVD, and the scaled factors."""
-        from ..memory import svd_bytes
-
         return 4 * m * n + svd_bytes(m, n) + 4 * (m + n) * min(m, n)
 
 

@@ -10,16 +10,12 @@ polar([V₁ … V_N, V_c])ᵀ. Fraction 0.8 (the ResMerge paper), λ = 1. Trunca
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from ..maths.lazy import TaskVectors, Tensor, factors, low_rank, torch
+from ..memory import svd_bytes
 from .base import Site, Update, param
 from .parts.spectral_method import SpectralMethod, product
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..maths.low_rank import Factors
-    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +33,14 @@ class IsoCts(SpectralMethod):
 
     def merge_spectrum(self, vectors: TaskVectors, site: Site) -> Update:
         """Return λ · mean(σ) · polar(Û) · polar(V̂)ᵀ."""
-        import torch
-
-        from ..maths.factors import polar, svd_of_sum
-
-        common, own = self._split(min(vectors.shape), vectors.count)
-        shared = svd_of_sum(vectors)
+        r = min(vectors.shape)
+        common = int(r * self.common_fraction)
+        # Python rounds halves to even, and so does the code.
+        shared_out = min(
+            round((r - common) / vectors.count) * vectors.count, r // vectors.count * vectors.count
+        )
+        common, own = r - shared_out, shared_out // vectors.count
+        shared = factors.svd_of_sum(vectors)
         U_c, V_c = shared.U[:, :common], shared.V[:, :common]
         parts = [_own_directions(vectors, i, U_c, own) for i in range(vectors.count if own else 0)]
         U = torch.cat([*(part.U for part in parts), U_c], dim=1)
@@ -50,35 +48,26 @@ class IsoCts(SpectralMethod):
         sigma = torch.cat([*(part.sigma for part in parts), shared.sigma[:common]])
         level = float(sigma.sum()) / (common + own * vectors.count)
         gates = {"directions": U.shape[1], "common": common, "own": own}
-        return product(polar(U).mul_(self.scale * level), polar(V), "iso_cts", gates)
-
-    def _split(self, r: int, experts: int) -> tuple[int, int]:
-        """Return how many directions are common and how many are each expert's own."""
-        common = int(r * self.common_fraction)
-        # Python rounds halves to even, and so does the code.
-        shared_out = min(round((r - common) / experts) * experts, r // experts * experts)
-        return r - shared_out, shared_out // experts
+        return product(
+            factors.polar(U).mul_(self.scale * level), factors.polar(V), "iso_cts", gates
+        )
 
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
         """Return bytes of the sum's SVD, a projected Δᵢ in float64, and the stacked vectors."""
-        from ..memory import svd_bytes
-
         short = min(m, n)
         return 12 * m * n + svd_bytes(m, n, 2) + 24 * (m + n) * short
 
 
-def _own_directions(vectors: TaskVectors, i: int, U_c: Tensor, keep: int) -> Factors:
+def _own_directions(vectors: TaskVectors, i: int, U_c: Tensor, keep: int) -> low_rank.Factors:
     """Return the leading triplets of Δᵢ − U_cU_cᵀΔᵢ, in float64."""
-    import torch
-
-    from ..maths.factors import RANK_TOLERANCE, thin_svd
-
     rest = vectors.matrix(i).double()
     norm = torch.linalg.vector_norm(rest)
     basis = U_c.double()
     rest.addmm_(basis, basis.T @ rest, alpha=-1.0)
     # What rounding leaves of a matrix inside the common directions has none of its own.
-    return thin_svd(rest, keep if torch.linalg.vector_norm(rest) > RANK_TOLERANCE * norm else 0)
+    return factors.thin_svd(
+        rest, keep if torch.linalg.vector_norm(rest) > factors.RANK_TOLERANCE * norm else 0
+    )
 
 
 METHOD = IsoCts

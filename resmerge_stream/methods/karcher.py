@@ -4,7 +4,7 @@ Karcher 1977; name, parameters and meaning are mergekit's ``karcher`` (0.1.5): w
 base one model among them, all with the same weight. The direction u solves Σ log_u(uᵢ) = 0 with
 uᵢ = Wᵢ/‖Wᵢ‖, by the iteration u ← exp_u(mean log_u(uᵢ)); the length is the mean ‖Wᵢ‖. Everything
 is a function of the inner products, so the iteration runs on N numbers. With ``around: base`` it
-is the mean of the task vectors, as in releases before 0.2 (preset ``task_vectors``); ResMerge's
+is the mean of the task vectors, as in releases before 1.0 (preset ``task_vectors``); ResMerge's
 consensus direction is that one's chordal cousin, the normalised sum of the uᵢ.
 """
 
@@ -12,17 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from ..specs import TensorSpec
-from .base import MergeMethod, Rule, Site, Update, default_role, param
+from ..maths.lazy import TaskVectors, Tensor, torch
+from .base import MergeMethod, Site, Update, param
 from .parts.elementwise import cancelling, linear
 from .parts.whole import of_weights, whole_gram
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +35,7 @@ class Karcher(MergeMethod):
         "task_vectors": {"around": "base", "max_iter": 200, "tol": 1e-13},
     }
     earlier: ClassVar[Mapping[str, Any]] = {"around": "base", "max_iter": 200, "tol": 1e-13}
+    in_pieces: ClassVar[bool] = False
 
     max_iter: int = param(10, "Steps at most", minimum=1, maximum=1000)
     tol: float = param(1e-5, "Angle at which to stop", minimum=0.0, maximum=1.0)
@@ -50,11 +46,7 @@ class Karcher(MergeMethod):
 
     def check_weights(self, weights: tuple[float, ...]) -> str | None:
         """Return a problem when the weights cancel where their sum divides."""
-        return cancelling(weights) if self.around == "base" else None
-
-    def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
-        """Return the one rule; directions are those of whole tensors."""
-        return Rule("karcher", default_role(spec), in_pieces=False)
+        return cancelling(weights, "take task_arithmetic") if self.around == "base" else None
 
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Return the Karcher mean's direction times the mean length."""
@@ -109,8 +101,6 @@ class Karcher(MergeMethod):
             w: weights, summing to 1.
             c: of the start.
         """
-        import torch
-
         c = c / (c @ C @ c).clamp_min(1e-300).sqrt()
         for _ in range(self.max_iter):
             theta = (C @ c).clamp(-1.0, 1.0).acos()

@@ -8,15 +8,12 @@ the differences to it. `mean` is the same for experts of one base that takes no 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from ..specs import TensorSpec
-from .base import MergeMethod, Rule, Site, Update, default_role, param
+from ..maths.lazy import TaskVectors
+from .base import MergeMethod, Site, Update, param
 from .parts.elementwise import cancelling
 from .parts.whole import of_weights
-
-if TYPE_CHECKING:
-    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,20 +27,17 @@ class Linear(MergeMethod):
     low_rank: ClassVar[bool] = True
     weighted: ClassVar[bool] = True
     base: ClassVar[str] = "input"
+    models: ClassVar[tuple[int, int | None]] = (0, None)
 
     normalize: bool = param(True, "Divide by the sum of the weights")
 
     def check_weights(self, weights: tuple[float, ...]) -> str | None:
         """Return a problem when the weights cancel where their sum divides."""
-        return cancelling(weights) if self.normalize else None
+        return cancelling(weights, "set normalize: false") if self.normalize else None
 
     def keeps_low_rank(self, weights: tuple[float, ...], base_weight: float | None) -> bool:
         """Return whether the coefficients add up to 1, so that the base itself stays."""
         return self.normalize or abs((base_weight or 0.0) + sum(weights) - 1.0) < 1e-12
-
-    def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
-        """Return the one rule for every tensor."""
-        return Rule("linear", default_role(spec))
 
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Return Σ wᵢ Wᵢ, divided by Σ wᵢ for the mean, less W0."""

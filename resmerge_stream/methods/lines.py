@@ -12,17 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from ..maths.lazy import TaskVectors, Tensor, torch
 from ..roles import layer_of
 from .base import Counter, Site, Update, param
 from .parts.wrapped import Wrapped
-from .task_arithmetic import TaskArithmetic
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..maths.task_vectors import TaskVectors
+from .sparse import TaskArithmetic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +42,7 @@ class Lines(Wrapped):
         """Return the inner method's counter, then that of the L1 norms."""
         if number < self.wrapped.counting_passes():
             return self.wrapped.counter(number, counted, experts)
-        return _Norms(self, counted)
+        return _L1Norms(self, counted)
 
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Return the inner method's update times α + β·l/(L − 1)."""
@@ -78,7 +74,7 @@ class Lines(Wrapped):
         return isinstance(inner, TaskArithmetic) and not inner.normalize and inner.lambda_ == 1
 
 
-class _Norms:
+class _L1Norms:
     """Adds up ‖ΣΔᵢ‖₁ and the inner method's ‖ΔW‖₁."""
 
     def __init__(self, method: Lines, counted: Mapping[str, Any]) -> None:
@@ -88,8 +84,6 @@ class _Norms:
 
     def add(self, vectors: TaskVectors, site: Site) -> None:
         """Merge a matrix, or some rows of one, by the inner method."""
-        import torch
-
         if vectors.is_zero():
             return
         inner = self._method.wrapped.merge(vectors, self._method.inner_site(site))

@@ -7,14 +7,11 @@ mergekit's ``linear`` with normalisation. The baseline to beat.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from ..specs import TensorSpec
-from .base import MergeMethod, Rule, Site, Update, default_role
+from ..maths.lazy import TaskVectors
+from .base import MergeMethod, Site, Update
 from .parts.elementwise import cancelling, linear
-
-if TYPE_CHECKING:
-    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +25,9 @@ class Mean(MergeMethod):
     low_rank: ClassVar[bool] = True
     weighted: ClassVar[bool] = True
 
-    def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
-        """Return the mean rule for every tensor."""
-        return Rule("mean", default_role(spec))
-
     def check_weights(self, weights: tuple[float, ...]) -> str | None:
         """Return a problem when the weights cancel: a mean divides by their sum."""
-        return cancelling(weights)
+        return cancelling(weights, "take task_arithmetic")
 
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Return Σ wᵢ Δᵢ / Σ wᵢ."""

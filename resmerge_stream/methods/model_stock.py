@@ -11,16 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from ..maths.lazy import TaskVectors, Tensor, torch
 from ..specs import TensorSpec
 from .base import MergeMethod, Rule, Site, Update, default_role, param
 from .parts.elementwise import linear
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..maths.task_vectors import TaskVectors
 
 _NO_LENGTH = 1e-6
 _SINGULAR = 1e-6
@@ -49,7 +45,10 @@ class ModelStock(MergeMethod):
         if self.filter_wise and len(site.spec.shape) > 1:
 
             def rows(block: slice, stack: Tensor) -> Tensor:
-                return stack.mean(0).mul_(_by_row(stack)[:, None])
+                products = torch.einsum("ibn,jbn->bij", stack.double(), stack.double())
+                lengths = products.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+                cosine = mean_cosine(products, lengths, len(stack))
+                return stack.mean(0).mul_(interpolation(cosine, len(stack)).float()[:, None])
 
             return Update(rows, "model_stock")
         gram = vectors.gram()
@@ -60,20 +59,8 @@ class ModelStock(MergeMethod):
         return replace(linear([t / count] * count, "model_stock"), gates=gates)
 
 
-def _by_row(stack: Tensor) -> Tensor:
-    """Return t of each row, float32, shape (b,)."""
-    import torch
-
-    products = torch.einsum("ibn,jbn->bij", stack.double(), stack.double())
-    lengths = products.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
-    cosine = mean_cosine(products, lengths, len(stack))
-    return interpolation(cosine, len(stack)).float()
-
-
 def mean_cosine(products: Tensor, lengths: Tensor, count: int) -> Tensor:
     """Return the mean cosine of all pairs; leading axes are kept."""
-    import torch
-
     cosines = [
         (products[..., i, j] / (lengths[..., i] * lengths[..., j]).clamp_min(_NO_LENGTH)).clamp(
             -1.0, 1.0
@@ -85,8 +72,6 @@ def mean_cosine(products: Tensor, lengths: Tensor, count: int) -> Tensor:
 
 def interpolation(cosine: Tensor, count: int) -> Tensor:
     """Return t = N·c / (1 + (N−1)·c), 0 where that has no value."""
-    import torch
-
     denominator = 1 + (count - 1) * cosine
     singular = denominator.abs() < _SINGULAR
     t = count * cosine / torch.where(singular, 1.0, denominator)

@@ -10,17 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from ..specs import TensorSpec
-from .base import MergeMethod, Rule, Site, Update, default_role, param
+from ..maths.lazy import TaskVectors, Tensor
+from .base import MergeMethod, Site, Update, param
 from .parts.elementwise import cancelling, linear
 from .parts.whole import of_weights, whole_gram
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +29,16 @@ class MultiSlerp(MergeMethod):
     url: ClassVar[str] = "https://goddard.blog/posts/multislerp-wow-what-a-cool-idea"
     weighted: ClassVar[bool] = True
     base: ClassVar[str] = "optional"
+    in_pieces: ClassVar[bool] = False
 
     normalize_weights: bool = param(True, "Divide the weights by their sum")
     eps: float = param(1e-8, "Lengths below count as none", minimum=0.0, maximum=1.0)
 
     def check_weights(self, weights: tuple[float, ...]) -> str | None:
         """Return a problem when the weights cancel where their sum divides."""
-        return cancelling(weights) if self.normalize_weights else None
-
-    def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
-        """Return the one rule; directions are those of whole tensors."""
-        return Rule("multislerp", default_role(spec), in_pieces=False)
+        return (
+            cancelling(weights, "set normalize_weights: false") if self.normalize_weights else None
+        )
 
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Return the mean on the sphere, less W0 where models are averaged."""

@@ -7,15 +7,10 @@ is: no weight moves by more than t.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from ..specs import TensorSpec
-from .base import MergeMethod, Rule, Site, Update, default_role, param
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..maths.task_vectors import TaskVectors
+from ..maths.lazy import TaskVectors, Tensor
+from .base import MergeMethod, Site, Update, param
 
 _NO_DIFFERENCE = 1e-6
 
@@ -31,10 +26,6 @@ class NearSwap(MergeMethod):
     models: ClassVar[tuple[int, int | None]] = (1, 1)
 
     t: float = param(0.001, "How far a weight may move", minimum=0.0, maximum=10.0)
-
-    def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
-        """Return the one rule for every tensor."""
-        return Rule("nearswap", default_role(spec))
 
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Return min(t / max(|Δ|, 1e-6), 1) · Δ."""

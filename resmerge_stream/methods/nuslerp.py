@@ -8,17 +8,13 @@ are interpolated along the line. With a base it is WARP's rule (Ramé et al. 202
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from ..maths.lazy import TaskVectors, Tensor, torch
 from ..specs import TensorSpec
 from .base import MergeMethod, Rule, Site, Update, default_role, param
 from .parts.elementwise import linear
 from .parts.whole import of_weights, whole_gram
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..maths.task_vectors import TaskVectors
 
 _NO_WEIGHT = 1e-6
 _NO_LENGTH = 1e-7
@@ -76,8 +72,6 @@ class NuSlerp(MergeMethod):
 
 def _pair(vectors: TaskVectors, block: slice, stack: Tensor, is_whole: bool) -> Tensor:
     """Return the two things to interpolate, shape (2, b, n)."""
-    import torch
-
     if not is_whole:
         return stack
     base = vectors.base(block)
@@ -87,14 +81,10 @@ def _pair(vectors: TaskVectors, block: slice, stack: Tensor, is_whole: bool) -> 
 def _products(pair: Tensor, axis: int) -> Tensor:
     """Return the inner products of two stacks along an axis, float64, shape (lines, 2, 2)."""
     double = pair.double()
-    import torch
-
     return torch.einsum("ibn,jbn->bij" if axis == 1 else "ibn,jbn->nij", double, double)
 
 
 def _column_products(vectors: TaskVectors, is_whole: bool) -> Tensor:
-    import torch
-
     total = torch.zeros(vectors.shape[1], 2, 2, dtype=torch.float64, device=vectors.device)
     for block in vectors.blocks():
         total += _products(_pair(vectors, block, vectors.stack(block), is_whole), axis=0)
@@ -103,8 +93,6 @@ def _column_products(vectors: TaskVectors, is_whole: bool) -> Tensor:
 
 def arc(products: Tensor, t: float) -> tuple[Tensor, Tensor]:
     """Return the factors of the first and the second, from their inner products (…, 2, 2)."""
-    import torch
-
     lengths = products.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt().clamp_min(_NO_LENGTH)
     cosine = (products[..., 0, 1] / lengths[..., 0] / lengths[..., 1]).clamp(-1.0, 1.0)
     parallel = 1 - cosine.square() <= _PARALLEL

@@ -13,16 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from ..maths.lazy import TaskVectors, Tensor, factors, torch
+from ..memory import svd_bytes
 from .base import OTHER_CHOICES, Counter, Site, Update, param
 from .parts.elementwise import linear
 from .parts.spectral_method import SpectralMethod
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +42,7 @@ class Opcm(SpectralMethod):
 
     def counter(self, number: int, counted: Mapping[str, Any], experts: int) -> Counter:
         """Return the counter of ‖Δᵢ‖² and ‖M‖²."""
-        return _Norms(self, experts)
+        return _SquaredNorms(self, experts)
 
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Merge a matrix by its chain; ``sum`` tensors get the same factor, as in the code."""
@@ -67,20 +64,16 @@ class Opcm(SpectralMethod):
 
     def chain(self, vectors: TaskVectors) -> Tensor:
         """Return M before the scaling, float32, shape (m, n)."""
-        import torch
-
-        from ..maths.factors import thin_svd
-
         M = vectors.matrix(0).clone()
         for i in range(1, vectors.count):
-            factors = thin_svd(M)
+            svd = factors.thin_svd(M)
             delta = vectors.matrix(i)
             M += delta
-            if factors.rank == 0:
+            if svd.rank == 0:
                 continue
-            share = factors.sigma.cumsum(0) / factors.sigma.sum()
+            share = svd.sigma.cumsum(0) / svd.sigma.sum()
             protected = int((share <= self.alpha).sum())
-            U, V = factors.U.float(), factors.V.float()
+            U, V = svd.U.float(), svd.V.float()
             P = U.T @ delta @ V
             removed = torch.diag(P.diagonal().clone())
             removed[:protected, :protected] = P[:protected, :protected]
@@ -89,8 +82,6 @@ class Opcm(SpectralMethod):
 
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
         """Return bytes of M, its SVD, and the projections."""
-        from ..memory import svd_bytes
-
         short = min(m, n)
         return 8 * m * n + svd_bytes(m, n) + 8 * (m + n) * short + 12 * short**2
 
@@ -100,7 +91,7 @@ class Opcm(SpectralMethod):
         return self.scale * sum(norms) / len(norms) / merged if merged > 0 else 0.0
 
 
-class _Norms:
+class _SquaredNorms:
     """Adds up ‖Δᵢ‖² and ‖M‖² over the tensors that M is made of."""
 
     def __init__(self, method: Opcm, experts: int) -> None:
@@ -110,8 +101,6 @@ class _Norms:
 
     def add(self, vectors: TaskVectors, site: Site) -> None:
         """Merge a matrix and keep its norm; a sum of vectors likewise."""
-        import torch
-
         if vectors.is_zero() or (not site.rule.needs_matrix and self._method.other != "sum"):
             return
         D = vectors.gram()

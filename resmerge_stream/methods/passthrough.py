@@ -1,4 +1,4 @@
-"""Passthrough: one model, its weights times a factor.
+"""Passthrough: one model, its weights times a factor; or a base with an adapter put into it.
 
 Name, parameters and defaults are mergekit's ``passthrough`` (0.1.5), for whole models: stacking
 layers of several models stays with mergekit.
@@ -7,14 +7,11 @@ layers of several models stays with mergekit.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from ..specs import TensorSpec
-from .base import MergeMethod, Rule, Site, Update, default_role
+from ..maths.lazy import TaskVectors
+from .base import MergeMethod, Site, Update
 from .parts.whole import of_weights
-
-if TYPE_CHECKING:
-    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +27,9 @@ class Passthrough(MergeMethod):
     base: ClassVar[str] = "input"
     models: ClassVar[tuple[int, int | None]] = (0, 0)
 
-    def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
-        """Return the one rule for every tensor."""
-        return Rule("passthrough", default_role(spec))
-
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
-        """Return scale · W less W."""
-        scale = 1.0 if site.base_weight is None else site.base_weight
-        return of_weights(vectors, scale, [0.0] * vectors.count, "passthrough")
+        """Return scale · W, less what the layout's model has: W itself, or an adapter's base."""
+        return of_weights(vectors, site.base_weight or 0.0, site.weights, "passthrough")
 
 
 METHOD = Passthrough

@@ -10,15 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from ..specs import TensorSpec
-from .base import Alias, MergeMethod, Rule, Site, Update, default_role, param
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..maths.task_vectors import TaskVectors
+from ..maths.lazy import TaskVectors, Tensor, passes, torch
+from .base import Alias, MergeMethod, Site, Update, param
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +28,6 @@ class Ram(MergeMethod):
     aliases: ClassVar[Mapping[str, Alias]] = {"threshold": Alias("epsilon")}
 
     epsilon: float = param(1e-5, "Smaller changes count as none", minimum=0.0, maximum=1.0)
-
-    def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
-        """Return the one rule for every tensor."""
-        return Rule("ram", default_role(spec))
 
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Return Σ mᵢ Δᵢ / max(Σ mᵢ, 1) with mᵢ = |Δᵢ| > ε."""
@@ -55,11 +46,6 @@ def shared_mean(stack: Tensor, threshold: float, unique: list[float]) -> Tensor:
         threshold: τ.
         unique: factors ρᵢ of entries that only expert i changed.
     """
-    import torch
-    from torch.nn.functional import hardshrink
-
-    from ..maths import passes
-
     if (found := passes.shared_mean(stack, threshold, unique)) is not None:
         return found
     total = torch.zeros_like(stack[0])
@@ -67,7 +53,7 @@ def shared_mean(stack: Tensor, threshold: float, unique: list[float]) -> Tensor:
     lone = torch.zeros_like(stack[0]) if any(factor != 1.0 for factor in unique) else None
     for delta, factor in zip(stack, unique, strict=True):
         # Comparisons are ten times slower than arithmetic in torch on a CPU.
-        kept = hardshrink(delta, threshold)
+        kept = torch.nn.functional.hardshrink(delta, threshold)
         total.add_(kept)
         changed = kept.sign_().abs_()
         count.add_(changed)

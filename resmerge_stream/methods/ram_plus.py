@@ -16,16 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from ..maths.lazy import TaskVectors, Tensor, torch
 from ..specs import TensorSpec
 from .base import Counter, MergeMethod, Rule, Site, Update, default_role, param
 from .ram import shared_mean
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..maths.task_vectors import TaskVectors
 
 VARIANTS = ("arm-r-v2", "arm-r", "ramplus_tl")
 
@@ -98,8 +94,6 @@ class Overlap:
 
     def count(self, vectors: TaskVectors, numbers: Sequence[int]) -> None:
         """Count for the experts of these numbers."""
-        import torch
-
         for block in vectors.blocks():
             changed = vectors.stack(block).abs() > self._threshold
             shared = changed & (changed.sum(0, dtype=torch.int32) >= 2)

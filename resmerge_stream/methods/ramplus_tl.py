@@ -8,17 +8,12 @@ changes are multiplied by 1 + r · min(sᵢ / uᵢ, α). `ram_plus` has the rati
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from ..specs import TensorSpec
-from .base import MergeMethod, Rule, Site, Update, default_role, param
+from ..maths.lazy import TaskVectors, Tensor
+from .base import MergeMethod, Site, Update, param
 from .ram import shared_mean
 from .ram_plus import Overlap
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +25,11 @@ class RamPlusTensorLocal(MergeMethod):
     title: ClassVar[str] = "RAM+ (tensor by tensor)"
     paper: ClassVar[str] = "Yuan et al. 2026, RAM"
     url: ClassVar[str] = "https://arxiv.org/abs/2601.13572"
+    in_pieces: ClassVar[bool] = False
 
     r: float = param(0.1, "How much lone changes grow", minimum=0.0, maximum=10.0)
     alpha: float = param(0.2, "Cut of the ratio", minimum=0.0, maximum=10.0)
     epsilon: float = param(1e-5, "Smaller changes count as none", minimum=0.0, maximum=1.0)
-
-    def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
-        """Return the one rule; the ratios are those of whole tensors."""
-        return Rule("ramplus_tl", default_role(spec), in_pieces=False)
 
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Return the shared mean, lone changes times their expert's factor."""

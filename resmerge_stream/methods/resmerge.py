@@ -11,9 +11,11 @@ three variants are set side by side in docs/paper.md. The gates themselves are i
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from ..errors import RecipeError
+from ..maths.lazy import TaskVectors, Tensor, torch
+from ..memory import gram_bytes, solver_bytes
 from ..roles import Role, release_role_of
 from ..specs import TensorSpec
 from .base import (
@@ -28,13 +30,8 @@ from .base import (
     param,
 )
 from .parts.elementwise import linear, other_rule, with_product
-from .parts.heads import head_report, heads_of, project_heads, residual_gram
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..maths.spectral import Head
-    from ..maths.task_vectors import TaskVectors
+from .parts.gates import Knobs, decide
+from .parts.heads import head_report, heads_of, not_unique, project_heads, residual_gram
 
 VARIANTS = ("paper", "release-2026-06", "release-2026-07")
 ABLATIONS = ("none", "head_only", "residual_only", "no_head", "ungated")
@@ -103,15 +100,11 @@ class ResMerge(MergeMethod):
 
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
         """Return bytes of the Krylov basis, or of a dense SVD where the shape calls for one."""
-        from ..memory import solver_bytes
-
         solvers = solver_bytes(m, n, self.rank, self.solver, experts)
         return solvers + 8 * experts**2 * self.rank * m
 
     def shared_scratch_bytes(self, m: int, n: int) -> int:
         """Return bytes of the solver's fallback, which threads take in turn."""
-        from ..memory import gram_bytes
-
         return gram_bytes(m, n, self.rank) if self.solver == "auto" else 0
 
     def in_words(self) -> str:
@@ -121,8 +114,6 @@ class ResMerge(MergeMethod):
         )
 
     def _merge_matrix(self, vectors: TaskVectors, site: Site) -> Update:
-        from .parts.gates import decide
-
         D = vectors.gram()
         heads = heads_of(vectors, self.rank, D.diagonal().tolist(), self.solver)
         V, Y = project_heads(vectors, heads, D)
@@ -136,9 +127,14 @@ class ResMerge(MergeMethod):
             warning = f"rank ≤ {self.rank} in every expert: no residual to merge, mean used"
             update = linear([1 / vectors.count] * vectors.count, "mean", (warning,))
             return replace(update, gates=report | {"branch": "mean"})
-        gates = decide(D, Q, G, self._knobs(site.rule.role))
+        attention, ffn, other = _FAMILY_SCALE[self.variant]
+        f = {Role.ATTENTION: attention, Role.FFN: ffn}.get(site.rule.role, other)
+        head = {"no_head": "none", "ungated": "ungated"}.get(self.ablation, "gated")
+        gates = decide(
+            D, Q, G, Knobs(self.variant, f, self.rho, self.beta_min, self.beta_max, head)
+        )
         a, b, ablated = self._ablate(gates.a, gates.b)
-        warnings = _solver_warnings(heads)
+        warnings = not_unique(heads)
         if not any(a) and b == 0:
             warnings += (f"the rule erases this update: {gates.report['branch']}",)
         # ΔW = Σ aᵢ Δᵢ + Σ (b − aᵢ) Hᵢ
@@ -146,14 +142,6 @@ class ResMerge(MergeMethod):
         report |= gates.report | ablated
         total = with_product(combination)
         return Update(total.rows, "resmerge", report, warnings, combination, of_sum=total)
-
-    def _knobs(self, role: Role) -> Any:
-        from .parts.gates import Knobs
-
-        attention, ffn, other = _FAMILY_SCALE[self.variant]
-        f = {Role.ATTENTION: attention, Role.FFN: ffn}.get(role, other)
-        head = {"no_head": "none", "ungated": "ungated"}.get(self.ablation, "gated")
-        return Knobs(self.variant, f, self.rho, self.beta_min, self.beta_max, head)
 
     def _ablate(self, a: list[float], b: float) -> tuple[list[float], float, dict[str, Any]]:
         """Return (a, b) of the paper's structural ablations (Table 2)."""
@@ -167,19 +155,9 @@ class ResMerge(MergeMethod):
 
 def _combined(a: list[float], e: list[float], V: Tensor, Y: Tensor) -> Combination:
     """Return ΔW = Σ a_i Δ_i + Σ e_i H_i, H_i = Y_ii V_iᵀ."""
-    import torch
-
     k = V.shape[1] // len(a)
     left = torch.cat([Y[i, :, i * k : (i + 1) * k] * e_i for i, e_i in enumerate(e)], dim=1)
     return Combination(tuple(a), left, V)
-
-
-def _solver_warnings(heads: list[Head | None]) -> tuple[str, ...]:
-    unresolved = [i for i, head in enumerate(heads) if head is not None and head.gap < 1 + 1e-6]
-    if not unresolved:
-        return ()
-    experts = ", ".join(str(i + 1) for i in unresolved)
-    return (f"the head of expert {experts} is not unique: σ_k and σ_(k+1) agree to 1e-6",)
 
 
 _BACKBONE = (

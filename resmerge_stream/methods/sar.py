@@ -11,16 +11,13 @@ that are not decomposed stay the base's, as in the release.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from ..maths.lazy import TaskVectors, Tensor, factors, products, spectral, torch
+from ..memory import gram_bytes, solver_bytes, svd_bytes
 from .base import OTHER_CHOICES, Site, Update, param
 from .parts.heads import heads_of
 from .parts.spectral_method import SpectralMethod, product
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..maths.task_vectors import TaskVectors
 
 VARIANTS = ("paper", "release")
 
@@ -42,8 +39,6 @@ class Sar(SpectralMethod):
 
     def merge_spectrum(self, vectors: TaskVectors, site: Site) -> Update:
         """Return λ·Σ U(Uᵀ Δ_i,k V)Vᵀ."""
-        import torch
-
         energies = vectors.gram().diagonal().tolist()
         alive = [i for i, energy in enumerate(energies) if energy > 0]
         k = self._rank(vectors.shape)
@@ -70,8 +65,6 @@ class Sar(SpectralMethod):
 
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
         """Return bytes of the base, of its SVD and the heads', and of their products."""
-        from ..memory import solver_bytes, svd_bytes
-
         k = self._rank((m, n))
         base = 4 * m * n + (svd_bytes(m, n) if self.variant == "release" else 0)
         return (
@@ -83,8 +76,6 @@ class Sar(SpectralMethod):
 
     def shared_scratch_bytes(self, m: int, n: int) -> int:
         """Return bytes of the solver's fallback, which threads take in turn."""
-        from ..memory import gram_bytes
-
         return gram_bytes(m, n, self._rank((m, n)))
 
     def _rank(self, shape: tuple[int, int]) -> int:
@@ -93,20 +84,14 @@ class Sar(SpectralMethod):
 
     def _base_directions(self, vectors: TaskVectors, k: int) -> tuple[Tensor, Tensor]:
         """Return U (m × r) and V (n × r) of the base, float64; r is 0 where the base is zero."""
-        import torch
-
-        from ..maths.factors import thin_svd
-        from ..maths.products import times
-        from ..maths.spectral import top_singular
-
         base = torch.empty(vectors.shape, device=vectors.device)
         for rows in vectors.blocks():
             base[rows] = vectors.base(rows)
         if self.variant == "release" or not base.any():
-            factors = thin_svd(base)
-            return factors.U.double(), factors.V.double()
-        V = top_singular(base, k, alone=vectors.alone).V
-        U = times(base, V.float()).double()
+            svd = factors.thin_svd(base)
+            return svd.U.double(), svd.V.double()
+        V = spectral.top_singular(base, k, alone=vectors.alone).V
+        U = products.matmul(base, V.float()).double()
         return U / torch.linalg.vector_norm(U, dim=0).clamp_min(1e-300), V
 
 

@@ -10,15 +10,11 @@ their sum. Entries equal to the threshold are all kept; mergekit cuts them in a 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from ..specs import TensorSpec
-from .base import MergeMethod, Rule, Site, Update, default_role, param
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..maths.task_vectors import TaskVectors
+from ..maths.lazy import TaskVectors, Tensor, passes, torch
+from .base import MergeMethod, Site, Update, param
+from .parts.trimming import Tally, magnitude
 
 _NO_ENERGY = 1e-6
 
@@ -32,17 +28,12 @@ class Sce(MergeMethod):
     title: ClassVar[str] = "SCE"
     paper: ClassVar[str] = "Wan et al. 2024, FuseChat"
     url: ClassVar[str] = "https://arxiv.org/abs/2408.07990"
+    in_pieces: ClassVar[bool] = False
 
     select_topk: float = param(1.0, "Share of varying entries to keep", minimum=0.0, maximum=1.0)
 
-    def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
-        """Return the one rule; energies are those of whole tensors."""
-        return Rule("sce", default_role(spec), in_pieces=False)
-
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Return Σ wᵢ Δᵢ / Σ wᵢ over the selected entries with the elected sign."""
-        import torch
-
         if self.select_topk < 1:
             threshold, energies = _selection(vectors, self.select_topk)
         else:
@@ -56,18 +47,18 @@ class Sce(MergeMethod):
         )
 
         def rows(block: slice, stack: Tensor) -> Tensor:
-            from ..maths.passes import shrunk
-
-            agreed = stack.sum(0, dtype=torch.float64)
-            sign = torch.ones_like(stack[0]).copysign_(agreed.float())
+            sign = stack.sum(0, dtype=torch.float64).float()
+            sign = torch.ones_like(sign).copysign_(sign)
             merged, share = torch.zeros_like(sign), torch.zeros_like(sign)
+            agreeing = torch.empty_like(sign)
             for delta, weight in zip(stack, weights, strict=True):
-                agreeing = (delta * sign).clamp_min_(0)
+                torch.mul(delta, sign, out=agreeing).clamp_min_(0)
                 merged.add_(agreeing, alpha=weight)
                 share.add_(agreeing.sign_(), alpha=weight)
+            del agreeing
             merged.div_(share.clamp_min_(_NO_ENERGY)).mul_(sign)
             if self.select_topk < 1:
-                merged.mul_(shrunk(variance(stack), threshold).sign_())
+                merged.mul_(passes.shrunk(variance(stack), threshold).sign_())
             return merged
 
         return Update(rows, "sce", {"energies": weights, "selection_threshold": threshold})
@@ -85,10 +76,6 @@ def _selection(vectors: TaskVectors, share: float) -> tuple[float, list[float]]:
     Variances are ranked by the bits of their float32 patterns, the upper 16 first (`trimming`);
     the second reading adds up the squares on the way.
     """
-    import torch
-
-    from .parts.trimming import Tally, magnitude
-
     upper, varying = Tally(1), 0
     for block in vectors.blocks():
         spread = variance(vectors.stack(block))

@@ -7,8 +7,9 @@ the first entry whose filter is part of it counts, an entry without a filter fit
 be a gradient.
 """
 
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import RecipeError, shown
@@ -16,9 +17,54 @@ from ..errors import RecipeError, shown
 # How many values a setting may hold, and how long a filter may be.
 MAX_VALUES = 1024
 MAX_FILTER = 200
+# The largest weight of a model, either way.
+MAX_WEIGHT = 1e6
+# Of a whole number: more than any parameter's.
+_MOST_BITS = 64
 _NUMBERED = re.compile(r"^(.*?)\.(\d+)(?:\.|$)")
 
 Scalar = bool | int | float | str
+
+_SWITCHES = {
+    **dict.fromkeys(("true", "yes", "on", "t", "y", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "f", "n", "0"), False),
+}
+
+
+def number(value: object) -> float | None:
+    """Return what a recipe means by a number: also as text (YAML reads ``1e-1`` so); else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        read = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return read if math.isfinite(read) else None
+
+
+def whole_number(value: object) -> int | None:
+    """Return what a recipe means by a whole number: ``8``, ``8.0``, ``"8"``; else None."""
+    read = number(value)
+    return None if read is None or read != int(read) else int(read)
+
+
+def switch(value: object) -> bool | None:
+    """Return what a recipe means by true or false: also ``yes``, ``1`` or ``1.0``; else None."""
+    if isinstance(value, str):
+        return _SWITCHES.get(value.strip().lower())
+    return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
+
+
+def checked_weight(value: object) -> float:
+    """Return a model's weight.
+
+    Raises:
+        RecipeError: it is no number, or as large as `MAX_WEIGHT`.
+    """
+    read = number(value)
+    if read is None or abs(read) >= MAX_WEIGHT:
+        raise RecipeError(f"a model's weight must be a number, not {shown(value)}.")
+    return read
 
 
 def check_setting(key: str, setting: object) -> None:
@@ -103,26 +149,22 @@ def _at(values: Sequence[Any], t: float, convert: Callable[[Any], Scalar]) -> Sc
     return convert(round(mixed) if all(isinstance(value, int) for value in found) else mixed)
 
 
-def values_of(setting: Any) -> Iterator[Any]:
-    """Yield every plain value in a setting."""
-    if isinstance(setting, Mapping):
-        yield from values_of(setting["value"])
-    elif _is_list(setting):
-        for item in setting:
-            yield from values_of(item)
-    else:
-        yield setting
-
-
 def is_plain(setting: object) -> bool:
     """Return whether a setting is one value, the same for all tensors."""
     return _is_scalar(setting)
 
 
 def before(first: Any, second: Any) -> Any:
-    """Return the setting that is `first` where that has a value, else `second`."""
+    """Return the setting that is `first` where that has a value, else `second`.
+
+    Args:
+        first: of a form that `check_setting` passes.
+        second: likewise; or None, where nothing follows.
+    """
     conditions = first if _is_list(first) else [first]
-    if not isinstance(conditions[0], Mapping):
+    if second is None or not isinstance(conditions[0], Mapping):
+        return first
+    if any(condition.get("filter") in (None, "*") for condition in conditions):
         return first
     rest = second if _is_list(second) else [second]
     if not isinstance(rest[0], Mapping):
@@ -148,6 +190,9 @@ def depths(names: Iterable[str]) -> dict[str, float]:
 
 
 def _is_scalar(value: object) -> bool:
+    # A hexadecimal number of thousands of digits is read as one, and can't be written again.
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return False
     return isinstance(value, bool | int | float | str)
 
 

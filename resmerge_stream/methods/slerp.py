@@ -2,7 +2,7 @@
 
 Shoemake 1985; name, parameter and meaning are mergekit's ``slerp`` (0.1.5), tensor by tensor:
 [sin((1−t)θ)·W0 + sin(tθ)·W1] / sin θ with θ the angle between whole weights; where they are nearly
-parallel (|cos| > 0.9995) the line between them. Releases before 0.2 meant by it the arc between two
+parallel (|cos| > 0.9995) the line between them. Releases before 1.0 meant by it the arc between two
 experts' task vectors (WARP, Ramé et al. 2024): that is `nuslerp` with a base.
 """
 
@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from ..specs import TensorSpec
-from .base import MergeMethod, Rule, Site, Update, default_role, param
+from ..maths.lazy import TaskVectors
+from .base import MergeMethod, Site, Update, param
 from .parts.whole import of_weights, whole_gram
-
-if TYPE_CHECKING:
-    from ..maths.task_vectors import TaskVectors
 
 _NEARLY_PARALLEL = 0.9995
 _NO_LENGTH = 1e-8
@@ -33,12 +30,9 @@ class Slerp(MergeMethod):
     paper: ClassVar[str] = "Shoemake 1985; mergekit"
     url: ClassVar[str] = "https://en.wikipedia.org/wiki/Slerp"
     models: ClassVar[tuple[int, int | None]] = (1, 1)
+    in_pieces: ClassVar[bool] = False
 
     t: float = param(0.5, "Where between base (0) and model (1)", minimum=0.0, maximum=1.0)
-
-    def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
-        """Return the one rule; the angle is that of whole tensors."""
-        return Rule("slerp", default_role(spec), in_pieces=False)
 
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Return a·W0 + b·W1 less W0, with a and b from the angle between them."""

@@ -8,13 +8,12 @@ leading σ whose sum reaches η % of Σσ, multiply them by Σσ / Σ(kept σ), 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from ..maths.lazy import TaskVectors, factors, torch
+from ..memory import svd_bytes
 from .base import Site, Update, param
 from .parts.spectral_method import SpectralMethod, product
-
-if TYPE_CHECKING:
-    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,31 +31,25 @@ class Star(SpectralMethod):
 
     def merge_spectrum(self, vectors: TaskVectors, site: Site) -> Update:
         """Return (1/N) Σ Uᵢ diag(kept σ · Σσ/Σkept) Vᵢᵀ."""
-        import torch
-
-        from ..maths.factors import svd_of
-
         lefts, rights, kept = [], [], []
         for i in range(vectors.count):
-            factors = svd_of(vectors, i)
-            cumulative = factors.sigma.cumsum(0)
-            if factors.rank == 0:
+            svd = factors.svd_of(vectors, i)
+            cumulative = svd.sigma.cumsum(0)
+            if svd.rank == 0:
                 kept.append(0)
                 continue
             nuclear = float(cumulative[-1])
             below = int((cumulative < self.eta / 100 * nuclear).sum())
-            count = min(below + 1, factors.rank)
+            count = min(below + 1, svd.rank)
             growth = self.scale * nuclear / float(cumulative[count - 1]) / vectors.count
-            sigma = (factors.sigma[:count] * growth).to(factors.U.device)
-            lefts.append((factors.U[:, :count] * sigma).float())
-            rights.append(factors.V[:, :count].float())
+            sigma = (svd.sigma[:count] * growth).to(svd.U.device)
+            lefts.append((svd.U[:, :count] * sigma).float())
+            rights.append(svd.V[:, :count].float())
             kept.append(count)
         return product(torch.cat(lefts, 1), torch.cat(rights, 1), "star", {"kept_ranks": kept})
 
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
         """Return bytes of N SVDs and of the kept parts side by side."""
-        from ..memory import svd_bytes
-
         return svd_bytes(m, n, experts) + experts * 8 * (m + n) * min(m, n)
 
 

@@ -10,17 +10,13 @@ at an absolute 1e-12; here they are relative to σ_r². Matrices only; the rest 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from ..maths.lazy import TaskVectors, Tensor, factors, low_rank, torch
+from ..memory import svd_bytes
 from ..specs import TensorSpec
 from .base import Rule, Site, Update, default_role, is_matrix, param
 from .parts.wrapped import Wrapped
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..maths.low_rank import Factors
-    from ..maths.task_vectors import TaskVectors
 
 # An expert with less than this share of a direction's energy does not take part in it.
 _ABSENT = 1e-12
@@ -50,17 +46,14 @@ class Svc(Wrapped):
         inner = self.wrapped.merge(vectors, self.inner_site(site))
         if site.rule.name != "svc":
             return inner
-        import torch
-
-        from ..maths.factors import thin_svd
 
         M = torch.empty(vectors.shape, device=vectors.device)
         for block in vectors.blocks():
             M[block] = inner.rows(block, vectors.stack(block))
-        factors = thin_svd(M)
-        gamma = self._gamma(vectors, factors)
-        change = ((gamma - 1) * factors.sigma).to(factors.U.device)
-        left, right = (factors.U * change).float(), factors.V.float().T.contiguous()
+        svd = factors.thin_svd(M)
+        gamma = self._gamma(vectors, svd)
+        change = ((gamma - 1) * svd.sigma).to(svd.U.device)
+        left, right = (svd.U * change).float(), svd.V.float().T.contiguous()
 
         def rows(block: slice, stack: Tensor) -> Tensor:
             return torch.addmm(M[block], left[block], right)
@@ -69,30 +62,26 @@ class Svc(Wrapped):
         gates = {"gamma_min": min(found), "gamma_max": max(found)} if found else {}
         return Update(rows, "svc", gates, inner.warnings)
 
-    def _gamma(self, vectors: TaskVectors, factors: Factors) -> Tensor:
+    def _gamma(self, vectors: TaskVectors, svd: low_rank.Factors) -> Tensor:
         """Return γ, float64, shape (r,): N / Σᵢ max(α, s_rⁱ)."""
-        import torch
-
-        if factors.rank == 0:
+        if svd.rank == 0:
             return torch.ones(0, dtype=torch.float64)
         alpha = self.alpha
         if alpha < 0:
             alpha = 1.0 if self.wrapped.name == "tsv_m" else 1 / vectors.count
-        total = torch.zeros_like(factors.sigma)
+        total = torch.zeros_like(svd.sigma)
         for i in range(vectors.count):
             delta = vectors.matrix(i)
-            projected = delta.T.double() @ factors.U.double()
-            inner = (projected * factors.V).sum(0).cpu() * factors.sigma
+            projected = delta.T.double() @ svd.U.double()
+            inner = (projected * svd.V).sum(0).cpu() * svd.sigma
             energy = (projected * projected).sum(0).cpu()
-            present = energy > _ABSENT * factors.sigma**2
+            present = energy > _ABSENT * svd.sigma**2
             s = torch.where(present, inner / energy.clamp_min(1e-300), 0.0)
             total += s.clamp_min(alpha)
         return vectors.count / total.clamp_min(1e-300)
 
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
         """Return bytes of the inner method, of M, its SVD, and one Δᵢ projected in float64."""
-        from ..memory import svd_bytes
-
         inner = self.wrapped.scratch_bytes(m, n, experts)
         return inner + 12 * m * n + svd_bytes(m, n) + 8 * (3 * n + 2 * m) * min(m, n)
 

@@ -16,16 +16,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from ..maths.lazy import TaskVectors, Tensor, factors, low_rank, torch
+from ..memory import svd_bytes
 from .base import Site, Update, param
 from .parts.spectral_method import SpectralMethod
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..maths.low_rank import Factors
-    from ..maths.task_vectors import TaskVectors
 
 # Release: smaller eigenvalues of C count as this.
 _LEAST_EIGENVALUE = 1e-8
@@ -47,12 +43,10 @@ class Swudi(SpectralMethod):
 
     def merge_spectrum(self, vectors: TaskVectors, site: Site) -> Update:
         """Return λ·(Θ + (D V f/Λ − Θ V f) Vᵀ), within the rows that the task vectors span."""
-        from ..maths.factors import thin_svd
-
         norms = vectors.gram().diagonal().sqrt().tolist()
-        factors = thin_svd(_side_by_side(vectors, norms))
-        left, kept = self._correction(factors, norms, vectors.shape)
-        left, right = (left * self.scale).float(), factors.V.T.float().contiguous()
+        svd = factors.thin_svd(_side_by_side(vectors, norms))
+        left, kept = self._correction(svd, norms, vectors.shape)
+        left, right = (left * self.scale).float(), svd.V.T.float().contiguous()
 
         def rows(block: slice, stack: Tensor) -> Tensor:
             update = stack[0] * self.scale
@@ -64,36 +58,30 @@ class Swudi(SpectralMethod):
 
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
         """Return bytes of the task vectors on top of each other, and of their SVD."""
-        from ..memory import svd_bytes
-
         return 4 * experts * m * n + 2 * svd_bytes(experts * m, n)
 
     def _correction(
-        self, factors: Factors, norms: list[float], shape: tuple[int, int]
+        self, svd: low_rank.Factors, norms: list[float], shape: tuple[int, int]
     ) -> tuple[Tensor, int]:
         """Return D V f/Λ − Θ V f, float64, shape (m, rank), and how many directions count.
 
         Task vector i is ‖Δ_i‖·U_i·diag(σ)·Vᵀ with U_i its rows of U, and Λ = σ².
         """
-        import torch
-
         m, n = shape
-        sigma = factors.sigma.to(factors.U.device)
+        sigma = svd.sigma.to(svd.U.device)
         eigenvalues = (sigma**2).clamp_min(_LEAST_EIGENVALUE)
-        kept = min(max(math.ceil(self.keep * n - 1e-9), 1), factors.rank)
+        kept = min(max(math.ceil(self.keep * n - 1e-9), 1), svd.rank)
         f = -torch.expm1(-eigenvalues * self.time)
         f[kept:] = 0
-        left = torch.zeros(m, factors.rank, dtype=torch.float64, device=factors.U.device)
+        left = torch.zeros(m, svd.rank, dtype=torch.float64, device=svd.U.device)
         for i, norm in enumerate(norms):
-            U = factors.U[i * m : (i + 1) * m].double() * sigma
+            U = svd.U[i * m : (i + 1) * m].double() * sigma
             left += norm * (U @ ((U.T @ U) * (f / eigenvalues)) - U * f)
         return left, kept
 
 
 def _side_by_side(vectors: TaskVectors, norms: list[float]) -> Tensor:
     """Return the Δ_i/‖Δ_i‖ on top of each other, float32, shape (N·m, n); zero where Δ_i is."""
-    import torch
-
     m, n = vectors.shape
     stacked = torch.empty(vectors.count, m, n, device=vectors.device)
     scales = torch.tensor([1 / norm if norm > 0 else 0.0 for norm in norms], device=vectors.device)

@@ -10,15 +10,12 @@ many triplets as it has: the codes take LAPACK's arbitrary null vectors there, w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from ..maths.lazy import TaskVectors, Tensor, factors, torch
+from ..memory import KEPT_BUFFER_BYTES, svd_bytes
 from .base import Site, Update, param
 from .parts.spectral_method import SpectralMethod, product
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +33,10 @@ class TsvMerge(SpectralMethod):
 
     def merge_spectrum(self, vectors: TaskVectors, site: Site) -> Update:
         """Return λ · polar(Û) · diag(Ŝ) · polar(V̂)ᵀ."""
-        from ..maths.factors import polar
-
         U, sigma, V = leading_factors(vectors, min(vectors.shape) // vectors.count)
         weights = (sigma * self.scale).float().to(U.device)
         gates = {"directions": len(sigma), "sigma_max": float(sigma.max()) if len(sigma) else 0.0}
-        return product(polar(U).mul_(weights), polar(V), "tsv_m", gates)
+        return product(factors.polar(U).mul_(weights), factors.polar(V), "tsv_m", gates)
 
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
         """Return bytes of N SVDs, and of the vectors side by side."""
@@ -53,22 +48,22 @@ def leading_factors(vectors: TaskVectors, k: int) -> tuple[Tensor, Tensor, Tenso
 
     An expert of numerical rank below k gives what it has.
     """
-    import torch
-
-    from ..maths.factors import svd_of
-
-    found = [svd_of(vectors, i) for i in range(vectors.count)]
-    U = torch.cat([factors.U[:, :k] for factors in found], dim=1)
-    V = torch.cat([factors.V[:, :k] for factors in found], dim=1)
-    return U, torch.cat([factors.sigma[:k] for factors in found]), V
+    found = [factors.svd_of(vectors, i) for i in range(vectors.count)]
+    U = torch.cat([svd.U[:, :k] for svd in found], dim=1)
+    V = torch.cat([svd.V[:, :k] for svd in found], dim=1)
+    return U, torch.cat([svd.sigma[:k] for svd in found]), V
 
 
 def stacked_bytes(m: int, n: int, experts: int) -> int:
-    """Return bytes of N SVDs and of r of their vectors side by side, whitened."""
-    from ..memory import svd_bytes
+    """Return bytes of N SVDs and of r of their vectors side by side, whitened.
 
+    Of factors that are smaller than `KEPT_BUFFER_BYTES` the C library keeps some for the next
+    matrix, up to four such buffers for each thread that works.
+    """
     short = min(m, n)
-    return svd_bytes(m, n, experts) + 24 * (m + n) * short + 40 * short**2
+    is_kept = 8 * short * short <= KEPT_BUFFER_BYTES
+    kept = min(12 * KEPT_BUFFER_BYTES, 40 * (m + n) * short) if is_kept else 0
+    return svd_bytes(m, n, experts) + 24 * (m + n) * short + 40 * short**2 + kept
 
 
 METHOD = TsvMerge

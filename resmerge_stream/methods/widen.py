@@ -12,16 +12,13 @@ orthogonal to W0, without the code's cancellation; ties are broken by position, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from ..maths.lazy import TaskVectors, Tensor, torch
+from ..memory import BLOCK_ELEMENTS
 from ..roles import Role
 from ..specs import TensorSpec
 from .base import MergeMethod, Rule, Site, Update, default_role, param
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +40,23 @@ class Widen(MergeMethod):
         stacked = len(spec.shape) == 3
         return Rule("widen", default_role(spec), needs_matrix=stacked, in_pieces=False)
 
+    def kept_bytes(self, spec: TensorSpec, rule: Rule, experts: int) -> int:
+        """Return bytes of the columns' sums, changes, ranks and scores: float64, four at once."""
+        rows, columns = spec.shape[-2:] if len(spec.shape) == 3 else spec.matrix_shape
+        if len(spec.shape) < 2 or rule.role is Role.EMBEDDING:
+            columns = rows
+        return 8 * columns * (5 * experts + 5)
+
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Return Σ Δᵢ times the scores of their columns (rows of an embedding)."""
         if len(site.spec.shape) < 2:
             return self._vector(vectors)
         by_row = site.rule.role is Role.EMBEDDING
         magnitude, direction = _column_changes(vectors, by_row)
-        scores = (self._scores(_ranks(magnitude)) + self._scores(_ranks(direction))) / 2
+        scores = self._scores(_rank(magnitude))
+        del magnitude
+        scores.add_(self._scores(_rank(direction))).div_(2)
+        del direction
 
         def rows(block: slice, stack: Tensor) -> Tensor:
             factors = scores[:, block, None] if by_row else scores[:, None, :]
@@ -58,8 +65,6 @@ class Widen(MergeMethod):
         return Update(rows, "widen")
 
     def _vector(self, vectors: TaskVectors) -> Update:
-        import torch
-
         magnitude = torch.cat([vectors.stack(block).abs() for block in vectors.blocks()], dim=1)
         scores = self._scores(magnitude[..., 0].double())
 
@@ -70,37 +75,51 @@ class Widen(MergeMethod):
 
     def _scores(self, ranks: Tensor) -> Tensor:
         """Return a score for each expert and column: softmax over experts, `scale` above t·mean."""
-        import torch
-
         scores = torch.softmax(ranks, dim=0)
         return torch.where(ranks > self.t * ranks.mean(1, keepdim=True), self.scale, scores)
 
 
-def _ranks(change: Tensor) -> Tensor:
-    """Return each expert's ranks in [0, 1): shape (N, columns), float64."""
-    import torch
-
-    order = change.argsort(dim=1, stable=True)
+def _rank(change: Tensor) -> Tensor:
+    """Put each expert's ranks, in [0, 1), in place of its changes: shape (N, columns), float64."""
     places = torch.arange(change.shape[1], dtype=torch.float64, device=change.device)
-    return torch.zeros_like(change).scatter_(1, order, (places / change.shape[1]).expand_as(order))
+    places /= change.shape[1]
+    for row in change:
+        row.scatter_(0, row.argsort(stable=True), places)
+    return change
 
 
 def _column_changes(vectors: TaskVectors, by_row: bool) -> tuple[Tensor, Tensor]:
     """Return how far each column's length and direction moved; float64, shape (N, columns)."""
-    import torch
-
-    base_sq, inner, delta_sq = [], [], []
+    axis = 1 if by_row else 0
+    sums: list[list[Tensor]] = []
     for block in vectors.blocks():
-        stack = vectors.stack(block)
-        base = vectors.base(block)
-        axis = 1 if by_row else 0
-        base_sq.append((base * base).sum(axis, dtype=torch.float64))
-        inner.append((stack * base).sum(axis + 1, dtype=torch.float64))
-        delta_sq.append((stack * stack).sum(axis + 1, dtype=torch.float64))
-    if by_row:
-        b2, bd, d2 = torch.cat(base_sq), torch.cat(inner, dim=1), torch.cat(delta_sq, dim=1)
-    else:
-        b2, bd, d2 = sum(base_sq), sum(inner), sum(delta_sq)  # type: ignore[assignment]
+        stack, base = vectors.stack(block), vectors.base(block)
+        own = [
+            (base * base).sum(axis, dtype=torch.float64),
+            (stack * base).sum(axis + 1, dtype=torch.float64),
+            (stack * stack).sum(axis + 1, dtype=torch.float64),
+        ]
+        if by_row or not sums:
+            sums.append(own)
+        else:
+            for total, part in zip(sums[0], own, strict=True):
+                total += part
+    b2, bd, d2 = (torch.cat(parts, dim=-1) for parts in zip(*sums, strict=True))
+    del sums
+    magnitude, direction = torch.empty_like(bd), torch.empty_like(bd)
+    for start in range(0, len(b2), BLOCK_ELEMENTS):
+        some = slice(start, start + BLOCK_ELEMENTS)
+        magnitude[:, some], direction[:, some] = _changes(b2[some], bd[:, some], d2[:, some])
+    return magnitude, direction
+
+
+def _changes(b2: Tensor, bd: Tensor, d2: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the changes of some columns' length and direction: shape (N, columns).
+
+    Args:
+        b2: ‖W0‖² of each column, shape (columns,).
+        bd, d2: ⟨W0, Δᵢ⟩ and ‖Δᵢ‖², shape (N, columns).
+    """
     M_base = b2.sqrt()
     M_expert = (b2 + 2 * bd + d2).clamp_min(0).sqrt()
     # |‖W‖ − ‖W0‖| = |2⟨W0, Δ⟩ + ‖Δ‖²| / (‖W‖ + ‖W0‖), which does not cancel.

@@ -4,17 +4,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from resmerge_stream.errors import RecipeError
-from resmerge_stream.maths.task_vectors import TaskVectors, Workspace
-from resmerge_stream.methods import Site, build_method
-from resmerge_stream.methods.parts.dare import drop_of
-from resmerge_stream.methods.parts.trimming import ModelThresholds, tensor_thresholds
+from resmerge_stream.methods import build_method
 from resmerge_stream.recipe import parse_method
-from resmerge_stream.specs import TensorSpec
-from tests.support.method_tools import MATRIX, experts_of, made_up, relative, run_method
+from tests.support.method_tools import experts_of, made_up, relative, run_method, ties64
 
 AROUND_BASE = build_method("karcher", {"preset": "task_vectors"})
 
@@ -28,133 +22,6 @@ def polar64(matrix):
 def svds(deltas):
     """Return the thin SVDs, float64."""
     return [torch.linalg.svd(delta.double(), full_matrices=False) for delta in deltas]
-
-
-def vectors_of(base, deltas):
-    """Return the task vectors of float32 experts."""
-    workspace = Workspace(torch.device("cpu"))
-    return TaskVectors(base, experts_of(base, deltas), workspace, resident=False)
-
-
-def ties64(deltas, thresholds):
-    """Return elected and averaged entries, float64."""
-    kept = [
-        torch.where((d.abs() >= t) & (d != 0), d.double(), 0.0)
-        for d, t in zip(deltas, thresholds, strict=True)
-    ]
-    sign = torch.where(sum(kept) >= 0, 1.0, -1.0)
-    agree = [(k * sign > 0).double() for k in kept]
-    total = sum(k * a for k, a in zip(kept, agree, strict=True))
-    return total / sum(agree).clamp_min(1)
-
-
-@given(
-    values=st.lists(st.floats(-(2.0**50), 2.0**50, width=32), min_size=1, max_size=60),
-    density=st.floats(0.0, 1.0),
-)
-def test_thresholds_are_those_of_a_sort(values, density):
-    """Counting bits finds exactly the K-th largest magnitude, subnormals and ties included; at
-    density 1 everything stays, at 0 nothing."""
-    delta = torch.tensor(values, dtype=torch.float32).reshape(-1, 1)
-    rank = max(int(density * delta.numel()), 1)
-
-    found = tensor_thresholds(vectors_of(torch.zeros_like(delta), [delta]), density)
-
-    if density in (0, 1):
-        assert found == [math.inf if density == 0 else 0.0]
-        return
-    assert found == [float(delta.abs().flatten().sort(descending=True).values[rank - 1])]
-
-
-def test_model_thresholds_are_those_of_all_tensors_together():
-    """`trim: model` ranks the entries of all tensors in one list, in any order of tensors."""
-    tensors = [made_up(8, 5, 2, seed=seed, scale=10.0**-seed) for seed in range(1, 4)]
-    site = Site(build_method("ties", {}).rule_for(TensorSpec(MATRIX, "F32", (8, 5)), 2), (1.0, 1.0))
-    counted = {}
-    for number in range(2):
-        counter = ModelThresholds(number, counted, 2, 0.3)
-        for base, deltas in tensors if number else tensors[::-1]:
-            counter.add(vectors_of(base, deltas), site)
-        counted |= counter.result()
-
-    for i in range(2):
-        every = torch.cat([deltas[i].flatten() for _, deltas in tensors]).abs()
-        rank = int(0.3 * every.numel())
-        assert counted["trim_thresholds"][i] == float(every.sort(descending=True).values[rank - 1])
-
-
-@pytest.mark.parametrize("trim", ["tensor", "model"])
-def test_ties_is_its_three_steps(trim):
-    """Trim, elect, disjoint mean; one tensor alone is the whole model."""
-    base, deltas = made_up(20, 12, 3, share=0.3)
-    rank = int(0.2 * base.numel())
-    thresholds = [float(d.abs().flatten().sort(descending=True).values[rank - 1]) for d in deltas]
-
-    method = build_method("ties", {"preset": "paper", "trim": trim})
-    update, _ = run_method(method, base, experts_of(base, deltas))
-
-    assert relative(update, ties64(deltas, thresholds)) < 1e-6
-
-
-def test_trimming_sparse_updates_keeps_all_that_changed():
-    """Where fewer entries changed than are to be kept, the threshold is zero and nothing goes."""
-    base, deltas = made_up(20, 12, 3, share=0.9)
-
-    update, _ = run_method(build_method("ties", {"density": 0.2}), base, experts_of(base, deltas))
-
-    assert relative(update, ties64(deltas, [0.0] * 3)) < 1e-6
-
-
-def test_ties_counts_weights():
-    """Weights move the election and the mean."""
-    base, deltas = made_up(6, 4, 2)
-    method = build_method("ties", {})
-
-    update, _ = run_method(method, base, experts_of(base, deltas), weights=(3.0, 1.0))
-
-    a, b = (d.double() for d in deltas)
-    total = 3 * a + b
-    both = (3 * a + b) / 4
-    expected = torch.where(a * b > 0, both, torch.where(a * total > 0, a, b))
-    assert relative(update, expected) < 1e-6
-
-
-def test_dare_keeps_a_share_and_the_expectation():
-    """About p of the entries are kept, each divided by p; the others are zero."""
-    base, deltas = made_up(200, 300, 1)
-
-    method = build_method("dare_linear", {"preset": "paper"})
-    update, _ = run_method(method, base, experts_of(base, deltas))
-
-    kept = update != 0
-    assert abs(float(kept.float().mean()) - 0.2) < 0.01
-    assert relative(update[kept], deltas[0][kept] / 0.2) < 1e-6
-
-
-@given(start=st.integers(0, 700), length=st.integers(1, 64))
-def test_dare_draws_the_same_wherever_a_tensor_is_cut(start, length):
-    """A row's draw depends on the tensor's name, the expert and the row; not on the piece."""
-    spec = TensorSpec(MATRIX, "F32", (1000, 300))
-    rule = build_method("dare_linear", {}).rule_for(spec, 1)
-    of_all = drop_of(Site(rule, (1.0,), 5), 300, [0.2], inverse=False)
-    (whole,) = of_all.of_block(slice(0, 1000), torch.ones(1, 1000, 300))
-    site = Site(rule, (1.0,), 5, start_row=start)
-
-    of_piece = drop_of(site, 300, [0.2], inverse=False)
-    (piece,) = of_piece.of_block(slice(0, length), torch.ones(1, length, 300))
-
-    assert torch.equal(piece, whole[start : start + length])
-    assert 0.19 < float(whole.mean()) < 0.21
-
-
-def test_dare_can_match_the_l1_norm():
-    """mergekit's rescaling gives the kept entries the L1 norm of the whole tensor."""
-    base, deltas = made_up(40, 30, 1)
-
-    method = build_method("dare_linear", {"density": 0.2, "rescale": "l1"})
-    update, _ = run_method(method, base, experts_of(base, deltas))
-
-    assert float(update.abs().sum()) == pytest.approx(float(deltas[0].abs().sum()), rel=1e-5)
 
 
 def test_ram_plus_enlarges_lone_changes():

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resmerge_stream.methods.settings import depths, evaluate
+from resmerge_stream.errors import RecipeError
+from resmerge_stream.methods.settings import check_setting, depths, evaluate
 from resmerge_stream.planning.recipe_file import recipe_from_dict
 from resmerge_stream.planning.resolve import Resolver
 from tests.support.checkpoints import make_group, merge
@@ -84,3 +85,14 @@ def test_our_own_methods_take_a_value_for_each_layer(tmp_path, method, key, valu
     for name, tensor in mixed.tensors.items():
         is_second = "layers.1.mlp" in name
         assert torch.equal(tensor, plain[is_second][name]), name
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [1 << 20_000, [1 << 20_000, 1], {"value": 1 << 20_000}],
+    ids=["one", "list", "filter"],
+)
+def test_a_number_of_thousands_of_digits_is_refused(setting):
+    """As YAML reads it from hexadecimal digits; it could not be written into a recipe again."""
+    with pytest.raises(RecipeError, match=r"must be one value|too long to show"):
+        check_setting("density", setting)

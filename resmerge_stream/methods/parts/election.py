@@ -7,10 +7,8 @@ sign that counts is that of the weighted change.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from ...maths.lazy import Tensor, passes, torch
 
 
 def disjoint_merge(
@@ -27,11 +25,7 @@ def disjoint_merge(
         normalize: average instead of adding.
         scale: factor λ of the result.
     """
-    import torch
-
-    from ...maths.passes import elected
-
-    if (found := elected(deltas, weights, normalize, scale)) is not None:
+    if (found := passes.elected(deltas, weights, normalize, scale)) is not None:
         return found
     # In float64, where the sum of a few float32 differences is exact: a rounded zero has no sign.
     total = torch.zeros_like(deltas[0], dtype=torch.float64)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from ...maths.lazy import Tensor
 from ..base import Combination, OfSum, Site, Update
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def linear(coefficients: Sequence[float], rule: str, warnings: tuple[str, ...] = ()) -> Update:
@@ -18,7 +15,6 @@ def linear(coefficients: Sequence[float], rule: str, warnings: tuple[str, ...] =
         coefficients: a, one an expert.
         rule: what the report calls it.
     """
-
     total = OfSum(tuple(coefficients))
     exact = Combination(total.coefficients)
     return Update(total.rows, rule, warnings=warnings, combination=exact, of_sum=total)
@@ -37,13 +33,18 @@ def with_product(combination: Combination) -> OfSum:
     return OfSum(combination.coefficients, finish)
 
 
-def cancelling(weights: Sequence[float]) -> str | None:
-    """Return a problem when weights to divide by add up to (nearly) nothing."""
+def cancelling(weights: Sequence[float], instead: str) -> str | None:
+    """Return a problem when weights to divide by add up to (nearly) nothing.
+
+    Args:
+        weights: of all models.
+        instead: what sums them without dividing.
+    """
     if abs(sum(weights)) > 1e-6 * sum(map(abs, weights)):
         return None
     return (
         f"the weights {', '.join(f'{weight:g}' for weight in weights)} add up to zero, so there is "
-        "no weighted mean. Use task_arithmetic with reduce: sum, or other weights."
+        f"no weighted mean. For the weighted sum {instead}, or give other weights."
     )
 
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from ...maths.lazy import Tensor
 
 # ε of the paper is a symbol; relative to the norms here, so that scaling all updates scales ΔW.
 EPS = 1e-12

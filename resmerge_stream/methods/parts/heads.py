@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ...maths.spectral import Head
-    from ...maths.task_vectors import TaskVectors
-
+from ...maths.lazy import TaskVectors, Tensor, spectral, torch
 
 # With more of ‖Δ‖² than this in a head, differences Δ − H lose digits in float32: use float64.
 _PRECISE_ABOVE = 0.5
@@ -20,25 +15,23 @@ _PRECISE_ABOVE = 0.5
 _PRECISE_ROWS = 32
 
 
-def head_of(vectors: TaskVectors, i: int, rank: int, solver: str, energy: float) -> Head:
+def head_of(vectors: TaskVectors, i: int, rank: int, solver: str, energy: float) -> spectral.Head:
     """Return the head of Δ_i with ‖Δ_i‖² = `energy`, found once for all methods that ask."""
-    from ...maths.spectral import head_from_factors, top_singular
-
     # One more than the head has: the gap to it is reported.
     factors = vectors.factored_svd(i, keep=rank + 1)
     if factors is not None:
-        return head_from_factors(factors, min(rank, *vectors.shape))
+        return spectral.head_from_factors(factors, min(rank, *vectors.shape))
 
-    def find() -> Head:
+    def find() -> spectral.Head:
         delta = vectors.matrix(i)
-        return top_singular(delta, rank, solver=solver, energy=energy, alone=vectors.alone)
+        return spectral.top_singular(delta, rank, solver=solver, energy=energy, alone=vectors.alone)
 
     return vectors.once(("head", i, rank, solver), find)
 
 
 def heads_of(
     vectors: TaskVectors, rank: int, energies: Sequence[float], solver: str = "auto"
-) -> list[Head | None]:
+) -> list[spectral.Head | None]:
     """Return the head of every Δ_i (paper Eq. 6), None where Δ_i is zero.
 
     Args:
@@ -48,7 +41,7 @@ def heads_of(
         solver: as `top_singular` takes it.
     """
 
-    def job(i: int, energy: float) -> Callable[[], Head | None]:
+    def job(i: int, energy: float) -> Callable[[], spectral.Head | None]:
         return lambda: head_of(vectors, i, rank, solver, energy) if energy > 0 else None
 
     jobs = [job(i, energy) for i, energy in enumerate(energies)]
@@ -57,7 +50,7 @@ def heads_of(
     return [find() for find in jobs]
 
 
-def head_report(heads: Sequence[Head | None], rank: int) -> dict[str, Any]:
+def head_report(heads: Sequence[spectral.Head | None], rank: int) -> dict[str, Any]:
     """Return what the report keeps about heads and how they were found; at least one is there."""
     found = [head for head in heads if head is not None]
     return {
@@ -72,15 +65,22 @@ def head_report(heads: Sequence[Head | None], rank: int) -> dict[str, Any]:
     }
 
 
+def not_unique(heads: list[spectral.Head | None]) -> tuple[str, ...]:
+    """Return a warning where float32 does not tell the last direction from the next."""
+    unresolved = [i for i, head in enumerate(heads) if head is not None and head.gap < 1 + 1e-6]
+    if not unresolved:
+        return ()
+    experts = ", ".join(str(i + 1) for i in unresolved)
+    return (f"the head of expert {experts} is not unique: σ_k and σ_(k+1) agree to 1e-6",)
+
+
 def project_heads(
-    vectors: TaskVectors, heads: list[Head | None], D: Tensor
+    vectors: TaskVectors, heads: list[spectral.Head | None], D: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return V of shape (n, N·k) and Y_j = Δ_j V of shape (N, m, N·k).
 
     Both are float64 where a head holds most of an update or all updates are factors, else float32.
     """
-    import torch
-
     found = [(i, head) for i, head in enumerate(heads) if head is not None]
     width = max(head.V.shape[1] for _, head in found)
     V = found[0][1].V.new_zeros(vectors.shape[1], len(heads) * width)
@@ -103,8 +103,6 @@ def residual_gram(
         V: right singular vectors of all experts, shape (n, N·k).
         Y: Δ_j·V for all j, shape (N, m, N·k); float64 asks for G without cancellation.
     """
-    import torch
-
     count = vectors.count
     k = V.shape[1] // count
     columns = [slice(i * k, (i + 1) * k) for i in range(count)]
@@ -128,8 +126,6 @@ def _residual_gram_by_blocks(
     vectors: TaskVectors, V: Tensor, Y: Tensor, columns: list[slice]
 ) -> Tensor:
     """Return G from the residuals themselves, block by block in float64: no cancellation."""
-    import torch
-
     G = torch.zeros(vectors.count, vectors.count, dtype=torch.float64)
     for rows in vectors.blocks():
         stack, left = vectors.stack(rows), Y[:, rows]

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from ...maths.lazy import kernels, np
+
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 # Half the bracket's width, as a share of what came: of the noise of b blocks that differ among
@@ -40,8 +41,6 @@ class RunningRank:
     """
 
     def __init__(self, rank: int, total: int) -> None:
-        import numpy as np
-
         self._rank, self._total = rank, total
         self._low, self._high = 0, _INFINITY  # the bracket, both ends inside
         self._above = self._seen = self._blocks = 0
@@ -53,13 +52,11 @@ class RunningRank:
 
     def add(self, values: NDArray[np.float32]) -> None:
         """Take the next numbers, of which the magnitudes count; one axis."""
-        from ...maths.kernels import bracketed
-
         done = 0
         while done < values.size:
             room = self._waiting[self._wait_count :]
             low, high = _number(self._low), _number(self._high)
-            seen, above, inside = bracketed(values[done:], low, high, room)
+            seen, above, inside = kernels.bracketed(values[done:], low, high, room)
             done += seen
             self._above += above
             self._wait_count += inside
@@ -81,8 +78,6 @@ class RunningRank:
         return int(self._values[ranks.searchsorted(self._rank)])
 
     def _sort_in(self) -> None:
-        import numpy as np
-
         waiting = self._waiting[: self._wait_count]
         values, counts = np.unique(waiting, return_counts=True)
         self._wait_count = 0
@@ -116,6 +111,4 @@ class RunningRank:
 
 def _number(pattern: int) -> np.float32:
     """Return the float32 number with a bit pattern: they are ordered alike from 0 on."""
-    import numpy as np
-
     return np.uint32(pattern).view(np.float32)

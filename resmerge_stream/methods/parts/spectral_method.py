@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ...maths.lazy import TaskVectors, Tensor
 from ...specs import TensorSpec
 from ..base import (
     OTHER_CHOICES,
@@ -20,11 +21,6 @@ from ..base import (
     param,
 )
 from .elementwise import other_rule
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ...maths.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ...maths.lazy import TaskVectors, Tensor, passes
 from ..base import OfSum, Update
 from .elementwise import linear
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ...maths.task_vectors import TaskVectors
 
 
 def of_weights(
@@ -42,9 +38,7 @@ def of_weights(
         return replace(linear(experts, rule, warnings), gates=gates or {})
 
     def rows(block: slice, stack: Tensor) -> Tensor:
-        from ...maths.passes import combined
-
-        return combined([*stack, vectors.base(block)], [*experts, excess])
+        return passes.combined([*stack, vectors.base(block)], [*experts, excess])
 
     total = OfSum(tuple(experts), own=excess) if experts else None
     return Update(rows, rule, gates or {}, warnings, moves_base=excess != 0, of_sum=total)

@@ -55,6 +55,10 @@ class Wrapped(MergeMethod):
         """Return the inner method's."""
         return self.wrapped.scratch_bytes(m, n, experts)
 
+    def kept_bytes(self, spec: TensorSpec, rule: Rule, experts: int) -> int:
+        """Return the inner method's."""
+        return self.wrapped.kept_bytes(spec, rule, experts)
+
     def inner_site(self, site: Site) -> Site:
         """Return the site as the inner method expects it."""
         return replace(site, rule=self.wrapped.rule_for(site.spec, len(site.weights)))
