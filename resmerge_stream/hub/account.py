@@ -48,8 +48,8 @@ def rights_missing(account: Mapping[str, Any], repo_id: str) -> list[str]:
     orgs = {str(org.get("name")): org.get("roleInOrg") for org in account.get("orgs") or ()}
     if namespace != user and namespace not in orgs:
         problems.append(
-            f"the token is {user!r}'s, who is not in {namespace!r}: publish to your own namespace "
-            "or to an organisation of yours."
+            f"you are signed in as {user!r} and cannot publish under {namespace!r}: publish to "
+            "your own namespace, or to an organisation of yours."
         )
     elif namespace != user and orgs[namespace] == "read":
         problems.append(f"{user!r} may read but not write in {namespace!r}.")

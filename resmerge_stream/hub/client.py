@@ -11,10 +11,11 @@ import random
 import re
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
-from huggingface_hub import HfApi, set_client_factory
+from huggingface_hub import HfApi, constants, set_client_factory
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -33,6 +34,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 
 from ..errors import CheckpointNotFoundError, Remedy, ResMergeError, StoppedError
+from .answers import StrangeAnswerError, check_answer
 from .patience import PATIENCE, Tries
 
 T = TypeVar("T")
@@ -43,10 +45,11 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S, _LONGEST_LIMIT_S = 0.5, 8.0, 330.0
 _TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 # What a call of the library raises when the network or the Hub fails; hf_xet raises the last four.
 FAILURES = (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError, ValueError)
-# What goes wrong on this machine, whatever the network does.
-_LOCAL = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.EIO}
-)
+# What goes wrong on this machine, whatever the network does: the disk, or where the cache lies.
+_LOCAL = frozenset({
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.EIO,
+    errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG,
+})  # fmt: skip
 _LIMITS = threading.Lock()
 _URL_QUERY = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]*")
 _TOKEN = re.compile(r"\b(hf|api_org|hf_oauth)_[A-Za-z0-9_\-.]{6,}")
@@ -65,11 +68,24 @@ def client(token: str | bool | None) -> HfApi:
 
     None stands for HF_TOKEN or the Hub's login, False for nobody's.
     """
-    _give_time_limits()
-    _quieten_logs()
+    # What sets no time-out of its own has ours. A new factory closes the client in use: two threads
+    # must not both see the old one.
+    with _LIMITS:
+        session = get_session()
+        if session.timeout.read is None:
+            set_client_factory(_factory(session.event_hooks))
+    for name in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "httpx2"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, _Discreet) for known in logger.filters):
+            logger.addFilter(_Discreet())
     if not are_progress_bars_disabled() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
         disable_progress_bars()  # they would be drawn over the merge's own
     return HfApi(token=token, library_name="resmerge-stream")
+
+
+def cache_folder() -> Path:
+    """Return where the library keeps the small files that it downloads."""
+    return Path(constants.HF_HUB_CACHE)
 
 
 def patiently(
@@ -102,9 +118,9 @@ def patiently(
             most = unreachable_tries if cut_off and unreachable_tries else tries
             if not is_transient(exc):
                 most = 1 if status_of(exc) == 401 else refused_tries
-            if not row.failed(most):
+            if not row.failed(most, wait := wait_seconds(row.failures + 1, exc)):
                 raise explain(exc, what) from exc
-            row.wait(wait_seconds(row.failures, exc), f"cannot {what}: {reason(exc)}")
+            row.wait(wait, f"cannot {what}: {reason(exc)}")
 
 
 def is_transient(exc: BaseException) -> bool:
@@ -112,8 +128,8 @@ def is_transient(exc: BaseException) -> bool:
     if isinstance(exc, OfflineModeIsEnabled | LocalTokenNotFoundError | HFValidationError):
         return False
     links = tuple(chain(exc))
-    if any(isinstance(link, json.JSONDecodeError) for link in links):
-        return True  # a page for people, from something on the way
+    if any(isinstance(link, json.JSONDecodeError | StrangeAnswerError) for link in links):
+        return True  # a page for people, or something else, from something on the way
     if _on_this_machine(exc) is not None:
         return False
     status = status_of(exc)
@@ -215,6 +231,9 @@ def reason(exc: BaseException) -> str:
     if local is not None:
         where = f" ({local.filename})" if local.filename else ""
         return f"this machine fails, not the Hub: {local.strerror}{where}."
+    strange = next((link for link in chain(exc) if isinstance(link, StrangeAnswerError)), None)
+    if strange is not None:
+        return f"the answer is not the Hub's ({strange}): a proxy is on the way."
     if any(isinstance(link, json.JSONDecodeError) for link in chain(exc)):
         return "the answer is not the Hub's (no JSON): a proxy or a login page is on the way."
     said = next(
@@ -267,20 +286,11 @@ def chain(exc: BaseException | None) -> Iterator[BaseException]:
         exc, seen = exc.__cause__ or exc.__context__, seen + 1
 
 
-def _give_time_limits() -> None:
-    """Let every call of the library that sets no time-out of its own have ours."""
-    # A new factory closes the client in use: two threads must not both see the old one.
-    with _LIMITS:
-        session = get_session()
-        if session.timeout.read is None:
-            set_client_factory(_factory(session.event_hooks))
-
-
 def _factory(hooks: Any) -> Callable[[], httpx2.Client]:
 
     def factory() -> httpx2.Client:
         return httpx2.Client(
-            event_hooks=hooks,
+            event_hooks={**hooks, "response": [*hooks.get("response", ()), check_answer]},
             follow_redirects=True,
             timeout=TIMEOUT,
             limits=httpx2.Limits(max_connections=100, max_keepalive_connections=32),
@@ -311,10 +321,3 @@ class _Discreet(logging.Filter):
         why = "the Hub's rate limit is used up" if found[1] else "the Hub fails"
         PATIENCE.client_waits(float(found[2]), getattr(self._failed, "why", why))
         return False
-
-
-def _quieten_logs() -> None:
-    for name in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "httpx2"):
-        logger = logging.getLogger(name)
-        if not any(isinstance(known, _Discreet) for known in logger.filters):
-            logger.addFilter(_Discreet())

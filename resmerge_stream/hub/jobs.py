@@ -5,10 +5,11 @@ The token travels as the Job's secret, in the body of one request, and nowhere e
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, JobInfo, Volume, get_token
+from huggingface_hub import CommitOperationAdd, Volume, get_token
+from huggingface_hub import JobInfo as JobInfo
 from huggingface_hub.hf_api import HfApi
 
 from ..errors import JobRefusedError, PublishError, ResMergeError
@@ -124,6 +125,16 @@ class HubJobs:
             JobRefusedError: the token may not see Jobs.
             StoppedError: the network or the Hub kept failing.
         """
+        newest = max(self.alive(labels), key=lambda job: str(job.created_at), default=None)
+        return newest.id if newest is not None else None
+
+    def alive(self, labels: Mapping[str, str]) -> list[JobInfo]:
+        """Return the Jobs with these labels that run or wait.
+
+        Raises:
+            JobRefusedError: the token may not see Jobs.
+            StoppedError: the network or the Hub kept failing.
+        """
         jobs = self._ask(
             lambda: list(
                 self.api.list_jobs(
@@ -133,13 +144,26 @@ class HubJobs:
             what=f"list the Jobs of {self.namespace}",
         )
         wanted = set(labels.items())
-        alive = [
+        return [
             job
             for job in jobs
             if job.status.stage in _ALIVE and wanted <= set((job.labels or {}).items())
         ]
-        newest = max(alive, key=lambda job: str(job.created_at), default=None)
-        return newest.id if newest is not None else None
+
+    def cancel(self, job_ids: Iterable[str]) -> list[str]:
+        """Cancel Jobs, and return those that may still run, as it could not be done."""
+        left = []
+        for job_id in job_ids:
+            try:
+                self._ask(
+                    lambda job_id=job_id: self.api.cancel_job(  # type: ignore[misc]
+                        job_id=job_id, namespace=self.namespace
+                    ),
+                    what=f"cancel the Job {self.namespace}/{job_id}",
+                )
+            except ResMergeError:
+                left.append(job_id)
+        return left
 
     def start(
         self,
@@ -149,6 +173,8 @@ class HubJobs:
         flavor: str,
         timeout: int,
         volume: Volume,
+        attempts: int = 1,
+        network: tuple[str, str] | None = None,
     ) -> str:
         """Start a Job and return its id.
 
@@ -160,6 +186,8 @@ class HubJobs:
             flavor: its machine.
             timeout: seconds after which it is ended.
             volume: its files.
+            attempts: how often the Hub starts it in all, where it fails.
+            network: the group in which Jobs reach each other, and the alias of this one.
 
         Raises:
             JobRefusedError: no credit, no right to run Jobs, or not such a Job.
@@ -180,6 +208,9 @@ class HubJobs:
                     timeout=timeout,
                     labels=dict(labels),
                     volumes=[volume],
+                    attempts=attempts if attempts > 1 else None,
+                    network_group=network[0] if network else None,
+                    network_aliases=[network[1]] if network else None,
                     namespace=self.namespace,
                 )
             except FAILURES as exc:
@@ -201,7 +232,7 @@ class HubJobs:
             JobRefusedError: there is no such Job, or the token may not see it.
             StoppedError: the network or the Hub kept failing; the Job goes on.
         """
-        while self._inspect(job_id).status.stage == "SCHEDULING":
+        while self.inspect(job_id).status.stage == "SCHEDULING":
             time.sleep(_POLL_SECONDS)
         yield from self._lines(job_id, follow=True)
 
@@ -224,16 +255,22 @@ class HubJobs:
             failure = explain(exc, f"read the log of the Job {self.namespace}/{job_id}")
             raise self._refused(exc) or failure from exc
 
-    def ending(self, job_id: str) -> tuple[str, str | None]:
-        """Return a Job's last stage and the Hub's reason for it, once it has ended.
+    def ending(self, job_id: str) -> JobInfo:
+        """Return what the Hub says of a Job, once it has ended.
 
         The Hub may say that a little after the end of the log.
         """
-        while (status := self._inspect(job_id).status).stage not in _ENDED:
+        while (job := self.inspect(job_id)).status.stage not in _ENDED:
             time.sleep(_POLL_SECONDS)
-        return str(status.stage), status.message
+        return job
 
-    def _inspect(self, job_id: str) -> JobInfo:
+    def inspect(self, job_id: str) -> JobInfo:
+        """Return what the Hub says of a Job now.
+
+        Raises:
+            JobRefusedError: there is no such Job, or the token may not see it.
+            StoppedError: the network or the Hub kept failing.
+        """
         return self._ask(
             lambda: self.api.inspect_job(job_id=job_id, namespace=self.namespace),
             what=f"look at the Job {self.namespace}/{job_id}",

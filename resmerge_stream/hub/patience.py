@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ..units import format_duration
+
 # Planning costs seconds, so it gives up soon; a merge may have run for hours.
 PLANNING_S = 30.0
 MERGING_S = 900.0
@@ -40,7 +42,7 @@ class Waiting:
         if self.gives_up is None:
             return text
         left = max(self.gives_up - now, 0)
-        return f"{text}, giving up in {_duration(left)}"
+        return f"{text}, giving up in {format_duration(left)}"
 
 
 class Patience:
@@ -133,16 +135,17 @@ class Tries:
         """Forget the failures: something came."""
         self._since, self.failures = None, 0
 
-    def failed(self, at_most: int | None = None) -> bool:
+    def failed(self, at_most: int | None = None, wait: float = 0.0) -> bool:
         """Count a failure; return whether there is another try.
 
         Args:
             at_most: tries of what time does not mend.
+            wait: seconds before it, which the Hub may have named: longer than the patience is none.
         """
         now = time.monotonic()
         self._since = now if self._since is None else self._since
         self.failures += 1
-        if at_most is not None and self.failures >= at_most:
+        if (at_most is not None and self.failures >= at_most) or wait > self._patience.seconds:
             return False
         return self.failures < _LEAST_TRIES or now - self._since < self._patience.seconds
 
@@ -150,7 +153,3 @@ class Tries:
         """Wait before the next try."""
         since = self._since if self._since is not None else time.monotonic()
         self._patience.wait(seconds, why, since + self._patience.seconds)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

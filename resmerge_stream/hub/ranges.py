@@ -4,7 +4,6 @@ huggingface_hub has no ranged read that insists on 206, so that a server which i
 would send the whole file; and none that goes on in the middle of a body.
 """
 
-import mmap
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +14,8 @@ import httpx2
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
-from ..errors import CheckpointFormatError, Remedy, StoppedError
+from ..errors import Remedy, StoppedError
+from ..filemaps import FileMap, Stamp
 from .client import asked_wait, explain, is_transient, plain, reason, wait_seconds
 from .patience import PATIENCE, Tries
 
@@ -129,11 +129,11 @@ class RemoteFile:
         is_answer = isinstance(failed, HfHubHTTPError | OSError)
         if failed is not None and is_answer and not is_transient(failed):
             raise explain(failed, f"read {self.name}") from failed
-        if not tries.failed(again.tries if again is not None else None):
-            raise self._stopped(failed) from failed
         wait = again.wait if again is not None else None
-        why = f"cannot read {self.name}: {_words(failed)}"
-        tries.wait(wait if wait is not None else wait_seconds(tries.failures, failed), why)
+        wait = wait_seconds(tries.failures + 1, failed) if wait is None else wait
+        if not tries.failed(again.tries if again is not None else None, wait):
+            raise self._stopped(failed) from failed
+        tries.wait(wait, f"cannot read {self.name}: {_words(failed)}")
 
     def _stream(self, begin: int, view: memoryview) -> Iterator[int]:
         """Yield how many more bytes of one request's body arrived in the buffer."""
@@ -206,8 +206,7 @@ class RemoteFile:
 
     def _stopped(self, exc: BaseException | None) -> StoppedError:
         return StoppedError(
-            f"cannot read {self.name} from the Hub: {_words(exc)}, every time. Finished shards "
-            "are kept.",
+            f"cannot read {self.name} from the Hub: {_words(exc)}, every time.",
             Remedy.CONTINUE,
         )
 
@@ -220,28 +219,9 @@ def _words(exc: BaseException | None) -> str:
     return plain(reason(exc)).rstrip(".")
 
 
-class CachedFile:
+class CachedFile(FileMap):
     """A file that the Hub's local cache holds whole, memory-mapped."""
 
     def __init__(self, name: str, path: Path) -> None:
-        self.name, self._path = name, path
-        self._map: mmap.mmap | None = None
-
-    def view(self, begin: int, end: int) -> memoryview:
-        """Return the bytes [begin, end) without copying them.
-
-        Raises:
-            CheckpointFormatError: the file was emptied or removed since it was found.
-        """
-        if begin == end:
-            return memoryview(bytearray())
-        try:
-            if self._map is None:
-                with self._path.open("rb") as handle:
-                    # Copy-on-write, so that torch takes the buffer as writable; never written.
-                    self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as exc:
-            raise CheckpointFormatError(
-                f"cannot map {self.name} in the Hub's cache: {exc}. Was the cache cleaned?"
-            ) from exc
-        return memoryview(self._map)[begin:end]
+        super().__init__(path, f"{name} in the Hub's cache", Stamp.of(path.stat()))
+        self.name = name

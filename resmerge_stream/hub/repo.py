@@ -4,15 +4,20 @@ A commit whose answer was lost may have happened: whether it did is told by its 
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationCopy,
+    CommitOperationDelete,
+)
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.hf_api import HfApi, ModelInfo, RepoFile, RepoSibling
+from huggingface_hub.hf_api import GitRefs, HfApi, ModelInfo, RepoFile, RepoSibling
 
+from ..documents import load_json
 from ..errors import StoppedError
 from .client import (
     FAILURES,
@@ -27,6 +32,7 @@ from .client import (
 from .patience import Tries
 from .ranges import RemoteFile
 
+T = TypeVar("T")
 Operation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
 # A small large file, such as a picture, is uploaded within its commit.
 _REFUSED_TRIES = 3
@@ -103,10 +109,17 @@ class HubRepo:
 
     def branches(self) -> list[str]:
         """Return the names of all branches."""
-        refs = patiently(
+        return [branch.name for branch in self._refs().branches]
+
+    def revisions(self) -> list[str]:
+        """Return the names of all branches and tags."""
+        refs = self._refs()
+        return [ref.name for ref in (*refs.branches, *refs.tags)]
+
+    def _refs(self) -> GitRefs:
+        return patiently(
             lambda: self.api.list_repo_refs(self.id), what=f"list the branches of {self.id}"
         )
-        return [branch.name for branch in refs.branches]
 
     def set_public(self, public: bool) -> None:
         """Make it public, or private."""
@@ -131,7 +144,7 @@ class HubRepo:
         if name not in listed(info):
             return None
         try:
-            value = json.loads(self.read(name, info))
+            value = load_json(self.read(name, info))
         except ValueError:
             return None
         return value if isinstance(value, dict) else None
@@ -158,31 +171,25 @@ class HubRepo:
             MovedError: somebody else committed first.
             StoppedError: the Hub kept failing, or refused.
         """
-        what, tries = f"commit to {self.id}", Tries()
-        while True:
-            try:
-                info = self.api.create_commit(
-                    self.id,
-                    list(operations()),
-                    commit_message=message,
-                    revision=branch,
-                    parent_commit=parent,
-                )
-                return str(info.oid)
-            except FAILURES as exc:
-                refused = status_of(exc) != 412 and not is_transient(exc)
-                if refused and not (is_link_refused(exc) and tries.failures < _REFUSED_TRIES):
-                    raise explain(exc, what) from exc
-                head = self.head(branch)
-                if head != parent:
-                    if head is not None and self.holds(head, proof):
-                        return head
-                    raise MovedError(
-                        f"{self.id} ({branch}) was changed by somebody else in the meantime."
-                    ) from exc
-                if not tries.failed():
-                    raise explain(exc, what) from exc
-                tries.wait(wait_seconds(tries.failures, exc), f"cannot {what}: {reason(exc)}")
+
+        def landed() -> str | None:
+            head = self.head(branch)
+            if head == parent:
+                return None
+            if head is not None and self.holds(head, proof):
+                return head
+            raise MovedError(f"{self.id} ({branch}) was changed by somebody else in the meantime.")
+
+        done = self._committed(
+            operations,
+            f"commit to {self.id}",
+            landed,
+            moved=412,
+            commit_message=message,
+            revision=branch,
+            parent_commit=parent,
+        )
+        return str(done.oid) if isinstance(done, CommitInfo) else done
 
     def open_pull_request(
         self,
@@ -205,31 +212,54 @@ class HubRepo:
         Raises:
             StoppedError: the Hub kept failing, or refused.
         """
-        what, tries = f"open a pull request on {self.id}", Tries()
+        what = f"open a pull request on {self.id}"
+        done = self._committed(
+            operations,
+            what,
+            known,
+            commit_message=message,
+            commit_description=description,
+            revision="main",
+            parent_commit=parent,
+            create_pr=True,
+        )
+        number = done.pr_num if isinstance(done, CommitInfo) else done
+        if number is None:
+            raise StoppedError(f"cannot {what}: nothing there would change.")
+        return int(number)
+
+    def _committed(
+        self,
+        operations: Callable[[], Sequence[Operation]],
+        what: str,
+        landed: Callable[[], T | None],
+        *,
+        moved: int | None = None,
+        **how: Any,
+    ) -> CommitInfo | T:
+        """Return the Hub's answer to a commit, or what a lost answer has left.
+
+        Args:
+            operations: makes them afresh for every try.
+            what: is done, for the message.
+            landed: is asked after each failure; None: nothing is there.
+            moved: the status that is no refusal, as `landed` finds the branch somewhere else.
+            how: as for `HfApi.create_commit`.
+        """
+        tries = Tries()
         while True:
             try:
-                info = self.api.create_commit(
-                    self.id,
-                    list(operations()),
-                    commit_message=message,
-                    commit_description=description,
-                    revision="main",
-                    parent_commit=parent,
-                    create_pr=True,
-                )
-                if info.pr_num is None:
-                    raise StoppedError(f"cannot {what}: nothing there would change.")
-                return int(info.pr_num)
+                info: CommitInfo = self.api.create_commit(self.id, list(operations()), **how)
+                return info
             except FAILURES as exc:
-                refused = not is_transient(exc)
+                refused = not is_transient(exc) and (moved is None or status_of(exc) != moved)
                 if refused and not (is_link_refused(exc) and tries.failures < _REFUSED_TRIES):
                     raise explain(exc, what) from exc
-                number = known()
-                if number is not None:
-                    return number
-                if not tries.failed():
+                if (left := landed()) is not None:
+                    return left
+                if not tries.failed(wait=(wait := wait_seconds(tries.failures + 1, exc))):
                     raise explain(exc, what) from exc
-                tries.wait(wait_seconds(tries.failures, exc), f"cannot {what}: {reason(exc)}")
+                tries.wait(wait, f"cannot {what}: {reason(exc)}")
 
     def pull_requests(self, author: str, *, limit: int) -> list[int]:
         """Return the numbers of somebody's open pull requests, at most so many."""

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.utils import get_session
 
+from loopback_hub import LoopbackHub, Trickle
+from loopback_hub.faults import rate_limited
 from resmerge_stream.errors import CheckpointNotFoundError, StoppedError
 from resmerge_stream.hub import ranges
 from resmerge_stream.hub.client import client, explain, patiently
@@ -17,8 +20,6 @@ from resmerge_stream.hub.patience import PATIENCE, Patience
 from resmerge_stream.hub.ranges import RemoteFile
 from resmerge_stream.recipe import ModelRef
 from resmerge_stream.sources import open_checkpoint
-from tests.loopback_hub import LoopbackHub, Trickle
-from tests.loopback_hub.faults import rate_limited
 
 DATA = bytes(range(256)) * 4000
 
@@ -158,13 +159,14 @@ def test_a_page_for_people_is_no_answer(hub: LoopbackHub, api: HfApi) -> None:
         patiently(lambda: api.model_info("alice/model"), what="look")
 
 
-def test_a_full_disk_is_not_the_networks_fault() -> None:
-    """A failure of this machine says so, and where."""
-    full = OSError(errno.ENOSPC, "No space left on device", "cache/blob")
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.ENOTDIR])
+def test_a_full_disk_is_not_the_networks_fault(number: int) -> None:
+    """A failure of this machine says so, and where: of its disk, or of a cache that cannot be."""
+    failed = OSError(number, os.strerror(number), "cache/blob")
 
-    text = str(explain(full, "read alice/model"))
+    text = str(explain(failed, "read alice/model"))
 
-    assert "this machine fails, not the Hub: No space left on device (cache/blob)" in text
+    assert f"this machine fails, not the Hub: {os.strerror(number)} (cache/blob)" in text
 
 
 @pytest.mark.parametrize("token", ["hf_mistyped_mistyped", "hf_mist\nyped"])
