@@ -1,16 +1,29 @@
-"""READ: open a checkpoint wherever it is, behind one protocol."""
+"""READ: open a checkpoint wherever it is: one kind of model, whose bytes are in a store."""
 
 import os
 import re
 from pathlib import Path
 
-from ..errors import CheckpointNotFoundError, Remedy, shown
+from ..errors import CheckpointNotFoundError, Remedy, StoppedError, shown
 from ..recipe import ModelRef
-from .checkpoint import Checkpoint, SourceFile, StoredTensor
-from .local import LocalCheckpoint
+from .checkpoint import Checkpoint
+from .local import open_folder
+from .store import SourceFile, StoredTensor
 
-__all__ = ["REPO_ID", "Checkpoint", "SourceFile", "StoredTensor", "open_checkpoint"]
+__all__ = [
+    "BUCKETS",
+    "NO_FOLDER",
+    "REPO_ID",
+    "Checkpoint",
+    "SourceFile",
+    "StoredTensor",
+    "open_checkpoint",
+]
 
+# Kind of the error that a name is neither a folder nor a repository.
+NO_FOLDER = "no-folder"
+# How the Hub's client names files of a bucket.
+BUCKETS = "hf://buckets/"
 # As the Hub takes them: no ".." or "--", no ".git" at the end.
 REPO_ID = re.compile(
     r"(?!.*(?:\.\.|--|\.git$))[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9_][\w.\-]{0,95}", re.ASCII
@@ -23,6 +36,7 @@ def open_checkpoint(
     token: str | bool | None = None,
     commit: str | None = None,
     max_header_bytes: int | None = None,
+    hashes: bool = False,
 ) -> Checkpoint:
     """Open the checkpoint that a reference names; reads headers and configs only.
 
@@ -32,6 +46,7 @@ def open_checkpoint(
             False for nobody's.
         commit: what to read instead of the repository's revision.
         max_header_bytes: of indexes and headers of a repository; None: the format's limits only.
+        hashes: whether a folder's weight files are hashed even if that takes long.
 
     Raises:
         CheckpointNotFoundError: there is no such folder or repository, or no access to it.
@@ -41,19 +56,25 @@ def open_checkpoint(
     """
     folder = Path(os.path.expanduser(ref.id))
     if os.path.isdir(folder):
-        return LocalCheckpoint.open(folder, ref)
+        return open_folder(folder, ref, hashes=hashes)
+    if ref.id.startswith(BUCKETS):
+        raise CheckpointNotFoundError(
+            f"{shown(ref.id)} is in a bucket of the Hub, which is not read in place. Copy it with "
+            f"'hf buckets sync {ref.id} FOLDER', and give the folder."
+        )
     if not REPO_ID.fullmatch(ref.id):
         raise CheckpointNotFoundError(
             f"there is no folder {shown(ref.id)}, and it is not a repository id either. Give the "
-            "folder of a model (with config.json and *.safetensors), or namespace/name on the Hub."
+            "folder of a model (with config.json and *.safetensors), or namespace/name on the Hub.",
+            kind=NO_FOLDER,
         )
     from ..hub.client import NoSuchRepositoryError
-    from .hub import HubCheckpoint
+    from .hub import open_repository
 
     try:
-        return HubCheckpoint.open(
-            ref, token=token, commit=commit, max_header_bytes=max_header_bytes
-        )
+        return open_repository(ref, token=token, commit=commit, max_header_bytes=max_header_bytes)
     except NoSuchRepositoryError as exc:
         # A mistyped folder looks like a repository id.
         raise CheckpointNotFoundError(exc.notices[0], Remedy.CHECK_FOLDER) from exc
+    except StoppedError as exc:
+        raise StoppedError(exc.notices[0], Remedy.CHECK_FOLDER) from exc

@@ -6,11 +6,12 @@ refused here by name.
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointFormatError, UnsupportedCheckpointError, shown
+from .patterns import Patterns
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -20,8 +21,6 @@ _WHOLE = ("model.safetensors", "model.safetensors.index.json")
 _MAX_RANK = 100_000
 _MAX_PATTERNS = 20_000
 _MAX_PATTERN = 500
-# A repeated group with a repetition inside takes a regex engine exponential time.
-_EXPLOSIVE = re.compile(r"\([^()]*[*+}][^()]*\)\s*[*+{]")
 
 # What changes the base's weights at the start of training, so that the adapter fits another base.
 _MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -43,36 +42,50 @@ class LoraSettings:
     Attributes:
         rank: r where no pattern says otherwise.
         alpha: α, likewise.
-        rank_pattern, alpha_pattern: by regex of a module's name, first match wins.
+        rank_pattern, alpha_pattern: by pattern of a module's name.
         rslora: whether the scale is α/√r rather than α/r.
         fan_in_fan_out: whether the base stores its weights transposed, as GPT-2 does.
         dora: whether magnitudes rescale the rows of the moved base.
         tokens: indices of trained tokens by module name; under an empty name: of the input
             embedding.
         target_parameters: parameters that are adapted themselves, by the end of their names.
+        saved: modules whose weights the adapter says that it brings whole (``modules_to_save``).
+        bias: which biases it says that it brings: ``none``, ``all`` or ``lora_only``.
         ties_embeddings: whether what changes the embedding changes the head alike.
         base: what the adapter says it was trained on.
+        peft_version: the release that made it, three numbers; None where it isn't said.
     """
 
     rank: int
     alpha: float
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Patterns[int]
+    alpha_pattern: Patterns[float]
     rslora: bool
     fan_in_fan_out: bool
     dora: bool
     tokens: Mapping[str, tuple[int, ...]]
-    target_parameters: tuple[str, ...]
+    target_parameters: frozenset[str]
     ties_embeddings: bool
+    saved: tuple[str, ...]
+    bias: str
     base: str | None
+    peft_version: tuple[int, ...] | None
 
     def rank_of(self, module: str) -> int:
-        """Return r of a module."""
-        return self.rank_pattern.get(_matching(self.rank_pattern, module), self.rank)
+        """Return r of a module.
+
+        Raises:
+            ValueError: the patterns take too long to be matched.
+        """
+        return self.rank_pattern.get(module, self.rank)
 
     def scale_of(self, module: str) -> float:
-        """Return s, the factor of B·A, of a module."""
-        alpha = self.alpha_pattern.get(_matching(self.alpha_pattern, module), self.alpha)
+        """Return s, the factor of B·A, of a module.
+
+        Raises:
+            ValueError: the patterns take too long to be matched.
+        """
+        alpha = self.alpha_pattern.get(module, self.alpha)
         rank = self.rank_of(module)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
@@ -127,24 +140,29 @@ def parse_settings(config: Mapping[str, Any], *, where: str) -> LoraSettings:
         UnsupportedCheckpointError: the adapter is of a kind that cannot be merged.
     """
     _refuse_kinds(config, where)
+    value = config.get("peft_version")
+    found = re.match(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})", value if isinstance(value, str) else "")
     return LoraSettings(
         rank=_rank(config.get("r", 8), "r", where),
         alpha=_number(config.get("lora_alpha", 8), "lora_alpha", where),
-        rank_pattern={
-            key: _rank(value, f"rank_pattern[{key[:80]!r}]", where)
-            for key, value in _patterns(config, "rank_pattern", where).items()
-        },
-        alpha_pattern={
-            key: _number(value, f"alpha_pattern[{key[:80]!r}]", where)
-            for key, value in _patterns(config, "alpha_pattern", where).items()
-        },
-        rslora=config.get("use_rslora") is True,
-        fan_in_fan_out=config.get("fan_in_fan_out") is True,
-        dora=config.get("use_dora") is True,
+        rank_pattern=_patterns(config, "rank_pattern", _rank, where),
+        alpha_pattern=_patterns(config, "alpha_pattern", _number, where),
+        rslora=_switch(config, "use_rslora", where),
+        fan_in_fan_out=_switch(config, "fan_in_fan_out", where),
+        dora=_switch(config, "use_dora", where),
         tokens=_tokens(config.get("trainable_token_indices"), where),
-        target_parameters=_texts(config.get("target_parameters"), "target_parameters", where),
-        ties_embeddings=config.get("ensure_weight_tying") is True,
+        target_parameters=frozenset(
+            _texts(config.get("target_parameters"), "target_parameters", where)
+        ),
+        ties_embeddings=_switch(config, "ensure_weight_tying", where),
+        saved=_texts(
+            [saved] if isinstance(saved := config.get("modules_to_save"), str) else saved,
+            "modules_to_save",
+            where,
+        ),
+        bias=bias if isinstance(bias := config.get("bias"), str) else "none",
         base=base if isinstance(base := config.get("base_model_name_or_path"), str) else None,
+        peft_version=tuple(map(int, found.groups())) if found else None,
     )
 
 
@@ -170,33 +188,28 @@ def _refuse_kinds(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _matching(patterns: Mapping[str, Any], module: str) -> str:
-    """Return the first pattern that a module's name ends with, as PEFT matches it."""
-    for key in patterns:
-        if re.match(rf"(.*\.)?({key})$", module):
-            return key
-    return module
-
-
-def _patterns(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+def _patterns(
+    config: Mapping[str, Any], name: str, number: Callable[[object, str, str], Any], where: str
+) -> Patterns[Any]:
     found = config.get(name) or {}
     if not isinstance(found, dict) or len(found) > _MAX_PATTERNS:
         raise CheckpointFormatError(
             f"{where!r}: {name} is not a mapping of module names to numbers."
         )
     for key in found:
-        if len(key) > _MAX_PATTERN or _EXPLOSIVE.search(key):
+        if len(key) > _MAX_PATTERN:
             raise CheckpointFormatError(
-                f"{where!r}: {name} has the pattern {key[:80]!r}…, too "
-                "complicated to be matched safely."
+                f"{where!r}: {name} has a pattern of {len(key)} characters, {key[:80]!r}…; at most "
+                f"{_MAX_PATTERN} are read."
             )
-        try:
-            re.compile(key)
-        except re.error as exc:
-            raise CheckpointFormatError(
-                f"{where!r}: {name} has the pattern {key[:80]!r}, which is not a regex: {exc}."
-            ) from exc
-    return found
+    try:
+        return Patterns(
+            {key: number(value, f"{name}[{key[:80]!r}]", where) for key, value in found.items()}
+        )
+    except ValueError as exc:
+        if isinstance(exc, CheckpointFormatError):
+            raise
+        raise CheckpointFormatError(f"{where!r}: {name} has {exc}.") from exc
 
 
 def _rank(value: object, name: str, where: str) -> int:
@@ -211,6 +224,14 @@ def _number(value: object, name: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e12:
         raise CheckpointFormatError(f"{where!r}: {name} must be a number, not {shown(value)}.")
     return float(value)
+
+
+def _switch(config: Mapping[str, Any], name: str, where: str) -> bool:
+    """Return a yes or no, which PEFT takes by its truth: 1 is yes, null is no."""
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool | int | float):
+        raise CheckpointFormatError(f"{where!r}: {name} must be true or false, not {shown(value)}.")
+    return bool(value)
 
 
 def _texts(value: object, name: str, where: str) -> tuple[str, ...]:

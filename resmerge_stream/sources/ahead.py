@@ -1,16 +1,19 @@
 """Reading ahead of a merge: what will be read next, in which order, fetched before it is asked for.
 
-Ranges that follow each other are joined to batches, neighbours in a file to one request.
+Ranges that follow each other are joined to batches, neighbours in a file to one request. Batches
+come in the order in which they are begun, in parallel parts, bounded in bytes.
 """
 
+import mmap
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
-from .fetch import THREADS, Download, Fetcher, RangedFile, Span
-
+# A part is what one request asks for: small enough to share the line, large beside a round trip.
+PART_BYTES = 8_000_000
+THREADS = 8
 # Ranges are joined until they have this many bytes; a larger one is a batch of its own.
 BATCH_BYTES = 32_000_000
 # Neighbours that lie no further apart than this are asked for in one request.
@@ -19,61 +22,157 @@ _GAP_BYTES = 64_000
 _Key = tuple[int, int, int]
 
 
-@runtime_checkable
-class Followed(Protocol):
-    """A checkpoint whose reads can be seen coming."""
+class RangedFile(Protocol):
+    """A file that fills buffers from a position on."""
 
-    ahead: "Ahead | None"
-
-    def spans(self, name: str, start_row: int = 0, stop_row: int | None = None) -> Iterable[Span]:
-        """Return where some rows are; nothing when they are on this machine."""
+    def read_into(self, begin: int, view: memoryview) -> None:
+        """Fill the buffer with the bytes from `begin` on."""
         ...
 
 
-@contextmanager
-def reading_ahead(
-    order: Iterable[tuple[Followed, str, int, int] | None],
-    sources: Iterable[Followed],
-    limit: int,
-    connections: int = THREADS,
-) -> Iterator[None]:
-    """Read ahead for some checkpoints while the context lasts.
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """Bytes [begin, end) of a file."""
+
+    file: RangedFile
+    begin: int
+    end: int
+
+
+class Transfer:
+    """Some spans on their way; made by `Fetcher.begin`."""
+
+    def __init__(self, fetcher: "Fetcher", spans: Sequence[ByteRange]) -> None:
+        self._fetcher = fetcher
+        # Mapped, not allocated: pages take memory when their bytes arrive, and go back at once.
+        self._buffers = [memoryview(mmap.mmap(-1, max(s.end - s.begin, 1))) for s in spans]
+        self.sizes = [span.end - span.begin for span in spans]
+        self.missing = 0
+        self.admitted = 0
+        self.error: BaseException | None = None
+        self.queued = 0
+
+    def wait(self) -> list[memoryview]:
+        """Return the spans' bytes once all are there.
+
+        Raises:
+            ResMergeError: a part cannot be had.
+        """
+        changed = self._fetcher.changed
+        with changed:
+            if self.queued:
+                self._fetcher.urgent.add(self)
+                changed.notify_all()
+            changed.wait_for(lambda: self.missing == 0 or self.error or self._fetcher.is_closed)
+            if self.error is not None:
+                raise self.error
+            if self.missing:
+                raise RuntimeError("the read-ahead was closed while someone waited for it")
+        return [view[:size] for view, size in zip(self._buffers, self.sizes, strict=True)]
+
+    def release(self) -> None:
+        """Give the bytes back; the views must not be used any more."""
+        self._buffers = []
+        with self._fetcher.changed:
+            self._fetcher.used -= self.admitted
+            self.admitted = 0
+            self._fetcher.changed.notify_all()
+
+    def part(self, number: int, begin: int, end: int) -> memoryview:
+        """Return the place of some bytes of one span."""
+        return self._buffers[number][begin:end]
+
+
+@dataclass(slots=True)
+class _Part:
+    download: Transfer
+    span: ByteRange
+    view: memoryview
+    begin: int
+
+
+class Fetcher:
+    """Threads that fetch spans' parts, first asked first served.
 
     Args:
-        order: what will be read: checkpoint, tensor, first row, row after the last. None where
-            what comes next is not known yet.
-        sources: the checkpoints that are read so; without any, the order is not looked at.
-        limit, connections: see `Ahead`.
+        limit: bytes that may be on their way or not yet released. What someone waits for is
+            fetched whatever the limit.
+        threads: requests at a time.
     """
-    followed = list(sources)
-    if not followed:
-        yield
-        return
-    ahead = Ahead(_spans(order), limit, connections)
-    for source in followed:
-        source.ahead = ahead
-    try:
-        yield
-    finally:
-        for source in followed:
-            source.ahead = None
-        ahead.close()
 
+    def __init__(self, limit: int, threads: int = THREADS) -> None:
+        self.limit = limit
+        self.used = 0
+        self.received = 0
+        self.urgent: set[Transfer] = set()  # waited for, with parts that nobody fetches yet
+        self.is_closed = False
+        self.changed = threading.Condition()
+        self._parts: deque[_Part] = deque()
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(threads)]
+        self._started = False
 
-def _spans(order: Iterable[tuple[Followed, str, int, int] | None]) -> Iterator[Span | None]:
-    for reading in order:
-        if reading is None:
-            yield None
-            continue
-        source, name, start, stop = reading
-        yield from source.spans(name, start, stop)
+    def begin(self, spans: Sequence[ByteRange]) -> Transfer:
+        """Queue some spans and return at once."""
+        download = Transfer(self, spans)
+        parts = []
+        for number, span in enumerate(spans):
+            for begin in range(span.begin, span.end, PART_BYTES):
+                end = min(begin + PART_BYTES, span.end)
+                view = download.part(number, begin - span.begin, end - span.begin)
+                parts.append(_Part(download, span, view, begin))
+        download.missing = download.queued = len(parts)
+        with self.changed:
+            if not self._started:
+                self._started = True
+                for thread in self._threads:
+                    thread.start()
+            self._parts.extend(parts)
+            self.changed.notify_all()
+        return download
+
+    def close(self) -> None:
+        """Drop what still waits; requests under way end by themselves."""
+        with self.changed:
+            self.is_closed = True
+            self._parts.clear()
+            self.changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.is_closed or self._may_start())
+                if self.is_closed:
+                    return
+                part = self._parts.popleft()
+                part.download.queued -= 1
+                if part.download.queued == 0:
+                    self.urgent.discard(part.download)
+                self.used += len(part.view)
+                part.download.admitted += len(part.view)
+            error: BaseException | None = None
+            try:
+                part.span.file.read_into(part.begin, part.view)
+            except BaseException as exc:  # handed to whoever waits, whatever it is
+                error = exc
+            with self.changed:
+                self.received += len(part.view)
+                part.download.missing -= 1
+                part.download.error = part.download.error or error
+                self.changed.notify_all()
+            del part
+
+    def _may_start(self) -> bool:
+        if not self._parts:
+            return False
+        fits = self.used == 0 or self.used + len(self._parts[0].view) <= self.limit
+        return fits or bool(self.urgent)
 
 
 @dataclass(slots=True)
 class _Batch:
     """Some ranges under way: where each lies in the download, and how often it is still wanted."""
 
-    download: Download
+    download: Transfer
     nbytes: int
     places: dict[_Key, tuple[int, int, int]]
     wanted: dict[_Key, int] = field(default_factory=dict)
@@ -91,7 +190,7 @@ class Ahead:
     """
 
     def __init__(
-        self, order: Iterable[Span | None], limit: int, connections: int = THREADS
+        self, order: Iterable[ByteRange | None], limit: int, connections: int = THREADS
     ) -> None:
         self._order = _batches(order)
         self._limit = limit
@@ -109,7 +208,7 @@ class Ahead:
         """Bytes that came so far."""
         return self._fetcher.received
 
-    def take(self, span: Span) -> memoryview | None:
+    def take(self, span: ByteRange) -> memoryview | None:
         """Return the bytes of a range once they are there; None if it was not in the order.
 
         Raises:
@@ -125,7 +224,7 @@ class Ahead:
         number, begin, end = batch.places[key]
         return batch.download.wait()[number][begin:end]
 
-    def release(self, span: Span) -> None:
+    def release(self, span: ByteRange) -> None:
         """Say that a range was read and its bytes may go."""
         key = _key(span)
         with self._lock:
@@ -164,14 +263,14 @@ class Ahead:
             for key in batch.wanted:
                 self._where.setdefault(key, []).append(batch)
 
-    def _begin(self, spans: list[Span]) -> _Batch:
-        joined: list[Span] = []
+    def _begin(self, spans: list[ByteRange]) -> _Batch:
+        joined: list[ByteRange] = []
         places: dict[_Key, tuple[int, int, int]] = {}
         wanted: dict[_Key, int] = {}
         for span in sorted(spans, key=_key):
             last = joined[-1] if joined else None
             if last is not None and last.file is span.file and span.begin <= last.end + _GAP_BYTES:
-                joined[-1] = Span(last.file, last.begin, max(last.end, span.end))
+                joined[-1] = ByteRange(last.file, last.begin, max(last.end, span.end))
             else:
                 joined.append(span)
             start = joined[-1].begin
@@ -181,9 +280,9 @@ class Ahead:
         return _Batch(self._fetcher.begin(joined), nbytes, places, wanted)
 
 
-def _batches(order: Iterable[Span | None]) -> Iterator[list[Span]]:
+def _batches(order: Iterable[ByteRange | None]) -> Iterator[list[ByteRange]]:
     """Yield what is fetched at once; an empty batch where nothing more is known for now."""
-    batch: list[Span] = []
+    batch: list[ByteRange] = []
     size = 0
     for span in order:
         if span is None:
@@ -203,6 +302,6 @@ def _batches(order: Iterable[Span | None]) -> Iterator[list[Span]]:
         yield batch
 
 
-def _key(span: Span) -> _Key:
+def _key(span: ByteRange) -> _Key:
     file: RangedFile = span.file
     return id(file), span.begin, span.end

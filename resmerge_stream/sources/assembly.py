@@ -1,6 +1,6 @@
 """Tensors put together from stored ones: sliced, turned, joined, stacked; read box by box.
 
-A `Source` tensor is a small tree whose leaves are tensors of a checkpoint. Nothing is read until
+A `Source` tensor is a small tree whose leaves are tensors of a store. Nothing is read until
 `fill` is called, and then only the rows that a box needs; no step holds a copy beside the result.
 """
 
@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..maths.lazy import np, torch
 from ..specs import DTYPES
-from .checkpoint import Checkpoint
+from .store import Store, StoredTensor
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     Array = NDArray[np.generic]
@@ -28,10 +28,14 @@ Box = tuple[tuple[int, int], ...]
 class Reading:
     """Rows of a stored tensor that have to be read."""
 
-    checkpoint: Checkpoint
-    name: str
-    start_row: int
-    stop_row: int
+    store: Store
+    tensor: StoredTensor
+    rows: slice
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        """The file, and where in it the rows begin and end."""
+        return self.tensor.file, *self.tensor.byte_range(self.rows)
 
 
 class Source(Protocol):
@@ -72,8 +76,6 @@ def whole(shape: Sequence[int]) -> Box:
 
 def storage_type(dtype: str) -> Any:
     """Return the numpy type that values of a dtype are moved as: their bytes as they are."""
-    import numpy as np
-
     return np.dtype(np.float32) if dtype == "F32" else np.dtype(f"u{DTYPES[dtype].nbytes}")
 
 
@@ -89,8 +91,6 @@ class Node(ABC):
 
     def array(self, box: Box) -> Array:
         """Return a box's values; a view of the stored bytes where that can be."""
-        import numpy as np
-
         out = np.empty([stop - start for start, stop in box], storage_type(self.dtype))
         self.fill(box, out)
         return out
@@ -101,34 +101,29 @@ class Node(ABC):
 
 
 class Stored(Node):
-    """A tensor as a checkpoint stores it."""
+    """A tensor as it is stored."""
 
-    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
-        spec = checkpoint.tensors[name].spec
-        self.checkpoint, self.name = checkpoint, name
-        self.shape, self.dtype = spec.shape, spec.dtype
+    def __init__(self, store: Store, tensor: StoredTensor) -> None:
+        self.store, self.tensor, self.name = store, tensor, tensor.spec.name
+        self.shape, self.dtype = tensor.spec.shape, tensor.spec.dtype
 
     def readings(self, box: Box) -> Iterator[Reading]:
         """Yield the rows: all columns of a row lie together."""
-        start, stop = box[0] if box else (0, 1)
-        yield Reading(self.checkpoint, self.name, start, stop)
+        yield Reading(self.store, self.tensor, slice(*(box[0] if box else (0, 1))))
 
     def array(self, box: Box) -> Array:
         """Return a view of the rows that were read."""
-        import numpy as np
-
         (reading,) = self.readings(box)
-        start, stop = reading.start_row, reading.stop_row
-        data = self.checkpoint.read(self.name, start, stop)
+        data = self.store.read(*reading.place)
         rows = np.frombuffer(data, storage_type(self.dtype))
         if not box:
             return rows.reshape(())
         inner = tuple(slice(*span) for span in box[1:])
-        shaped: Array = rows.reshape(stop - start, *self.shape[1:])[(slice(None), *inner)]
+        shaped: Array = rows.reshape(box[0][1] - box[0][0], *self.shape[1:])[(slice(None), *inner)]
         return shaped
 
 
-class Turned(Node):
+class Transposed(Node):
     """A tensor with its axes in another order, as `numpy.transpose` takes them."""
 
     def __init__(self, of: Source, axes: tuple[int, ...]) -> None:
@@ -313,8 +308,6 @@ class Rounded(Node):
 
     def array(self, box: Box) -> Array:
         """Return the rounded values."""
-        import torch
-
         values = torch.from_numpy(self.of.array(box))
         rounded = values.to(getattr(torch, DTYPES[self.dtype].torch_name))
         flat = rounded.contiguous().reshape(-1).view(torch.uint8).numpy()

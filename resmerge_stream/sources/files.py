@@ -9,6 +9,7 @@ from ..errors import (
 from .adapter_config import CONFIG as ADAPTER_CONFIG
 from .adapter_config import WEIGHTS as ADAPTER_WEIGHTS
 from .adapter_config import check_adapter_files, is_adapter
+from .trainers import NO_WEIGHTS, Place, is_consolidated, leavings
 
 WEIGHTS = "model.safetensors"
 
@@ -20,9 +21,21 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 SMALL_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md")
+_WEIGHTS = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *_PICKLED)
 
 
 MAX_SMALL_BYTES = 200_000_000
+
+
+def is_small(path: str) -> bool:
+    """Return whether a file may go along with a model's weights: at its top, or one folder below.
+
+    A folder below may hold weights of a part that is loaded by itself.
+    """
+    folder, _, name = path.rpartition("/")
+    if "/" in folder or path.startswith(".") or name.startswith("."):
+        return False
+    return bool(folder) or not name.endswith(_WEIGHTS)
 
 
 def config_file(names: list[str]) -> str:
@@ -30,11 +43,11 @@ def config_file(names: list[str]) -> str:
     return ADAPTER_CONFIG if is_adapter(names) else "config.json"
 
 
-def choose_weights(shown: str, names: list[str]) -> list[str] | None:
+def choose_weights(place: Place, names: list[str]) -> list[str] | None:
     """Return the weight files among a model's file names, or None where its index names them.
 
     Args:
-        shown: what to call the model in errors.
+        place: where they are.
         names: its files.
 
     Raises:
@@ -43,42 +56,59 @@ def choose_weights(shown: str, names: list[str]) -> list[str] | None:
         UnsupportedCheckpointError: the weights are pickled or GGUF.
     """
     if is_adapter(names):
-        check_adapter_files(shown, names)
+        check_adapter_files(place.shown, names)
         return [ADAPTER_WEIGHTS]
-    _refuse_other_formats(shown, names)
+    _refuse_other_formats(place, names)
     if WEIGHTS in names:
         return [WEIGHTS]
-    return None if INDEX in names else _single_weight_file(shown, names)
+    return None if INDEX in names else _single_weight_file(place, names)
 
 
-def _refuse_other_formats(shown: str, names: list[str]) -> None:
+def no_model(place: Place, lacks: str) -> CheckpointNotFoundError:
+    """Return the error for a folder that is no model, with what it is instead."""
+    instead = leavings(place) or (
+        f"Give the folder that transformers would load: with config.json, and {WEIGHTS} or shards "
+        f"with {INDEX}"
+    )
+    return CheckpointNotFoundError(f"{place.shown!r} has no {lacks}. {instead}.")
+
+
+def _refuse_other_formats(place: Place, names: list[str]) -> None:
+    if is_consolidated(names):
+        raise UnsupportedCheckpointError(
+            f"{place.shown!r} has its weights in Mistral's own format alone "
+            "(consolidated*.safetensors), under names that transformers cannot load. Convert it "
+            "with transformers' convert_mistral_weights_to_hf.py, or give a repository with "
+            "model.safetensors."
+        )
     if any(name.endswith(".safetensors") for name in names):
         return
-    pickled = [name for name in names if name.endswith(_PICKLED)]
+    if leavings(place):
+        raise no_model(place, "*.safetensors file")
+    pickled = [n for n in names if n.endswith(_PICKLED) and not NO_WEIGHTS.match(n)]
     if pickled:
         raise PickledWeightsError(
-            f"{shown!r} has its weights in {pickled[0]!r}, a pickle, which can run code when "
+            f"{place.shown!r} has its weights in {pickled[0]!r}, a pickle, which can run code when "
             "it is read. Convert it: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) "
             "writes safetensors."
         )
     gguf = [name for name in names if name.endswith(".gguf")]
     if gguf:
         raise UnsupportedCheckpointError(
-            f"{shown!r} holds {gguf[0]!r}: GGUF files are quantised for inference. "
-            "Give the original safetensors model."
+            f"{place.shown!r} holds {gguf[0]!r}: GGUF files are quantised for inference, and are "
+            "not read. Give the original safetensors model, or write one with transformers and "
+            f"the package gguf: AutoModelForCausalLM.from_pretrained({place.shown!r}, "
+            f"gguf_file={gguf[0]!r}).save_pretrained('OUT')."
         )
 
 
-def _single_weight_file(shown: str, names: list[str]) -> list[str]:
+def _single_weight_file(place: Place, names: list[str]) -> list[str]:
     found = [name for name in names if name.endswith(".safetensors")]
     if len(found) == 1:
         return found
     if not found:
-        raise CheckpointNotFoundError(
-            f"{shown!r} has no *.safetensors file. Give a folder with model.safetensors, "
-            f"or with shards and {INDEX}."
-        )
+        raise no_model(place, "*.safetensors file")
     raise CheckpointFormatError(
-        f"{shown!r} has {len(found)} safetensors files but neither {WEIGHTS} nor {INDEX}, "
+        f"{place.shown!r} has {len(found)} safetensors files but neither {WEIGHTS} nor {INDEX}, "
         "so it is not known which of them make the model."
     )

@@ -10,19 +10,26 @@ import json
 import math
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
-from ..errors import CheckpointFormatError
+from ..documents import load_json
+from ..errors import CheckpointFormatError, listed
 from ..specs import DTYPES, TensorSpec
-from .checkpoint import StoredTensor
+from .store import StoredTensor
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 100_000_000
 MAX_CONFIG_BYTES = 4_000_000
+# Kimi-K2-Thinking has the most: 60 layers of 384 experts, of nine tensors each, are 207,360.
+MAX_TENSORS = 400_000
 _LIMIT = 2**63
 _MAX_DEPTH = 126
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,200}\.safetensors")
+_NUMBERED = re.compile(r"model-\d+-of-(\d+)\.safetensors")
+# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md; a header's length is never as large.
+_POINTER = b"version https://git-lfs"
 
 
 def header_length(prefix: bytes, file_size: int, *, where: str) -> int:
@@ -36,6 +43,7 @@ def header_length(prefix: bytes, file_size: int, *, where: str) -> int:
     Raises:
         CheckpointFormatError: the file is too short, or the length is impossible.
     """
+    refuse_pointer(prefix, where=where)
     if len(prefix) < 8 or file_size < 8:
         _refuse(where, f"has {file_size} bytes; a safetensors file has at least 8")
     length = int.from_bytes(prefix[:8], "little")
@@ -44,6 +52,24 @@ def header_length(prefix: bytes, file_size: int, *, where: str) -> int:
     if length + 8 > file_size:
         _refuse(where, f"announces a header of {length} bytes in a file of {file_size}")
     return length
+
+
+def refuse_pointer(start: bytes, *, where: str) -> None:
+    """Refuse what git-lfs leaves in the place of a file that was not downloaded.
+
+    Args:
+        start: the first eight bytes of the file, or more.
+        where: what to call the file in errors.
+
+    Raises:
+        CheckpointFormatError: it is such a pointer.
+    """
+    if len(start) >= 8 and start.startswith(_POINTER[: len(start)]):
+        _refuse(
+            where,
+            "is a git-lfs pointer, a few lines of text in the place of the file. Run "
+            "'git lfs pull' in that clone, or download the model with 'hf download'",
+        )
 
 
 def parse_header(
@@ -60,6 +86,7 @@ def parse_header(
     Raises:
         CheckpointFormatError: any rule of the format is broken.
     """
+    check_count(header.count(b"{") - 2, where=where)  # before gigabytes are made of them
     document = parse_json(header, where=where, what="header", must_start=b"{")
     metadata = document.pop("__metadata__", None)
     if metadata is not None and not (
@@ -84,12 +111,27 @@ def parse_header(
     return {spec.name: StoredTensor(spec, file, data_start + begin) for spec, begin, _ in entries}
 
 
+def check_count(count: int, *, where: str) -> None:
+    """Refuse more tensors than any model has.
+
+    Args:
+        count: of the tensors.
+        where: what to call the file or the checkpoint in errors.
+
+    Raises:
+        CheckpointFormatError: they are more than `MAX_TENSORS`.
+    """
+    if count > MAX_TENSORS:
+        _refuse(where, f"has more than {MAX_TENSORS:,} tensors, which no model has")
+
+
 def parse_index(data: bytes, *, where: str) -> dict[str, str]:
     """Return the weight map of an index file: tensor name → shard file beside it.
 
     Raises:
         CheckpointFormatError: it is not JSON, has no weight map, or names a file elsewhere.
     """
+    check_count(data.count(b":") - 4, where=where)
     document = parse_json(data, where=where, what="index")
     weight_map = document.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -107,22 +149,65 @@ def parse_index(data: bytes, *, where: str) -> dict[str, str]:
 
 
 def collect_tensors(
-    shards: Mapping[str, Mapping[str, StoredTensor]], weight_map: Mapping[str, str], *, where: str
-) -> dict[str, StoredTensor]:
-    """Return the tensors that an index names, in file order; each must be in its file.
+    shards: Mapping[str, Mapping[str, StoredTensor]],
+    weight_map: Mapping[str, str],
+    *,
+    where: str,
+    beside: Iterable[str] = (),
+) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
+    """Return the tensors that an index's shards hold, and in words how the index differs.
+
+    As transformers loads them: whatever a shard holds is there, and of a tensor that several hold,
+    the last file's.
+
+    Args:
+        shards: by file, what it holds; every file that the index names.
+        weight_map: the index's.
+        where: what to call the index in errors.
+        beside: names of the files in its folder.
 
     Raises:
-        CheckpointFormatError: a tensor of the index is not in the file it names.
+        CheckpointFormatError: no shard holds a tensor of the index, or the index does not name a
+            file that is one of its shards by its number.
     """
+    last = {name: file for file in sorted(shards) for name in shards[file]}
     for name, file in weight_map.items():
-        if name not in shards[file]:
+        if name not in last:
             _refuse(where, f"says that {name[:200]!r} is in {file!r}, which does not hold it")
-    return {
+    tensors = {
         name: tensor
-        for file, tensors in sorted(shards.items())
-        for name, tensor in tensors.items()
-        if weight_map.get(name) == file
+        for file in sorted(shards)
+        for name, tensor in shards[file].items()
+        if last[name] == file
     }
+    unlisted = [name for name in tensors if name not in weight_map]
+    elsewhere = [name for name, file in weight_map.items() if name not in shards[file]]
+    times = Counter(name for held in shards.values() for name in held)
+    twice = [name for name, count in times.items() if count > 1]
+    totals = {found[1] for file in shards if (found := _NUMBERED.fullmatch(file))}
+    numbered = {file: found[1] for file in beside if (found := _NUMBERED.fullmatch(file))}
+    loose = [file for file in numbered if file not in shards]
+    if of_the_set := [file for file in loose if numbered[file] in totals]:
+        _refuse(
+            where,
+            f"does not name {listed(of_the_set)}, which by its number is one of its shards: half "
+            "of a model would be merged. Save or download the checkpoint again",
+        )
+    differences = (
+        (unlisted, "lists {count} tensor(s) less than its shards hold, and transformers reads "
+         "them all the same, so they are merged too: {names}"),
+        (elsewhere, "names another file than the one that holds {count} tensor(s): {names}; they "
+         "are read from where they are"),
+        (twice, "has two shards that hold {count} tensor(s): {names}; the last file is read, "
+         "as transformers does"),
+        (loose, "does not name {count} file(s) that look like its shards: {names}; they are not "
+         "read, as transformers does not read them"),
+    )  # fmt: skip
+    return tensors, tuple(
+        f"its index {text.format(count=len(names), names=listed(names))}"
+        for names, text in differences
+        if names
+    )
 
 
 def parse_json(data: bytes, *, where: str, what: str, must_start: bytes = b"") -> dict[str, Any]:
@@ -134,33 +219,33 @@ def parse_json(data: bytes, *, where: str, what: str, must_start: bytes = b"") -
     if must_start and not data.startswith(must_start):
         _refuse(where, f"has a {what} that does not start with '{{'")
     try:
-        document = json.loads(
-            data.decode("utf-8"),
+        document = load_json(
+            data,
             object_pairs_hook=_unique,
             parse_int=_integer,
             parse_float=_finite,
             parse_constant=_no_constant,
         )
-    except (ValueError, RecursionError) as exc:
-        reason = " ".join(str(exc).split())[:200]
-        raise CheckpointFormatError(f"{where} has a {what} that is not valid: {reason}.") from exc
+    except ValueError as exc:
+        raise CheckpointFormatError(f"{where} has a {what} that is not valid: {exc}.") from exc
     if not isinstance(document, dict):
         _refuse(where, f"has a {what} that is not a JSON object")
     return document
 
 
-def parse_config(data: bytes, *, where: str) -> dict[str, Any]:
-    """Return a parsed config; lenient where transformers is (NaN, Infinity and -0 are numbers).
+def parse_object(data: bytes, *, where: str) -> dict[str, Any]:
+    """Return the JSON object in a stranger's side file, whatever its bytes are.
+
+    Lenient where transformers is: NaN, Infinity and -0 are numbers, and a key may stand twice.
 
     Raises:
         CheckpointFormatError: the bytes are not a JSON object in UTF-8.
     """
+    refuse_pointer(data, where=where)
     try:
-        document = json.loads(data.decode("utf-8"))
-        json.dumps(document, ensure_ascii=False).encode()  # no lone surrogates: it is written again
-    except (ValueError, RecursionError) as exc:
-        reason = " ".join(str(exc).split())[:200]
-        raise CheckpointFormatError(f"{where} is not valid JSON: {reason}.") from exc
+        document = load_json(data)
+    except ValueError as exc:
+        raise CheckpointFormatError(f"{where} is not valid JSON: {exc}.") from exc
     if not isinstance(document, dict):
         _refuse(where, "is not a JSON object")
     return document
@@ -242,8 +327,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int | float:
-    if len(text) > 300:
-        raise ValueError(f"the number {text[:40]}… is too large")
     return -0.0 if text == "-0" else int(text)  # the library reads -0 as a float
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..specs import TensorSpec
-from .checkpoint import StoredTensor
+from .store import StoredTensor
 
 _GATE_UP, _DOWN = "gate_up_proj", "down_proj"
 # gpt-oss lets the columns of gate and up take turns (transformers: modeling_gpt_oss).

@@ -1,10 +1,13 @@
 """A checkpoint in a folder: safetensors files, memory-mapped, read in ranges."""
 
+import contextlib
 import hashlib
 import json
 import mmap
 import os
 from collections.abc import Mapping
+from itertools import islice
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
@@ -13,150 +16,229 @@ from ..errors import (
     CheckpointNotFoundError,
     UnsupportedCheckpointError,
 )
+from ..filemaps import FileMap, Stamp
 from ..recipe import ModelRef
-from .checkpoint import SourceFile, StoredTensor
-from .files import INDEX, MAX_SMALL_BYTES, SMALL_SUFFIXES, choose_weights, config_file
+from .adapter_config import is_adapter
+from .assembly import Source, Stored, whole
+from .checkpoint import Checkpoint
+from .files import (
+    INDEX,
+    MAX_SMALL_BYTES,
+    SMALL_SUFFIXES,
+    choose_weights,
+    config_file,
+    is_small,
+    no_model,
+)
 from .format import (
     MAX_CONFIG_BYTES,
     MAX_JSON_BYTES,
+    check_count,
     collect_tensors,
     header_length,
-    parse_config,
     parse_header,
     parse_index,
+    parse_object,
+    refuse_pointer,
 )
+from .store import SourceFile, Store, StoredTensor
+from .trainers import Left, Place, left_by_trainer, models_below
+
+# Bytes of weights of a model that are hashed when it is opened: a few hundredths of a second.
+HASHED_BYTES = 64_000_000
+# A pointer of git-lfs is shorter, as its specification says.
+_POINTER_BYTES = 1024
+# How far below a folder that is no model it is looked for one.
+_DEPTH, _MOST_PATHS = 3, 10_000
 
 
-class LocalCheckpoint:
-    """A model folder. See `resmerge_stream.sources.Checkpoint` for the attributes."""
+class Folder(Store):
+    """The files of a model folder, memory-mapped.
+
+    Args:
+        folder: of the model.
+        stamps: of the weight files as they were when their headers were read.
+        beside: where the small files are, if not in that folder.
+    """
 
     def __init__(
-        self,
-        folder: Path,
-        ref: ModelRef,
-        tensors: Mapping[str, StoredTensor],
-        files: tuple[SourceFile, ...],
-        identity: dict[str, Any],
-        config: dict[str, Any],
+        self, folder: Path, stamps: Mapping[str, Stamp], beside: Path | None = None
     ) -> None:
-        self.id = ref.id
-        self.revision: str | None = None
-        self.subfolder: str | None = None
-        self.tensors = tensors
-        self.files = files
-        self.identity = identity
-        self.config = config
-        self.folder: str | None = str(folder)
-        self.small_files = _small_files(folder, {file.name for file in files})
-        self.license = _card_license(folder)
-        self.gated = False
-        self.is_private = True
-        self.is_remote = False
-        self._folder = folder
-        self._maps: dict[str, mmap.mmap] = {}
+        self._folder = beside or folder
+        self._maps = {
+            file: FileMap(folder / file, f"{folder}/{file}", stamp)
+            for file, stamp in stamps.items()
+        }
 
-    @classmethod
-    def open(cls, folder: Path, ref: ModelRef) -> "LocalCheckpoint":
-        """Read the headers, the index and the config of a model folder.
+    def read(self, file: str, begin: int, end: int) -> memoryview:
+        """Return mapped bytes; no copy is made.
 
         Raises:
-            CheckpointNotFoundError: the folder holds no weights or no config.
-            CheckpointFormatError: a header, the index or the config is malformed.
-            UnsupportedCheckpointError: the weights are pickled or GGUF.
+            SourceChangedError: the file is not the one whose header was read.
+            CheckpointNotFoundError: it is gone.
         """
-        try:
-            names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
-        except OSError as exc:
-            raise CheckpointNotFoundError(
-                f"cannot read the folder {str(folder)!r}: {exc.strerror}."
-            ) from exc
-        _refuse_outward_links(folder, names)
-        weight_files = choose_weights(str(folder), names)
-        config = _read_config(folder, names)
-        weight_map = None
-        if weight_files is None:
-            where = str(folder / INDEX)
-            weight_map = parse_index(_read_bounded(folder / INDEX, MAX_JSON_BYTES), where=where)
-            weight_files = sorted(set(weight_map.values()))
-        shards, files = {}, []
-        identity: dict[str, Any] = {}
-        for file in weight_files:
-            shards[file], source, identity[file] = _read_header(folder / file, file)
-            files.append(source)
-        if "peft_type" in config:  # the scale of an adapter stands there
-            identity[config_file(names)] = _digest(config)
-        if weight_map is None:
-            tensors = dict(shards[weight_files[0]])
-        else:
-            tensors = collect_tensors(shards, weight_map, where=str(folder / INDEX))
-        return cls(folder, ref, tensors, tuple(files), identity, config)
+        return self._maps[file].view(begin, end)
 
-    def read(self, name: str, start_row: int = 0, stop_row: int | None = None) -> memoryview:
-        """Return mapped bytes of a tensor or of some of its rows; no copy is made.
-
-        Raises:
-            CheckpointFormatError: the file is shorter than when its header was read.
-        """
-        tensor = self.tensors[name]
-        begin, end = tensor.byte_range(start_row, stop_row)
-        if begin == end:
-            return memoryview(bytearray())
-        mapped = self._map(tensor.file)
-        if end > len(mapped):
-            raise CheckpointFormatError(
-                f"{self.folder}/{tensor.file} became shorter while it was read; restore it."
-            )
-        return memoryview(mapped)[begin:end]
-
-    def read_cost(self, name: str, start_row: int = 0, stop_row: int | None = None) -> int:
-        """Return how many stored bytes `read` takes for the same rows."""
-        begin, end = self.tensors[name].byte_range(start_row, stop_row)
-        return end - begin
-
-    def release(self, name: str, start_row: int = 0, stop_row: int | None = None) -> None:
-        """Unmap the pages of some rows: pages of a file in memory count as private otherwise."""
-        tensor = self.tensors[name]
-        begin, end = tensor.byte_range(start_row, stop_row)
+    def release(self, file: str, begin: int, end: int) -> None:
+        """Unmap the pages of a range: pages of a file in memory count as private otherwise."""
         if begin < end and hasattr(mmap, "MADV_DONTNEED"):
             # The kernel maps up to 16 pages around one that is touched: those go as well.
             around = 16 * mmap.PAGESIZE
             start = max(begin - begin % around - around, 0)
-            mapped = self._map(tensor.file)
+            mapped = self._maps[file].mapped()
             mapped.madvise(mmap.MADV_DONTNEED, start, min(end + around, len(mapped)) - start)
 
-    def done_with(self, name: str, start_row: int = 0, stop_row: int | None = None) -> None:
-        """Do nothing: the kernel takes mapped pages back by itself."""
+    def done_with(self, file: str, begin: int, end: int) -> None:
+        """See that the file is as it was; the kernel takes mapped pages back by itself."""
+        self._maps[file].check()
+
+    def check(self) -> None:
+        """See that every weight file is the one whose header was read."""
+        for file in self._maps.values():
+            file.check()
 
     def read_small(self, name: str) -> bytes:
-        """Return the content of one of `small_files`."""
-        return _read_bounded(self._folder / name, MAX_SMALL_BYTES)
-
-    def small_oid(self, name: str) -> str | None:
-        """Return None: nobody has hashed the files of a folder."""
-        return None
+        """Return the content of one of the files beside the weights."""
+        data = _read_bounded(self._folder / name, MAX_SMALL_BYTES, self._folder)
+        refuse_pointer(data, where=str(self._folder / name))
+        return data
 
     def close(self) -> None:
         """Forget the maps; each is unmapped when the last view of it is gone."""
-        self._maps.clear()
-
-    def _map(self, file: str) -> mmap.mmap:
-        mapped = self._maps.get(file)
-        if mapped is None:
-            try:
-                with (self._folder / file).open("rb") as handle:
-                    # Copy-on-write, so that torch takes the buffer as writable; never written.
-                    mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
-            except (OSError, ValueError) as exc:
-                raise CheckpointFormatError(
-                    f"cannot map {str(self._folder / file)!r}: {exc}. Was it moved or emptied?"
-                ) from exc
-            self._maps[file] = mapped
-        return mapped
+        for file in self._maps.values():
+            file.close()
 
 
-def _read_header(
-    path: Path, file: str
-) -> tuple[dict[str, StoredTensor], SourceFile, dict[str, Any]]:
+def open_folder(folder: Path, ref: ModelRef, *, hashes: bool = False) -> Checkpoint:
+    """Read the headers, the index and the config of a model folder.
+
+    Args:
+        folder: of the model.
+        ref: what the user calls it.
+        hashes: whether weight files are hashed even if that takes long.
+
+    Raises:
+        CheckpointNotFoundError: the folder holds no weights or no config.
+        CheckpointFormatError: a header, the index or the config is malformed.
+        UnsupportedCheckpointError: the weights are pickled or GGUF.
+    """
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+    except OSError as exc:
+        raise CheckpointNotFoundError(
+            f"cannot read the folder {str(folder)!r}: {exc.strerror}."
+        ) from exc
+    _refuse_outward_links(folder, names)
+    place = Place(str(folder), lambda: _paths_below(folder))
+    if not is_adapter(names) and not any(name.endswith(".safetensors") for name in names):
+        left = None if models_below(place.below()) else left_by_trainer(place)
+        if left is not None and left.is_read:
+            return _open_left(folder, ref, left, hashes=hashes)
+    weight_files = choose_weights(place, names)
+    config = _read_config(place, folder, names)
+    weight_map = None
+    if weight_files is None:
+        where = str(folder / INDEX)
+        weight_map = parse_index(_read_bounded(folder / INDEX, MAX_JSON_BYTES), where=where)
+        weight_files = sorted(set(weight_map.values()))
+    shards, stamps = {}, {}
+    identity: dict[str, Any] = {}
+    for file in weight_files:
+        shards[file], stamps[file], identity[file] = _read_header(folder / file, file)
+        check_count(sum(map(len, shards.values())), where=str(folder))
+    if hashes or sum(stamp.size for stamp in stamps.values()) <= HASHED_BYTES:
+        for file in weight_files:
+            # Its content tells more than its time, which a copy may not have.
+            del identity[file]["mtime_ns"]
+            identity[file]["sha256"] = _sha256(folder / file)
+    files = tuple(
+        SourceFile(file, stamps[file].size, identity[file].get("sha256")) for file in weight_files
+    )
+    if "peft_type" in config:  # the scale of an adapter stands there
+        identity[config_file(names)] = hashlib.sha256(
+            json.dumps(config, sort_keys=True).encode()
+        ).hexdigest()
+    tensors, remarks = shards[weight_files[0]], tuple[str, ...]()
+    if weight_map is not None:
+        tensors, remarks = collect_tensors(shards, weight_map, where=where, beside=names)
+    store = Folder(folder, stamps)
+    return Checkpoint(
+        id=ref.id,
+        store=store,
+        trees={name: Stored(store, tensor) for name, tensor in tensors.items()},
+        config=config,
+        files=files,
+        identity=identity,
+        small_files=_small_files(folder, {file.name for file in files}),
+        remarks=remarks,
+        folder=str(folder),
+        license=_card_license(folder),
+    )
+
+
+def _open_left(folder: Path, ref: ModelRef, left: Left, *, hashes: bool) -> Checkpoint:
+    """Read what a trainer left in a folder, or in one below it; raises as `open_folder`."""
+    stamps: dict[str, Stamp] = {}
+    for file in left.files:
+        try:
+            stamps[file] = Stamp.of((folder / file).stat())
+        except OSError as exc:
+            raise CheckpointNotFoundError(f"cannot read {folder / file}: {exc.strerror}.") from exc
+    beside = _beside(folder, left.at)
+    store = Folder(folder, stamps, beside)
+    sizes = {file: stamp.size for file, stamp in stamps.items()}
+    assert left.row.read is not None
+    try:
+        trees = left.row.read(store, sizes, left.at, left.where)
+        if not trees:
+            raise UnsupportedCheckpointError(f"{left.where} holds no tensors.")
+    except (CheckpointFormatError, UnsupportedCheckpointError) as exc:
+        raise UnsupportedCheckpointError(
+            f"{str(folder)!r} holds {left.row.what} that cannot be read here: {exc} {left.way}."
+        ) from exc
+    in_order = sorted(trees, key=lambda name: _first_byte(trees[name]))
+    identity: dict[str, Any] = {
+        file: {"size": stamp.size, "mtime_ns": stamp.mtime_ns} for file, stamp in stamps.items()
+    }
+    if hashes or sum(sizes.values()) <= HASHED_BYTES:
+        identity = {
+            file: {"size": size, "sha256": _sha256(folder / file)} for file, size in sizes.items()
+        }
+    config = {}
+    if (beside / "config.json").is_file():
+        path = beside / "config.json"
+        config = parse_object(_read_bounded(path, MAX_CONFIG_BYTES), where=str(path))
+    return Checkpoint(
+        id=ref.id,
+        store=store,
+        trees={name: trees[name] for name in in_order},
+        config=config,
+        files=tuple(
+            SourceFile(file, size, identity[file].get("sha256")) for file, size in sizes.items()
+        ),
+        identity=identity,
+        small_files=tuple(
+            sorted(one.name for one in beside.glob("*") if one.name.endswith(SMALL_SUFFIXES))
+        ),
+        remarks=(f"it holds {left.row.what}, which is read as it is",),
+        folder=str(folder),
+        license=_card_license(folder),
+    )
+
+
+def _beside(folder: Path, at: str) -> Path:
+    """Return where the config of a trainer's weights is: beside them, or one folder up."""
+    own = folder / at
+    places = [own / "huggingface", own, own.parent]
+    return next((one for one in places if (one / "config.json").is_file()), own)
+
+
+def _first_byte(tree: Source) -> tuple[str, int]:
+    first = next(iter(tree.readings(whole(tree.shape))))
+    return first.tensor.file, first.tensor.begin
+
+
+def _read_header(path: Path, file: str) -> tuple[dict[str, StoredTensor], Stamp, dict[str, Any]]:
     where = str(path)
     try:
         with path.open("rb") as handle:
@@ -176,22 +258,42 @@ def _read_header(
         "mtime_ns": status.st_mtime_ns,
         "header_sha256": hashlib.sha256(prefix + header).hexdigest(),
     }
-    return tensors, SourceFile(file, status.st_size), identity
+    return tensors, Stamp.of(status), identity
 
 
-def _digest(config: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as exc:
+        raise CheckpointNotFoundError(f"cannot read {str(path)!r}: {exc.strerror}.") from exc
 
 
-def _read_config(folder: Path, names: list[str]) -> dict[str, Any]:
+def _read_config(place: Place, folder: Path, names: list[str]) -> dict[str, Any]:
     name = config_file(names)
     if name not in names:
-        raise CheckpointNotFoundError(
-            f"{str(folder)!r} has no config.json, so it is not a model folder. "
-            "Give the folder that transformers would load."
-        )
+        raise no_model(place, "config.json, so it is no model")
     path = folder / name
-    return parse_config(_read_bounded(path, MAX_CONFIG_BYTES), where=str(path))
+    return parse_object(_read_bounded(path, MAX_CONFIG_BYTES), where=str(path))
+
+
+def _paths_below(folder: Path) -> list[str]:
+    """Return paths of files in a folder and below it: those of a run, not of a whole disk.
+
+    What cannot be looked at is left out: it may be another user's, or a process that has ended.
+    """
+    found: list[str] = []
+    level = [str(folder)]
+    for _ in range(_DEPTH):
+        below: list[str] = []
+        for place in level:
+            with contextlib.suppress(OSError):
+                below += [entry.path for entry in islice(os.scandir(place), _MOST_PATHS)]
+            if len(found) + len(below) >= _MOST_PATHS:
+                break
+        found += [Path(path).relative_to(folder).as_posix() for path in below if isfile(path)]
+        level = [path for path in below if isdir(path)]
+    return found[:_MOST_PATHS]
 
 
 def _refuse_outward_links(folder: Path, names: list[str]) -> None:
@@ -201,12 +303,12 @@ def _refuse_outward_links(folder: Path, names: list[str]) -> None:
     """
     for name in names:
         if name.endswith(SMALL_SUFFIXES) and (folder / name).is_symlink():
-            _check_link(folder / name)
+            _check_link(folder / name, folder)
 
 
-def _check_link(path: Path) -> None:
+def _check_link(path: Path, folder: Path) -> None:
     """Raise where a link leads out of a model's folder, or out of its part of the Hub's cache."""
-    root = path.parent.resolve()
+    root = folder.resolve()
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         root = root.parent.parent
     if not path.resolve().is_relative_to(root):
@@ -216,8 +318,10 @@ def _check_link(path: Path) -> None:
         )
 
 
-def _read_bounded(path: Path, limit: int) -> bytes:
-    _check_link(path)  # again: it may have been put there since the folder was looked through
+def _read_bounded(path: Path, limit: int, folder: Path | None = None) -> bytes:
+    _check_link(
+        path, folder or path.parent
+    )  # again: it may have been put there since the folder was looked through
     try:
         with path.open("rb") as handle:
             data = handle.read(limit + 1)
@@ -229,8 +333,16 @@ def _read_bounded(path: Path, limit: int) -> bytes:
 
 
 def _small_files(folder: Path, weights: set[str]) -> tuple[str, ...]:
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
-    return tuple(name for name in names if name.endswith(SMALL_SUFFIXES) and name not in weights)
+    entries = list(os.scandir(folder))
+    names = [entry.name for entry in entries if entry.is_file()]
+    for name in names:
+        at = folder / name
+        if name.endswith(SMALL_SUFFIXES) and at.stat().st_size < _POINTER_BYTES:
+            refuse_pointer(at.read_bytes(), where=str(at))
+    for below in (entry for entry in entries if entry.is_dir() and is_small(f"{entry.name}/x")):
+        with contextlib.suppress(PermissionError):  # what may not be looked into goes nowhere
+            names += [f"{below.name}/{e.name}" for e in os.scandir(below) if e.is_file()]
+    return tuple(sorted(name for name in names if is_small(name) and name not in weights))
 
 
 def _card_license(folder: Path) -> str | None:

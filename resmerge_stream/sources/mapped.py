@@ -7,11 +7,11 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from ..maths.lazy import np, torch
 from ..specs import DTYPES
-from .assembly import Box, Node, Reading, Source, Stored, storage_type, whole
+from .assembly import Box, Node, Reading, Source, storage_type, whole
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from .assembly import Array
@@ -63,8 +63,6 @@ class Mapped(Node):
 
     def fill(self, box: Box, out: Array) -> None:
         """Write the rows, run by run."""
-        import numpy as np
-
         start = box[0][0]
         for begin, end in self.runs(*box[0]):
             table, place = int(self.which[begin]), out[begin - start : end - start]
@@ -93,8 +91,6 @@ class Mapped(Node):
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Yield (first, last + 1) of rows that are read at once: neighbours of one table."""
-        import numpy as np
-
         which, row = self.which[start:stop], self.row[start:stop]
         breaks = np.flatnonzero((np.diff(which) != 0) | (np.diff(row) != 1) | (which[1:] < 0)) + 1
         edges = [start, *(start + breaks).tolist(), stop]
@@ -103,9 +99,7 @@ class Mapped(Node):
     @property
     def is_own(self) -> bool:
         """Whether the rows are the own table's, each at its place."""
-        import numpy as np
-
-        (table,) = (i for i, one in enumerate(self.tables) if one is self.own)
+        table = self.tables.index(self.own)  # an adapter's is its base's once more
         are_own = bool((self.which == table).all() and (self.row == np.arange(len(self.row))).all())
         return are_own and self.shape == self.own.shape
 
@@ -117,8 +111,6 @@ class Mapped(Node):
     @cached_property
     def _mean(self) -> NDArray[np.float64]:
         """The mean of all known rows, made when it is first asked for."""
-        import numpy as np
-
         total = np.zeros(self.shape[1:], np.float64)
         for start in range(0, self._known, _BLOCK_ROWS):
             stop = min(start + _BLOCK_ROWS, self._known)
@@ -131,15 +123,8 @@ def as_stored(source: Source) -> Source:
     return source.own if isinstance(source, Mapped) else source
 
 
-def is_stored(source: Source) -> bool:
-    """Return whether a tensor's values are numbers as they are stored, in whatever order."""
-    return isinstance(as_stored(source), Stored)
-
-
 def _values(source: Source, box: Box) -> NDArray[np.float32]:
     """Return a box as float32 numbers."""
-    import torch
-
     found = torch.from_numpy(source.array(box).copy())
     if source.dtype != "F32":
         found = found.view(getattr(torch, DTYPES[source.dtype].torch_name)).to(torch.float32)
@@ -149,8 +134,6 @@ def _values(source: Source, box: Box) -> NDArray[np.float32]:
 
 def _stored(values: NDArray[np.floating], dtype: str) -> Array:
     """Return numbers rounded to a dtype, as their bytes are moved."""
-    import torch
-
     rounded = torch.from_numpy(values).to(getattr(torch, DTYPES[dtype].torch_name)).contiguous()
     flat = rounded.reshape(-1).view(torch.uint8).numpy()
     array: Array = flat.view(storage_type(dtype)).reshape(values.shape)

@@ -15,11 +15,9 @@ from resmerge_stream.sources.assembly import (
     Reshaped,
     Rounded,
     Stacked,
-    Stored,
-    Turned,
+    Transposed,
     Woven,
 )
-from resmerge_stream.sources.view import View
 from tests.support.checkpoints import write_json
 
 E, M, N = 3, 4, 6
@@ -44,13 +42,13 @@ def stored(tmp_path_factory):
 
 def trees(checkpoint, values):
     """Every kind of node with its values in torch, and trees of several kinds."""
-    at = {name: Stored(checkpoint, name) for name in values}
+    at = {name: checkpoint.trees[name] for name in values}
     a, b, stack = values["a"], values["b"], values["stack"]
     woven = torch.stack((a, b), dim=2).flatten(1)
     return {
         "stored": (at["a"], a),
-        "turned": (Turned(at["a"], (1, 0)), a.T),
-        "turned stack": (Turned(at["stack"], (2, 0, 1)), stack.permute(2, 0, 1)),
+        "turned": (Transposed(at["a"], (1, 0)), a.T),
+        "turned stack": (Transposed(at["stack"], (2, 0, 1)), stack.permute(2, 0, 1)),
         "part": (Part(at["a"], 0, 1, 2), a[1:3]),
         "every second": (Part(at["stack"], 2, 1, 3, 2), stack[..., 1::2]),
         "item": (Item(at["stack"], 1), stack[1]),
@@ -61,11 +59,11 @@ def trees(checkpoint, values):
         "reshaped": (Reshaped(at["conv"], (M, 6)), values["conv"].reshape(M, 6)),
         "rounded": (Rounded(at["f32"], "BF16"), values["f32"].bfloat16()),
         "fused and turned": (
-            Turned(Stacked([Joined([at["a"], at["b"]], 0)] * 2), (0, 2, 1)),
+            Transposed(Stacked([Joined([at["a"], at["b"]], 0)] * 2), (0, 2, 1)),
             torch.stack([torch.cat((a, b))] * 2).transpose(1, 2),
         ),
         "half of a slice": (
-            Part(Item(Turned(at["stack"], (0, 2, 1)), 2), 0, 3, 3),
+            Part(Item(Transposed(at["stack"], (0, 2, 1)), 2), 0, 3, 3),
             stack[2].T[3:],
         ),
     }
@@ -81,11 +79,11 @@ def test_any_rows_of_a_tree_are_those_of_the_tensor_it_stands_for(stored, kind, 
     """A view reads any range of rows as slicing the assembled tensor would."""
     checkpoint, values = stored
     tree, expected = trees(checkpoint, values)[kind]
-    view = View(checkpoint, {"it": tree})
+    view = checkpoint.with_trees({"it": tree})
     start = data.draw(st.integers(0, len(expected) - 1))
     stop = data.draw(st.integers(start + 1, len(expected)))
 
-    read = torch.frombuffer(bytearray(view.read("it", start, stop)), dtype=expected.dtype)
+    read = torch.frombuffer(bytearray(view.read("it", slice(start, stop))), dtype=expected.dtype)
 
     assert view.tensors["it"].spec.shape == tuple(expected.shape)
     assert torch.equal(read.view(stop - start, *expected.shape[1:]), expected[start:stop])
@@ -94,10 +92,10 @@ def test_any_rows_of_a_tree_are_those_of_the_tensor_it_stands_for(stored, kind, 
 def test_what_is_as_stored_is_mapped_and_what_is_made_is_counted(stored):
     """Handed-through tensors take no private memory; a made one takes its own size."""
     checkpoint, values = stored
-    sources = {"a": Stored(checkpoint, "a"), "half": Part(Stored(checkpoint, "stack"), 1, 0, 2)}
-    view = View(checkpoint, sources)
+    trees = checkpoint.trees
+    view = checkpoint.with_trees({"a": trees["a"], "half": Part(trees["stack"], 1, 0, 2)})
 
     assert view.made_bytes("a") == 0
     assert view.made_bytes("half") == values["stack"].nbytes // 2
     assert view.read_cost("half") == values["stack"].nbytes
-    assert view.stored_names("half") == ("stack",)
+    assert [one.tensor.spec.name for one in view.readings("half")] == ["stack"]

@@ -14,14 +14,15 @@ from safetensors.torch import save, save_file
 from resmerge_stream.errors import CheckpointError, CheckpointFormatError
 from resmerge_stream.recipe import ModelRef
 from resmerge_stream.sinks.layout import plan_shards
+from resmerge_stream.sources import format as format_rules
 from resmerge_stream.sources import open_checkpoint
 from resmerge_stream.sources.format import (
     collect_tensors,
     header_length,
-    parse_config,
     parse_header,
     parse_index,
     parse_json,
+    parse_object,
 )
 from resmerge_stream.specs import DTYPES, TensorSpec
 
@@ -36,6 +37,12 @@ def parse(document, size=None, data=32):
     return parse_header(header, size, file="f", where="w")
 
 
+def held(file, document):
+    """Return the tensors of a file with such a header."""
+    header = json.dumps(document).encode()
+    return parse_header(header, 8 + len(header) + 32, file=file, where=file)
+
+
 def test_a_header_gives_names_dtypes_shapes_and_absolute_offsets():
     """Tensors come in the order of their bytes, with offsets from the start of the file."""
     header = json.dumps({"b": B, "__metadata__": {"format": "pt"}, "a": A}).encode()
@@ -46,7 +53,7 @@ def test_a_header_gives_names_dtypes_shapes_and_absolute_offsets():
     assert list(tensors) == ["a", "b"]
     assert tensors["a"].spec == TensorSpec("a", "F32", (2, 3))
     assert tensors["b"].byte_range() == (start + 24, start + 32)
-    assert tensors["a"].byte_range(1, 2) == (start + 12, start + 24)
+    assert tensors["a"].byte_range(slice(1, 2)) == (start + 12, start + 24)
 
 
 def test_scalars_and_empty_tensors_are_tensors():
@@ -71,6 +78,7 @@ def test_scalars_and_empty_tensors_are_tensors():
         (struct.pack("<Q", 2**63), 100, "at most"),
         (struct.pack("<Q", 100_000_001), 200_000_000, "at most"),
         (struct.pack("<Q", 93), 100, "in a file of 100"),
+        (b"version ", 130, "git lfs pull"),
     ],
 )
 def test_an_impossible_header_length_is_refused(prefix, size, reason):
@@ -190,31 +198,76 @@ def test_an_index_that_repeats_a_name_is_refused():
         parse_index(data, where="w")
 
 
-def test_an_index_names_tensors_that_are_in_their_files():
-    """A tensor that its file lacks is refused; one that the index omits is not in the model."""
+def test_a_tensor_that_no_shard_holds_is_refused():
+    """An index may not name what is in none of its files."""
     shards = {"x.safetensors": parse({"a": A, "b": B})}
 
-    kept = collect_tensors(shards, {"b": "x.safetensors"}, where="w")
-
-    assert list(kept) == ["b"]
     with pytest.raises(CheckpointFormatError, match="does not hold it"):
         collect_tensors(shards, {"c": "x.safetensors"}, where="w")
 
 
+def test_what_a_shard_holds_is_there_whatever_the_index_says():
+    """Unlisted, misplaced and repeated tensors are read as transformers does, and each is said."""
+    shards = {
+        "model-1-of-3.safetensors": held("model-1-of-3.safetensors", {"a": A, "b": B}),
+        "model-2-of-3.safetensors": held("model-2-of-3.safetensors", {"b": A, "c": B}),
+    }
+    weight_map = {"a": "model-2-of-3.safetensors", "b": "model-1-of-3.safetensors"}
+
+    tensors, remarks = collect_tensors(
+        shards, weight_map, where="w", beside=[*shards, "model-3-of-9.safetensors", "other"]
+    )
+
+    assert {name: one.file for name, one in tensors.items()} == {
+        "a": "model-1-of-3.safetensors",
+        "b": "model-2-of-3.safetensors",
+        "c": "model-2-of-3.safetensors",
+    }
+    for told, name in zip(
+        remarks, ("'c'", "'a'", "'b'", "'model-3-of-9.safetensors'"), strict=True
+    ):
+        assert name in told
+
+
+def test_more_tensors_than_any_model_has_are_refused_before_they_are_read(monkeypatch, tmp_path):
+    """A file, an index, and a folder whose shards hold too many together."""
+    monkeypatch.setattr(format_rules, "MAX_TENSORS", 3)
+    tensors = {f"t{n}": torch.zeros(1) for n in range(6)}
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model-1.safetensors")}
+    for number, names in enumerate((("t0", "t1"), ("t2", "t3")), start=1):
+        save_file({n: tensors[n] for n in names}, tmp_path / f"model-{number}.safetensors")
+    few = {"t0": "model-1.safetensors", "t2": "model-2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": few}))
+    (tmp_path / "config.json").write_text("{}")
+
+    with monkeypatch.context() as unread:
+        unread.setattr(format_rules, "load_json", None)  # never called
+        with pytest.raises(CheckpointFormatError, match="more than 3 tensors"):
+            parse(save(tensors)[8:-24], data=24)
+        with pytest.raises(CheckpointFormatError, match="more than 3 tensors"):
+            parse_index(json.dumps(index).encode(), where="w")
+    with pytest.raises(CheckpointFormatError, match="more than 3 tensors"):
+        open_checkpoint(ModelRef(str(tmp_path)))
+
+
 def test_configs_may_hold_what_transformers_reads():
     """NaN, infinities and negative zeros are numbers in a config, though not in a header."""
-    config = parse_config(b'{"a": NaN, "b": -1, "c": Infinity, "a": 2}', where="w")
+    config = parse_object(b'{"a": NaN, "b": -1, "c": Infinity, "a": 2}', where="w")
 
     assert config["b"] == -1
     with pytest.raises(CheckpointFormatError):
         parse_json(b'{"b": NaN}', where="w", what="header")
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"3", b"{", b"\xff{}", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"[]", b"3", b"{", b"\xff{}", b"[" * 100_000, b'{"a": 1' + b"0" * 5000 + b"}",
+     b'{"a": 0x1f}', b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"],
+)  # fmt: skip
 def test_a_config_is_a_json_object(data):
     """Anything else is refused, however deep."""
     with pytest.raises(CheckpointFormatError):
-        parse_config(data, where="w")
+        parse_object(data, where="w")
 
 
 TOKENS = (

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.loopback_hub import Flip
+from loopback_hub import Flip
+from resmerge_stream.recipe import DEFAULT_METHOD
 from tests.support.hub_runs import Bench, Run
 
 NAME = "model-00001-of-00003.safetensors"
@@ -44,7 +45,7 @@ def merged(bench: Bench, out: Path, *options: str) -> Run:
 def test_a_flipped_bit_is_found_and_its_tensors_merged_again(bench: Bench, tmp_path: Path) -> None:
     """The file is hashed while it streams: other bytes than the Hub's sha256 are not kept."""
     position, _ = last_weight(bench)
-    bench.hub.faults.add(Flip(position=position), path=sha_path(bench), times=2)
+    bench.hub.faults.add(Flip(position=position), path=sha_path(bench), times=1)
 
     done = merged(bench, tmp_path / "out")
 
@@ -61,6 +62,18 @@ def test_without_the_check_the_flipped_bit_stays(bench: Bench, tmp_path: Path) -
 
     assert done.code == 0, done.err
     assert not weights(bench, tmp_path / "out")
+
+
+def test_a_comparison_finds_it_too(bench: Bench, tmp_path: Path) -> None:
+    """A comparison reads by the same loop: other bytes are read again, and the result is right."""
+    position, _ = last_weight(bench)
+    bench.hub.faults.add(Flip(position=position), path=sha_path(bench), times=1)
+    words = ("--methods", f"{DEFAULT_METHOD},mean", "--out", str(tmp_path / "out"))
+
+    done = bench.run("compare", *bench.sources(), *words)
+
+    assert done.code == 0, done.err
+    assert weights(bench, tmp_path / "out" / DEFAULT_METHOD)
 
 
 def test_a_file_that_always_comes_wrong_is_named(bench: Bench, tmp_path: Path) -> None:
@@ -84,7 +97,7 @@ def test_a_weight_that_is_nan_only_on_the_way_is_read_again(bench: Bench, tmp_pa
     """Two bytes in transit do not end a merge."""
     position, weight = last_weight(bench)
     bench.hub.faults.add(
-        Flip(position=position, bits=to_nan(weight)), path=sha_path(bench), times=2
+        Flip(position=position, bits=to_nan(weight)), path=sha_path(bench), times=1
     )
 
     done = merged(bench, tmp_path / "out")

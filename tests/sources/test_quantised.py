@@ -23,7 +23,7 @@ def values_of(checkpoint, name):
     view = dequantised(checkpoint, inspect(checkpoint))
     spec = view.tensors[name].spec
     cut = max(spec.shape[0] // 3, 1)
-    data = bytes(view.read(name, 0, cut)) + bytes(view.read(name, cut, spec.shape[0]))
+    data = bytes(view.read(name, slice(cut))) + bytes(view.read(name, slice(cut, None)))
     assert spec.dtype == "F32"
     return torch.frombuffer(bytearray(data), dtype=torch.float32).view(spec.shape)
 
@@ -161,6 +161,77 @@ def test_mxfp4_has_the_bits_that_transformers_gives(tmp_path, target):
             },
             "integers with scales",
         ),
+        (
+            {
+                "w.weight": torch.zeros(8, 8, dtype=torch.uint32),
+                "w.scales": torch.ones(8, 1).bfloat16(),
+                "w.biases": torch.ones(8, 1).bfloat16(),
+            },
+            "MLX",
+        ),
+        (
+            {
+                "w.weight": torch.zeros(8, 8, dtype=torch.uint32),
+                "w.scales": torch.ones(8, 2, dtype=torch.uint8),
+            },
+            "MLX",
+        ),
+        (
+            {
+                "w._weight_qdata": torch.zeros(8, 8, dtype=torch.int8),
+                "w._weight_scale": torch.ones(8, 1),
+            },
+            "torchao",
+        ),
+        (
+            {"w._weight_qdata": fp8(8, 8), "w._weight_scale": torch.ones(8, 1)},
+            "torchao",
+        ),
+        (
+            {
+                "w.weight._data": torch.zeros(8, 8, dtype=torch.int8),
+                "w.weight._scale": torch.ones(8, 1),
+                "w.input_scale": torch.ones(()),
+            },
+            "quanto",
+        ),
+        (
+            {
+                "w.weight._data._data": torch.zeros(8, 4, dtype=torch.uint8),
+                "w.weight._scale": torch.ones(8, 1),
+                "w.weight._shift": torch.ones(8, 1),
+            },
+            "quanto",
+        ),
+        ({"w.weight._data": fp8(8, 8), "w.weight._scale": torch.ones(8, 1)}, "quanto"),
+        (
+            {
+                # Four bits in a dtype of floats, as FSDP wants it (bnb_4bit_quant_storage).
+                "w.weight": torch.zeros(32, 1).bfloat16(),
+                "w.weight.absmax": torch.ones(1),
+                "w.weight.quant_state.bitsandbytes__nf4": torch.ones(9, dtype=torch.uint8),
+            },
+            "bitsandbytes",
+        ),
+        (
+            {"w.weight": torch.zeros(8, 8, dtype=torch.int8), "w.SCB": torch.ones(8)},
+            "bitsandbytes",
+        ),
+        (
+            {
+                "w.W_q": torch.zeros(8, 4, dtype=torch.uint8),
+                "w.scale": torch.ones(8, 1),
+                "w.zero": torch.ones(8, 1),
+            },
+            "HQQ",
+        ),
+        (
+            {
+                "e.gate_up_proj": torch.zeros(2, 8, 8, dtype=torch.int8),
+                "e.gate_up_proj_scale": torch.ones(2, 8, 1),
+            },
+            "integers with scales",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_said(tmp_path, tensors, wrong):
@@ -188,3 +259,28 @@ def test_a_name_alone_decides_nothing(tmp_path, name):
 
     assert not found.problems
     assert not found.sources
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"quantization": {"bits": 4}}, {"quantization_config": {"quant_method": "eetq"}}],
+)
+def test_a_config_is_believed_where_integers_lie_in_the_place_of_weights(tmp_path, said):
+    """Matrices of integers in a model whose config speaks of a quantisation are codes."""
+    tensors = {"w.weight": torch.zeros(8, 8, dtype=torch.int8), "n.weight": torch.ones(8)}
+
+    assert inspect(opened(tmp_path / "c", tensors, said)).problems
+    assert not inspect(opened(tmp_path / "d", tensors)).problems
+    assert not inspect(opened(tmp_path / "e", {"w.weight": torch.ones(8, 8)}, said)).problems
+
+
+def test_buffers_of_integers_are_no_codes(tmp_path):
+    """Masks, positions and indices are what they are, whatever lies beside them."""
+    tensors = {
+        "h.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),
+        "h.0.attn.logit_scale": torch.ones(2, 1, 1),
+        "attn.relative_position_index": torch.ones(16, 16, dtype=torch.int64),
+        "attn.tau_scale": torch.ones(2, 1, 1),
+    }
+
+    assert not inspect(opened(tmp_path / "c", tensors)).problems

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import httpx2
 import pytest
+import torch
 from huggingface_hub.errors import HfHubHTTPError
 
+from loopback_hub import Cut, Hook, Reset
+from loopback_hub.faults import rate_limited
 from resmerge_stream.hub.client import explain
-from tests.loopback_hub import Cut, Hook, Reset
-from tests.loopback_hub.faults import rate_limited
+from resmerge_stream.recipe import DEFAULT_METHOD
+from tests.support.checkpoints import make_group, read_tensors
 from tests.support.hub_runs import MODELS, Bench
 
 pytestmark = pytest.mark.usefixtures("clean_hub")
@@ -245,18 +248,19 @@ def test_a_plan_on_folders_does_not_import_the_library(bench: Bench) -> None:
 def test_several_methods_read_the_hub_once(bench: Bench, tmp_path: Path) -> None:
     """A comparison opens each model once, reads each weight once, and gives a merge's bytes."""
     done = bench.run(
-        "compare", *bench.sources(), "--methods", "mean,ties:density=0.2,resmerge",
+        "compare", *bench.sources(), "--methods", f"mean,ties:density=0.2,{DEFAULT_METHOD}",
         "--out", str(tmp_path / "out"), "--json",
     )  # fmt: skip
 
     assert done.code == 0, done.err
     for name, data in bench.expected().items():
-        assert (tmp_path / "out" / "resmerge" / name).read_bytes() == data
+        assert (tmp_path / "out" / DEFAULT_METHOD / name).read_bytes() == data
     looks = [entry.path for entry in bench.hub.log.find(path="/api/models/", method="GET")]
     assert max(looks.count(path) for path in looks) == 1, looks
     asked = sum(entry.sent for entry in bench.hub.log.find(path="/file/", method="GET"))
     sizes = [path.stat().st_size for path in bench.group.rglob("*.safetensors")]
-    looked = 100_000 * len(MODELS)  # rows that say whether anything differs
+    # Rows that say whether anything differs, and whether the models are of one base.
+    looked = 150_000 * len(MODELS)
     assert asked <= sum(sizes) + sum(min(size, 100_000) for size in sizes) + looked
 
 
@@ -283,3 +287,38 @@ def test_digits_in_a_message_are_no_status() -> None:
 
     assert "the Hub refuses it (full)" in str(explain(refused, "commit"))
     assert "Log in again" in str(explain(RuntimeError("status client error (401)"), "send"))
+
+
+def test_what_a_shard_holds_is_read_whatever_the_index_says(bench: Bench, tmp_path: Path) -> None:
+    """A repository whose index forgets a tensor gives the merge that a complete index gives."""
+    lost = "model.layers.1.self_attn.q_proj.weight"
+    group = make_group(tmp_path, experts=1, sharded=True)
+    for folder in group.folders:
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        index = json.loads(files["model.safetensors.index.json"])
+        del index["weight_map"][lost]
+        files["model.safetensors.index.json"] = json.dumps(index).encode()
+        bench.hub.add_repo(f"alice/forgetful-{folder.name}", files)
+
+    out = tmp_path / "out"
+    sources = ["--base", "alice/forgetful-base", "--expert", "alice/forgetful-expert0"]
+    done = bench.run("merge", *sources, "--method", "task_arithmetic", "--out", str(out), "--json")
+
+    assert done.code == 0, done.err
+    assert torch.equal(read_tensors(out)[lost], read_tensors(group.experts[0])[lost])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_pointer_on_the_hub_is_named(bench: Bench, tmp_path: Path, name: str) -> None:
+    """A pointer of git-lfs that was committed in the place of a file is refused as one."""
+    (folder,) = make_group(tmp_path, experts=0).folders
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files[name] = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 15231233024\n"
+    bench.hub.add_repo(f"alice/pointer-{name.partition('.')[0]}", files)
+
+    done = bench.run(
+        "plan", "--base", f"alice/pointer-{name.partition('.')[0]}", "--expert", "alice/expert0"
+    )
+
+    assert done.code == 2
+    assert f"{name} is a git-lfs pointer" in done.out
