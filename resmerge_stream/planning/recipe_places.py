@@ -1,28 +1,26 @@
 """Where recipes are: a file, a merged model's folder, its repository on the Hub, its card."""
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import RecipeError, Remedy, shown
-from ..recipe import ModelRef, Recipe
+from ..recipe import ModelRef, Recipe, placed
+from ..sinks.places import places_of
 from ..sources import REPO_ID
-from .recipe_file import MAX_RECIPE_BYTES, load_recipe, parse_recipe
+from .recipe_file import load_recipe, parse_recipe
+from .recipe_text import MAX_CARD_BYTES, MAX_RECIPE_BYTES, recipes_in_card
 
 # What a merged model says of its recipe, the most exact first.
 _FILES = ("resmerge/recipe.yml", "mergekit_config.yml", "mergekit_config.yaml")
 _CARD = "README.md"
-_MAX_CARD_BYTES = 1_000_000
-_FENCE = re.compile(
-    r"^ {0,3}(```+|~~~+)[^\n]*\n(.*?)^ {0,3}\1[`~]*[ \t]*$", re.MULTILINE | re.DOTALL
-)
-_IS_RECIPE = re.compile(r"^merge_method\s*:", re.MULTILINE)
 _ENDINGS = (".yml", ".yaml")
 
 
 def recipe_at(place: str, *, token: str | bool | None = None) -> Recipe:
     """Return the recipe that a place holds.
+
+    The folder of a merge that was made on this machine names its models where they were then.
 
     Args:
         place: a recipe file; or a merged model: its folder, its id on the Hub, or the address of
@@ -36,7 +34,7 @@ def recipe_at(place: str, *, token: str | bool | None = None) -> Recipe:
     """
     path = Path(os.path.expanduser(place)) if "\x00" not in place else Path("\x01")
     if path.is_dir():
-        return _chosen(_in_folder(path), place)
+        return placed(_chosen(_in_folder(path), place), places_of(path))
     is_address = place.startswith(("https://", "http://"))
     if path.exists() or (place.endswith(_ENDINGS) and not is_address):
         return load_recipe(path)
@@ -60,34 +58,24 @@ def recipe_on_the_hub(ref: ModelRef, *, token: str | bool | None = None) -> Reci
     return _chosen(_on_the_hub(ref, token), str(ref))
 
 
-def recipes_in_card(text: str) -> list[str]:
-    """Return the fenced blocks of a model card that are recipes."""
-    blocks = [found.group(2) for found in _FENCE.finditer(text)]
-    return [block for block in blocks if _IS_RECIPE.search(block)]
-
-
 def _chosen(files: Mapping[str, bytes], place: str) -> Recipe:
     """Return the recipe that some of a model's files hold."""
     for name in files:
         if name != _CARD:
             return parse_recipe(files[name], where=f"{name} of {place}")
-    found = recipes_in_card(files.get(_CARD, b"").decode("utf-8", "replace"))
-    if not found:
+    card = files.get(_CARD, b"").decode("utf-8", "replace")
+    if not recipes_in_card(card):
         raise RecipeError(
             f"{shown(place)} holds no recipe: neither mergekit_config.yml nor one in its card.",
             Remedy.GIVE_MODELS,
         )
-    if len(found) > 1:
-        raise RecipeError(
-            f"the card of {place} holds {len(found)} recipes. Save the one that you mean in a file."
-        )
-    return parse_recipe(found[0], where=f"the card of {place}")
+    return parse_recipe(card, where=f"the card of {place}")
 
 
 def _in_folder(folder: Path) -> dict[str, bytes]:
     found = {}
     for name in (*_FILES, _CARD):
-        limit = _MAX_CARD_BYTES if name == _CARD else MAX_RECIPE_BYTES
+        limit = MAX_CARD_BYTES if name == _CARD else MAX_RECIPE_BYTES
         if (folder / name).is_file():
             with (folder / name).open("rb") as file:
                 found[name] = file.read(limit + 1)
@@ -120,4 +108,4 @@ def _on_the_hub(ref: ModelRef, token: str | bool | None) -> dict[str, bytes]:
 
 
 def _limit(name: str) -> int:
-    return _MAX_CARD_BYTES if name == _CARD else MAX_RECIPE_BYTES
+    return MAX_CARD_BYTES if name == _CARD else MAX_RECIPE_BYTES
