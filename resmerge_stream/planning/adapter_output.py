@@ -11,15 +11,15 @@ from ..errors import Findings, Remedy, listed
 from ..methods.base import is_matrix
 from ..roles import Role, role_of
 from ..sinks.layout import shard_of
-from ..sources.adapter import AdapterCheckpoint, rank_of
+from ..sources.adapter import Adapter
 from ..sources.adapter_config import WEIGHTS
-from ..specs import OUTPUT_DTYPES, TensorSpec
+from ..sources.adapter_layout import CONV1D
+from ..sources.quantised import Unread
+from ..specs import FP8, OUTPUT_DTYPES, TensorSpec
 from .planned import OutputFactors, Plan, PlannedTensor
 
 _PREFIX = "base_model.model."
 _OWN_MODULE = re.compile(r"(?P<module>.+)\.lora_(embedding_)?A(\.default)?(\.weight)?")
-# Layers of GPT-2's kind store their weights (in, out); PEFT calls that fan_in_fan_out.
-_TRANSPOSED_TYPES = ("gpt2", "gpt_bigcode", "imagegpt", "decision_transformer")
 
 
 def as_adapter(plan: Plan, found: Findings) -> Plan:
@@ -35,6 +35,13 @@ def as_adapter(plan: Plan, found: Findings) -> Plan:
             Remedy.AS_MODEL,
         )
         return plan
+    if plan.recipe.dtype == FP8:
+        found.problem(
+            f"{FP8} is asked for, but an adapter's factors are written in bfloat16, float16 or "
+            "float32.",
+            Remedy.AS_MODEL,
+        )
+        return plan
     output = _Output(plan)
     tensors = {}
     for name, tensor in plan.tensors.items():
@@ -42,6 +49,18 @@ def as_adapter(plan: Plan, found: Findings) -> Plan:
         if factored is not None:
             tensors[name] = factored
     output.tell(found)
+    unread = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.reads_layout and isinstance(plan.layout.trees[name], Unread)
+    ]
+    if unread:
+        found.problem(
+            f"{plan.method.title} needs the base's values of {len(unread)} tensor(s) that are "
+            f"packed codes in {plan.layout.id}: {listed(unread, limit=3)}. Take a method whose "
+            "update keeps to the adapters' factors, such as head_regression or mean, or give the "
+            "original base."
+        )
     if not tensors and not found.problems:
         found.problem("no expert changes a matrix of the base, so an adapter would be empty.")
     if found.problems:
@@ -70,7 +89,7 @@ class _Output:
         """Return the tensor as a module of the adapter; None where it is not changed or held."""
         if tensor.rule is None or tensor.rule.name == "base":
             return None
-        ranks = [rank_of(self._plan.experts[i], name) for i in tensor.experts]
+        ranks = tensor.ranks
         if not any(rank != 0 for rank in ranks):
             return None
         spec = tensor.spec
@@ -78,9 +97,7 @@ class _Output:
             what = "fused experts" if len(spec.shape) == 3 else "vectors and the like"
             self._cannot_hold(f"are {what}, which are not written as factors", name)
             return None
-        exact = None not in ranks and tensor.method.keeps_low_rank(
-            tensor.weights, tensor.base_weight
-        )
+        exact = tensor.is_low_rank
         if not exact and self._most is None:
             self._whole.setdefault(self._why(tensor, ranks), []).append(name)
             return None
@@ -105,8 +122,8 @@ class _Output:
             )
         if self._left_out:
             found.warning(
-                f"{len(self._left_out)} tensor(s) stay as in the base, whatever the experts have "
-                f"there, since the adapter holds no such tensors: {listed(self._left_out)}"
+                f"an adapter holds linear layers only: {len(self._left_out)} other tensor(s) keep "
+                f"the base's values: {listed(self._left_out)}"
             )
 
     def _cannot_hold(self, reason: str, name: str) -> None:
@@ -118,11 +135,11 @@ class _Output:
     def _why(self, tensor: PlannedTensor, ranks: list[int | None]) -> str:
         if None not in ranks:
             return (
-                f"have no update of low rank: {tensor.method.title} decides about each element, or "
-                "moves the base itself"
+                f"cannot be written as an exact adapter: {tensor.method.title} decides weight by "
+                "weight, or moves the base itself"
             )
-        culprit = self._plan.experts[tensor.experts[ranks.index(None)]]
-        if isinstance(culprit, AdapterCheckpoint):
+        culprit = tensor.sources[1 + ranks.index(None)]
+        if isinstance(culprit, Adapter):
             return (
                 f"are changed by {culprit.id} beyond its factors (DoRA, saved weights or trained "
                 "tokens)"
@@ -150,7 +167,7 @@ class _Output:
         may differ from what its checkpoint says.
         """
         for expert in self._plan.experts:
-            edit = expert.edits.get(name) if isinstance(expert, AdapterCheckpoint) else None
+            edit = expert.edits.get(name) if isinstance(expert, Adapter) else None
             for term in edit.terms if edit is not None else ():
                 keys = (term.left.key, term.right.key)
                 found = [match for key in keys if (match := _OWN_MODULE.fullmatch(key))]
@@ -161,7 +178,7 @@ class _Output:
         module = name.removesuffix(".weight")
         if role is Role.EMBEDDING:
             return module, True, True
-        conv = self._plan.layout.config.get("model_type") in _TRANSPOSED_TYPES
+        conv = self._plan.layout.config.get("model_type") in CONV1D
         return module, False, conv and role is not Role.HEAD
 
 
@@ -171,9 +188,11 @@ def _config(plan: Plan, tensors: Mapping[str, PlannedTensor], *, fan_in_fan_out:
     # The largest, since vLLM makes room for this rank in every module.
     most = max(one.rank for one in factors)
     others = {one.module: one.rank for one in factors if one.rank != most}
+    architecture = str((plan.layout.config.get("architectures") or [""])[0])
+    is_causal = architecture.endswith(("ForCausalLM", "LMHeadModel"))
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if _is_causal(plan) else None,
+        "task_type": "CAUSAL_LM" if is_causal else None,
         "base_model_name_or_path": _base_name(plan),
         "revision": None if plan.base is None else plan.base.revision,
         "inference_mode": True,
@@ -202,11 +221,6 @@ def _targets(plan: Plan, modules: list[str]) -> list[str]:
     if all(there[leaf] == count for leaf, count in ours.items()):
         return sorted(ours)
     return sorted(modules)
-
-
-def _is_causal(plan: Plan) -> bool:
-    architectures = plan.layout.config.get("architectures") or [""]
-    return str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def _base_name(plan: Plan) -> str | None:

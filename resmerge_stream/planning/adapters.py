@@ -1,22 +1,33 @@
 """Adapters among a plan's experts: each is put on the base, or refused. No torch."""
 
+from collections.abc import Sequence
+from itertools import combinations
+
 from ..errors import Findings, ResMergeError
 from ..recipe import ModelRef, Recipe
 from ..sources import Checkpoint
-from ..sources.adapter import AdapterCheckpoint, base_mismatch, is_bare_adapter
+from ..sources.adapter import (
+    Adapter,
+    announced_absent,
+    are_twins,
+    base_mismatch,
+    is_bare_adapter,
+)
 from .compat import readable
 
 
 def check_named_bases(recipe: Recipe, found: Findings) -> None:
-    """Refuse ``base+adapter`` where that base is not the recipe's."""
-    for ref in recipe.experts:
-        named = None if ref.on is None else ModelRef.parse(ref.on)
-        if named is not None and (recipe.base is None or named.place != recipe.base.place):
-            found.problem(
-                f"{ref} puts its adapter on {ref.on}, but the base of the merge is "
-                f"{recipe.base or 'none'}. An adapter is merged on the base that it was trained "
-                "on: give that as base_model."
-            )
+    """Refuse ``base+adapter`` where that base is not the recipe's, or is the merge's base."""
+    base = recipe.base
+    for ref in recipe.models:
+        if ref.on is None or (base is not None and ModelRef.parse(ref.on).place == base.place):
+            continue
+        whose = "which has none" if base is None else f"which is {base}"
+        found.problem(
+            f"{ref} puts its adapter on another model than the base of the merge, {whose}. Merge "
+            f"the adapter first, by a recipe with merge_method: passthrough and {ref} as its one "
+            "model, and name that merge's folder here."
+        )
 
 
 def check_whole(layout: Checkpoint, found: Findings) -> None:
@@ -28,6 +39,11 @@ def check_whole(layout: Checkpoint, found: Findings) -> None:
         )
 
 
+def is_adapter(source: Checkpoint) -> bool:
+    """Return whether a checkpoint is an adapter, on a base or not."""
+    return isinstance(source, Adapter) or is_bare_adapter(source)
+
+
 def on_base(base: Checkpoint, expert: Checkpoint, found: Findings) -> Checkpoint:
     """Return an expert that reads as numbers; an adapter is seen in the base's layout.
 
@@ -37,15 +53,25 @@ def on_base(base: Checkpoint, expert: Checkpoint, found: Findings) -> Checkpoint
         found: takes what is wrong with an adapter.
     """
     # A plan of the same models hands its own on, already on a base.
-    own = expert.own if isinstance(expert, AdapterCheckpoint) else expert
+    own = expert.opened if isinstance(expert, Adapter) else expert
     if not is_bare_adapter(own):
         return readable(own, found)
     try:
-        adapter = AdapterCheckpoint(own, base)
+        adapter = Adapter.of(own, base)
     except ResMergeError as exc:
         found.problems += exc.notices
         return expert
-    mismatch = base_mismatch(adapter, base)
-    if mismatch is not None:
-        found.warning(mismatch)
+    said = (base_mismatch(adapter, base), announced_absent(adapter, base), *adapter.notes)
+    for warning in said:
+        if warning is not None:
+            found.warning(warning)
     return adapter
+
+
+def check_twins(experts: Sequence[Checkpoint], found: Findings) -> None:
+    """Warn of an adapter that is there under two names: it counts twice."""
+    adapters = [expert for expert in experts if isinstance(expert, Adapter)]
+    for left, right in combinations(adapters, 2):
+        # One that is listed twice is told already.
+        if left.id != right.id and are_twins(left, right):
+            found.warning(f"{left.id} and {right.id} hold the same adapter, which counts twice")

@@ -4,23 +4,32 @@ Every check returns problems (the merge is refused) or warnings (it goes on, and
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import Findings, Notice, Remedy, listed, shown
-from ..roles import Role, layer_of, role_of
+from ..roles import OTHER_TOWER, Role, layer_of, role_of
 from ..sources.adapter_config import is_stray
-from ..sources.checkpoint import Checkpoint, StoredTensor
-from ..sources.quantised import dequantised, inspect
+from ..sources.checkpoint import Checkpoint
+from ..sources.quantised import Alike, dequantised, inspect, quantised_by
+from ..sources.store import StoredTensor
+from ..sources.tables import embedding_of, is_tied
 from ..specs import DTYPES
 
 # Kinds of warnings that the report says in numbers of its own.
 KEPT_AS_IN_BASE, LEFT_OUT = "kept-as-in-base", "left-out"
 DEQUANTISED, MATCHED, MISSING, BARELY = "dequantised", "matched", "missing", "barely-touched"
+# Kind of what a checkpoint's own files say of each other.
+REMARK = "source-files"
 # Kind of the problem that there is nothing to merge.
 NOTHING_DIFFERS = "nothing-differs"
+# Kind of the problem that an expert was not trained from the base.
+UNRELATED = "unrelated"
+# Kind of the warning that an expert changes nothing, or is another one's equal.
+IDLE = "changes-nothing"
 # Config keys that change what the weights mean; any other difference is a warning.
 STRUCTURE = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
@@ -31,7 +40,6 @@ STRUCTURE = {
                "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
     "activation": ("hidden_act", "hidden_activation", "activation_function"),
     "norm": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_type"),
-    "tied embeddings": ("tie_word_embeddings",),
     "position encoding": ("position_embedding_type", "alibi", "rotary", "rope_interleave"),
     "experts": ("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts",
                 "num_experts_per_tok"),
@@ -40,8 +48,8 @@ STRUCTURE = {
 _STRUCTURE_KEYS = {key: part for part, keys in STRUCTURE.items() for key in keys}
 # Bookkeeping that says nothing about the model.
 _IGNORED = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache",
-            "architectures", "auto_map", "name_or_path", "vocab_size"}  # fmt: skip
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+            "architectures", "auto_map", "name_or_path", "vocab_size",
+            "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}  # fmt: skip
 
 
 def readable(checkpoint: Checkpoint, found: Findings) -> Checkpoint:
@@ -50,6 +58,22 @@ def readable(checkpoint: Checkpoint, found: Findings) -> Checkpoint:
     What is quantised is told by stored dtypes, by companions of the right shape, and by the config;
     names or a config alone decide nothing.
     """
+    inside = [name for name in checkpoint.tensors if ".base_layer." in name]
+    empty = [name for name, stored in checkpoint.tensors.items() if stored.spec.shape == (0,)]
+    if inside:
+        found.problem(
+            f"{checkpoint.id} was saved with an adapter inside: {listed(inside, limit=2)}. Call "
+            "PEFT's merge_and_unload() before save_pretrained, or give the adapter alone."
+        )
+        return checkpoint
+    if empty:
+        found.problem(
+            f"{len(empty)} tensor(s) of {checkpoint.id} hold no values: {listed(empty, limit=2)}. "
+            "DeepSpeed's ZeRO-3 saves them so when they are not gathered. Set "
+            "stage3_gather_16bit_weights_on_model_save, or write the run's checkpoint with its "
+            "zero_to_fp32.py."
+        )
+        return checkpoint
     codes = inspect(checkpoint)
     for problem in codes.problems:
         found.problem(f"{checkpoint.id} {problem}.")
@@ -62,7 +86,7 @@ def readable(checkpoint: Checkpoint, found: Findings) -> Checkpoint:
             kind=DEQUANTISED,
         )
         return dequantised(checkpoint, codes)
-    if checkpoint.config.get("quantization_config"):
+    if quantised_by(checkpoint.config):
         found.warning(
             f"the config of {checkpoint.id} speaks of a quantisation, but its weights are plain "
             "numbers; the config is not believed"
@@ -73,8 +97,7 @@ def readable(checkpoint: Checkpoint, found: Findings) -> Checkpoint:
 
 def check_configs(base: Checkpoint, expert: Checkpoint, found: Findings) -> None:
     """Compare two configs: structure must agree, other differences are named."""
-    ours: Mapping[str, Any] = base.config
-    theirs: Mapping[str, Any] = expert.config
+    ours, theirs = _one_rope(base.config, expert.config)
     if isinstance(ours.get("text_config"), dict) != isinstance(theirs.get("text_config"), dict):
         # A text model alone, and the same one inside a multimodal model.
         ours, theirs = text_part(ours), text_part(theirs)
@@ -84,12 +107,51 @@ def check_configs(base: Checkpoint, expert: Checkpoint, found: Findings) -> None
         shown_key = key if len(key) <= 120 else f"{key[:117]}..."
         text = f"{shown_key} is {shown(right)} in {expert.id} and {shown(left)} in {base.id}"
         if part is None or left is _MISSING or right is _MISSING:
-            found.warning(f"config: {text}; the base's is kept")
+            why = ", and the expert learned with other positions" if "rope" in key else ""
+            found.warning(f"config: {text}; the base's is kept{why}")
         else:
             found.problem(
                 f"{text} ({part}). These are not weights of one base; give experts that were "
                 "trained from it."
             )
+
+
+def _one_rope(*configs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return configs that say the rotary positions alike, where transformers 4 and 5 wrote them."""
+    if all("rope_parameters" in text_part(one) for one in configs):
+        return list(configs)
+    if not any("rope_parameters" in text_part(one) for one in configs):
+        return list(configs)
+    made: list[Mapping[str, Any]] = []
+    for config in configs:
+        inner = config.get("text_config")
+        if isinstance(inner, dict):
+            made.append({**config, "text_config": _with_rope_parameters(inner)})
+        else:
+            made.append(_with_rope_parameters(config))
+    return made
+
+
+def _with_rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a config that says its rotary positions as transformers 5 does."""
+    old = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
+    rest = {key: value for key, value in config.items() if key not in old}
+    if "rope_parameters" in config:
+        return rest
+    scaling = config.get("rope_scaling")
+    said = dict(scaling) if isinstance(scaling, dict) else {}
+    kind = said.pop("rope_type", None) or said.pop("type", None) or "default"
+    said.pop("type", None)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if config.get(key) is not None:
+            said[key] = config[key]
+    rope = {"rope_type": kind, **said}
+    if (local := config.get("rope_local_base_freq")) is not None:
+        rope = {
+            "full_attention": rope,
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        }
+    return {**rest, "rope_parameters": rope}
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -108,41 +170,6 @@ def check_stray_files(checkpoint: Checkpoint, found: Findings) -> None:
         )
 
 
-def check_small_files(base: Checkpoint, tokenizer: Checkpoint, found: Findings) -> None:
-    """Warn of files that a model is loaded with and that will be missing from the output."""
-    if not any(name in tokenizer.small_files for name in _TOKENIZER_FILES):
-        found.warning(
-            f"{tokenizer.id} has no tokenizer files, so the output will have none",
-            Remedy.TOKENIZER_FROM,
-        )
-    if "generation_config.json" not in base.small_files:
-        found.warning(f"{base.id} has no generation_config.json; none will be written")
-
-
-def check_tokenizers(base: Checkpoint, expert: Checkpoint, found: Findings) -> None:
-    """Warn where an expert's tokenizer files differ from the base's."""
-    different = [
-        name
-        for name in _TOKENIZER_FILES
-        if name in base.small_files
-        and name in expert.small_files
-        and not _same_small_file(base, expert, name)
-    ]
-    if different:
-        found.warning(
-            f"{expert.id} has another {' and '.join(different)} than the base, whose tokenizer is "
-            "kept; the expert may rely on its own",
-            Remedy.TOKENIZER_FROM,
-        )
-
-
-def _same_small_file(base: Checkpoint, expert: Checkpoint, name: str) -> bool:
-    known = base.small_oid(name)
-    if known is not None and known == expert.small_oid(name):
-        return True
-    return base.read_small(name) == expert.read_small(name)
-
-
 @dataclass(frozen=True, slots=True)
 class TensorSets:
     """Which tensors of the base go which way.
@@ -159,7 +186,12 @@ class TensorSets:
 
 
 def match_tensors(
-    base: Checkpoint, experts: Sequence[Checkpoint], found: Findings, *, missing: str = "base"
+    base: Checkpoint,
+    experts: Sequence[Checkpoint],
+    found: Findings,
+    *,
+    missing: str = "base",
+    tied: Mapping[str, str] | None = None,
 ) -> TensorSets:
     """Decide for every tensor: merged, carried or left out; what fits nothing is refused.
 
@@ -168,10 +200,11 @@ def match_tensors(
         found: gets what was found.
         missing: of a tensor that only some experts have: ``base`` (merged among those) or
             ``refuse``.
+        tied: names that are another tensor's copies, with the reason: they are left out.
     """
     merged: dict[str, tuple[int, ...]] = {}
     carried: dict[str, str] = {}
-    left_out = _tied_heads(base, experts, found)
+    left_out = dict(tied or {})
     shapes: dict[Notice, list[str]] = {}
     for name, stored in base.tensors.items():
         if name in left_out:
@@ -179,6 +212,8 @@ def match_tensors(
         having = tuple(i for i, expert in enumerate(experts) if name in expert.tensors)
         if experts and not having:
             carried[name] = "no expert has it"
+        elif isinstance(base.trees[name], Alike):
+            carried[name] = "packed alike in every model"
         elif not DTYPES[stored.spec.dtype].is_merged:
             carried[name] = f"it holds {stored.spec.dtype}, not floating point"
         else:
@@ -212,6 +247,7 @@ def _report_missing(
     refused: bool,
 ) -> None:
     """Refuse experts that lack what their config says they have; list what they lack on purpose."""
+    outside = _outside_body(base)
     for expert in experts:
         lacking = [name for name in (*merged, *carried) if name not in expert.tensors]
         required = [
@@ -219,6 +255,7 @@ def _report_missing(
             for name in lacking
             if role_of(name, base.tensors[name].spec.shape) is not Role.BUFFER
             and _must_have(name, expert.config)
+            and not (name in outside and not any(one in expert.tensors for one in outside))
         ]
         if required:
             found.problem(
@@ -241,20 +278,32 @@ def _report_missing(
             )
 
 
-_OTHER_TOWER = re.compile(
-    r"(^|\.)(vision|visual|image|audio|speech|vit|multi_modal|mm_)", re.IGNORECASE
-)
 _EXTRA_LAYERS = re.compile(r"(^|[._])(mtp|nextn|eagle)", re.IGNORECASE)
+
+
+def _outside_body(base: Checkpoint) -> set[str]:
+    """Return the tensors beside the module that holds most of a model: its heads.
+
+    An expert that has none of them is the body alone, as AutoModel saves it.
+    """
+    modules = Counter(name.partition(".")[0] for name in base.tensors)
+    ((body, count),) = modules.most_common(1) or [("", 0)]
+    embedding = embedding_of(base) or ""
+    if 2 * count <= len(base.tensors) or not embedding.startswith(f"{body}."):
+        return set()
+    # Of the LM head a config says whether it is there.
+    apart = {name for name in base.tensors if name.partition(".")[0] != body}
+    return {name for name in apart if not name.endswith("lm_head.weight")}
 
 
 def _must_have(name: str, config: Mapping[str, Any]) -> bool:
     """Return whether a model of such a config has a tensor: its layers, norms and embeddings."""
     if _EXTRA_LAYERS.search(name):
         return False
-    if _OTHER_TOWER.search(name):
-        return any(_OTHER_TOWER.search(key) and isinstance(config[key], dict) for key in config)
+    if OTHER_TOWER.search(name):
+        return any(OTHER_TOWER.search(key) and isinstance(config[key], dict) for key in config)
     if name.endswith("lm_head.weight"):
-        return text_part(config).get("tie_word_embeddings") is False
+        return is_tied(config) is False
     layer = layer_of(name)
     count = text_part(config).get("num_hidden_layers")
     return layer is None or type(count) is not int or layer < count
@@ -287,81 +336,50 @@ def _check_touched(
 
 
 def check_different(layout: Checkpoint, experts: Sequence[Checkpoint], found: Findings) -> None:
-    """Refuse a merge in which every expert is the base itself, file by file."""
-    files = _contents(layout)
-    if experts and files is not None and all(_contents(expert) == files for expert in experts):
+    """Refuse a merge in which every expert is the base itself, or has the Hub's hashes of it.
+
+    Copies among folders are named; whether they differ at all is told before the merge, by values.
+    """
+    base = _place(layout)
+    if experts and base is not None and all(_place(expert) == base for expert in experts):
         found.problem(
             f"every expert has the weight files of {layout.id}: nothing differs, so there is "
             "nothing to merge.",
             Remedy.TRAINED_EXPERTS,
             kind=NOTHING_DIFFERS,
         )
+        return
+    known = [(layout, _contents(layout))]
+    for expert in experts:
+        own = _contents(expert)
+        twin = next((other for other, there in known if own is not None and own == there), None)
+        if twin is layout:
+            found.warning(
+                f"{expert.id} has the weight files of {layout.id}: it changes nothing, and still "
+                "counts as one of the experts",
+                Remedy.TRAINED_EXPERTS,
+                kind=IDLE,
+            )
+        elif twin is not None and twin.id != expert.id:
+            found.warning(
+                f"{expert.id} has the weight files of {twin.id}: it counts twice", kind=IDLE
+            )
+        known.append((expert, own))
+
+
+def _place(checkpoint: Checkpoint) -> object:
+    """Return where a folder lies, and of a repository what tells its contents."""
+    folder = checkpoint.folder
+    return _contents(checkpoint) if folder is None else Path(folder).resolve()
 
 
 def _contents(checkpoint: Checkpoint) -> object:
     """Return what tells weight files' contents apart without reading them; None if unknown."""
-    if checkpoint.folder is not None:
-        return Path(checkpoint.folder).resolve()
     hashes = sorted((file.sha256 or "", file.size) for file in checkpoint.files)
-    return hashes if all(known for known, _ in hashes) else None
-
-
-def _tied_heads(base: Checkpoint, experts: Sequence[Checkpoint], found: Findings) -> dict[str, str]:
-    """Return the LM heads that a tied config makes redundant, after checking that they are."""
-    heads = [
-        name
-        for checkpoint in (base, *experts)
-        for name, stored in checkpoint.tensors.items()
-        if role_of(name, stored.spec.shape) is Role.HEAD and name.endswith("lm_head.weight")
-    ]
-    head = heads[0] if heads else None
-    tied = base.config.get("tie_word_embeddings", head is None or head not in base.tensors)
-    if head is None or not tied:
-        return {}
-    embedding = _embedding_name(base)
-    if embedding is None:
-        return {}
-    if head in base.tensors and not _same_values(base, head, embedding):
-        found.warning(
-            f"the config of {base.id} ties {head} to {embedding}, but both are there with "
-            "different values; each is merged on its own, as transformers loads them"
-        )
-        return {}
-    for checkpoint in (base, *experts):
-        if head not in checkpoint.tensors or embedding not in checkpoint.tensors:
-            continue
-        if not _same_values(checkpoint, head, embedding):
-            found.problem(
-                f"{checkpoint.id} has its own {head}, but the base ties it to {embedding}: a tied "
-                "model cannot hold it. Merge on an untied base, or drop that expert."
-            )
-    return {head: f"it is tied to {embedding} and equal to it"}
-
-
-def _embedding_name(base: Checkpoint) -> str | None:
-    names = [
-        name
-        for name, stored in base.tensors.items()
-        if role_of(name, stored.spec.shape) is Role.EMBEDDING and "position" not in name
-    ]
-    return names[0] if names else None
-
-
-def _same_values(checkpoint: Checkpoint, left: str, right: str) -> bool:
-    a, b = checkpoint.tensors[left].spec, checkpoint.tensors[right].spec
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    rows, step = a.matrix_shape[0], 4096
-    starts = range(0, rows, step)
-    if checkpoint.is_remote:
-        # A few rows from all over the table: reading both whole would take longer than a plan may.
-        step = 32
-        starts = range(0, rows, max(rows // 8, 1))
-    return all(
-        checkpoint.read(left, start, min(start + step, rows))
-        == checkpoint.read(right, start, min(start + step, rows))
-        for start in starts
-    )
+    if all(known for known, _ in hashes):
+        config = checkpoint.opened.config
+        return hashes, str(config) if "peft_type" in config else ""
+    return None if checkpoint.folder is None else Path(checkpoint.folder).resolve()
 
 
 def _check_shapes(

@@ -2,13 +2,13 @@
 and fuses, or not at all. One place decides; who reads an expert afterwards sees the base's layout.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..roles import module_of, pattern_of
-from ..sources.assembly import Joined, Source, Turned
+from ..sources.assembly import Joined, Source, Transposed
 from ..sources.checkpoint import Checkpoint
-from ..sources.view import View, source_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +53,17 @@ def match(base: Checkpoint, expert: Checkpoint) -> Matched:
     sources: dict[str, Source] = {}
     for name in base.tensors:
         if name in expert.tensors:
-            sources[name] = source_of(expert, name)
+            sources[name] = expert.trees[name]
         elif name in found:
             sources[name] = found[name]
-    view = View(expert, sources)
-    renamed = {name: view.stored_names(name) for name in found}
+    view = expert.with_trees(sources)
+    renamed = {
+        name: tuple(dict.fromkeys(one.tensor.spec.name for one in view.readings(name)))
+        for name in found
+    }
     used = {stored for names in renamed.values() for stored in names}
-    rest = {name: source_of(expert, name) for name in extra if name not in used}
-    view = View(expert, {**sources, **rest})
+    rest = {name: expert.trees[name] for name in extra if name not in used}
+    view = view.with_trees({**sources, **rest})
     left = [name for name in missing if name not in found]
     return Matched(view, renamed, _pairs(base, view, left, list(rest)))
 
@@ -69,13 +72,15 @@ def _found(base: Checkpoint, expert: Checkpoint, missing: set[str]) -> dict[str,
     """Return what stands in the expert for tensors of the base that it has under no such name."""
     from ..sources.runtime import runtime_tensors, taken_apart, transforms_of
 
-    found: dict[str, Source] = {}
+    found = _under_one_module(base, expert)
+    if missing <= set(found):
+        return found
     # Plain renaming first: it needs no table, and no torch.
     for known in (False, True):
         transforms = transforms_of(base.config, expert.config) if known else []
-        theirs = runtime_tensors(expert, transforms)
+        theirs = runtime_tensors(expert.trees, expert.config, transforms)
         parts: dict[str, dict[int, tuple[int, Source]]] = {}
-        for name, tree in runtime_tensors(base, transforms).items():
+        for name, tree in runtime_tensors(base.trees, base.config, transforms).items():
             whole = _like(theirs.get(name), tree)
             if whole is None:
                 continue
@@ -96,6 +101,42 @@ def _found(base: Checkpoint, expert: Checkpoint, missing: set[str]) -> dict[str,
     return found
 
 
+def _under_one_module(base: Checkpoint, expert: Checkpoint) -> dict[str, Source]:
+    """Return what stands for the base's tensors where one side has all of its body in a module.
+
+    GPT-2 and BLOOM are published without the ``transformer.`` that models trained from them have; a
+    BertModel lacks the ``bert.`` of a BertForMaskedLM. The module is told by the names alone: with
+    it, each tensor of the side that lacks it has its counterpart, of one shape.
+    """
+    for outer, inner, is_base in ((expert, base, False), (base, expert, True)):
+        module = _module_around(outer, inner)
+        if module is None:
+            continue
+        pairs = {
+            name: f"{module}{name}" for name in inner.tensors if f"{module}{name}" in outer.tensors
+        }
+        if is_base:
+            return {theirs: expert.trees[name] for name, theirs in pairs.items()}
+        return {name: expert.trees[theirs] for name, theirs in pairs.items()}
+    return {}
+
+
+def _module_around(outer: Checkpoint, inner: Checkpoint) -> str | None:
+    """Return ``transformer.``, where that is before the inner names in a model; None without one.
+
+    At least half of the inner names must be there, and none may be under another name as well.
+    """
+    modules: Counter[str] = Counter()
+    for name in outer.tensors:
+        module, _, rest = name.partition(".")
+        if rest in inner.tensors and name not in inner.tensors:
+            ours, theirs = outer.tensors[name].spec.shape, inner.tensors[rest].spec.shape
+            modules[f"{module}."] += len(ours) == len(theirs) and ours[1:] == theirs[1:]
+    ((module, count),) = modules.most_common(1) or [("", 0)]
+    alone = all(number == 0 for other, number in modules.items() if other != module)
+    return module if alone and 2 * count > len(inner.tensors) else None
+
+
 def _like(source: Source | None, tree: Source) -> Source | None:
     """Return a tensor in another one's shape: as it is, or with a stack's matrices turned."""
     if source is None or len(source.shape) != len(tree.shape):
@@ -103,7 +144,7 @@ def _like(source: Source | None, tree: Source) -> Source | None:
     if source.shape != tree.shape and len(tree.shape) == 3:
         experts, m, n = source.shape
         if (experts, n, m) == tree.shape:
-            return Turned(source, (0, 2, 1))
+            return Transposed(source, (0, 2, 1))
     # Tables with other numbers of rows are the vocabulary's business.
     return source if source.shape[1:] == tree.shape[1:] else None
 

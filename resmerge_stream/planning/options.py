@@ -1,6 +1,7 @@
 """How to run a merge: each option declared once, for the command line, the page and records."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -8,6 +9,7 @@ from typing import Any, Literal, Self
 from ..device import DEVICE
 from ..errors import RecipeError, shown
 from ..units import duration, parse_size
+from .parts import Part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +25,11 @@ class Declared:
         parse: makes the value from what a user gave, text or plain data.
         help: a few words for ``--help``.
         metavar: what stands for the value there.
+        choices: the words that it may be; none: anything that can be parsed.
+        least: the smallest number that it may be.
+        label: what its field on the page is called; that of a machine has none.
+        info: a few words below that.
+        placeholder: what stands in the field while it is empty.
     """
 
     name: str
@@ -32,12 +39,16 @@ class Declared:
     parse: Callable[[str, object], Any]
     help: str
     metavar: str
+    choices: tuple[str, ...]
+    least: int | None
+    label: str
+    info: str
+    placeholder: str
 
     @property
     def flag(self) -> str:
-        """The command line's name; of what is on by itself, the one that turns it off."""
-        no = "no-" if self.default is True else ""
-        return f"--{no}{self.key.replace('_', '-')}"
+        """The command line's name."""
+        return f"--{self.key.replace('_', '-')}"
 
 
 def option(
@@ -48,9 +59,18 @@ def option(
     help: str,
     metavar: str,
     key: str = "",
+    choices: tuple[str, ...] = (),
+    least: int | None = None,
+    label: str = "",
+    info: str = "",
+    placeholder: str = "",
 ) -> Any:
     """Return a field of `Options`; the arguments are those of `Declared`."""
-    said = {"changes": changes, "parse": parse, "help": help, "metavar": metavar, "key": key}
+    said = {
+        "changes": changes, "parse": parse, "help": help, "metavar": metavar, "key": key,
+        "choices": choices, "least": least, "label": label, "info": info,
+        "placeholder": placeholder,
+    }  # fmt: skip
     return dataclasses.field(default=default, metadata=said)
 
 
@@ -75,12 +95,6 @@ def _size(key: str, value: object) -> int:
     return parse_size(value, name=key.replace("_", "-"))
 
 
-def _flag(key: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise RecipeError(f"{key} must be true or false, not {shown(value)}.", field=key)
-    return value
-
-
 def _duration(key: str, value: object) -> int:
     if not isinstance(value, str | int) or isinstance(value, bool):
         raise RecipeError(f"{key} must be a time such as 15m, not {shown(value)}.", field=key)
@@ -97,6 +111,8 @@ class Options:
         max_shard_bytes: None mirrors the base's shards, cut at 5 GB.
         missing: what to do with a tensor that only some experts have: ``base`` merges it among
             those that have it, beside the base's; ``refuse`` makes it a problem.
+        unrelated: what to do with an expert whose matrices have nothing in common with the base's:
+            ``refuse`` ends the merge before anything is written; ``merge`` takes it.
         output: ``model`` writes whole weights, ``adapter`` a LoRA adapter of the base.
         adapter_rank: the rank of an adapter's modules at most, 1 or more; None keeps all of the
             update, where that is of low rank.
@@ -104,51 +120,63 @@ class Options:
         device: as ``--device``; not part of what makes a run the same run.
         memory_budget: bytes of private memory on this machine, likewise; processes of one run
             share it. None keeps to what the largest matrix calls for, and to 80 % of what is free.
-        check_sources: whether files of the Hub that are read whole and in order are compared with
-            the sha256 that it names.
+        check_sources: ``hub`` compares files of the Hub that are read whole and in order with the
+            sha256 that it names; ``full`` also hashes the files of folders, whatever their size, so
+            that their content tells whether they changed; ``none`` does neither.
         patience: seconds for which a merge rides out failures of the Hub; None: 15 minutes.
+        part: which of the shards this run makes, of several runs that cannot reach each other;
+            None for all, and for what launched processes share.
         max_header_bytes: of indexes and headers that are read of one repository, where those who
             name it are not trusted; None leaves it at the format's limit for each file. Nobody
             asks for it, so it is not declared as an option.
+        max_experts: that a recipe's patterns may stand for, likewise; None leaves it at
+            `planning.checkpoints.MOST_CHECKPOINTS`.
     """
 
     rounding: str = option(
-        "nearest",
-        changes="values",
-        parse=_text,
-        metavar="HOW",
-        help="how to round: nearest (default) or stochastic",
-    )
+        "nearest", changes="values", parse=_text, choices=("nearest", "stochastic"),
+        metavar="HOW", help="how to round: nearest (default) or stochastic",
+        label="Rounding", info="stochastic loses no small update on average",
+    )  # fmt: skip
     seed: int = option(
-        0,
-        changes="values",
-        parse=_whole,
-        metavar="N",
-        help="seed for all random numbers (default: 0)",
-    )
+        0, changes="values", parse=_whole,
+        metavar="N", help="seed for all random numbers (default: 0)",
+        label="Seed", info="of random numbers",
+    )  # fmt: skip
     max_shard_bytes: int | None = option(
-        None, key="max_shard_size", changes="files", parse=_size, metavar="SIZE",
+        None, key="max_shard_size", changes="files", parse=_size, least=1, metavar="SIZE",
         help="largest output file, such as 5GB (default: as in the base, at most 5GB)",
+        label="File size, at most", info="such as 5GB or 800MB",
+        placeholder="as the base's files, cut at 5GB",
     )  # fmt: skip
     missing: str = option(
-        "base", changes="values", parse=_text, metavar="HOW",
+        "base", changes="values", parse=_text, choices=("base", "refuse"), metavar="HOW",
         help="if only some experts have a tensor: base (default) merges theirs, refuse stops",
+        label="Tensors that some lack", info="base: merged among the experts that have them",
+    )  # fmt: skip
+    unrelated: str = option(
+        "refuse", changes="values", parse=_text, choices=("refuse", "merge"), metavar="HOW",
+        help="if an expert was not trained from the base: refuse (default), or merge",
+        label="Experts of another base",
+        info="their matrices have nothing in common with the base's",
     )  # fmt: skip
     output: str = option(
-        "model", key="as", changes="values", parse=_text, metavar="KIND",
+        "model", key="as", changes="values", parse=_text, choices=("model", "adapter"),
+        metavar="KIND",
         help="what to write: model (default), or adapter, a LoRA adapter of the base",
+        label="Output", info="adapter: a LoRA adapter of the base, a few megabytes",
     )  # fmt: skip
     adapter_rank: int | None = option(
-        None, changes="values", parse=_whole, metavar="K",
+        None, changes="values", parse=_whole, least=1, metavar="K",
         help="highest rank of the adapter (default: the rank that keeps everything)",
+        label="Adapter's rank, at most",
+        info="whole experts need one; empty: as high as it takes to keep all",
     )  # fmt: skip
     tokenizer_from: str | None = option(
-        None,
-        changes="files",
-        parse=_text,
-        metavar="ID",
-        help="take the tokenizer files from this model",
-    )
+        None, changes="files", parse=_text,
+        metavar="ID", help="take the tokenizer files from this model",
+        label="Tokenizer from", info="owner/name", placeholder="the base",
+    )  # fmt: skip
     device: str = option(
         "auto", changes="nothing", parse=_text, metavar="DEVICE",
         help="where to compute: auto (default), cpu, cuda or cuda:N",
@@ -157,42 +185,40 @@ class Options:
         None, changes="nothing", parse=_size, metavar="SIZE",
         help="memory for all processes on this machine, such as 4GB (default: 80%% of free memory)",
     )  # fmt: skip
-    check_sources: bool = option(
-        True, changes="nothing", parse=_flag, metavar="",
-        help="do not compare source files with the Hub's SHA-256",
+    check_sources: str = option(
+        "hub", changes="nothing", parse=_text, choices=("hub", "full", "none"), metavar="WHICH",
+        help="files to check by SHA-256: hub (default), those of the Hub; full, also hash folders; "
+        "none",
     )  # fmt: skip
     patience: int | None = option(
         None, changes="nothing", parse=_duration, metavar="TIME",
         help="how long the Hub may fail before the merge stops (default: 15m)",
     )  # fmt: skip
+    part: Part | None = option(  # noqa: RUF009  # of plain data, as the others
+        None, changes="nothing", parse=Part.parsed, metavar="I/N",
+        help="merge only part I (from 0) of N: runs that need no network between them; auto: as "
+        "SLURM or, with auto/N, Kubernetes says",
+    )  # fmt: skip
     max_header_bytes: int | None = None
+    max_experts: int | None = None
 
     def __post_init__(self) -> None:
-        if self.rounding not in ("nearest", "stochastic"):
-            raise RecipeError(
-                f"rounding must be nearest or stochastic, not {self.rounding!r}.", field="rounding"
-            )
-        if self.missing not in ("base", "refuse"):
-            raise RecipeError(
-                f"missing must be base or refuse, not {self.missing!r}.", field="missing"
-            )
-        if self.output not in ("model", "adapter"):
-            raise RecipeError(
-                f"the output must be a model or an adapter, not {self.output!r}.", field="as"
-            )
-        if self.adapter_rank is not None and self.adapter_rank < 1:
-            raise RecipeError(
-                f"an adapter's rank must be 1 or more, not {self.adapter_rank}.",
-                field="adapter_rank",
-            )
+        for known in declared():
+            value = getattr(self, known.name)
+            if known.choices and value not in known.choices:
+                *first, last = known.choices
+                raise RecipeError(
+                    f"{known.key} must be {', '.join(first)} or {last}, not {shown(value)}.",
+                    field=known.key,
+                )
+            if known.least is not None and value is not None and value < known.least:
+                raise RecipeError(
+                    f"{known.key} must be {known.least} or more, not {value}.", field=known.key
+                )
         if not DEVICE.fullmatch(self.device):
             raise RecipeError(
                 f"the device must be auto, cpu, cuda, cuda:N or mps, not {shown(self.device)}.",
                 field="device",
-            )
-        if self.max_shard_bytes is not None and self.max_shard_bytes < 1:
-            raise RecipeError(
-                "a shard's size must be more than zero, such as 5GB.", field="max_shard_size"
             )
 
     @classmethod
@@ -249,10 +275,11 @@ class Options:
         for known in declared():
             value = getattr(self, known.name)
             if value != known.default and (not changes or known.changes in changes):
-                words += [known.flag] if isinstance(value, bool) else [known.flag, str(value)]
+                words += [known.flag, str(value)]
         return words
 
 
+@functools.cache
 def declared() -> tuple[Declared, ...]:
     """Return what is declared of every option that a user has, in the order of `Options`."""
     return tuple(

@@ -1,46 +1,71 @@
 """PLAN: decide everything before anything big moves, from headers and configs alone. No torch."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from ..device import Machine
-from ..errors import Findings, RecipeError, Remedy, ResMergeError, StoppedError, listed, shown
+from ..device import Machine, choose_device
+from ..errors import (
+    CheckpointError,
+    Findings,
+    Notice,
+    RecipeError,
+    Remedy,
+    ResMergeError,
+    StoppedError,
+    listed,
+    shown,
+)
 from ..recipe import ModelRef, Recipe
-from ..roles import Role, layer_of
-from ..sinks.layout import DEFAULT_SHARD_BYTES, Shard, plan_shards
+from ..roles import Role, depth_of
+from ..sinks.layout import DEFAULT_SHARD_BYTES, plan_shards
 from ..sinks.publication import Publication
-from ..sources import Checkpoint, open_checkpoint
-from ..sources.adapter import is_bare_adapter
-from ..sources.assembly import Rounded
+from ..sources import NO_FOLDER, Checkpoint, open_checkpoint
+from ..sources.adapter import Adapter, is_bare_adapter
+from ..sources.assembly import Rounded, Stored
 from ..sources.fused import fused_in
-from ..sources.mapped import as_stored, is_stored
-from ..sources.view import View, source_of
-from ..specs import OUTPUT_DTYPES, TensorSpec
+from ..sources.mapped import as_stored
+from ..sources.quantised import Alike
+from ..specs import DTYPES, FP8, OUTPUT_DTYPES, TensorSpec
 from .adapter_output import as_adapter
-from .adapters import check_named_bases, check_whole, on_base
+from .adapters import check_named_bases, check_twins, check_whole, is_adapter, on_base
+from .checkpoints import MOST_CHECKPOINTS, with_checkpoints
 from .compat import (
     MATCHED,
+    REMARK,
     TensorSets,
     check_configs,
     check_different,
-    check_small_files,
     check_stray_files,
-    check_tokenizers,
     match_tensors,
     readable,
 )
-from .estimates import estimated
-from .matching import Matched, match
-from .memory_fit import fit_memory
+from .costs import estimated, fit_memory
+from .dtypes import check_dtypes, written_dtypes
+from .matching import match
 from .options import Options
-from .planned import Draft, Plan, PlannedTensor, RefusedPlan
+from .packed import passed_through
+from .planned import Draft, Plan, PlannedTensor, RefusedPlan, hash_of
 from .resolve import Resolver, check_count
-from .sidefiles import output_config
-from .target import check_folder, check_publication, look_at_repository, pinned_commits
-from .vocabulary import with_vocabulary
+from .sidefiles import (
+    check_modules,
+    check_side_files,
+    digests_of_copied,
+    output_config,
+)
+from .speech import chosen_alone, with_speech
+from .target import (
+    check_cache,
+    check_folder,
+    check_publication,
+    is_name,
+    look_at_repository,
+    pinned_commits,
+)
+from .tied import with_tables
+from .vocabulary import check_rows, with_vocabulary
 
 _OPEN_THREADS = 4
 
@@ -55,6 +80,7 @@ def plan_merge(
     work_dir: str | Path | None = None,
     machine: Machine | None = None,
     like: Draft | None = None,
+    update: bool = False,
 ) -> Plan | RefusedPlan:
     """Plan a merge. Problems are not raised but collected, in a plan that is refused.
 
@@ -68,17 +94,19 @@ def plan_merge(
         work_dir: where journals are kept; what an earlier start pinned is found there.
         machine: where it will run; None stands for this machine.
         like: a plan of the same models, whose open checkpoints are used again.
+        update: whether this merge's finished result may be replaced where its sources changed.
 
     Raises:
         StoppedError: the network or the Hub kept failing, so that nothing is known.
 
     Memory: the headers and configs of the checkpoints; no tensor is read, save an LM head that
-    a tied config says is redundant.
+    a tied config says is redundant, and rows of adapters that look alike.
     """
     draft = Draft(
         recipe=recipe,
         options=options or Options(),
         publication=publication,
+        update=update or (publication is not None and publication.update),
         token=token,
         machine=machine,
     )
@@ -86,7 +114,10 @@ def plan_merge(
     folder = Path(os.path.expanduser(out)) if out is not None else None
     draft = _begun(draft, found, folder, work_dir, like)
     if not found.problems and draft.method is not None:
-        draft = _planned(Plan.of(draft, draft.method), found, folder, work_dir)
+        try:
+            draft = _planned(Plan.of(draft, draft.method), found, folder, work_dir)
+        except CheckpointError as exc:  # a small file that is none
+            found.problems += exc.notices
     draft = replace(draft, warnings=tuple(found.warnings))
     if isinstance(draft, Plan) and not found.problems:
         return draft
@@ -101,11 +132,36 @@ def _begun(
     like: Draft | None,
 ) -> Draft:
     """Choose the method, look at the target and open the models."""
-    if folder is not None and ("\x00" in str(folder) or len(os.fsencode(folder.name)) > 255):
+    _check_output(plan.options, plan.recipe.dtype, found)
+    if plan.machine is None and plan.options.device not in ("auto", "cpu"):
+        try:
+            choose_device(plan.options.device)
+        except RecipeError as exc:
+            found.problems += exc.notices
+    try:
+        plan = replace(
+            plan,
+            recipe=with_checkpoints(
+                plan.recipe, token=plan.token, most=plan.options.max_experts or MOST_CHECKPOINTS
+            ),
+        )
+    except StoppedError:
+        raise  # the network, not the input
+    except ResMergeError as exc:
+        found.problems += exc.notices
+        return replace(plan, plan_hash=hash_of(plan))
+    for note in plan.recipe.notes:
+        found.warning(note)
+    try:
+        resolver = Resolver(plan.recipe)
+        check_count(plan.recipe, resolver.kind)
+        plan = replace(plan, method=resolver.at().method, resolver=resolver)
+    except ResMergeError as exc:
+        found.problems += exc.notices
+    plan = replace(plan, plan_hash=hash_of(plan))
+    if folder is not None and not is_name(folder):
         found.problem(f"{shown(str(folder))} cannot be a folder's name.", Remedy.ANOTHER_FOLDER)
         return plan
-    _check_output(plan.options, found)
-    plan = _with_method(plan, found)
     commits: Sequence[str | None] = ()
     if plan.method is not None:
         plan = look_at_repository(plan, found)
@@ -130,43 +186,71 @@ def _planned(plan: Plan, found: Findings, folder: Path | None, work_dir: str | P
     for expert in others:
         check_configs(layout, expert, found)
         check_stray_files(expert, found)
-        if recipe.tokenizer is None:
-            check_tokenizers(layout, expert, found)
+    if are_read and recipe.tokenizer is None:
+        check_rows(plan, found)
+    if are_read and not found.problems and plan.options.output == "model":
+        plan = with_speech(plan, found)
+        layout = plan.layout
     check_different(layout, others, found)
+    check_twins(others, found)
     if not are_read:
         return plan  # tensor by tensor, only the same would be said again
-    sets = match_tensors(layout, others, found, missing=plan.options.missing)
+    sets = match_tensors(layout, others, found, missing=plan.options.missing, tied=plan.left_out)
     plan = _with_carried_rounded(replace(plan, left_out=sets.left_out), sets)
-    if recipe.layers is not None and recipe.layers != (depth := _depth(layout)):
+    if recipe.layers is not None and recipe.layers != (depth := depth_of(layout.tensors)):
         found.problem(
             f"the recipe takes layers 0 to {recipe.layers} of models that have {depth}. Dropping "
             "or stacking layers is left to mergekit."
         )
         return plan
+    dtypes = written_dtypes(layout, recipe.dtype, list(sets.merged))
+    check_dtypes(layout, others, recipe.dtype, dtypes, found)
     try:
-        plan = replace(plan, tensors=_tensors(plan, sets))
+        plan = replace(plan, tensors=_tensors(plan, sets, dtypes))
     except RecipeError as exc:
         found.problems += exc.notices
         return plan
-    config = output_config(layout, recipe.dtype or _unquantised_dtype(layout))
-    plan = replace(plan, shards=_shards(plan), config=config)
+    ids = plan.token_files.ids if plan.token_files else {}
+    written = {name: tensor.spec.dtype for name, tensor in plan.tensors.items()}
+    config = output_config(layout, recipe.dtype, ids, written)
+    in_files: dict[str, list[TensorSpec]] = {}
+    limit = plan.options.max_shard_bytes
+    for name, tensor in plan.tensors.items():
+        file = "" if limit is not None else layout.tensors[name].file
+        in_files.setdefault(file, []).extend(tensor.stored)
+    shards = plan_shards(list(in_files.values()), limit or DEFAULT_SHARD_BYTES)
+    plan = replace(plan, shards=shards, config=config)
     if plan.options.output == "adapter":
         plan = as_adapter(plan, found)
         if found.problems:
             return plan
     else:
-        check_small_files(layout, plan.tokenizer or layout, found)
-        _check_code(plan, found)
-    plan = fit_memory(estimated(plan, has_folder=folder is not None), found)
+        origin = plan.token_files.origin if plan.token_files else plan.tokenizer or layout
+        check_side_files(layout, origin, found)
+        check_modules(layout, others, found)
+        gives_tokens = plan.checkpoints if plan.token_files else (plan.tokenizer or layout,)
+        every = (*plan.checkpoints, *plan.beside)
+        plan = replace(plan, copied=digests_of_copied(every, layout, gives_tokens))
+    (plan,) = fit_memory([estimated(plan, has_folder=folder is not None)], found)
+    part = plan.options.part
+    if not plan.own and part is not None and part.number is not None:
+        found.warning(
+            f"part {part.number} of {part.count} has nothing to do: the output has "
+            f"{len(plan.shards)} files.",
+            Remedy.SMALLER_SHARDS,
+        )
+    check_cache(plan, found)
     if folder is not None:
-        check_folder(plan, folder, found)
+        check_folder(plan, folder, work_dir, found)
     if plan.target is not None:
         check_publication(plan, plan.target, folder, work_dir, found)
     return plan
 
 
-def _check_output(options: Options, found: Findings) -> None:
+def _check_output(options: Options, dtype: str | None, found: Findings) -> None:
     """Refuse options that would say nothing about the kind of output that is asked for."""
+    if dtype == FP8 and options.rounding == "stochastic":
+        found.problem(f"stochastic rounding is asked for, but {FP8} is rounded to nearest.")
     if options.output == "model":
         if options.adapter_rank is not None:
             found.problem("a rank is given, but the output is a whole model.", Remedy.AS_ADAPTER)
@@ -182,27 +266,14 @@ def _check_output(options: Options, found: Findings) -> None:
         found.problem("a tokenizer is given, but an adapter has none.", Remedy.AS_MODEL)
 
 
-def _with_method(plan: Draft, found: Findings) -> Draft:
-    recipe = plan.recipe
-    for note in recipe.notes:
-        found.warning(note)
-    try:
-        resolver = Resolver(recipe)
-        check_count(recipe, resolver.kind)
-        return replace(plan, method=resolver.at().method)
-    except ResMergeError as exc:
-        found.problems += exc.notices
-        return plan
-
-
 def _opened(
     plan: Draft, found: Findings, commits: Sequence[str | None], like: Draft | None
 ) -> Draft:
     recipe, limit = plan.recipe, plan.options.max_header_bytes
     refs = list(recipe.models)
     other = _tokenizer_alone(plan)
-    if other is not None:
-        refs.append(other)
+    talks = chosen_alone(recipe.generation_config, recipe.models)
+    refs += [ref for ref in (other, talks) if ref is not None]
     if len(commits) != len(refs):
         commits = [None] * len(refs)
 
@@ -213,7 +284,13 @@ def _opened(
         if there is not None and commit in (None, there.revision):
             return there
         try:
-            return open_checkpoint(ref, token=plan.token, commit=commit, max_header_bytes=limit)
+            return open_checkpoint(
+                ref,
+                token=plan.token,
+                commit=commit,
+                max_header_bytes=limit,
+                hashes=plan.options.check_sources == "full",
+            )
         except StoppedError:
             raise  # the network, not the input
         except ResMergeError as exc:
@@ -222,9 +299,22 @@ def _opened(
     with ThreadPoolExecutor(_OPEN_THREADS) as pool:
         opened = list(pool.map(attempt, refs, commits))
     sources = [None if isinstance(source, ResMergeError) else source for source in opened]
-    for failed in opened:
+    gone: dict[str, Notice] = {}
+    for ref, failed in zip(refs, opened, strict=True):
         if isinstance(failed, ResMergeError):
-            found.problems += failed.notices
+            if ref in recipe.models and failed.notices[0].kind == NO_FOLDER:
+                gone[ref.id] = failed.notices[0]
+            else:
+                found.problems += failed.notices
+    if len(gone) == 1:
+        found.problem(next(iter(gone.values())), Remedy.SAY_WHERE)
+    elif gone:  # of a merge that was made elsewhere, all are: said once
+        found.problem(
+            f"there are no folders {listed(gone)}, and these are not repository ids either. Give "
+            "folders of models (with config.json and *.safetensors), or namespace/name on the Hub.",
+            Remedy.SAY_WHERE,
+            kind=NO_FOLDER,
+        )
     first = len(recipe.models) - len(recipe.experts)
     experts = sources[first : first + len(recipe.experts)]
     names = [str(ref) for ref in recipe.experts]
@@ -235,7 +325,8 @@ def _opened(
         plan,
         base=None if recipe.base is None else sources[0],
         experts=tuple(expert for expert in experts if expert is not None),
-        tokenizer=None if other is None else sources[-1],
+        tokenizer=None if other is None else sources[len(recipe.models)],
+        speaker=None if talks is None else sources[-1],
     )
 
 
@@ -257,24 +348,41 @@ def _opened_by(plan: Draft) -> dict[tuple[str, str | None, str | None], Checkpoi
         return {}  # some could not be opened
     if plan.recipe.tokenizer is not None:
         # Rows are matched by token once, from the tables as they are stored.
-        sources = [_unseen(source) for source in sources]
+        sources = [s if isinstance(s, Adapter) else s.opened for s in sources]
     return {ref.place: source for ref, source in zip(refs, sources, strict=True)}
-
-
-def _unseen(source: Checkpoint) -> Checkpoint:
-    """Return the checkpoint behind all views of it."""
-    while isinstance(source, View):
-        source = source.of
-    return source
 
 
 def _in_one_layout(plan: Plan, found: Findings) -> Plan:
     """Have every checkpoint read as numbers, and every expert in the layout of the output."""
+    for source in plan.checkpoints:
+        for remark in source.remarks:
+            found.warning(f"{source.id}: {remark}", kind=REMARK)
     layout, *others = plan.checkpoints
-    layout = readable(layout, found)
-    sources = [layout, *(on_base(layout, source, found) for source in others)]
-    matched = [Matched(layout), *(match(layout, source) for source in sources[1:])]
-    for source, one in zip(sources[1:], matched[1:], strict=True):
+    if not layout.config:
+        found.problem(
+            f"{layout.id} has no config.json, so it is not known what model it is. Put the "
+            "config.json and the tokenizer of the model it was trained from beside it."
+        )
+        return plan
+    others = [
+        # A trainer's state has none of its own.
+        one if one.config else one.with_trees(one.trees, config=layout.config)
+        for one in others
+    ]
+    as_stored = passed_through(layout, others, found, as_adapter=plan.options.output == "adapter")
+    if as_stored is None:
+        layout = readable(layout, found)
+    else:
+        layout, others = as_stored
+    whole = {n: source for n, source in enumerate(others) if not is_adapter(source)}
+    numbers = {
+        n: source if as_stored else on_base(layout, source, found) for n, source in whole.items()
+    }
+    if found.problems:
+        return plan  # what is not read fits no other
+    matched = {n: match(layout, source) for n, source in numbers.items()}
+    for number, one in matched.items():
+        source = others[number]
         if one.renamed:
             found.warning(
                 f"{len(one.renamed)} tensor(s) of {source.id} have other names or another layout "
@@ -288,90 +396,70 @@ def _in_one_layout(plan: Plan, found: Findings) -> Plan:
                 f"other names: {listed(shown_pairs, limit=3)}. Nothing says that they are the "
                 "same; rename them in that checkpoint."
             )
-    first = int(plan.base is not None)
+    tables = with_tables(layout, [one.checkpoint for one in matched.values()], found)
+    apart = dict(zip(matched, tables.experts, strict=True))
+    experts = [
+        apart[n] if n in apart else on_base(tables.layout, source, found)
+        for n, source in enumerate(others)
+    ]
+    renamed = [matched[n].renamed if n in matched else {} for n in range(len(others))]
+    if plan.base is None:
+        experts, renamed = [tables.layout, *experts], [{}, *renamed]
     return replace(
         plan,
-        base=matched[0].checkpoint if first else None,
-        experts=tuple(one.checkpoint for one in matched[first:]),
-        matched=tuple(one.renamed for one in matched[first:]),
+        base=None if plan.base is None else tables.layout,
+        experts=tuple(experts),
+        matched=tuple(renamed),
+        left_out=tables.left_out,
     )
-
-
-def _unquantised_dtype(layout: Checkpoint) -> str | None:
-    """Return the output dtype of a layout that was quantised; None for what the layout stores."""
-    made = isinstance(layout, View) and any(
-        not is_stored(source) for source in layout.sources.values()
-    )
-    return "bfloat16" if made else None
 
 
 def _with_carried_rounded(plan: Plan, sets: TensorSets) -> Plan:
     """Have dequantised tensors that no expert has written in the output's dtype."""
     base = plan.base
-    if not isinstance(base, View):
+    if base is None:
         return plan
-    dtype = OUTPUT_DTYPES[plan.recipe.dtype or "bfloat16"]
-    sources = {
-        name: Rounded(source, dtype)
-        if name in sets.carried and not is_stored(source) and source.dtype != dtype
-        else source
-        for name, source in base.sources.items()
+    dtype = OUTPUT_DTYPES.get(plan.recipe.dtype or "", OUTPUT_DTYPES["bfloat16"])
+    rounded = {
+        name: Rounded(tree, dtype)
+        for name, tree in base.trees.items()
+        if name in sets.carried
+        and not isinstance(as_stored(tree), Stored | Alike)
+        and tree.dtype != dtype
     }
-    return replace(plan, base=View(base.of, sources, config=base.config))
+    return replace(plan, base=base.with_trees({**base.trees, **rounded})) if rounded else plan
 
 
-def _tensors(plan: Plan, sets: TensorSets) -> dict[str, PlannedTensor]:
+def _tensors(plan: Plan, sets: TensorSets, dtypes: Mapping[str, str]) -> dict[str, PlannedTensor]:
     layout = plan.layout
     first = int(plan.base is None)
-    chosen = Resolver(plan.recipe).each(layout.tensors)
-    named = plan.recipe.dtype
-    planned = {}
+    chosen = {} if plan.resolver is None else plan.resolver.each(layout.tensors)
+    planned: dict[str, PlannedTensor] = {}
     for name, stored in layout.tensors.items():
         if name in sets.merged:
-            found = chosen[name]
-            own = found.weights[0] if first else found.base_weight
+            of_name = chosen[name]
             experts = tuple(number + first for number in sets.merged[name])
-            weights = tuple(found.weights[number] for number in experts)
-            merging = found.among(sets.merged[name])
-            rule = merging.rule_for(stored.spec, len(experts))
-            dtype = OUTPUT_DTYPES[named] if named else _stored_dtype(layout, name)
-            spec = TensorSpec(name, dtype, stored.spec.shape)
+            method = of_name.among(sets.merged[name])
+            rule = method.rule_for(stored.spec, len(experts))
             apart = rule.needs_matrix and not rule.as_one
-            fused = fused_in(spec, layout.tensors, layout.config) if apart else None
-            planned[name] = PlannedTensor(spec, rule, merging, experts, weights, own, fused)
+            spec = TensorSpec(name, dtypes[name], stored.spec.shape)
+            if apart and DTYPES[spec.dtype].nbytes == 1:
+                plain = TensorSpec(name, OUTPUT_DTYPES["bfloat16"], spec.shape)
+                # Matrices that are decomposed apart come one by one, and the scales first.
+                spec = plain if fused_in(plain, layout.tensors, layout.config) else spec
+            planned[name] = PlannedTensor(
+                spec,
+                rule,
+                method,
+                experts,
+                weights=tuple(of_name.weights[number] for number in experts),
+                base_weight=of_name.weights[0] if first else of_name.base_weight,
+                fused=fused_in(spec, layout.tensors, layout.config) if apart else None,
+                sources=(layout, *(plan.experts[number] for number in experts)),
+            )
         elif name in sets.carried:
-            planned[name] = PlannedTensor(stored.spec, None, plan.method)
+            planned[name] = PlannedTensor(stored.spec, None, plan.method, sources=(layout,))
     return planned
-
-
-def _stored_dtype(layout: Checkpoint, name: str) -> str:
-    """Return a tensor's dtype as stored; bfloat16 where it was dequantised."""
-    source = source_of(layout, name)
-    return as_stored(source).dtype if is_stored(source) else OUTPUT_DTYPES["bfloat16"]
-
-
-def _depth(layout: Checkpoint) -> int:
-    """Return how many blocks a model has."""
-    numbers = [layer_of(name) for name in layout.tensors]
-    return 1 + max((number for number in numbers if number is not None), default=-1)
-
-
-def _shards(plan: Plan) -> tuple[Shard, ...]:
-    stored = plan.layout.tensors
-    if plan.options.max_shard_bytes is not None:
-        return plan_shards([[t.spec for t in plan.tensors.values()]], plan.options.max_shard_bytes)
-    groups: dict[str, list[TensorSpec]] = {}
-    for name, tensor in plan.tensors.items():
-        groups.setdefault(stored[name].file, []).append(tensor.spec)
-    return plan_shards(list(groups.values()), DEFAULT_SHARD_BYTES)
-
-
-def _check_code(plan: Plan, found: Findings) -> None:
-    if plan.layout.config.get("auto_map"):
-        code = [name for name in plan.layout.small_files if name.endswith(".py")]
-        found.warning(
-            f"the base needs its own code to load (auto_map); copied: {', '.join(code) or 'none'}"
-        )
 
 
 __all__ = ["Options", "Plan", "PlannedTensor", "RefusedPlan", "Role", "plan_merge"]

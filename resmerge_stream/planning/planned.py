@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 from ..device import Machine, machine_share
 from ..errors import Notice, PlanRefusedError
-from ..memory import HELD_BYTES, PIECE_BYTES, block_bytes, matrix_bytes, solver_bytes
+from ..memory import HELD_BYTES, PIECE_BYTES
 from ..methods import MergeMethod, Rule
 from ..recipe import ModelRef, Recipe
-from ..roles import layer_of, pattern_of
+from ..roles import depth_of, pattern_of
 from ..sinks.layout import Shard, index_json
+from ..sinks.provenance import Known, digest_of
 from ..sinks.publication import Publication
 from ..sources import Checkpoint
-from ..sources.adapter import rank_of
+from ..sources.adapter import Adapter
 from ..sources.adapter_config import CONFIG as ADAPTER_CONFIG
 from ..sources.fused import Fused
-from ..sources.view import made_bytes
-from ..specs import DTYPES, TensorSpec
+from ..specs import TensorSpec
 from ..version import __version__
 from .options import Options
 from .request import Request
@@ -65,9 +65,11 @@ class PlannedTensor:
         base_weight: the weight with which the model that gives the layout takes part itself; None:
             it does not.
         fused: how matrices that are decomposed apart lie in it; None: it is one, or a stack.
-        resident: whether float32 task vectors of all experts are kept at once.
         factors: what is written instead of the tensor, where the output is an adapter.
         reads_layout: whether the values of the layout's model are read.
+        sources: the layout, then the experts that take part.
+        resident: whether float32 task vectors of all experts are kept at once.
+        working_bytes: of float32 memory, held while a piece of it is in work.
     """
 
     spec: TensorSpec
@@ -77,14 +79,23 @@ class PlannedTensor:
     weights: tuple[float, ...] = ()
     base_weight: float | None = None
     fused: Fused | None = None
-    resident: bool = True
     factors: OutputFactors | None = None
     reads_layout: bool = True
+    sources: tuple[Checkpoint, ...] = field(default=(), repr=False)
+    resident: bool = True
+    working_bytes: int = 0
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the merge is written in FP8, with scales."""
+        return self.rule is not None and self.spec.dtype == "F8_E4M3"
 
     @property
     def stored(self) -> tuple[TensorSpec, ...]:
         """What is written of it, in the order of the file."""
-        return (self.spec,) if self.factors is None else (self.factors.down, self.factors.up)
+        if self.factors is not None:
+            return self.factors.down, self.factors.up
+        return (self.spec.scales, self.spec) if self.is_quantised else (self.spec,)
 
     @property
     def output_bytes(self) -> int:
@@ -92,14 +103,59 @@ class PlannedTensor:
         return sum(spec.nbytes for spec in self.stored)
 
     @property
+    def read(self) -> tuple[Checkpoint, ...]:
+        """The sources whose values are read."""
+        return self.sources if self.reads_layout else self.sources[1:]
+
+    @property
+    def is_decomposed(self) -> bool:
+        """Whether its rule needs whole matrices."""
+        return self.rule is not None and self.rule.needs_matrix
+
+    @property
     def is_stack(self) -> bool:
         """Whether its matrices [E, m, n] are decomposed one by one."""
-        return self.rule is not None and self.rule.needs_matrix and len(self.spec.shape) == 3
+        return self.is_decomposed and len(self.spec.shape) == 3
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether its matrix is decided from float32 copies of whole task vectors."""
+        return self.rule is not None and self.rule.needs_matrix and self.rule.copies
+
+    @property
+    def ranks(self) -> list[int | None]:
+        """The rank of each expert's update at most; None where it is no product of factors."""
+        return [source.rank_of(self.spec.name) for source in self.sources[1:]]
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether its update is one of low rank, whatever the values."""
+        low = self.method.keeps_low_rank(self.weights, self.base_weight)
+        return low and None not in self.ranks
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether a matrix is decided from factors alone: no task vector is made whole."""
+        if self.factors is not None:
+            return not self.reads_layout
+        return self.is_decomposed and self.is_low_rank
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a piece is merged in one go, its output held until it is due.
+
+        Otherwise it is decided first, and merged as it is written.
+        """
+        if self.rule is None or self.rule.needs_matrix or self.rule.in_pieces:
+            return True
+        if self.is_quantised:
+            return True  # its scales come first
+        return self.spec.nbytes <= HELD_BYTES
 
     @property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns of what is merged at once."""
-        m, n = self.spec.shape[1:] if len(self.spec.shape) == 3 else self.spec.matrix_shape
+        m, n = self.spec.shape[1:] if self.is_stack else self.spec.matrix_shape
         return (m, n) if self.fused is None else self.fused.shape(m, n)
 
     @property
@@ -111,9 +167,9 @@ class PlannedTensor:
     def rows_read(self) -> int:
         """Rows (first axis) that are read at once."""
         rows, _ = self.spec.matrix_shape
-        if self.factors is not None:
+        if self.factors is not None or self.is_quantised:
             return rows
-        if self.rule is None or not self.rule.needs_matrix:
+        if not self.is_decomposed:
             return min(rows, rows * PIECE_BYTES // max(self.spec.nbytes, 1) + 1)
         if self.is_stack:
             return 1
@@ -128,11 +184,15 @@ class TokenFiles:
         origin: whose files are copied.
         files: those that are written otherwise.
         left_out: names that are not copied.
+        numbers: the merge's tokens, where rows are matched by token.
+        ids: what ``config.json`` says otherwise of special tokens, such as ``eos_token_id``.
     """
 
     origin: Checkpoint
     files: Mapping[str, bytes] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    ids: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,14 +200,18 @@ class Draft:
     """What planning has found so far: each step makes a new one.
 
     It ends as a `Plan`, which can run, or as a `RefusedPlan`, which says why it cannot.
+    `plan_hash` are 16 hex digits of what makes a run the same run; see `hash_of`.
     """
 
     recipe: Recipe
     options: Options
     method: MergeMethod | None = None
+    resolver: Resolver | None = field(default=None, repr=False)
+    plan_hash: str = ""
     base: Checkpoint | None = None
     experts: tuple[Checkpoint, ...] = ()
     tokenizer: Checkpoint | None = None
+    speaker: Checkpoint | None = None  # opened for its generation config
     token_files: TokenFiles | None = None
     tensors: Mapping[str, PlannedTensor] = field(default_factory=dict)
     shards: tuple[Shard, ...] = ()
@@ -164,8 +228,11 @@ class Draft:
     read_bytes: int = 0
     compute_seconds: float = 0.0  # on two cores, whatever the network does
     seconds_estimate: float = 0.0
+    own: tuple[str, ...] | None = None  # the shards of `options.part`, by name; None: all
     config: bytes = b"{}"
+    copied: Mapping[int, str] = field(default_factory=dict)  # what folders give beside weights
     publication: Publication | None = None
+    update: bool = False  # whether a finished result of other sources may be replaced
     target: "HubTarget | None" = None
     token: str | bool | None = field(default=None, repr=False)
 
@@ -182,6 +249,11 @@ class Draft:
         yield from self.experts
 
     @property
+    def beside(self) -> list[Checkpoint]:
+        """What is opened for small files alone."""
+        return [one for one in (self.tokenizer, self.speaker) if one is not None]
+
+    @property
     def parts(self) -> list[str]:
         """What each of the checkpoints is to the merge: ``base``, ``expert 1``, …"""
         experts = [f"expert {number}" for number in range(1, len(self.experts) + 1)]
@@ -190,8 +262,21 @@ class Draft:
     @property
     def identity(self) -> dict[str, Any]:
         """What tells the sources from others under the same names, by number."""
+        sources = [*self.checkpoints, *self.beside]
+        return {str(n): self._identity_of(n, one) for n, one in enumerate(sources)}
+
+    @property
+    def known(self) -> tuple[Known, ...]:
+        """The sources as they are now, in the order of `identity`."""
         sources = [*self.checkpoints, *([self.tokenizer] if self.tokenizer else [])]
-        return {str(number): source.identity for number, source in enumerate(sources)}
+        return tuple(
+            Known(one.id, one.revision, digest_of(self._identity_of(n, one)))
+            for n, one in enumerate(sources)
+        )
+
+    def _identity_of(self, number: int, source: Checkpoint) -> dict[str, Any]:
+        copied = self.copied.get(number)
+        return source.identity | ({"copied": copied} if copied is not None else {})
 
     @property
     def name_private(self) -> bool:
@@ -214,38 +299,16 @@ class Draft:
         return min(2 * largest * sharing if allowed is None else allowed, self.write_bytes)
 
     @property
-    def weights(self) -> tuple[float, ...]:
-        """The experts' factors, 1.0 where none was given."""
-        return tuple(1.0 if ref.weight is None else ref.weight for ref in self.recipe.experts)
-
-    @property
     def parameters(self) -> dict[str, Any]:
         """Every parameter, as written where it differs between tensors."""
-        if self.method is None:
+        if self.method is None or self.resolver is None:
             return dict(self.recipe.parameters)
-        return Resolver(self.recipe).parameters(self.method)
+        return self.resolver.parameters(self.method)
 
     @property
     def layers(self) -> int:
         """How many blocks the model has, by its tensors' names."""
-        numbers = [layer_of(name) for name in self.tensors]
-        return 1 + max((number for number in numbers if number is not None), default=-1)
-
-    @property
-    def plan_hash(self) -> str:
-        """16 hex digits of what makes a run the same run: recipe, output options, version."""
-        recipe = self.recipe.to_dict()
-        refs = [*self.recipe.experts, *([self.recipe.base] if self.recipe.base_listed else [])]
-        for model, ref in zip(recipe["models"], refs, strict=True):
-            if ref is not None:
-                model["model"] = _lasting_name(ref)
-        if self.recipe.base is not None:
-            recipe["base_model"] = _lasting_name(self.recipe.base)
-        if self.method is not None:
-            recipe["parameters"] = self.parameters
-        key = [recipe, *self.options.to_dict().values(), __version__]
-        text = json.dumps(key, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return depth_of(self.tensors)
 
     def by_rule(self) -> dict[str, int]:
         """Return how many tensors each rule takes."""
@@ -277,6 +340,8 @@ class Draft:
     def told(self, problems: tuple[Notice, ...] = ()) -> dict[str, Any]:
         """Return what is known as plain data, as ``plan --json`` prints it."""
         return {
+            "method": self.recipe.method,
+            "chosen_by": self.recipe.chosen_by,
             "refused": bool(problems),
             "problems": list(problems),
             "warnings": list(self.warnings),
@@ -291,6 +356,7 @@ class Draft:
                 {"name": shard.name, "bytes": shard.nbytes, "tensors": len(shard.tensors)}
                 for shard in self.shards
             ],
+            **({} if self.own is None else {"part": str(self.options.part), "own": list(self.own)}),
             "read_bytes": self.read_bytes,
             "write_bytes": self.write_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,
@@ -305,6 +371,7 @@ class Draft:
                     "bytes": sum(file.size for file in source.files),
                     "license": source.license,
                     "gated": source.gated,
+                    "adapter_rank": source.rank if isinstance(source, Adapter) else None,
                 }
                 for part, source in zip(self.parts, self.checkpoints, strict=True)
             ],
@@ -313,7 +380,7 @@ class Draft:
 
     def close(self) -> None:
         """Close every source."""
-        for source in (*self.checkpoints, *((self.tokenizer,) if self.tokenizer else ())):
+        for source in (*self.checkpoints, *self.beside):
             source.close()
 
 
@@ -349,88 +416,12 @@ class Plan(Draft):
         """
         return self.experts[0] if self.base is None else self.base
 
-    def sources_of(self, tensor: PlannedTensor) -> list[Checkpoint]:
-        """Return what is read for a tensor: the layout, then the experts that take part."""
-        if tensor.rule is None:
-            return [self.layout]
-        return [self.layout, *(self.experts[i] for i in tensor.experts)]
-
-    def read_for(self, tensor: PlannedTensor) -> list[Checkpoint]:
-        """Return the sources of a tensor whose values are read."""
-        return self.sources_of(tensor)[0 if tensor.reads_layout else 1 :]
-
     def written_in(self, shard: Shard) -> list[PlannedTensor]:
         """Return what is merged for a shard, in the order of the file."""
         if self.options.output == "model":
-            return [self.tensors[spec.name] for spec in shard.tensors]
+            return [self.tensors[s.name] for s in shard.tensors if s.name in self.tensors]
         factored = {t.factors.down.name: t for t in self.tensors.values() if t.factors is not None}
         return [factored[spec.name] for spec in shard.tensors if spec.name in factored]
-
-    def working_bytes_of(self, tensor: PlannedTensor) -> int:
-        """Return bytes of float32 memory that are held while a tensor's piece is in work."""
-        m, n = tensor.matrix
-        count = len(tensor.experts)
-        if tensor.rule is None:
-            return 0
-        block = block_bytes(count, m, n) + self.made_bytes_of(tensor)
-        if tensor.factors is not None:
-            return self._factoring_bytes(tensor)
-        output = m * n * DTYPES[tensor.spec.dtype].nbytes
-        if tensor.fused is not None and not tensor.fused.in_rows:
-            output *= 1 + 2 * tensor.parts  # they wait for each other, and are woven
-            if tensor.fused.turned:  # every model's matrix, as its own layer would store it
-                stored = [source.tensors[tensor.spec.name] for source in self.read_for(tensor)]
-                output += m * n * sum(DTYPES[one.spec.dtype].nbytes for one in stored)
-        if self.is_factored(tensor):
-            return block + output + self._factoring_bytes(tensor)
-        if not tensor.rule.needs_matrix:
-            held = PIECE_BYTES if tensor.rule.in_pieces else HELD_BYTES
-            return block + (min(output, held) if self.is_held(tensor) else 0)
-        scratch = tensor.method.scratch_bytes(m, n, count)
-        return block + output + matrix_bytes(m, n, count, scratch, resident=tensor.resident)
-
-    def is_factored(self, tensor: PlannedTensor) -> bool:
-        """Return whether a matrix is decided from factors alone: no task vector is made whole."""
-        if tensor.factors is not None:
-            return not tensor.reads_layout
-        if tensor.rule is None or not tensor.rule.needs_matrix:
-            return False
-        ranks = [rank_of(self.experts[i], tensor.spec.name) for i in tensor.experts]
-        low = tensor.method.keeps_low_rank(tensor.weights, tensor.base_weight)
-        return None not in ranks and low
-
-    def made_bytes_of(self, tensor: PlannedTensor) -> int:
-        """Return bytes of one piece that are made when it is read: dequantised, or put together."""
-        rows = tensor.rows_read
-        name = tensor.spec.name
-        return sum(made_bytes(source, name, 0, rows) for source in self.read_for(tensor))
-
-    def _factoring_bytes(self, tensor: PlannedTensor) -> int:
-        """Return bytes that are held while a tensor's update becomes factors."""
-        m, n = tensor.matrix if tensor.factors is None else tensor.spec.matrix_shape
-        count = len(tensor.experts)
-        ranks = [rank_of(self.experts[i], tensor.spec.name) for i in tensor.experts]
-        # Factors as read, orthonormal, and twice as the update's: float64 but the first. Once more
-        # for what the C library keeps of them for the next matrix.
-        held = (m + n) * sum(rank or 0 for rank in ranks) * (4 + 8 + 2 * 8 + 8 + 8)
-        if tensor.reads_layout and tensor.factors is not None:
-            # The update whole, and its decomposition.
-            held += block_bytes(count, m, n) + self.made_bytes_of(tensor)
-            held += 4 * m * n + solver_bytes(m, n, tensor.factors.rank, "auto")
-            if tensor.rule is not None and tensor.rule.needs_matrix:
-                scratch = tensor.method.scratch_bytes(m, n, count)
-                held += matrix_bytes(m, n, count, scratch, resident=tensor.resident)
-        return held
-
-    def is_held(self, tensor: PlannedTensor) -> bool:
-        """Return whether a piece of a tensor is merged in one go, its output held until it is due.
-
-        Otherwise it is decided first, and merged as it is written.
-        """
-        rule = tensor.rule
-        if rule is None or rule.needs_matrix or rule.in_pieces:
-            return True
-        return tensor.spec.nbytes <= HELD_BYTES
 
     def side_files(self) -> dict[str, bytes]:
         """Return the small output files that do not depend on the merge, by name."""
@@ -495,6 +486,26 @@ def _values(tensors: Iterable[PlannedTensor]) -> dict[str, list[Any]]:
     return {key: list(values) for key, values in found.items()}
 
 
+def hash_of(draft: Draft) -> str:
+    """Return 16 hex digits of what makes a run the same run: recipe, output options, version.
+
+    Folders count by their absolute paths, parameters with the method's defaults, and of the options
+    those that change the output.
+    """
+    recipe = draft.recipe
+    document = recipe.to_dict()
+    if draft.method is not None:
+        document["parameters"] = draft.parameters
+    refs = [*recipe.experts, *([recipe.base] if recipe.base_listed else [])]
+    for model, ref in zip(document["models"], refs, strict=True):
+        if ref is not None:
+            model["model"] = _lasting_name(ref)
+    if recipe.base is not None:
+        document["base_model"] = _lasting_name(recipe.base)
+    text = json.dumps([document, *draft.options.to_dict().values(), __version__], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _lasting_name(ref: ModelRef) -> str:
     """Return a folder's absolute path, so that the working directory does not matter."""
     folder = Path(os.path.expanduser(ref.id))
@@ -504,4 +515,4 @@ def _lasting_name(ref: ModelRef) -> str:
 def refused_plan(*problems: Notice) -> dict[str, Any]:
     """Return what `Plan.to_dict` would, for a recipe that is none."""
     draft = Draft(recipe=Recipe(ModelRef(""), ()), options=Options())
-    return {**draft.told(problems), "plan_hash": None}
+    return {**draft.told(problems), "method": None, "chosen_by": None, "plan_hash": None}

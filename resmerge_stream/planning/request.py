@@ -1,17 +1,14 @@
 """What somebody asks for: what to merge, how to write it, where to publish it. No network."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from ..errors import RecipeError, shown
 from ..recipe import Recipe
-from ..sinks.publication import Publication
+from ..sinks.publication import Publication, said
 from .options import Options
 from .recipe_file import parse_recipe, recipe_from_dict
-
-# How to publish, and what that is by default; not part of what is asked without a repository.
-_EXTRAS: dict[str, Any] = {"update": False, "create_pr": False, "collection": "", "discuss": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +30,12 @@ class Request:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data, for `from_dict`."""
-        publication = self.publication
         return {
             "recipe": self.recipe.to_dict(),
+            "chosen_by": self.recipe.chosen_by,
+            "notes": list(self.recipe.notes),
             "options": self.options.to_dict(),
-            "push_to": publication.repo_id if publication is not None else "",
-            "public": publication.public if publication is not None else None,
-            **{name: getattr(publication, name, default) for name, default in _EXTRAS.items()},
+            **said(self.publication),
         }
 
     @classmethod
@@ -47,27 +43,28 @@ class Request:
         """Return what plain data asks for.
 
         Args:
-            document: ``recipe`` in mergekit's vocabulary, as a mapping or as YAML; ``options`` (by
-                their keys), ``push_to``, ``public``, ``update``, ``create_pr``, ``collection`` and
-                ``discuss`` may be left out.
+            document: ``recipe`` in mergekit's vocabulary, as a mapping or as YAML; its notes
+                and who chose its method (``notes``, ``chosen_by``), ``options`` (by their keys)
+                and how to publish (`Publication.from_dict`) may be left out.
 
         Raises:
             RecipeError: something is wrong.
         """
-        recipe, repo_id = document.get("recipe"), document.get("push_to") or ""
-        public = document.get("public")
-        extras = {name: document.get(name, default) for name, default in _EXTRAS.items()}
-        if not isinstance(public, bool | None):
-            raise RecipeError("public must be true or false.")
-        for name, default in _EXTRAS.items():
-            if not isinstance(extras[name], type(default)):
-                wanted = "true or false" if default is False else "text"
-                raise RecipeError(f"{name} must be {wanted}, not {shown(extras[name])}.")
-        if not isinstance(repo_id, str):
-            raise RecipeError(f"push_to must be namespace/name, not {shown(repo_id)}.")
-        repo_id = repo_id.strip()
+        recipe, publication = document.get("recipe"), Publication.from_dict(document)
+        chosen_by, notes = document.get("chosen_by"), document.get("notes") or []
+        if chosen_by not in (None, "default", "recipe", "option"):
+            raise RecipeError(
+                f"chosen_by must be default, recipe or option, not {shown(chosen_by)}."
+            )
+        if not (isinstance(notes, list) and all(isinstance(note, str) for note in notes)):
+            raise RecipeError(f"notes must be a list of texts, not {shown(notes)}.")
+        asked = parse_recipe(recipe) if isinstance(recipe, str) else recipe_from_dict(recipe)
         return cls(
-            recipe=parse_recipe(recipe) if isinstance(recipe, str) else recipe_from_dict(recipe),
+            recipe=replace(
+                asked,
+                chosen_by=chosen_by or asked.chosen_by,
+                notes=tuple(dict.fromkeys((*notes, *asked.notes))),
+            ),
             options=Options.from_dict(document.get("options") or {}),
-            publication=Publication(repo_id=repo_id, public=public, **extras) if repo_id else None,
+            publication=publication,
         )

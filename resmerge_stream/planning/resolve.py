@@ -1,7 +1,8 @@
 """Which method, with which parameters and weights, merges each tensor. No torch.
 
-A recipe may give a parameter by layer, by module and by model. Of these the model's own counts
-before the method's, as in mergekit. Methods see plain numbers.
+A recipe may give a parameter by layer, by module and by model. The model's own
+counts before the recipe's; where none of its filters fits, the recipe's counts, as in mergekit.
+Methods see plain numbers.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,10 +18,15 @@ from ..methods import (
     parameter_fields,
     settled,
 )
-from ..methods.settings import before, check_setting, depths, evaluate, is_plain
+from ..methods.settings import (
+    before,
+    check_setting,
+    checked_weight,
+    depths,
+    evaluate,
+    is_plain,
+)
 from ..recipe import ModelRef, Recipe
-
-MAX_WEIGHT = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +163,8 @@ class Resolver:
 
     def _weight(self, ref: ModelRef, tensor: str, depth: float) -> float:
         setting = ref.weight if ref.weight is not None else ref.parameters.get(self.kind.weight_key)
-        joined = self.weight if setting is None else setting
-        if setting is not None and self.weight is not None:
-            joined = before(setting, self.weight)
-        value = _value(joined, tensor, depth, _checked_weight)
+        joined = self.weight if setting is None else before(setting, self.weight)
+        value = _value(joined, tensor, depth, checked_weight)
         return 1.0 if value is None else float(value)
 
     def _check_own(self, ref: ModelRef) -> None:
@@ -169,8 +173,8 @@ class Resolver:
         given = [*([] if ref.weight is None else ["weight"]), *ref.parameters]
         if not self.kind.weighted and "weight" in given:
             raise RecipeError(
-                f"{self.kind.name} takes no weight for each model: it measures how far the experts "
-                "agree. Leave 'weight' out, or use task_arithmetic or mean."
+                f"{self.kind.name} takes no weight for each model: it finds its own. Leave "
+                "'weight' out, or use task_arithmetic, mean or linear."
             )
         for key in given:
             if key not in known:
@@ -200,11 +204,11 @@ def check_count(recipe: Recipe, kind: type[MergeMethod]) -> None:
     least, most = kind.models
     own = int(recipe.base is None and kind.base == "input")
     count = len(recipe.experts) - own
-    if most == 0 and count:
-        raise RecipeError(
-            f"{kind.name} merges 1 model, not {len(recipe.models)}: list it alone, without a "
-            "base_model."
-        )
+    if most == 0:
+        alone = len(recipe.experts) + recipe.base_listed
+        if alone != 1:
+            raise RecipeError(f"{kind.name} merges 1 model, not {alone}: list one under 'models'.")
+        return
     if count < least or (most is not None and count > most):
         wanted = f"{least + own}" if least == most else f"at least {least + own}"
         beside = " beside the base" if kind.base == "required" else ""
@@ -212,12 +216,6 @@ def check_count(recipe: Recipe, kind: type[MergeMethod]) -> None:
             f"{kind.name} merges {wanted} model{'' if wanted == '1' else 's'}{beside}, "
             f"not {len(recipe.experts)}."
         )
-
-
-def _checked_weight(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MAX_WEIGHT:
-        raise RecipeError(f"a model's weight must be a number, not {shown(value)}.")
-    return float(value)
 
 
 def _value(setting: Any, tensor: str, depth: float, convert: Any) -> Any:

@@ -1,10 +1,12 @@
-"""What a recipe says about tokens, in mergekit's keys: tokenizer and chat template."""
+"""What a recipe says about tokens and talk: tokenizer, chat template, generation config."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import RecipeError, shown
+from ..errors import RecipeError, listed, shown
+from ..methods.settings import switch, whole_number
 from ..recipe import ModelRef, Tokenizer, TokenRow
+from .chat_templates import TEMPLATES
 
 MAX_TOKENS = 10_000
 MAX_TEMPLATE = 20_000
@@ -33,29 +35,40 @@ def tokenizer_of(document: Mapping[Any, Any]) -> Tokenizer | None:
             f"unknown key {shown(unknown[0])} in 'tokenizer'; there are: {', '.join(known)}."
         )
     multiple = said.get("pad_to_multiple_of")
-    if multiple is not None and (type(multiple) is not int or not 1 <= multiple <= 1 << 16):
+    if multiple is not None and not 1 <= (whole_number(multiple) or 0) <= 1 << 16:
         raise RecipeError(f"pad_to_multiple_of must be a whole number, not {shown(multiple)}.")
     # mergekit's default of 'tokenizer' is union, of a recipe without it the base's.
-    return Tokenizer(_source(said.get("source", "union")), _tokens(said.get("tokens")), multiple)
+    source = _source(said.get("source", "union"))
+    return Tokenizer(source, _tokens(said.get("tokens")), whole_number(multiple))
 
 
 def chat_template_of(document: Mapping[Any, Any]) -> str | None:
-    """Return a recipe's chat template: ``auto`` or Jinja; None where it says nothing.
+    """Return a recipe's chat template: ``auto``, a name or Jinja; None where it says nothing.
 
     Raises:
-        RecipeError: it is neither.
+        RecipeError: it is none of these.
     """
     template = document.get("chat_template")
     if template is None:
         return None
     if not isinstance(template, str) or len(template) > MAX_TEMPLATE:
         raise RecipeError(f"chat_template must be 'auto' or a template, not {shown(template)}.")
-    if template != "auto" and "{" not in template:
+    if template != "auto" and template not in TEMPLATES and "{" not in template:
         raise RecipeError(
-            f"chat_template {shown(template)} is one of mergekit's own; write the template itself "
-            "instead, or 'auto' for the one that most of the models have."
+            f"chat_template {shown(template)} is neither a template nor the name of one. There are "
+            f"{listed(TEMPLATES)}, and 'auto' for the one that most of the models have."
         )
     return template
+
+
+def generation_config_of(document: Mapping[Any, Any]) -> ModelRef | None:
+    """Return the model whose generation config a recipe takes; None where it says none.
+
+    Raises:
+        RecipeError: it is no model.
+    """
+    said = document.get("generation_config")
+    return None if said is None else ModelRef.parse(said)
 
 
 def _source(said: object) -> str | ModelRef:
@@ -83,21 +96,25 @@ def _row(token: object, said: object) -> TokenRow:
         raise RecipeError(
             f"token {shown(token)} must have 'source' and 'force', not {shown(said)}."
         )
-    force = said.get("force", False)
-    if not isinstance(force, bool):
+    force = switch(said.get("force", False))
+    if force is None:
         raise RecipeError(f"'force' of token {shown(token)} must be true or false.")
     source = said.get("source")
     if source is None:
         if force:
             raise RecipeError(f"token {shown(token)} has 'force', but no 'source' of its row.")
         return TokenRow()
-    if isinstance(source, str):
+    if isinstance(source, str) or (isinstance(source, Mapping) and "kind" not in source):
         return TokenRow(ModelRef.parse(source), force=force)
     if isinstance(source, Mapping) and source.get("kind") == "zero" and len(source) == 1:
         return TokenRow(zero=True, force=force)
     if isinstance(source, Mapping) and source.get("kind") == "model_token":
-        other, number = source.get("token"), source.get("token_id")
-        is_one = isinstance(other, str) != (type(number) is int and number >= 0)
+        other, number = source.get("token"), whole_number(source.get("token_id"))
+        is_one = (
+            isinstance(other, str)
+            if source.get("token_id") is None
+            else other is None and number is not None and number >= 0
+        )
         if is_one and not set(source) - {"kind", "model", "token", "token_id"}:
             model = ModelRef.parse(source.get("model"))
             return TokenRow(model, token=other, token_id=number, force=force)

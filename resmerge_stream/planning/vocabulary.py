@@ -5,37 +5,39 @@ token, else the base's, else the mean of those that have it; zeros where none ha
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointFormatError, Findings, listed, shown
+from ..errors import CheckpointFormatError, Findings, Remedy, listed, shown
+from ..maths.lazy import np
 from ..recipe import ModelRef, TokenRow
 from ..roles import Role, role_of
-from ..sources.adapter import AdapterCheckpoint
+from ..sources.adapter import Adapter
 from ..sources.checkpoint import Checkpoint
+from ..sources.format import parse_object
 from ..sources.mapped import MEAN_OF_ALL, MEAN_OF_SOME, ZERO, Mapped
-from ..sources.view import View, source_of
 from .planned import Plan, TokenFiles
+from .sidefiles import vocabulary_files
 from .tokens import (
-    CONFIG,
     OTHERS,
     Tokens,
-    chat_template,
+    cut_alike,
     plain_entry,
     read_tokens,
-    with_template,
+    same_vocabulary,
     with_tokens,
     without_tokens,
 )
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 # Rows of a model on the Hub that lie scattered cost a request each.
 MAX_REMOTE_RUNS = 2000
-_GENERATION = "generation_config.json"
+# Kind of the warning that a model says nothing of its tokens.
+NO_TOKENS = "no-tokens"
+GENERATION = "generation_config.json"
 _NOT_TOKENS = ("position", "token_type", "patch")
 
 
@@ -63,6 +65,9 @@ def with_vocabulary(plan: Plan, found: Findings) -> Plan:
     Args:
         plan: its checkpoints in one layout.
         found: gets what was found.
+
+    Raises:
+        CheckpointFormatError: a tokenizer cannot be read.
     """
     asked = plan.recipe.tokenizer
     if asked is not None:
@@ -72,26 +77,136 @@ def with_vocabulary(plan: Plan, found: Findings) -> Plan:
                 "leave one of them out."
             )
             return plan
+        plan = _matched(plan, found)
+    return plan
+
+
+def check_rows(plan: Plan, found: Findings) -> None:
+    """Refuse tables whose rows stand for other tokens in some model: rows go by their numbers.
+
+    Args:
+        plan: its models in one layout; its recipe matches no tokens.
+        found: gets what was found.
+    """
+    layout = plan.layout
+    having = [one for one in plan.checkpoints if vocabulary_files(one)]
+    if not having:
+        return
+    first, kept = having[0], plan.tokenizer or layout
+    _say_unknown(plan.checkpoints, first, found)
+    others = [one for one in (*having[1:], kept) if not same_vocabulary(first, one)]
+    if not others:
+        return
+    rows = min((layout.tensors[name].spec.shape[0] for name in _tables(layout)), default=0)
+    rows_of: dict[str, int] = {}
+    by_row: dict[int, str] = {}
+    added: set[str] = set()
+    read: dict[int, Tokens] = {}
+    for one in dict.fromkeys((first, *others)):
         try:
-            plan = _matched(plan, found)
+            tokens = read_tokens(one)
         except CheckpointFormatError as exc:
-            found.problems += exc.notices
-            return plan
-    return plan if plan.recipe.chat_template is None else _with_template(plan, found)
+            text = exc.notices[0].text.removesuffix(".")
+            found.warning(f"{text}. Its rows are merged by number, whatever they stand for")
+            continue
+        if tokens is None:
+            continue  # a tokenizer that is taken, without files: said elsewhere
+        read[id(one)] = tokens
+        added |= set(tokens.added)
+        _check_same_rows(one, tokens, rows_of, by_row, added, rows, found, is_kept=one is kept)
+        for token, row in tokens.numbers.items():
+            if row < rows:
+                rows_of.setdefault(token, row)
+                by_row.setdefault(row, token)
+    ours = read.get(id(kept)) or read.get(id(first))
+    for one in others:
+        theirs = read.get(id(one))
+        if theirs is None or ours is None or one is kept:
+            continue
+        lost = [token for token, row in theirs.numbers.items()
+                if row < rows and token not in ours.numbers]  # fmt: skip
+        if lost:
+            found.warning(
+                f"{len(lost)} token(s) of {one.id} are not in the tokenizer of {kept.id}, which is "
+                f"kept; their rows are merged: {listed(lost, limit=3)}",
+                Remedy.TOKENIZER_FROM,
+            )
+        elif not cut_alike(ours, theirs):
+            found.warning(
+                f"{one.id} has the tokens of {kept.id}, whose tokenizer is kept, but cuts text "
+                "otherwise (another tokenizer.json); it may rely on that",
+                Remedy.TOKENIZER_FROM,
+            )
+
+
+def _check_same_rows(
+    one: Checkpoint,
+    tokens: Tokens,
+    rows_of: Mapping[str, int],
+    by_row: Mapping[int, str],
+    added: Collection[str],
+    rows: int,
+    found: Findings,
+    *,
+    is_kept: bool,
+) -> None:
+    """Refuse a model whose rows stand for other tokens than in the models before it.
+
+    Added tokens may have other names in a row: reserved ones are made for that.
+    """
+    elsewhere = [
+        f"{token} is row {rows_of[token]} and {row}"
+        for token, row in tokens.numbers.items()
+        if row < rows and rows_of.get(token, row) != row
+    ]
+    elsewhere += [
+        f"row {row} is {by_row[row]} and {token}"
+        for token, row in tokens.numbers.items()
+        if row in by_row and by_row[row] != token and token not in rows_of
+        if token not in added and by_row[row] not in added
+    ]
+    beyond = [token for token, row in tokens.numbers.items() if row >= rows] if is_kept else []
+    if elsewhere:
+        found.problem(
+            f"{len(elsewhere)} token(s) have other rows in {one.id} than in the models before it "
+            f"({listed(elsewhere, limit=2)}): merged by number, tables would mix them. With "
+            "tokenizer_source rows are matched by token.",
+            Remedy.TOKENS_OF if is_kept else Remedy.MATCH_TOKENS,
+            model=one.id,
+        )
+    elif beyond and rows:
+        found.problem(
+            f"{len(beyond)} token(s) of {one.id}, whose tokenizer is taken, have no row in tables "
+            f"of {rows} rows: {listed(beyond, limit=3)}. With tokenizer_source they get one.",
+            Remedy.TOKENS_OF,
+            model=one.id,
+        )
+
+
+def _say_unknown(models: Iterable[Checkpoint], known: Checkpoint, found: Findings) -> None:
+    """Say of which whole models it is not known what their rows stand for."""
+    for one in models:
+        if not isinstance(one, Adapter) and not vocabulary_files(one):
+            found.warning(
+                f"{one.id} has no tokenizer files: its rows are taken for the tokens of {known.id}",
+                kind=NO_TOKENS,
+            )
 
 
 def _matched(plan: Plan, found: Findings) -> Plan:
     checkpoints = list(plan.checkpoints)
     layout, tables = checkpoints[0], list(_tables(checkpoints[0]))
-    tokens = [read_tokens(checkpoint) for checkpoint in checkpoints]
-    first = tokens[0]
+    first = read_tokens(layout)
     if first is None or not tables:
-        lacks = "table of tokens" if not tables else "tokenizer.json, which says its tokens"
-        found.problem(
-            f"{layout.id} has no {lacks}, so that none can be matched. A tokenizer.json is written "
-            "by AutoTokenizer.from_pretrained(…).save_pretrained(…)."
-        )
+        lacks = "table of tokens" if not tables else "tokenizer files that say its tokens"
+        advice = "" if not tables else " Put the tokenizer.json of its tokenizer into its folder."
+        found.problem(f"{layout.id} has no {lacks}, so that none can be matched.{advice}")
         return plan
+    tokens = [
+        first if same_vocabulary(layout, checkpoint) else read_tokens(checkpoint)
+        for checkpoint in checkpoints
+    ]
+    _say_unknown(checkpoints, layout, found)
     known = [
         _known(checkpoint, own or first, tables, found)
         for checkpoint, own in zip(checkpoints, tokens, strict=True)
@@ -107,7 +222,7 @@ def _matched(plan: Plan, found: Findings) -> Plan:
     views: list[dict[str, Mapped]] = [{} for _ in checkpoints]
     for name in tables:
         having = [i for i, one in enumerate(checkpoints) if name in one.tensors]
-        trees = [source_of(checkpoints[i], name) for i in having]
+        trees = [checkpoints[i].trees[name] for i in having]
         dtypes = {tree.dtype for tree in trees}
         dtype = trees[0].dtype if len(dtypes) == 1 else "F32"
         has_base = plan.base is not None and having[0] == 0
@@ -119,18 +234,19 @@ def _matched(plan: Plan, found: Findings) -> Plan:
     _check_runs(checkpoints, views, found)
     seen: list[Checkpoint] = []
     for one, own, view in zip(checkpoints, known, views, strict=True):
-        if isinstance(one, AdapterCheckpoint):
+        if isinstance(one, Adapter):
             _check_adapter(one, views[0], found)
-            seen.append(one if found.problems else AdapterCheckpoint(one.own, seen[0]))
+            seen.append(one if found.problems else Adapter.of(one.opened, seen[0]))
             continue
-        sources = {name: view.get(name) or source_of(one, name) for name in one.tensors}
         config = _config(one.config, size, own.numbers, names)
-        seen.append(View(one, sources, config=config))
+        seen.append(one.with_trees({**one.trees, **view}, config=config))
     return replace(
         plan,
         base=None if plan.base is None else seen[0],
         experts=tuple(seen[plan.base is not None :]),
-        token_files=_with_generation(files, layout, known[0].numbers, names),
+        token_files=replace(
+            _with_generation(files, layout, known[0].numbers, names), numbers=names
+        ),
     )
 
 
@@ -181,9 +297,7 @@ def _in_table(said: Mapping[str, _Said], having: Sequence[int]) -> dict[str, _Sa
     }
 
 
-def _check_adapter(
-    adapter: AdapterCheckpoint, views: Mapping[str, Mapped], found: Findings
-) -> None:
+def _check_adapter(adapter: Adapter, views: Mapping[str, Mapped], found: Findings) -> None:
     """Refuse an adapter that changes tables whose rows are no longer where they were."""
     moved = [name for name, view in views.items() if name in adapter.edits and not view.is_own]
     if moved:
@@ -197,14 +311,14 @@ def _with_generation(
     files: TokenFiles, layout: Checkpoint, old: Mapping[str, int], new: Mapping[str, int]
 ) -> TokenFiles:
     """Return the files with a generation config whose special tokens are where they are now."""
-    if _GENERATION not in layout.small_files:
+    if GENERATION not in layout.small_files:
         return files
-    said = json.loads(layout.read_small(_GENERATION))
-    moved = _with_numbers(said, old, new) if isinstance(said, dict) else said
+    said = parse_object(layout.read_small(GENERATION), where=f"{GENERATION} of {layout.id}")
+    moved = with_numbers(said, old, new)
     if moved == said:
         return files
     written = (json.dumps(moved, indent=2, ensure_ascii=False) + "\n").encode()
-    return replace(files, files={**files.files, _GENERATION: written})
+    return replace(files, files={**files.files, GENERATION: written})
 
 
 def _tables(layout: Checkpoint) -> Iterator[str]:
@@ -254,7 +368,10 @@ def _output_tokens(
         origin = known[at].checkpoint if at is not None else plan.tokenizer or origin
         theirs = read_tokens(origin)
         if theirs is None:
-            found.problem(f"{origin.id} has no tokenizer.json, which says its tokens.")
+            found.problem(
+                f"{origin.id} has no tokenizer files that say its tokens. Put the tokenizer.json "
+                "of its tokenizer into its folder."
+            )
             return None
         own, numbers = theirs, theirs.numbers if at is None else known[at].numbers
     names = dict(numbers)
@@ -278,7 +395,8 @@ def _output_tokens(
             extra[token] = plain_entry(token, names[token])
     if not extra and not cut:
         return names, TokenFiles(origin)
-    return names, TokenFiles(origin, with_tokens(own, extra.values()), OTHERS)
+    left_out = OTHERS if own.document else ()
+    return names, TokenFiles(origin, with_tokens(own, extra.values()), left_out)
 
 
 def _add_others(
@@ -334,8 +452,6 @@ def _rows_of(
         size: how many rows the merge has; those after the last token are the mean of the others.
         has_base: whether the first of the models is the base.
     """
-    import numpy as np
-
     theirs = np.full((len(models), size), -1, np.int64)
     for own, numbers in zip(theirs, models, strict=True):
         for token, number in names.items():
@@ -396,7 +512,7 @@ def _config(
     config: Mapping[str, Any], size: int, old: Mapping[str, int], new: Mapping[str, int]
 ) -> dict[str, Any]:
     """Return a config with the merge's number of rows, and its special tokens where they are."""
-    changed = _with_numbers(config, old, new)
+    changed = with_numbers(config, old, new)
     for section in (changed, changed.get("text_config")):
         if isinstance(section, dict) and "vocab_size" in section:
             section["vocab_size"] = size
@@ -405,10 +521,16 @@ def _config(
     return changed
 
 
-def _with_numbers(
+def with_numbers(
     config: Mapping[str, Any], old: Mapping[str, int], new: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Return a config whose ``…_token_id`` name the same tokens as before."""
+    """Return a config whose ``…_token_id`` name the same tokens as before.
+
+    Args:
+        config: as it is said; its part for text too.
+        old: the tokens' numbers there.
+        new: their numbers in the merge.
+    """
     tokens = {number: token for token, number in old.items()}
 
     def moved(value: Any) -> Any:
@@ -421,28 +543,8 @@ def _with_numbers(
     return {
         key: moved(value)
         if key.endswith("_token_id")
-        else _with_numbers(value, old, new)
+        else with_numbers(value, old, new)
         if key == "text_config" and isinstance(value, dict)
         else value
         for key, value in config.items()
     }
-
-
-def _with_template(plan: Plan, found: Findings) -> Plan:
-    """Return a plan that writes the recipe's chat template."""
-    template = plan.recipe.chat_template
-    files = plan.token_files or TokenFiles(plan.tokenizer or plan.layout)
-    if template == "auto":
-        templates = [one.strip() for c in plan.checkpoints if (one := chat_template(c))]
-        if not templates:
-            found.warning("chat_template: auto, but no model has a chat template")
-            return plan
-        template = max(templates, key=templates.count)
-        share = f"{templates.count(template)} of {len(list(plan.checkpoints))} models"
-        found.warning(f"chat_template: auto took the one that {share} have")
-    config = files.files.get(CONFIG)
-    if config is None and CONFIG in files.origin.small_files:
-        config = files.origin.read_small(CONFIG)
-    changed = {**files.files, **with_template(config, template or "")}
-    left_out = (*files.left_out, "chat_template.json")
-    return replace(plan, token_files=TokenFiles(files.origin, changed, left_out))

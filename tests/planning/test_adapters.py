@@ -80,7 +80,14 @@ WRONG = {
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, {}, "Convert it to LoRA"),
     "OLoRA": ({"init_lora_weights": "olora"}, {}, "Convert it to LoRA"),
     "LoftQ": ({"init_lora_weights": "loftq"}, {}, "Convert it to LoRA"),
-    "a pattern that takes for ever": ({"rank_pattern": {"(a+)+$": 4}}, {}, "matched safely"),
+    "a pattern that looks ahead": (
+        {"rank_pattern": {"(?=q).*": 4}},
+        {},
+        "assert, not matched here",
+    ),
+    "a pattern with flags": ({"rank_pattern": {"(?i)q_proj": 4}}, {}, "flags"),
+    "no yes or no": ({"use_rslora": "no"}, {}, "use_rslora must be true or false"),
+    "a scale of 0": ({"lora_alpha": 0}, {}, "set lora_alpha there to the value of the training"),
     "a pattern that is none": ({"rank_pattern": {"(": 4}}, {}, "not a regex"),
 }
 
@@ -95,6 +102,16 @@ def test_a_bad_adapter_is_refused_in_one_message(pair, tmp_path, what):
 
     assert len(problems) == 1
     assert words in problems[0]
+
+
+def test_a_module_whose_alpha_is_0_is_named(pair, tmp_path):
+    """PEFT adds nothing there, and so do we; the plan says so."""
+    pattern = {"alpha_pattern": {"layers.0.self_attn.q_proj": 0}}
+
+    plan = planned(pair[0], changed(pair, tmp_path / "still", config=pattern, tensors={}))
+
+    assert not plan.refused
+    assert [text for text in plan.warnings if "alpha_pattern is 0" in text and "layers.0" in text]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +173,7 @@ def test_a_head_that_the_base_ties_cannot_be_adapted(tmp_path):
 
     [problem] = planned(base, bad).problems
 
-    assert "ties" in problem
+    assert "which the base ties to its embedding" in problem
 
 
 def test_an_adapter_as_the_base_is_refused(pair):
@@ -183,6 +200,51 @@ def test_another_base_by_name_is_a_warning(pair, tmp_path, said, words):
     assert any(words in warning for warning in plan.warnings)
 
 
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"modules_to_save": ["lm_head", "score"]}, "it brings lm_head (modules_to_save)"),
+        ({"trainable_token_indices": [1, 2]}, "it brings trained tokens"),
+        ({"bias": "all"}, "it brings biases"),
+        ({"bias": "lora_only"}, "it brings biases"),
+    ],
+)
+def test_weights_that_are_announced_and_absent_are_a_warning(pair, tmp_path, said, words):
+    """PEFT keeps the base's there and warns; a module that the base lacks too is no matter."""
+    less = changed(pair, tmp_path / "less", config=said)
+
+    plan = planned(pair[0], less)
+
+    assert not plan.problems
+    assert [text for text in plan.warnings if words in text and "score" not in text]
+    assert not [text for text in planned(pair[0], pair[1]).warnings if "it brings" in text]
+
+
+def test_one_adapter_under_two_names_is_a_warning(pair, tmp_path):
+    """A copy counts twice, which is said; another adapter of the same shapes is none."""
+    copy = changed(pair, tmp_path / "copy")
+    other = changed(pair, tmp_path / "other", tensors={f"{Q}.lora_B.weight": torch.ones(16, 4)})
+
+    twice, apart = planned(pair[0], pair[1], copy), planned(pair[0], pair[1], other)
+
+    assert any("hold the same adapter" in text for text in twice.warnings)
+    assert not any("hold the same adapter" in text for text in apart.warnings)
+
+
+def test_a_switch_is_on_where_peft_takes_it_for_true(pair, tmp_path):
+    """``use_rslora: 1`` is what ``true`` is: the scale is α/√r."""
+    one, true = (
+        changed(pair, tmp_path / name, config={"use_rslora": value})
+        for name, value in (("one", 1), ("true", True))
+    )
+
+    plans = [planned(pair[0], folder) for folder in (one, true, pair[1])]
+
+    ours, theirs, plain = (plan.experts[0].edits for plan in plans)
+    assert ours == theirs
+    assert ours != plain
+
+
 def test_the_full_twin_of_a_quantised_base_is_its_base(pair, tmp_path):
     """An adapter of ``base-bnb-4bit`` fits ``base`` without a word."""
     named = changed(pair, tmp_path / "named", config={"base_model_name_or_path": "x/base-bnb-4bit"})
@@ -197,7 +259,8 @@ def test_base_plus_adapter_names_an_adapter_on_the_recipes_base(pair):
 
     assert not plan.problems
     assert plan.experts[0].id == str(pair[1])
-    assert "merged on the base that it was trained on" in other.problems[0]
+    assert "another model than the base of the merge" in other.problems[0]
+    assert "merge_method: passthrough" in other.problems[0]
     with pytest.raises(RecipeError):
         ModelRef.parse("org/base+org/lora@not a revision")
 

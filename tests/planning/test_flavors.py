@@ -6,7 +6,18 @@ import pytest
 from huggingface_hub import JobHardware
 
 from resmerge_stream.hub.flavors import FLAVORS, Flavor, flavor_from_text
-from resmerge_stream.planning.machines import Estimate, estimates, largest, shortage, timeout_for
+from resmerge_stream.planning.machines import (
+    Estimate,
+    Fleet,
+    Speed,
+    assumed,
+    estimates,
+    fleet,
+    largest,
+    shortage,
+    timeout_for,
+    worthwhile,
+)
 from resmerge_stream.planning.plan import Options, Plan, plan_merge
 from resmerge_stream.recipe import ModelRef, Recipe
 from tests.support.checkpoints import plan_group
@@ -39,7 +50,8 @@ def test_the_cheapest_that_fits_comes_first(group):
 
 def test_more_directions_take_longer(group):
     """One direction, four, all: what a method has to find decides about its time."""
-    methods = [("mean", {}), ("resmerge", {}), ("head_regression", {"rank": 4}), ("tsv_m", {})]
+    exact = {"rank": 4, "steps": "exact"}
+    methods = [("mean", {}), ("resmerge", {}), ("head_regression", exact), ("tsv_m", {})]
 
     seconds = [plan_group(group, method=m, parameters=p).compute_seconds for m, p in methods]
 
@@ -101,3 +113,60 @@ def test_the_hubs_own_words_are_understood():
     assert known == Flavor("x", 2, 16, 1500, 0, 30.0)
     assert flavor_from_text("x", **words, unit="month") is None
     assert flavor_from_text("x", **{**words, "ram": "N/A"}, unit="minute") is None
+
+
+# Several machines
+
+SPEED = Speed(start_s=100.0, line=50e6)
+
+
+def large(group, shards: int = 64, *, read: float = 0.0, compute: float = 0.0) -> Plan:
+    """Return a plan of so many shards that reads so much and computes so long on two cores."""
+    plan = plan_of(group)
+    many = tuple(plan.shards[:1]) * shards
+    return replace(plan, shards=many, read_bytes=int(read), compute_seconds=compute)
+
+
+def test_one_machine_takes_what_was_estimated(group):
+    """The first row of the table is the estimate of a single Job."""
+    plan, flavor = large(group, read=1e12, compute=3000.0), FLAVORS[1]
+    (estimate,) = estimates(plan, [flavor])
+
+    alone = fleet(plan, flavor, assumed(flavor), 1)
+
+    assert (alone.seconds, alone.price) == (estimate.seconds, estimate.price)
+
+
+def test_twice_as_many_machines_take_half_of_all_but_the_start(group):
+    """Each has a line and cores of its own, and all of them are paid."""
+    plan, flavor = large(group, read=1e12), FLAVORS[0]
+
+    found = [fleet(plan, flavor, SPEED, count) for count in (1, 2, 4, 8, 16)]
+
+    assert [row.seconds - 100 for row in found] == [20_000 / row.machines for row in found]
+    assert found[2].price == 4 * flavor.price(5100)
+
+
+@pytest.mark.parametrize(
+    ("work", "machines", "limit"),
+    [
+        ({"read": 1e12, "compute": 10.0}, 4, "line"),
+        ({"read": 1e9, "compute": 40_000.0}, 4, "arithmetic"),
+        ({"read": 1e12, "shards": 5}, 4, "whole shards"),
+        ({"read": 1e12, "shards": 5000}, 16, "commits"),
+        ({"read": 1e10}, 4, "start"),
+    ],
+    ids=["line", "arithmetic", "shards", "commits", "start"],
+)
+def test_what_several_machines_wait_for_is_named(group, work, machines, limit):
+    """The part that takes longest decides, and the table says which it is."""
+    assert fleet(large(group, **work), FLAVORS[0], SPEED, machines).limit == limit
+
+
+def test_doubling_goes_on_as_long_as_it_pays():
+    """Each doubling must make the merge one and a half times as fast; later ones do not count."""
+    times = {1: 1000.0, 2: 520.0, 4: 340.0, 8: 330.0, 16: 100.0}
+
+    chosen = worthwhile(Fleet(n, seconds, 1.0, "line") for n, seconds in times.items())
+
+    assert chosen.machines == 4

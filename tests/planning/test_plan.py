@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from resmerge_stream.cli.console import show_plan
 from resmerge_stream.errors import PlanRefusedError, RecipeError
-from resmerge_stream.planning import memory_fit
+from resmerge_stream.planning import target
 from resmerge_stream.planning.plan import Options, RefusedPlan, plan_merge
 from resmerge_stream.recipe import ModelRef, Recipe
 from tests.support.checkpoints import (
@@ -196,7 +196,6 @@ def test_a_config_of_another_structure_is_refused(key, value, group):
         ("rope_theta", 1e6),
         ("rope_scaling", {"type": "yarn", "factor": 4.0}),
         ("max_position_embeddings", 4096),
-        ("eos_token_id", 7),
         ("sliding_window", 99),
         ("hidden_size", "absent"),
     ],
@@ -322,14 +321,6 @@ def test_a_tied_head_that_equals_the_embedding_is_left_out(tmp_path):
     assert "lm_head.weight" not in plan.tensors
 
 
-def test_an_expert_with_its_own_head_is_refused_by_a_tied_base(tmp_path):
-    """A head that differs from the embedding cannot be held by a tied model."""
-    group = make_group(tmp_path, experts=2)
-    edit_tensors(group.experts[1], lambda t: t.update({"lm_head.weight": t[EMBEDDING] + 1}))
-
-    only_problem(plan_group(group), "lm_head.weight", group.experts[1])
-
-
 def test_a_head_that_the_base_ties_by_its_config_only_is_merged(tmp_path):
     """Where the base itself holds another head than its embedding, both are merged: so it loads."""
     group = make_group(tmp_path, tied=False, experts=2)
@@ -411,9 +402,10 @@ def test_a_shard_that_is_cut_short_is_refused(tmp_path):
 
 
 def test_another_tokenizer_is_a_warning(group):
-    """Where an expert's tokenizer differs, the plan says whose is kept and how to choose."""
+    """Of an expert that cuts otherwise, the plan says whose is kept and how to choose."""
     path = group.experts[2] / "tokenizer.json"
-    path.write_text(path.read_text() + " ")
+    document = json.loads(path.read_text()) | {"normalizer": {"type": "Lowercase"}}
+    path.write_text(json.dumps(document))
 
     only_warning(plan_group(group), "tokenizer.json", "--tokenizer-from", group.experts[2])
 
@@ -452,28 +444,6 @@ def test_an_expert_listed_twice_is_a_warning(group):
     twice = type(group)(group.base, (group.experts[0], group.experts[0]))
 
     only_warning(plan_group(twice), "more than once", group.experts[0])
-
-
-def test_too_little_memory_is_refused_with_what_is_needed(group):
-    """A budget below the least is refused; the budget that the message names is enough."""
-    plan = plan_group(group, options=Options(memory_budget=10_000_000))
-
-    only_problem(plan, "--memory-budget")
-    needed = plan.peak_memory_bytes
-    again = plan_group(group, options=Options(memory_budget=-(-needed // 10**6) * 10**6))
-    assert not again.refused
-    assert f"{-(-needed // 1_000_000)}MB" in plan.problems[0]
-
-
-def test_planned_memory_does_not_grow_with_layers(tmp_path):
-    """Four times the layers need the same memory."""
-    small = make_group(tmp_path / "small", layers=1)
-    large = make_group(tmp_path / "large", layers=4)
-
-    few, many = plan_group(small), plan_group(large)
-
-    assert few.peak_memory_bytes == many.peak_memory_bytes
-    assert many.read_bytes > 2 * few.read_bytes
 
 
 def test_the_output_dtype_is_planned(group):
@@ -541,7 +511,7 @@ def test_a_folder_counts_by_its_absolute_path(group, monkeypatch):
     monkeypatch.chdir(group.base.parent)
     experts = tuple(ModelRef(f"./expert{i}") for i in range(3))
 
-    assert plan_merge(Recipe(ModelRef("base"), experts)).plan_hash == absolute
+    assert plan_merge(Recipe(ModelRef("base"), experts, "resmerge")).plan_hash == absolute
 
 
 def test_code_that_the_base_needs_is_copied_and_said(group, tmp_path):
@@ -590,6 +560,36 @@ def test_a_file_as_target_is_refused_by_the_plan(group, tmp_path):
     (tmp_path / "out").write_text("x")
 
     only_problem(plan_group(group, out=tmp_path / "out"), "is a file")
+
+
+@pytest.mark.parametrize("place", ["out", "work_dir", "cache"])
+def test_a_folder_that_cannot_be_made_is_a_problem(place, group, tmp_path, monkeypatch):
+    """Output, `--work-dir` and the cache are tried; what is in the way is said by the plan."""
+    (tmp_path / "file").touch()
+    where = {"out": tmp_path / "out", "work_dir": tmp_path / "work"}
+    if place == "cache":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "x"))
+        del where["work_dir"]
+    else:
+        where[place] = tmp_path / "file" / "x"
+
+    only_problem(plan_merge(recipe_of(group), **where), "can be written to", "Not a")
+
+
+@pytest.mark.parametrize("name", ["a\x00b", "x" * 256, "a\udcffb"], ids=["NUL", "long", "no text"])
+def test_what_cannot_be_a_folders_name_is_said_so(name, group, tmp_path):
+    """Whatever a shell hands on: bytes that are no text come as half characters."""
+    only_problem(plan_group(group, out=tmp_path / name), "cannot be a folder's name")
+
+
+def test_a_finished_result_may_lie_where_nothing_can_be_written(group, tmp_path, monkeypatch):
+    """Where nothing is left to do, no room is asked for."""
+    merge(group, tmp_path / "out")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "x"))
+    monkeypatch.setattr(target, "free_disk", lambda folder: 0)
+
+    assert not plan_group(group, out=tmp_path / "out").refused
 
 
 def test_missing_small_files_are_a_warning(tmp_path):
@@ -650,20 +650,3 @@ def test_numbers_of_the_whole_model_do_not_differ_between_tensors(group):
 def test_a_method_for_fewer_models_says_how_many(method, words, group):
     """Models are not left out quietly."""
     only_problem(plan_group(group, method=method), words)
-
-
-@pytest.mark.parametrize(
-    ("asked", "budget", "pieces"), [(True, 10**9, 2), (False, 10**9, 1), (True, 440_000_000, 1)]
-)
-def test_a_second_large_piece_is_read_ahead_in_memory_that_was_asked_for(
-    group, monkeypatch, asked, budget, pieces
-):
-    """With a budget that has room for it, the line need not wait while a large matrix is merged."""
-    large = memory_fit._Ahead(largest=150_000_000, window=16_000_000)
-    monkeypatch.setattr(memory_fit, "_read_ahead", lambda plan, room, elsewhere: large)
-    plan = plan_group(group, options=Options(memory_budget=budget if asked else None))
-
-    fitted = memory_fit.fit(plan, budget)
-
-    assert fitted.read_ahead_bytes == pieces * large.largest + large.window
-    assert fitted.worst <= fitted.room

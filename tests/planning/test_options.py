@@ -9,6 +9,8 @@ from resmerge_stream.cli.main import _parser
 from resmerge_stream.cli.options import request_of
 from resmerge_stream.errors import RecipeError
 from resmerge_stream.planning.options import Options, declared
+from resmerge_stream.planning.parts import Part
+from resmerge_stream.planning.planned import hash_of
 from resmerge_stream.planning.request import Request
 from resmerge_stream.recipe import ModelRef, Recipe
 from resmerge_stream.sinks.publication import Publication
@@ -25,8 +27,10 @@ OTHER = {
     "tokenizer_from": ("org/math", "org/math"),
     "device": ("cuda:1", "cuda:1"),
     "memory_budget": ("3GB", 3_000_000_000),
-    "check_sources": (False, False),
+    "unrelated": ("merge", "merge"),
+    "check_sources": ("full", "full"),
     "patience": ("20m", 1200),
+    "part": ("1/4", Part(1, 4)),
 }
 
 
@@ -94,7 +98,7 @@ def test_what_changes_the_output_makes_another_run(key, tmp_path):
 
     other = replace(plan, options=replace(plan.options, **named([key])))
 
-    assert (other.plan_hash != plan.plan_hash) == (key in OUTPUT)
+    assert (hash_of(other) != plan.plan_hash) == (key in OUTPUT)
 
 
 @pytest.mark.parametrize(
@@ -107,3 +111,22 @@ def test_a_wrong_value_is_refused(key, value):
     """A value of the wrong kind is refused by its name, wherever it comes from."""
     with pytest.raises(RecipeError, match=key.replace("_", ".").replace("max.shard.size", "size")):
         Options.from_dict({key: value})
+
+
+@pytest.mark.parametrize("known", [known for known in declared() if known.choices])
+def test_an_option_takes_its_choices_and_no_other_word(known):
+    """What is declared is all that may be said, and the refusal says it."""
+    for choice in known.choices:
+        assert getattr(Options.parsed({known.key: choice}), known.name) == choice
+
+    with pytest.raises(RecipeError, match=f"^{known.key} must be .* or {known.choices[-1]}, not"):
+        Options.parsed({known.key: known.choices[0].upper()})
+
+
+@pytest.mark.parametrize("known", [known for known in declared() if known.least is not None])
+def test_an_option_has_a_least_number(known):
+    """One less is refused."""
+    assert getattr(Options.parsed({known.key: known.least}), known.name) == known.least
+
+    with pytest.raises(RecipeError, match=f"{known.key} must be {known.least} or more"):
+        Options(**{known.name: known.least - 1})
