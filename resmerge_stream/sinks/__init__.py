@@ -1,6 +1,6 @@
 """WRITE: put finished shards where they belong, behind one protocol."""
 
 from .folder import FolderSink, TargetState, target_state
-from .sink import ShardWriter, Sink
+from .sink import DroppingSink, ShardWriter, Sink
 
-__all__ = ["FolderSink", "ShardWriter", "Sink", "TargetState", "target_state"]
+__all__ = ["DroppingSink", "FolderSink", "ShardWriter", "Sink", "TargetState", "target_state"]

@@ -5,25 +5,32 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterable, Mapping
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
+from ..documents import load_json
 from ..errors import Notice, OutputExistsError, PlanRefusedError, Remedy, StoppedError
 from .durable import temporary, write_durably
-from .journal import Journal
+from .journal import PARTS, Journal
 from .layout import Shard
+from .locks import HeldError, Lock, locked
+from .provenance import Known, changed
 from .safetensors_file import SafetensorsFile
-from .sink import Membership
+from .sink import Membership, Sink
 
 MARKER = ".resmerge-stream.json"
-_HALF_MARKER = temporary(MARKER)
+_HALF_MARKER = temporary(MARKER).removesuffix(".tmp")  # and perhaps who writes it
+LOCK = ".resmerge-stream.lock"
 REPORT = "resmerge/report.json"
 _PART = ".part"
 # How long a network's folder may take to show a file that another machine wrote.
 _SEEN_S = 60.0
+_POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +48,14 @@ class TargetState:
     bytes_there: int = 0
 
 
-def target_state(out: Path, plan_hash: str, *, is_own: bool = False) -> TargetState:
+def target_state(
+    out: Path,
+    plan_hash: str,
+    *,
+    is_own: bool = False,
+    now: Sequence[Known] = (),
+    update: bool = False,
+) -> TargetState:
     """Return what stands at an output folder, seen by a plan.
 
     Args:
@@ -49,6 +63,8 @@ def target_state(out: Path, plan_hash: str, *, is_own: bool = False) -> TargetSt
         plan_hash: of the plan that wants to write there.
         is_own: whether the folder lies in this plan's work folder, so that whatever is marked
             there is this plan's, also where a full disk left the mark empty.
+        now: the plan's sources as they are; a finished result of others is a problem.
+        update: whether such a result may be replaced.
     """
     if os.path.exists(out) and not os.path.isdir(out):
         return TargetState(Notice(f"{str(out)!r} is a file.", Remedy.ANOTHER_FOLDER))
@@ -58,7 +74,7 @@ def target_state(out: Path, plan_hash: str, *, is_own: bool = False) -> TargetSt
         return TargetState(
             Notice(f"cannot look into {str(out)!r}: {exc.strerror}.", Remedy.ANOTHER_FOLDER)
         )
-    if is_own or not set(names) - {_HALF_MARKER} or _is_empty_mark(out, names):
+    if is_own or not _others(names) or _is_empty_mark(out, names):
         return TargetState()
     if MARKER in names:
         if _value_in(out / MARKER, "plan_hash") == plan_hash:
@@ -72,7 +88,14 @@ def target_state(out: Path, plan_hash: str, *, is_own: bool = False) -> TargetSt
                 Remedy.ANOTHER_FOLDER,
             )
         )
-    if _value_in(out / REPORT, "plan_hash") == plan_hash:
+    if plan_hash_of(out) == plan_hash:
+        others = changed(_document(out / REPORT), now)
+        if others and update:
+            return TargetState()
+        if others:
+            return TargetState(
+                Notice(f"{str(out)!r} holds the result of {'; of '.join(others)}.", Remedy.REPLACE)
+            )
         if _has_files(out, _document(out / REPORT).get("files")):
             return TargetState(finished=True)
         return TargetState(
@@ -91,6 +114,11 @@ def target_state(out: Path, plan_hash: str, *, is_own: bool = False) -> TargetSt
     )
 
 
+def plan_hash_of(out: Path) -> str | None:
+    """Return of which plan a folder holds the result, as its report says; None: it says nothing."""
+    return _value_in(out / REPORT, "plan_hash")
+
+
 def discard(out: Path) -> list[str]:
     """Remove what an unfinished run left in a folder, and return the names.
 
@@ -98,22 +126,35 @@ def discard(out: Path) -> list[str]:
 
     Raises:
         OutputExistsError: there is no marker, so nothing there was left by a run.
+        StoppedError: a run that goes on writes there, on this machine or another.
     """
     if not (out / MARKER).is_file():
         raise OutputExistsError(
             f"{str(out)!r} holds no unfinished merge (no {MARKER}); nothing was removed."
         )
+    lock = Lock(out / LOCK, repr(str(out)))
+    try:
+        lock.take(alone=True)
+        return _discard(out)
+    finally:
+        lock.close()
+
+
+def _discard(out: Path) -> list[str]:
     removed = []
     for path in sorted(out.iterdir()):
-        if path.name in (MARKER, _HALF_MARKER) or path.name.endswith(f".safetensors{_PART}"):
+        is_half = path.name.startswith(_HALF_MARKER)
+        if path.name == MARKER or is_half or path.name.endswith(f".safetensors{_PART}"):
             path.unlink()
             removed.append(path.name)
+    shutil.rmtree(out / PARTS, ignore_errors=True)
+    (out / LOCK).unlink(missing_ok=True)
     if not any(out.iterdir()):
         out.rmdir()
     return removed
 
 
-class FolderSink:
+class FolderSink(Sink):
     """Writes a merge into a folder, once it is open. See `Sink`.
 
     Args:
@@ -123,6 +164,7 @@ class FolderSink:
         identity: of the sources, as first seen; a later run must see the same.
         membership: as what this process of the run comes.
         one_machine: whether each machine has such a folder of its own.
+        now, update: as for `target_state`.
     """
 
     def __init__(
@@ -134,12 +176,24 @@ class FolderSink:
         membership: Membership | None = None,
         *,
         one_machine: bool = False,
+        now: Sequence[Known] = (),
+        update: bool = False,
     ) -> None:
+        self._now, self._update = now, update
         self._member = member = membership or Membership()
-        self._out, self._work, self._mark = out, work_dir, member.mark
+        self._out, self._work, self._mark = out, work_dir, member.mark or uuid.uuid4().hex
         self._plan_hash, self._identity, self._one_machine = plan_hash, identity, one_machine
-        self._journal = Journal(work_dir / "journal.jsonl")
+        self._journal = Journal(work_dir / "journal")
         self._is_own = out.is_relative_to(work_dir)
+        # One in the work folder, for the journal; one with the output, for other machines.
+        shown = repr(str(out))
+        self._locks = [Lock(work_dir / "lock", shown)]
+        self._locks += [] if self._is_own else [Lock(out / LOCK, shown)]
+        self._is_part, self._writer = member.own is not None, uuid.uuid4().hex
+        self._made: set[str] = set()  # shards of this process
+        self._read: set[str] = set()  # these, and those whose hash was compared
+        self._sizes: dict[str, int] = {}  # of the finished shards
+        self._earlier: tuple[str, ...] = ()
         # One process of those that share the folder looks through it; it tells the others.
         self._looks = member.is_main or (one_machine and member.is_first)
 
@@ -153,73 +207,135 @@ class FolderSink:
             StoppedError: another run of this merge goes on, or the folder cannot be made.
         """
         member, out, work_dir = self._member, self._out, self._work
+        if self._is_part:
+            self._join()
+            return self
         if not member.is_main and not self._one_machine:
             self._find_marker()
         with contextlib.ExitStack() as undo:
             try:
                 work_dir.mkdir(parents=True, exist_ok=True)
-                self._lock: TextIO = undo.enter_context((work_dir / "lock").open("w"))
-                # The processes of one run share the lock; the main one first sees that it is free.
-                _lock_or_stop(self._lock, out, fcntl.LOCK_EX if member.is_main else fcntl.LOCK_SH)
+                undo.callback(self.close)
+                # The processes of one run share the locks; the main one first sees that they are
+                # free.
+                self._locks[0].take(alone=member.is_main)
                 with (work_dir / "start").open("w") as start:
-                    fcntl.flock(start, fcntl.LOCK_EX)
+                    locked(start, fcntl.LOCK_EX)
                     self._start(self._plan_hash, self._identity)
-                _lock_or_stop(self._lock, out, fcntl.LOCK_SH)
+                for lock in self._locks:
+                    lock.take(alone=False)
             except OutputExistsError:
                 raise
             except OSError as exc:
                 raise StoppedError(
                     f"cannot use {str(out)!r} and {str(work_dir)!r}: {exc.strerror or exc}."
                 ) from exc
-            undo.pop_all()  # all went well: the lock is held until `close`
+            undo.pop_all()  # all went well: the locks are held until `close`
         return self
 
     def finished_shards(self) -> Mapping[str, dict[str, Any]]:
         """Return the entries of shards that the journal lists and whose files are there."""
         return self._finished
 
-    def make_room(self, shard: Shard) -> None:
-        """Nothing to wait for: the plan looked at the disk."""
-
-    def settle(self) -> None:
-        """Nothing to wait for: a shard stays where it was written."""
-
-    def lost(self, files: Iterable[Mapping[str, Any]]) -> list[str]:
-        """Return the shards whose files have another size than when they were finished."""
-        return [
-            str(file["name"])
-            for file in files
-            if not self.path_of(str(file["name"])).exists()
-            or self.path_of(str(file["name"])).stat().st_size != file["size"]
-        ]
-
-    def open_shard(self, shard: Shard) -> SafetensorsFile:
-        """Start a shard under its temporary name."""
-        return SafetensorsFile(self._part(shard.name), shard)
-
-    def keep(self, shard: Shard, entry: Mapping[str, Any]) -> None:
-        """Append a finished shard to the journal, durably.
+    def by_now(self) -> Mapping[str, dict[str, Any]]:
+        """Return the same of all parts, by their files' sizes.
 
         Raises:
-            StoppedError: the journal cannot be written.
+            StoppedError: the folder is not this run's any more.
         """
-        self._journal.append({"shard": shard.name, **entry})
+        self._check_mark()
+        return {name: entry for name, entry in self._rows().items() if self._is_there(name, entry)}
+
+    def lost(self, files: Iterable[Mapping[str, Any]]) -> list[str]:
+        """Return the shards whose files are not as they were when they were finished.
+
+        Their sizes tell; what other parts made is read, and compared with its hash.
+        """
+        every = list(files)
+        self._sizes = {str(file["name"]): int(file["size"]) for file in every}
+        names = []
+        for file in every:
+            name = str(file["name"])
+            path = self.path_of(name)
+            is_whole = _size(path) == file["size"]
+            if is_whole and self._is_part and name not in self._read:
+                is_whole = _sha256(path) == file["sha256"]
+                self._read |= {name} if is_whole else set()
+            if not is_whole:
+                names.append(name)
+                if self._is_part:
+                    self._journal.drop(name)
+        return names
+
+    def open_shard(self, shard: Shard) -> SafetensorsFile:
+        """Start a shard under its temporary name; of a part, one that no twin of it writes to."""
+        return SafetensorsFile(self._half(shard.name), shard)
+
+    def keep(self, shard: Shard, entry: Mapping[str, Any]) -> None:
+        """Write a finished shard's row of the journal, durably.
+
+        Where a twin of this part was first, its shard stays, and this one is dropped.
+
+        Raises:
+            StoppedError: the journal cannot be written, or another run writes here now.
+        """
+        if not self._is_part:
+            self._check_mark()
+            self._journal.keep({"shard": shard.name, **entry})
+            return
+        half = self._half(shard.name)
+        with self._alone():
+            first = self._journal.row(shard.name)
+            is_ours = shard.name in self._made  # and is made again
+            if first is not None and not is_ours and self._is_there(shard.name, first):
+                half.unlink(missing_ok=True)
+                return
+            os.replace(half, self._part(shard.name))
+            self._journal.keep({"shard": shard.name, **entry})
+            self._read.add(shard.name)
+            self._made.add(shard.name)
 
     def publish(self, files: Mapping[str, bytes]) -> str:
-        """Write the small files, rename the shards, then the index, and forget the journal."""
+        """Write the small files, rename the shards, then the index, and forget the journal.
+
+        Raises:
+            StoppedError: a file cannot be written, or another run wrote here since `lost` looked.
+        """
+        if not self._is_part:
+            return self._publish(files)
+        with self._alone():  # no twin keeps a shard meanwhile
+            return self._publish(files)
+
+    def _publish(self, files: Mapping[str, bytes]) -> str:
+        self._check_mark()
+        self._check_sizes()
         try:
             index = "model.safetensors.index.json"
+            for name in self._earlier:  # what is replaced: no mixture of both is ever seen
+                (self._out / name).unlink(missing_ok=True)
+            self._earlier = ()
             for name, data in files.items():
                 if name != index:
                     path = self._out / name
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_durably(path, data)
+            self._check_mark()
             for part in sorted(self._out.glob(f"*.safetensors{_PART}")):
                 os.replace(part, part.with_name(part.name.removesuffix(_PART)))
+            self._check_sizes()
             if index in files:
                 write_durably(self._out / index, files[index])
             (self._out / MARKER).unlink(missing_ok=True)
-            _sync_folder(self._out)
+            shutil.rmtree(self._out / PARTS, ignore_errors=True)
+            for part in self._out.glob(f"*.safetensors{_PART}"):  # of a twin, a moment ago
+                part.unlink(missing_ok=True)
+            for lock in self._locks[1:]:
+                lock.remove()
+            handle = os.open(self._out, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
             self._journal.forget()
         except OSError as exc:
             raise StoppedError(
@@ -231,45 +347,175 @@ class FolderSink:
     def path_of(self, name: str) -> Path:
         """Return where a finished shard lies before `publish`."""
         part, final = self._part(name), self._out / name
-        return part if part.exists() or not final.exists() else final
+        is_final = final.exists() and name not in self._earlier and not part.exists()
+        return final if is_final else part
 
     def free(self, name: str) -> None:
         """Remove a shard's file, since it is kept elsewhere."""
         self._part(name).unlink(missing_ok=True)
 
-    @property
-    def bytes_sent(self) -> int:
-        """Nothing: a folder is on this machine."""
-        return 0
-
-    @property
-    def bytes_to_send(self) -> int:
-        """Nothing: a folder is on this machine."""
-        return 0
-
     def abandon(self) -> None:
         """Remove everything of this run: files, journal, and the folder if that empties it."""
         try:
-            discard(self._out)
+            if (self._out / MARKER).is_file():
+                _discard(self._out)
             self._journal.forget()
         except OSError:
             return
 
     def close(self) -> None:
-        """Release the lock."""
-        self._lock.close()
+        """Release the locks."""
+        for lock in self._locks:
+            lock.close()
 
-    def _start(self, plan_hash: str, identity: Mapping[str, Any]) -> None:
-        state = target_state(self._out, plan_hash, is_own=self._is_own)
+    def _check_mark(self) -> None:
+        """See that the folder is still this run's: where no locks are kept, another may take it.
+
+        Raises:
+            StoppedError: it is not.
+        """
+        mark = _value_in(self._out / MARKER, "run")
+        if mark is None and self._is_part:
+            raise StoppedError(
+                f"{str(self._out)!r} is not being merged any more: another part finished it, or "
+                "somebody removed what was there.",
+                Remedy.CONTINUE,
+            )
+        if mark is not None and mark != self._mark:
+            raise StoppedError(
+                f"another run of this merge writes into {str(self._out)!r} now, whose file system "
+                "keeps no locks that would have refused it. Wait for it, or stop it."
+            )
+
+    def _check_sizes(self) -> None:
+        """See that every shard is whole, under whichever name.
+
+        Raises:
+            StoppedError: somebody wrote one anew.
+        """
+        for name, size in self._sizes.items():
+            if (there := _size(self.path_of(name))) != size:
+                raise StoppedError(
+                    f"{str(self.path_of(name))!r} has {there or 0} of {size} bytes: somebody else "
+                    "wrote it since it was finished, so the merge is not done.",
+                    Remedy.CONTINUE,
+                )
+
+    def _join(self) -> None:
+        """Open the folder as one of several parts: whoever comes first makes it theirs.
+
+        Raises:
+            OutputExistsError: the folder holds something else.
+            PlanRefusedError: the sources are not those of the first part.
+            StoppedError: a run of the whole merge goes on, or it is finished by now, or the folder
+                cannot be made.
+        """
+        (lock,) = self._locks[1:]
+        with contextlib.ExitStack() as undo:
+            try:
+                self._check_state()  # before anything is made there
+                self._work.mkdir(parents=True, exist_ok=True)
+                undo.callback(self.close)
+                while True:
+                    with contextlib.suppress(HeldError):
+                        lock.take(alone=True)  # nobody writes: whatever is there is continued
+                        self._check_state()
+                        self._work.mkdir(exist_ok=True)
+                        self._write_marker()
+                    lock.take(alone=False, waits=True)
+                    mark = _value_in(self._out / MARKER, "run")
+                    if mark == self._mark:
+                        break
+                    if mark is not None:
+                        raise HeldError(
+                            f"another process is merging all of it into {str(self._out)!r}. Wait "
+                            "for it, or stop it."
+                        )
+                    self._check_state()
+                    time.sleep(_POLL_S)
+                self._earlier = self._weights_of_others()
+                self._finished = self._resume(self._plan_hash, self._identity)
+            except OutputExistsError:
+                raise
+            except OSError as exc:
+                raise StoppedError(
+                    f"cannot use {str(self._out)!r}: {exc.strerror or exc}."
+                ) from exc
+            undo.pop_all()
+
+    def _check_state(self) -> None:
+        """See that the folder is this merge's, or nobody's.
+
+        Raises:
+            OutputExistsError: it holds something else.
+            StoppedError: it holds this merge, finished.
+        """
+        state = target_state(self._out, self._plan_hash, now=self._now, update=self._update)
         if state.problem is not None:
             raise OutputExistsError(state.problem)
+        if state.finished:
+            for lock in self._locks[1:]:
+                lock.remove()
+            shutil.rmtree(self._out / PARTS, ignore_errors=True)
+            raise StoppedError(
+                f"{str(self._out)!r} was finished by another part meanwhile.", Remedy.CONTINUE
+            )
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep the other parts from writing into the folder for a moment.
+
+        Raises:
+            StoppedError: the folder is not theirs any more, or the disk fails.
+        """
+        lock = Lock(self._work / "keeping", repr(str(self._out)))
+        try:
+            lock.take(alone=True, waits=True)
+            self._check_mark()
+            yield
+        except OSError as exc:
+            self._check_mark()  # it was finished, and what was half made is gone with it
+            raise StoppedError(
+                f"cannot write into {str(self._out)!r}: {exc.strerror or exc}. Finished shards "
+                "are kept.",
+                Remedy.CONTINUE,
+            ) from exc
+        finally:
+            lock.close()
+
+    def _start(self, plan_hash: str, identity: Mapping[str, Any]) -> None:
+        state = target_state(
+            self._out, plan_hash, is_own=self._is_own, now=self._now, update=self._update
+        )
+        if state.problem is not None:
+            raise OutputExistsError(state.problem)
+        self._out.mkdir(parents=True, exist_ok=True)
+        for lock in self._locks[1:]:
+            lock.take(alone=self._member.is_main)
         if not (self._out / MARKER).exists():
             self._journal.forget()
-        self._out.mkdir(parents=True, exist_ok=True)
+        self._earlier = self._weights_of_others()
         self._finished = self._resume(plan_hash, identity)
+        self._write_marker()
+
+    def _write_marker(self) -> None:
+        """Mark the folder as this run's."""
         if _value_in(self._out / MARKER, "run") != self._mark:
-            marker = {"plan_hash": plan_hash, "run": self._mark}
-            write_durably(self._out / MARKER, json.dumps(marker).encode())
+            now = [source.digest for source in self._now]
+            marker = {"plan_hash": self._plan_hash, "run": self._mark, "identity": now}
+            data = json.dumps(marker).encode()
+            write_durably(self._out / MARKER, data, by=self._writer if self._is_part else "")
+
+    def _weights_of_others(self) -> tuple[str, ...]:
+        """Return the weight files and the index of a result of other sources, if one is there."""
+        report = _document(self._out / REPORT)
+        if report.get("plan_hash") != self._plan_hash or not changed(report, self._now):
+            return ()
+        told = report.get("files")
+        names = [file.get("name") for file in told if isinstance(file, dict)] if told else []
+        index = "model.safetensors.index.json"
+        # Of this folder alone: anybody may have written the report.
+        return (index, *(n for n in names if isinstance(n, str) and Path(n).name == n))
 
     def _find_marker(self) -> None:
         """Wait for the main process's marker; a network's folder may show it late."""
@@ -281,41 +527,62 @@ class FolderSink:
                     "several machines need a folder that all of them share, or a repository.",
                     Remedy.ANOTHER_FOLDER,
                 )
-            time.sleep(0.1)
+            time.sleep(_POLL_S)
 
     def _part(self, name: str) -> Path:
         return self._out / f"{name}{_PART}"
 
     def _resume(self, plan_hash: str, identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return the journal's shards whose files hold what was written, by name."""
-        entries = {
-            str(entry.get("shard")): entry for entry in self._journal.start(plan_hash, identity)
-        }
+        """Return the journal's shards whose files hold what was written, by name.
+
+        Of those that other parts made, the size has to do: they, and who publishes, read them.
+        """
+        self._journal.start(plan_hash, identity)
         if not self._looks:
             return {}
         finished = {}
-        for name, entry in entries.items():
-            there = self.path_of(name)
-            if not there.exists() or there.stat().st_size != entry.get("size"):
+        for name, entry in self._rows().items():
+            if not self._is_there(name, entry):
                 continue
             # A disk may have lost what it said it had: read it before it is believed.
-            if _sha256(there) == entry.get("sha256"):
+            if self._member.own is not None and name not in self._member.own:
                 finished[name] = entry
+            elif _sha256(self.path_of(name)) == entry.get("sha256"):
+                finished[name] = entry
+                self._read.add(name)
+            elif self._is_part:
+                self._journal.drop(name)
         return finished
 
+    def _rows(self) -> dict[str, dict[str, Any]]:
+        return {str(entry.get("shard")): entry for entry in self._journal.rows()}
 
-def _lock_or_stop(lock: TextIO, out: Path, kind: int) -> None:
+    def _is_there(self, name: str, entry: Mapping[str, Any]) -> bool:
+        """Whether the file of a row has the size that it had."""
+        return (size := _size(self.path_of(name))) is not None and size == entry.get("size")
+
+    def _half(self, name: str) -> Path:
+        """Return where a shard lies while it is written."""
+        return self._work / f"{name}.{self._writer}" if self._is_part else self._part(name)
+
+
+def _size(path: Path) -> int | None:
     try:
-        fcntl.flock(lock, kind | fcntl.LOCK_NB)
-    except OSError as exc:
-        raise StoppedError(
-            f"another process is merging into {str(out)!r}. Wait for it, or stop it."
-        ) from exc
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
+def _others(names: Iterable[str]) -> set[str]:
+    """Return the names of what is more than traces of a run that had hardly begun."""
+    return {name for name in names if not name.startswith((_HALF_MARKER, LOCK, PARTS))}
 
 
 def _is_empty_mark(out: Path, names: list[str]) -> bool:
     """Whether a folder holds nothing but an empty mark: a disk that was full when a run began."""
-    return set(names) <= {MARKER, _HALF_MARKER} and (out / MARKER).stat().st_size == 0
+    if MARKER not in names or _others(names) != {MARKER}:
+        return False
+    return (out / MARKER).stat().st_size == 0
 
 
 def _sha256(path: Path) -> str:
@@ -344,15 +611,7 @@ def _value_in(path: Path, key: str) -> str | None:
 def _document(path: Path) -> dict[str, Any]:
     """Return a JSON object, empty where a file is missing or something else."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        document = load_json(path.read_bytes())
+    except (OSError, ValueError):
         return {}
     return document if isinstance(document, dict) else {}
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,90 +1,103 @@
-"""The journal of a run on this machine: a line for its start, and one for each finished shard."""
+"""The journal of a run: a file for its start, and one for each finished shard.
 
+A file each, so that runs on several machines keep one journal without waiting for each other.
+"""
+
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..device import default_work_dir
+from ..documents import load_json
 from ..errors import PlanRefusedError, Remedy, StoppedError
+from .durable import write_durably
+from .locks import locked
 from .publication import Publication
+
+_HEAD = "head.json"
+# The work folder of a run that is one part of several: within the output, so that all see it.
+PARTS = ".resmerge-stream.parts"
 
 
 class Journal:
-    """Lines of JSON in a file; the processes of one run append to it together.
+    """Rows of JSON in a folder; the processes and parts of one merge write it together.
 
     Args:
-        path: of the file, which may not exist.
+        path: of the folder, which may not exist.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._writer = path, uuid.uuid4().hex
 
     def start(self, plan_hash: str, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the rows of finished shards; another plan's journal is replaced.
 
         Raises:
             PlanRefusedError: the sources are not those of the first start.
-            StoppedError: the file cannot be written.
+            StoppedError: it cannot be written.
         """
-        rows = self._read()
-        if not rows or rows[0].get("plan_hash") != plan_hash:
+        head = _document(self._path / _HEAD)
+        if head is None or head.get("plan_hash") != plan_hash:
             self.forget()
-            self.append({"plan_hash": plan_hash, "identity": identity})
+            self._write(_HEAD, {"plan_hash": plan_hash, "identity": identity})
             return []
-        if rows[0].get("identity") != json.loads(json.dumps(identity)):
+        if head.get("identity") != json.loads(json.dumps(identity)):
             raise PlanRefusedError(
                 "the sources changed since this merge was started (size, time or header differ). "
                 "Restore them, or start afresh without what it left.",
                 Remedy.DISCARD_STAGING,
             )
-        return rows[1:]
+        return self.rows()
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row, durably.
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows of the shards that are finished by now."""
+        found = (_document(path) for path in sorted(self._path.glob("*.safetensors.json")))
+        return [row for row in found if row is not None]
+
+    def row(self, shard: str) -> dict[str, Any] | None:
+        """Return the row of a shard, or None where it has none."""
+        return _document(self._path / f"{shard}.json")
+
+    def keep(self, row: Mapping[str, Any]) -> None:
+        """Write a shard's row, durably; ``shard`` is its name.
 
         Raises:
-            StoppedError: the file cannot be written.
+            StoppedError: it cannot be written.
         """
+        self._write(f"{row['shard']}.json", row)
+
+    def drop(self, shard: str) -> None:
+        """Remove a shard's row, if it has one: it has to be made again."""
+        (self._path / f"{shard}.json").unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """Remove everything, if it is there."""
+        shutil.rmtree(self._path, ignore_errors=True)
+
+    def _write(self, name: str, document: Mapping[str, Any]) -> None:
         try:
-            with self._path.open("ab") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                file.write(json.dumps(row).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+            self._path.mkdir(exist_ok=True)
+            write_durably(self._path / name, json.dumps(document).encode(), by=self._writer)
         except OSError as exc:
             raise StoppedError(
                 f"cannot write the journal {str(self._path)!r}: {exc.strerror}."
             ) from exc
 
-    def forget(self) -> None:
-        """Remove the file, if it is there."""
-        self._path.unlink(missing_ok=True)
 
-    def _read(self) -> list[dict[str, Any]]:
-        """Return the rows; what a crash left of a last line is cut off the file."""
-        try:
-            data = self._path.read_bytes()
-        except FileNotFoundError:
-            return []
-        rows: list[dict[str, Any]] = []
-        good = 0
-        for line in data.splitlines(keepends=True):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n") or not isinstance(row, dict):
-                break
-            rows.append(row)
-            good += len(line)
-        if good < len(data):
-            os.truncate(self._path, good)
-        return rows
+def _document(path: Path) -> dict[str, Any] | None:
+    """Return a JSON object; None where there is no file, or something else in it."""
+    try:
+        document = load_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return document if isinstance(document, dict) else None
 
 
 def work_folder(
@@ -92,15 +105,30 @@ def work_folder(
     out: Path | None,
     publication: Publication | None,
     work_dir: str | Path | None,
+    *,
+    shared: bool = False,
 ) -> Path:
-    """Return the folder of one plan and target on this machine: journal, lock, unsent shards.
+    """Return the folder of one plan and target: journal, lock, unsent shards.
+
+    It is this machine's own, but for an output folder that is filled, or was, by parts of a merge:
+    there it lies within.
 
     Args:
         plan_hash: of the plan.
         out: the output folder, where there is one.
         publication: the repository, where there is one.
         work_dir: where such folders are kept; the user's cache folder when None.
+        shared: whether this run is one part of a merge.
     """
+    if out is not None and publication is None and (shared or (out / PARTS).is_dir()):
+        return out / PARTS
+    return machine_folder(plan_hash, out, publication, work_dir)
+
+
+def machine_folder(
+    plan_hash: str, out: Path | None, publication: Publication | None, work_dir: str | Path | None
+) -> Path:
+    """Return such a folder on this machine; the arguments are those of `work_folder`."""
     root = Path(os.path.expanduser(work_dir)) if work_dir is not None else default_work_dir()
     target = str(out.resolve()) if out is not None else ""
     if publication is not None:
@@ -112,7 +140,8 @@ def discard_work(folder: Path) -> list[str]:
     """Remove what earlier runs of any plan kept on this machine for a target.
 
     Args:
-        folder: of one plan and the target, from `work_folder`; those of other plans lie beside it.
+        folder: of one plan and the target, from `machine_folder`; those of other plans lie
+            beside it.
 
     Returns:
         What was removed.
@@ -122,11 +151,14 @@ def discard_work(folder: Path) -> list[str]:
     """
     removed = []
     for found in sorted(folder.parent.glob(f"*-{folder.name.rpartition('-')[2]}")):
-        if not (found / "lock").is_file():
+        paths = [path for path in (found / "lock", *found.glob("*/lock")) if path.is_file()]
+        if not paths:
             continue
         try:
-            with (found / "lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.ExitStack() as stack:
+                for path in paths:  # several where parts of a merge ran here
+                    lock = stack.enter_context(path.open("w"))
+                    locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 removed += [f"{found.name}/{name}" for name in sorted(os.listdir(found))]
                 shutil.rmtree(found)
         except BlockingIOError as exc:
@@ -145,11 +177,10 @@ def known_commits(folder: Path, plan_hash: str) -> list[str | None]:
         One commit a source, None for a folder; empty when there was no start.
     """
     try:
-        with (folder / "journal.jsonl").open(encoding="utf-8") as journal:
-            head = json.loads(journal.readline())
-    except (OSError, ValueError):
+        head = _document(folder / "journal" / _HEAD)
+    except OSError:
         return []
-    if not isinstance(head, dict) or head.get("plan_hash") != plan_hash:
+    if head is None or head.get("plan_hash") != plan_hash:
         return []
     identity = head.get("identity")
     if not isinstance(identity, dict) or not all(str(key).isdigit() for key in identity):

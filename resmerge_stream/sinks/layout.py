@@ -15,7 +15,8 @@ class Shard:
 
     Attributes:
         name: final file name.
-        tensors: in file order: by dtype rank descending, then by name, as `save_file` does.
+        tensors: in file order: by dtype rank descending, then by name, as `save_file` does; codes
+            in FP8 behind their scales.
         header: the file's first bytes.
     """
 
@@ -68,7 +69,7 @@ def _cut(group: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
     parts: list[list[TensorSpec]] = [[]]
     size = 0
     for spec in group:
-        if parts[-1] and size + spec.nbytes > limit:
+        if parts[-1] and size + spec.nbytes > limit and not is_behind(spec, parts[-1][-1]):
             parts.append([])
             size = 0
         parts[-1].append(spec)
@@ -76,9 +77,23 @@ def _cut(group: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
     return parts
 
 
+def is_behind(codes: TensorSpec, scales: TensorSpec) -> bool:
+    """Return whether a tensor is written right behind its scales."""
+    return scales.scaled == codes.name
+
+
 def shard_of(name: str, tensors: Sequence[TensorSpec]) -> Shard:
     """Return one output file with these tensors."""
-    ordered = sorted(tensors, key=lambda spec: (-DTYPES[spec.dtype].rank, spec.name))
+    scaled = {spec.scaled for spec in tensors}
+    codes = {spec.name for spec in tensors if spec.dtype == "F8_E4M3"} & scaled
+
+    def place(spec: TensorSpec) -> tuple[int, str, bool]:
+        if spec.name in codes or spec.scaled in codes:
+            # Both are known at once: the scales first, and so that they lie at multiples of four.
+            return -DTYPES["F32"].rank, spec.scaled or spec.name, not spec.scaled
+        return -DTYPES[spec.dtype].rank, spec.name, True
+
+    ordered = sorted(tensors, key=place)
     offset, placed = 0, []
     for spec in ordered:
         placed.append((spec, offset))

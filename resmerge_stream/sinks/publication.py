@@ -1,15 +1,50 @@
-"""Publishing, as the user asked for it: where to, for whom, over what. No network."""
+"""Publishing, as the user asked for it: declared once for flags, data and words. No network."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Self
 
 from ..errors import RecipeError, shown
 from ..sources import REPO_ID
+from ..units import parse_size
 
 # As the Hub writes a collection's address: owner/title-id.
 _COLLECTION = re.compile(
     r"(?:https?://[^/\s]+/collections/)?([\w.-]{1,96}/[\w.-]{1,200})", re.ASCII
 )
+
+
+class Flag(NamedTuple):
+    """A field of a publication as the command line has it; without a metavar it says `value`."""
+
+    field: str
+    key: str
+    help: str
+    metavar: str = ""
+    value: bool = True
+
+    @property
+    def word(self) -> str:
+        """The command line's name."""
+        return f"--{self.key.replace('_', '-')}"
+
+
+# In the order of `--help`.
+FLAGS = (
+    Flag("repo_id", "push_to", "publish to this repository; a new one is private", "NS/NAME"),
+    Flag("public", "private", "keep it private (default for a new one)", value=False),
+    Flag("public", "public", "make it public when the merge is complete"),
+    Flag("update", "update", "replace the model in it, the plan lists the files; or, in the "
+         "output folder, this merge's result where its sources changed"),
+    Flag("create_pr", "create_pr", "open a pull request on it instead; change nothing else"),
+    Flag("collection", "collection", "add the model to this collection of yours", "OWNER/SLUG"),
+    Flag("discuss", "discuss", "open a discussion in it when the merge is done"),
+    Flag("max_disk", "max_disk", "disk space for shards not yet sent (default: two shards per "
+         "process); 0: write none", "SIZE"),
+)  # fmt: skip
+# What plain data says in other words, and what belongs to a machine.
+_NOT_IN_DATA = ("repo_id", "public", "max_disk")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,17 +71,50 @@ class Publication:
     discuss: bool = False
     max_disk: int | None = None
 
+    @classmethod
+    def of_flags(cls, given: Mapping[str, Any]) -> Self:
+        """Return what flags say, by key; what is empty leaves the default.
+
+        Raises:
+            RecipeError: a value is wrong.
+        """
+        found: dict[str, Any] = {
+            flag.field: given[flag.key] if flag.metavar else flag.value
+            for flag in FLAGS
+            if given.get(flag.key)
+        }
+        if "max_disk" in found:
+            found["max_disk"] = parse_size(found["max_disk"], name="max-disk")
+        return cls(**found)
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Self | None:
+        """Return how plain data asks to publish, as `said` writes it; None for files.
+
+        Raises:
+            RecipeError: something is wrong.
+        """
+        public, repo_id = document.get("public"), document.get("push_to") or ""
+        if not isinstance(public, bool | None):
+            raise RecipeError("public must be true or false.")
+        found = {name: document.get(name, default) for name, default in cls.defaults().items()}
+        for name, default in cls.defaults().items():
+            if not isinstance(found[name], type(default)):
+                wanted = "true or false" if default is False else "text"
+                raise RecipeError(f"{name} must be {wanted}, not {shown(found[name])}.")
+        if not isinstance(repo_id, str):
+            raise RecipeError(f"push_to must be namespace/name, not {shown(repo_id)}.")
+        repo_id = repo_id.strip()
+        return cls(repo_id=repo_id, public=public, **found) if repo_id else None
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Return what plain data says beside the repository and its visibility, by default."""
+        return {one.name: one.default for one in fields(cls) if one.name not in _NOT_IN_DATA}
+
     def words(self) -> list[str]:
         """Return the command line's words for it, without those at their defaults."""
-        words = ["--push-to", self.repo_id]
-        if self.public is not None:
-            words.append("--public" if self.public else "--private")
-        words += ["--update"] if self.update else []
-        words += ["--create-pr"] if self.create_pr else []
-        words += ["--collection", self.collection] if self.collection else []
-        words += ["--discuss"] if self.discuss else []
-        words += ["--max-disk", str(self.max_disk)] if self.max_disk is not None else []
-        return words
+        return words_of({one.name: getattr(self, one.name) for one in fields(self)})
 
     def __post_init__(self) -> None:
         if not REPO_ID.fullmatch(self.repo_id):
@@ -74,3 +142,27 @@ class Publication:
                     field="collection",
                 )
             object.__setattr__(self, "collection", found.group(1))
+
+
+def words_of(values: Mapping[str, Any]) -> list[str]:
+    """Return the command line's words for a publication's values, by field."""
+    words = []
+    for flag in FLAGS:
+        value = values.get(flag.field)
+        if flag.metavar:
+            words += [flag.word, str(value)] if value not in (None, "") else []
+        elif value is flag.value:
+            words.append(flag.word)
+    return words
+
+
+def said(publication: Publication | None) -> dict[str, Any]:
+    """Return how to publish as plain data, for `Publication.from_dict`."""
+    return {
+        "push_to": publication.repo_id if publication is not None else "",
+        "public": publication.public if publication is not None else None,
+        **{
+            name: getattr(publication, name, default)
+            for name, default in Publication.defaults().items()
+        },
+    }

@@ -2,14 +2,15 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from loopback_hub import Hook
 from resmerge_stream import run_merge
 from resmerge_stream.errors import StoppedError
-from tests.loopback_hub import Hook
 from tests.support.checkpoints import file_bytes, make_group, merge, plan_group
 from tests.support.hub_runs import running_bench
 
@@ -60,6 +61,34 @@ def test_a_full_disk_stops_a_merge_and_room_lets_it_go_on(left: int, disk: Path,
     assert str(disk) in str(stopped.value)
     assert not finals or left > 100_000
     assert file_bytes(out) == file_bytes(whole.out)
+
+
+@pytest.mark.slow
+def test_a_cache_that_takes_nothing_more_is_a_problem(disk: Path, tmp_path: Path):
+    """A disk that only reads: refused by the plan where small files lack that are copied last."""
+    subprocess.run(["mount", "-o", "remount,size=9M", str(disk)], check=True)
+    with running_bench(tmp_path / "bench") as bench:
+        env = bench.env() | {"HF_HUB_CACHE": str(disk / "hub")}
+
+        def run(command: str, out: str) -> subprocess.CompletedProcess[str]:
+            words = [command, *bench.sources(), "--method", "mean", "--out", out]
+            return subprocess.run(
+                [sys.executable, "-m", "resmerge_stream", *words],
+                env=env, cwd=bench.folder, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+
+        assert run("plan", "out").returncode == 0
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        lacking = run("plan", "out")
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        assert run("merge", "out").returncode == 0
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        whole = run("plan", "other")
+
+    assert lacking.returncode == 2, lacking.stdout + lacking.stderr
+    assert f"nothing can be written to '{disk / 'hub'}'" in lacking.stdout
+    assert "HF_HOME" in lacking.stdout
+    assert whole.returncode == 0, whole.stdout + whole.stderr
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.loopback_hub import Answer, Hook
+from loopback_hub import Answer, Hook
 from tests.support.hub_runs import Bench, Run, running_bench
 
 CREATES_PR = r"/commit/main\?create_pr"
@@ -182,7 +182,7 @@ def test_discarding_removes_the_staging_of_a_pull_request(bench: Bench) -> None:
     [
         (["--push-to", "carol/nothing", "--create-pr"], "nothing to open a pull request on"),
         (["--push-to", "carol/closed", "--create-pr"], "takes no discussions"),
-        (["--push-to", "carol/closed"], "not in 'carol'"),
+        (["--push-to", "carol/closed"], "cannot publish under 'carol'"),
         (["--push-to", "alice/x", "--collection", "carol/hers-1"], "you may not add to it"),
         (["--push-to", "alice/x", "--collection", "alice/none-1"], "there is no collection"),
         (["--push-to", "alice/x", "--collection", "mine"], "Write owner/title-id"),

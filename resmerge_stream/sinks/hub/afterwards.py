@@ -13,7 +13,7 @@ from huggingface_hub.hf_api import HfApi
 from ...errors import Notice, ResMergeError
 from ...hub.client import patiently, status_of
 from ...hub.repo import HubRepo
-from ...units import format_size
+from ...units import format_duration, format_size
 
 _TITLE = "Merged with ResMerge Stream"
 # Discussions of the account that are looked at, the newest first.
@@ -115,7 +115,7 @@ def _said(report: Mapping[str, Any]) -> str:
         f"The merge is done: {len(report['tensors'])} tensors",
         *([f"by {name}"] if isinstance(name, str) else []),
         *([f"{format_size(written)} written"] if isinstance(written, int) else []),
-        *([f"in {seconds:.0f} s"] if isinstance(seconds, int | float) else []),
+        *([f"in {format_duration(seconds)}"] if isinstance(seconds, int | float) else []),
     ]
     lines = [
         ", ".join(facts) + ".",

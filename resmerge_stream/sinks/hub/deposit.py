@@ -6,8 +6,7 @@ shard is sent to where it will stand: nobody sees it there until the commit on m
 staging branch holds its row of the journal alone.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd
@@ -15,39 +14,10 @@ from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
 
 from ...hub.client import patiently
 from ...hub.repo import HubRepo
-from .upload import upload_file
 
 # The Hub takes so many objects in one request.
 _BATCH = 256
 _KEY = "deposited"
-
-
-class Deposit:
-    """The large-file storage of a repository that is not to be committed to yet.
-
-    Args:
-        repo: the target.
-        create_pr: whether what names the shards at the end is a pull request.
-    """
-
-    def __init__(self, repo: HubRepo, *, create_pr: bool = False) -> None:
-        self._repo, self._create_pr = repo, create_pr
-
-    def send(self, path: Path, entry: Mapping[str, Any], now_at: Callable[[int], None]) -> None:
-        """Send a shard's file; see `upload_file`.
-
-        Raises:
-            StoppedError: the network or the Hub kept failing, or the storage is full.
-        """
-        upload_file(
-            self._repo,
-            "main",
-            path,
-            str(entry["name"]),
-            str(entry["sha256"]),
-            now_at,
-            create_pr=self._create_pr,
-        )
 
 
 def deposited(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from ...hub.repo import HubRepo, MovedError, Operation, listed
 from ...pipes import WriteBehind
 from ..folder import REPORT, FolderSink
 from ..layout import Shard
-from ..sink import Membership, ShardWriter
+from ..sink import Membership, ShardWriter, Sink
 from .afterwards import add_to_collection, discuss
-from .deposit import Deposit, deposited, deposited_file, is_deposited, missing_from
-from .discard import discard_sibling
+from .deposit import deposited_file, is_deposited, missing_from
+from .leftovers import discard_sibling
 from .staging import Staging, branch_name
 from .target import (
     HubTarget,
@@ -32,14 +32,14 @@ from .target import (
     sibling_id,
     staging_repo,
 )
-from .upload import StreamedShard, upload_file
+from .upload import DepositSender, FileSender, StreamSender
 
 # Shards under way at a time: around its bytes, each waits for six answers of the Hub, so that one
 # alone would leave the line idle. How many bytes that is, the room on the disk says.
 _SENDERS = 4
 
 
-class HubSink:
+class HubSink(Sink):
     """Publishes a merge. See `Sink`.
 
     Args:
@@ -70,13 +70,11 @@ class HubSink:
         self._target, self._shards = target, {shard.name: shard for shard in shards}
         self._shelf, self._keep_files = shelf, keep_files
         self._plan_hash, self._identity, self._asked = plan_hash, identity, asked
-        self._streams = target.publication.max_disk == 0
         self._creates_pr = target.publication.create_pr
-        self._deposit: Deposit | None = None
-        self._streamed: dict[str, StreamedShard] = {}
         largest = max((shard.nbytes for shard in shards), default=0)
         allowed = target.publication.max_disk
         self._disk = 2 * largest if allowed is None else allowed // machine_share()[1]
+        self._streams = allowed == 0
         self._sent, self._sending = 0, dict[str, int]()
         self._counting = threading.Lock()
 
@@ -108,8 +106,12 @@ class HubSink:
         )
         if self._streams and not has_xet(repo):
             raise PlanRefusedError(no_xet(repo))
+        self._sender: FileSender
         if repo is not target.repo and not (is_xet_available() and has_xet(repo)):
-            self._deposit = Deposit(target.repo, create_pr=self._creates_pr)
+            self._sender = self._deposit_sender()
+        else:
+            kind = StreamSender if self._streams else FileSender
+            self._sender = kind(self._shelf, repo, branch_name(plan_hash))
         self._staging = Staging(
             repo, plan_hash, self._identity, member, made_repo=made, asked=self._asked
         )
@@ -128,11 +130,23 @@ class HubSink:
 
     @property
     def bytes_to_send(self) -> int:
-        """Bytes of the shards that were not staged when this run began."""
-        return sum(s.nbytes for name, s in self._shards.items() if name not in self._staged_before)
+        """Bytes of this run's shards that were not staged when it began."""
+        own = self._shards if self._member.own is None else self._member.own
+        left = self._shards.keys() - self._staged_before
+        return sum(self._shards[name].nbytes for name in left if name in own)
 
     def finished_shards(self) -> Mapping[str, dict[str, Any]]:
         """Return the entries of shards that need not be merged again."""
+        return self._finished
+
+    def by_now(self) -> Mapping[str, dict[str, Any]]:
+        """Return the entries of all shards that are staged by now, by whichever part.
+
+        Raises:
+            StoppedError: the Hub kept failing, or another run took the branch over.
+        """
+        self._staging.look_again()
+        self._finished = self._staged()
         return self._finished
 
     def make_room(self, shard: Shard) -> None:
@@ -148,16 +162,11 @@ class HubSink:
 
     def open_shard(self, shard: Shard) -> ShardWriter:
         """Start a shard: a file, or a stream."""
-        if self._streams:
-            writer = StreamedShard(self._staging.repo, self._staging.branch, shard)
-            self._streamed[shard.name] = writer
-            return writer
-        return self._shelf.open_shard(shard)
+        return self._sender.open_shard(shard)
 
     def keep(self, shard: Shard, entry: Mapping[str, Any]) -> None:
         """Record a finished shard here, and have it sent and recorded on the Hub."""
-        if not self._streams:
-            self._shelf.keep(shard, entry)
+        self._sender.keep(shard, entry)
         self._queue(shard, entry)
 
     def lost(self, files: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -167,14 +176,14 @@ class HubSink:
         """
         wanted = {str(file["name"]): file for file in files}
         names = self._staging.differing(wanted)
-        if self._deposit is not None:
+        if isinstance(self._sender, DepositSender):
             gone = missing_from(self._target.repo, wanted.values(), create_pr=self._creates_pr)
             names |= gone & set(self._staging.deposits)
         elif self._staging.repo is not self._target.repo and (
             unshown := self._staging.without_xet(set(wanted) - names)
         ):
             # Nothing can be taken over from the private repository: it goes where it will stand.
-            self._deposit = Deposit(self._target.repo, create_pr=self._creates_pr)
+            self._sender = self._deposit_sender()
             names |= unshown
         for name in names:
             self._staging.entries.pop(name, None)
@@ -194,6 +203,7 @@ class HubSink:
     def _open_pull_request(self, files: Mapping[str, bytes]) -> str:
         target = self._target
         _, stale = replaced_files(target, [*self._shards, *files])
+        identity = json.loads(files[REPORT]).get("identity")
         target.pull_request = target.repo.open_pull_request(
             lambda: self._final_operations(files, stale),
             parent=self._main,
@@ -202,7 +212,7 @@ class HubSink:
                 "A merged model in place of what stands here. Its card says what was merged and "
                 "how to make it again; `resmerge/report.json` has what was decided for each tensor."
             ),
-            known=lambda: pull_request_of(target, self._plan_hash)[0],
+            known=lambda: pull_request_of(target, self._plan_hash, identity)[0],
         )
         return target.page
 
@@ -218,7 +228,7 @@ class HubSink:
                 proof={REPORT: files[REPORT]},
             )
         except MovedError as exc:
-            landed = finished_at(repo, self._plan_hash)
+            landed = finished_at(repo, self._plan_hash, json.loads(files[REPORT]))
             if landed is None:
                 raise OutputExistsError(
                     f"main of {repo.id} was changed while this merge ran, so it is not touched; "
@@ -259,21 +269,25 @@ class HubSink:
     def _resume(self, *, sends: bool) -> None:
         """Find what earlier runs finished, and send what they had not sent."""
         on_shelf = dict(self._shelf.finished_shards())
+        staged = self._staged()
+        self._staged_before = set(staged)
+        self._finished = on_shelf if self._keep_files else {**staged, **on_shelf}
+        for name, entry in on_shelf.items() if sends else ():
+            self._queue(self._shards[name], entry)
+
+    def _staged(self) -> dict[str, dict[str, Any]]:
+        """Return the entries of what is staged whole, by name; what is gone is forgotten."""
         entries = [e for n, e in self._staging.entries.items() if n in self._shards]
         waiting = [entry for entry in entries if is_deposited(entry)]
         gone = missing_from(self._target.repo, waiting, create_pr=self._creates_pr)
         for name in gone:
             del self._staging.entries[name]
-        staged = {
+        return {
             str(entry["name"]): entry
             for entry in entries
             if entry["size"] == self._shards[str(entry["name"])].nbytes
             and entry["name"] not in gone
         }
-        self._staged_before = set(staged)
-        self._finished = on_shelf if self._keep_files else {**staged, **on_shelf}
-        for name, entry in on_shelf.items() if sends else ():
-            self._queue(self._shards[name], entry)
 
     def _queue(self, shard: Shard, entry: Mapping[str, Any]) -> None:
         self._queued.add(shard.name)
@@ -282,30 +296,15 @@ class HubSink:
     def _send(self, shard: Shard, entry: Mapping[str, Any]) -> None:
         known = self._staging.entries.get(shard.name)
         if known is None or known["sha256"] != entry["sha256"]:
-            if self._deposit is not None:
-                path = self._shelf.path_of(shard.name)
-                self._deposit.send(path, entry, self._counter_of(shard))
-                self._staging.stage(None, deposited(entry))
-            else:
-                self._staging.stage(self._upload(shard, entry), entry)
+            self._staging.stage(*self._sender.send(entry, self._counter_of(shard)))
             with self._counting:
                 self._sending.pop(shard.name, None)
                 self._sent += shard.nbytes
-        if not self._keep_files and not self._streams:
+        if not self._keep_files:
             self._shelf.free(shard.name)
 
-    def _upload(self, shard: Shard, entry: Mapping[str, Any]) -> CommitOperationAdd:
-        streamed = self._streamed.pop(shard.name, None)
-        if streamed is not None:
-            return streamed.operation()
-        return upload_file(
-            self._staging.repo,
-            self._staging.branch,
-            self._shelf.path_of(shard.name),
-            shard.name,
-            str(entry["sha256"]),
-            self._counter_of(shard),
-        )
+    def _deposit_sender(self) -> DepositSender:
+        return DepositSender(self._shelf, self._target.repo, "main", create_pr=self._creates_pr)
 
     def _counter_of(self, shard: Shard) -> Callable[[int], None]:
         """Return what is told how far a shard's file was read to be sent."""

@@ -156,8 +156,8 @@ class Staging:
     ) -> None:
         self.repo, self.branch = repo, branch_name(plan_hash)
         self._owner = membership.mark or uuid.uuid4().hex
-        self._turn = membership.turn
-        self._waiting: list[_Row] = []
+        self._turn, self._plan_hash = membership.turn, plan_hash
+        self._waiting: list[_StagedShard] = []
         self._committing = threading.Lock()
         if membership.is_main:
             repo.create_branch(self.branch)
@@ -174,6 +174,8 @@ class Staging:
                 "or start afresh without what it left.",
                 Remedy.DISCARD_STAGING,
             )
+        if membership.own is not None and staged.identity and staged.owner == self._owner:
+            return  # another part began it
         head = {
             "owner": self._owner,
             "plan_hash": plan_hash,
@@ -183,6 +185,17 @@ class Staging:
         }
         data = json.dumps(head, indent=1).encode()
         self._advance("Start staging", lambda: [_add(HEAD, data)], {HEAD: data})
+
+    def look_again(self) -> None:
+        """See what others that have the same mark staged by now.
+
+        Raises:
+            StoppedError: another run took the branch over, or the Hub failed.
+        """
+        staged = read_staged(self.repo, self._plan_hash)
+        if staged is None or staged.owner != self._owner:
+            raise self._taken_over()
+        self.entries, self.commit = staged.entries, staged.commit
 
     @property
     def deposits(self) -> dict[str, dict[str, Any]]:
@@ -255,7 +268,7 @@ class Staging:
             StoppedError: another run took the branch over, or the Hub failed.
         """
         data = json.dumps({**entry, "owner": self._owner}).encode()
-        row = _Row(shard, entry, f"{FOLDER}/{entry['name']}.json", data)
+        row = _StagedShard(shard, entry, f"{FOLDER}/{entry['name']}.json", data)
         self._waiting.append(row)
         with self._committing:
             if row in self._waiting:
@@ -265,7 +278,7 @@ class Staging:
                     if row in self._waiting:  # it failed: the others say so themselves
                         self._waiting.remove(row)
 
-    def _commit_rows(self, rows: "list[_Row]") -> None:
+    def _commit_rows(self, rows: "list[_StagedShard]") -> None:
         proof: dict[str, str | bytes] = {}
         for row in rows:
             proof |= row.proof
@@ -336,7 +349,7 @@ class Staging:
 
 
 @dataclass(eq=False, slots=True)
-class _Row:
+class _StagedShard:
     """A shard on its way to the branch, with its row of the journal."""
 
     shard: CommitOperationAdd | None

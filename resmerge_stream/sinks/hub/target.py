@@ -3,7 +3,7 @@
 Everything is asked before a tensor moves; nothing is changed here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,12 +21,16 @@ from ...hub.repo import HubRepo, listed, sha256_of
 from ...sources import REPO_ID
 from ...units import format_size
 from ..folder import REPORT
+from ..provenance import Known, changed
 from ..publication import Publication
 from .afterwards import collection_problem, discussion_problem
 from .staging import Staged, branch_name, is_branch_name, read_staged
 
 # What every merge writes beside weights and side files.
-CARD_FILES = ("README.md", REPORT, "resmerge/recipe.yml", "resmerge/gates.png")
+CARD_FILES = (
+    "README.md", REPORT, "resmerge/provenance.intoto.json", "resmerge/recipe.yml",
+    "resmerge/gates.png",
+)  # fmt: skip
 # Beside them where mergekit could run the recipe.
 MERGEKIT_CONFIG = "mergekit_config.yml"
 # Of the account's own pull requests on the target.
@@ -138,13 +142,37 @@ def look_at_target(publication: Publication, plan_hash: str, token: str | bool |
         _check_afterwards(target)
         if target.found.problems:
             return target
-        if not target.finished:
+        if not target.finished or publication.update:  # then it may be an update that was stopped
             target.staged = read_staged(staging_repo(target, plan_hash), plan_hash)
     except StoppedError:
         raise  # the network, not the target
     except ResMergeError as exc:
         target.found.problems += exc.notices
     return target
+
+
+def check_current(target: HubTarget, plan_hash: str, now: Sequence[Known]) -> None:
+    """Refuse a finished result of sources that have changed, or have it made anew.
+
+    Args:
+        target: finished; it is not any more where it is to be replaced.
+        plan_hash: of the plan.
+        now: its sources.
+
+    Raises:
+        StoppedError: the network or the Hub kept failing.
+    """
+    others = changed(target.report, now)
+    if not others:
+        return
+    if target.publication.update or target.publication.create_pr:
+        target.finished, target.report, target.pull_request = False, {}, None
+        if target.staged is None:
+            target.staged = read_staged(staging_repo(target, plan_hash), plan_hash)
+    else:
+        target.found.problem(
+            f"{target.repo.id} holds the result of {'; of '.join(others)}.", Remedy.REPLACE
+        )
 
 
 def _check_pull_requests(target: HubTarget, plan_hash: str) -> None:
@@ -166,8 +194,15 @@ def _check_pull_requests(target: HubTarget, plan_hash: str) -> None:
             target.finished, target.report, target.pull_request = True, report, number
 
 
-def pull_request_of(target: HubTarget, plan_hash: str) -> tuple[int | None, dict[str, Any] | None]:
+def pull_request_of(
+    target: HubTarget, plan_hash: str, identity: object = None
+) -> tuple[int | None, dict[str, Any] | None]:
     """Return the account's open pull request that holds a plan's result, and its report; or none.
+
+    Args:
+        target: where it was opened.
+        plan_hash: of the plan.
+        identity: what the report says of the sources; None for any.
 
     Raises:
         ResMergeError: the network or the Hub kept failing.
@@ -176,7 +211,7 @@ def pull_request_of(target: HubTarget, plan_hash: str) -> tuple[int | None, dict
     for number in repo.pull_requests(author, limit=_MOST_PULL_REQUESTS):
         info = repo.info(f"refs/pr/{number}")
         report = _finished_report(repo, info, plan_hash) if info is not None else None
-        if report is not None:
+        if report is not None and identity in (None, report.get("identity")):
             return number, report
     return None, None
 
@@ -235,10 +270,17 @@ def _check_content(target: HubTarget, plan_hash: str) -> None:
         )
 
 
-def finished_at(repo: HubRepo, plan_hash: str) -> str | None:
-    """Return main's commit where it holds the finished result of a plan, else None."""
+def finished_at(repo: HubRepo, plan_hash: str, report: Mapping[str, Any]) -> str | None:
+    """Return main's commit where it holds the finished result of a plan, else None.
+
+    Args:
+        repo: the target.
+        plan_hash: of the plan.
+        report: of the result; that of the same merge of other sources is not meant.
+    """
     info = repo.info()
-    if info is None or _finished_report(repo, info, plan_hash) is None:
+    there = None if info is None else _finished_report(repo, info, plan_hash)
+    if info is None or there is None or there.get("identity") != report.get("identity"):
         return None
     return info.sha
 

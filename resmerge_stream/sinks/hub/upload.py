@@ -1,10 +1,12 @@
-"""Sending shards to the Hub behind the merge: from a file, or as they are merged."""
+"""Sending shards to the Hub behind the merge: three ways, one protocol.
+
+Each is a sender: it opens a shard, keeps it here until it is sent, and sends it.
+"""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from huggingface_hub import CommitOperationAdd
 from huggingface_hub.lfs import UploadInfo
@@ -18,7 +20,10 @@ from huggingface_hub.utils._xet import (
 from ...errors import StoppedError
 from ...hub.client import FAILURES, explain, patiently
 from ...hub.repo import HubRepo
+from ..folder import FolderSink
 from ..layout import Shard
+from ..sink import ShardWriter
+from .deposit import deposited
 
 _SAMPLE_BYTES = 512
 # A signed link may be refused once, and a new one taken: each try asks for one.
@@ -44,41 +49,92 @@ class _Watched(CommitOperationAdd):
             yield file
 
 
-def upload_file(
-    repo: HubRepo,
-    branch: str,
-    path: Path,
-    name: str,
-    sha256: str,
-    now_at: Callable[[int], None],
-    *,
-    create_pr: bool = False,
-) -> CommitOperationAdd:
-    """Send a shard that lies in a file; return what commits it.
+class FileSender:
+    """Sends shards from files, for a commit to a branch.
 
     Args:
+        shelf: where the files lie until then.
         repo: where to.
         branch: of the commit to come.
-        path: the file.
-        name: of the shard.
-        sha256: in hex, taken when the file was written.
-        now_at: is called with how many of its bytes were read to be sent, where that is known.
         create_pr: whether that commit will open a pull request, for which reading is right enough.
-
-    Raises:
-        StoppedError: the network or the Hub kept failing, or the storage is full.
     """
-    operation = _Watched(name, str(path))
-    operation.now_at = now_at
-    operation.upload_info.sha256 = bytes.fromhex(sha256)
-    patiently(
-        lambda: repo.api.preupload_lfs_files(
-            repo.id, [operation], revision=branch, create_pr=create_pr, free_memory=False
-        ),
-        what=f"send {name} to {repo.id}",
-        refused_tries=_REFUSED_TRIES,
-    )
-    return operation
+
+    def __init__(
+        self, shelf: FolderSink, repo: HubRepo, branch: str, *, create_pr: bool = False
+    ) -> None:
+        self._shelf, self._repo, self._branch, self._create_pr = shelf, repo, branch, create_pr
+
+    def open_shard(self, shard: Shard) -> ShardWriter:
+        """Start a shard."""
+        return self._shelf.open_shard(shard)
+
+    def keep(self, shard: Shard, entry: Mapping[str, Any]) -> None:
+        """Record a finished shard here, so that another run only has to send it."""
+        self._shelf.keep(shard, entry)
+
+    def send(
+        self, entry: Mapping[str, Any], now_at: Callable[[int], None]
+    ) -> tuple[CommitOperationAdd | None, Mapping[str, Any]]:
+        """Send a finished shard; return what commits it, if anything yet, and its row as staged.
+
+        Args:
+            entry: its row of the journal.
+            now_at: is called with how many of its bytes were read to be sent, where that is known.
+
+        Raises:
+            StoppedError: the network or the Hub kept failing, or the storage is full.
+        """
+        name = str(entry["name"])
+        operation = _Watched(name, str(self._shelf.path_of(name)))
+        operation.now_at = now_at
+        operation.upload_info.sha256 = bytes.fromhex(str(entry["sha256"]))
+        patiently(
+            lambda: self._repo.api.preupload_lfs_files(
+                self._repo.id,
+                [operation],
+                revision=self._branch,
+                create_pr=self._create_pr,
+                free_memory=False,
+            ),
+            what=f"send {name} to {self._repo.id}",
+            refused_tries=_REFUSED_TRIES,
+        )
+        return operation, entry
+
+
+class DepositSender(FileSender):
+    """Sends shards to where they will stand, for the very last commit. See `deposit`."""
+
+    def send(
+        self, entry: Mapping[str, Any], now_at: Callable[[int], None]
+    ) -> tuple[CommitOperationAdd | None, Mapping[str, Any]]:
+        """Send a finished shard, which nothing commits yet."""
+        super().send(entry, now_at)
+        return None, deposited(entry)
+
+
+class StreamSender(FileSender):
+    """Sends shards while they are merged; only what an earlier run left here is a file."""
+
+    def __init__(self, shelf: FolderSink, repo: HubRepo, branch: str) -> None:
+        super().__init__(shelf, repo, branch)
+        self._streamed: dict[str, StreamedShard] = {}
+
+    def open_shard(self, shard: Shard) -> ShardWriter:
+        """Start sending a shard."""
+        writer = StreamedShard(self._repo, self._branch, shard)
+        self._streamed[shard.name] = writer
+        return writer
+
+    def keep(self, shard: Shard, entry: Mapping[str, Any]) -> None:
+        """Do nothing: it is sent already."""
+
+    def send(
+        self, entry: Mapping[str, Any], now_at: Callable[[int], None]
+    ) -> tuple[CommitOperationAdd | None, Mapping[str, Any]]:
+        """Return what commits a shard that is there already."""
+        streamed = self._streamed.pop(str(entry["name"]), None)
+        return (streamed.operation(), entry) if streamed else super().send(entry, now_at)
 
 
 class StreamedShard:

@@ -9,7 +9,7 @@ import pytest
 from resmerge_stream.cli.main import main
 from resmerge_stream.errors import OutputExistsError, PlanRefusedError, StoppedError
 from resmerge_stream.sinks import FolderSink, target_state
-from resmerge_stream.sinks.folder import MARKER, REPORT, discard
+from resmerge_stream.sinks.folder import LOCK, MARKER, REPORT, discard
 from resmerge_stream.sinks.layout import plan_shards
 from resmerge_stream.sinks.safetensors_file import SafetensorsFile
 from resmerge_stream.specs import TensorSpec
@@ -51,7 +51,7 @@ def test_shards_have_temporary_names_until_all_is_there(tmp_path):
     sink.publish({"config.json": b"{}", "resmerge/report.json": b"{}"})
     sink.close()
 
-    assert before == [MARKER, *(f"{shard.name}.part" for shard in SHARDS)]
+    assert before == [MARKER, LOCK, *(f"{shard.name}.part" for shard in SHARDS)]
     assert names(tmp_path / "out") == ["config.json", *(s.name for s in SHARDS), "resmerge"]
     assert (tmp_path / "out" / SHARDS[0].name).read_bytes() == SHARDS[0].header + b"12345678"
 
@@ -71,11 +71,12 @@ def test_finished_shards_are_found_again(tmp_path):
 
 @pytest.mark.parametrize("damage", ["gone", "shorter", "a bit", "journal cut", "journal gone"])
 def test_a_damaged_shard_is_made_again(damage, tmp_path):
-    """A shard counts as finished only with its whole file and its whole line in the journal."""
+    """A shard counts as finished only with its whole file and its whole row of the journal."""
     sink = sink_at(tmp_path)
     write(sink, SHARDS[0])
     sink.close()
-    part, journal = tmp_path / "out" / f"{SHARDS[0].name}.part", tmp_path / "work" / "journal.jsonl"
+    part = tmp_path / "out" / f"{SHARDS[0].name}.part"
+    journal = tmp_path / "work" / "journal" / f"{SHARDS[0].name}.json"
     if damage == "gone":
         part.unlink()
     elif damage == "shorter":
@@ -96,11 +97,11 @@ def test_a_damaged_shard_is_made_again(damage, tmp_path):
 
 
 def test_a_journal_cut_by_a_crash_can_be_continued(tmp_path):
-    """After a torn last line, shards that are kept later are found by the next run."""
+    """After a torn row, shards that are kept later are found by the next run."""
     sink = sink_at(tmp_path)
     write(sink, SHARDS[0])
     sink.close()
-    journal = tmp_path / "work" / "journal.jsonl"
+    journal = tmp_path / "work" / "journal" / f"{SHARDS[0].name}.json"
     os.truncate(journal, journal.stat().st_size - 5)
     second = sink_at(tmp_path)
     write(second, SHARDS[0])
@@ -335,7 +336,7 @@ import resource, signal, sys
 from resmerge_stream import StoppedError, plan_merge, run_merge
 from resmerge_stream.recipe import ModelRef, Recipe
 out, work, base, *experts = sys.argv[1:]
-plan = plan_merge(Recipe(ModelRef(base), tuple(map(ModelRef, experts))), out=out)
+plan = plan_merge(Recipe(ModelRef(base), tuple(map(ModelRef, experts)), "resmerge"), out=out)
 events = run_merge(plan, out=out, work_dir=work)
 next(events)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -359,7 +360,7 @@ def test_a_write_that_fails_stops_the_run_and_a_rerun_finishes_it(tmp_path):
 
     assert stopped.returncode == 3, stopped.stderr
     assert str(out) in stopped.stdout
-    assert names(out) == [MARKER]
+    assert names(out) == [MARKER, LOCK]
     from resmerge_stream import run_merge
 
     list(run_merge(plan_group(group, out=out), out=out, work_dir=work))

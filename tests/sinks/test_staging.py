@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 
+from loopback_hub import Hook, LoopbackHub
 from resmerge_stream.errors import StoppedError
 from resmerge_stream.hub.repo import HubRepo
 from resmerge_stream.sinks.hub.staging import Staging, read_staged
 from resmerge_stream.sinks.sink import Membership
-from tests.loopback_hub import Hook, LoopbackHub
 
 PLAN = "0123456789abcdef"
 

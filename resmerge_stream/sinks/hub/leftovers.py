@@ -1,4 +1,8 @@
-"""Removing what an abandoned run left on the Hub, and nothing else."""
+"""What runs left on the Hub: an account's unfinished merges, and removing what they staged."""
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 from huggingface_hub.hf_api import HfApi
 
@@ -6,8 +10,57 @@ from ...errors import ResMergeError
 from ...hub.account import whoami
 from ...hub.client import FAILURES, client, patiently, status_of
 from ...hub.repo import HubRepo, listed
-from .staging import HEAD, branch_name, is_branch_name
+from .staging import HEAD, branch_name, is_branch_name, read_staged
 from .target import pull_request_sibling, sibling_id
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A merge that stopped before it was published.
+
+    Attributes:
+        repo_id: where its shards are staged.
+        plan_hash: of the run.
+        shards: how many are finished.
+        nbytes: their bytes.
+        asked: what was asked for: as `Request.to_dict`, from the run's own hand.
+    """
+
+    repo_id: str
+    plan_hash: str
+    shards: int
+    nbytes: int
+    asked: dict[str, Any]
+
+
+def unfinished_merges(token: str, *, limit: int = 20) -> list[Unfinished]:
+    """Return what an account's own repositories hold of unfinished merges.
+
+    Args:
+        token: the account's.
+        limit: how many repositories are looked at, the last modified first.
+
+    Raises:
+        ResMergeError: the Hub refuses or fails.
+    """
+    api = client(token)
+    author = str(whoami(api)["name"])
+    models = patiently(
+        lambda: list(islice(api.list_models(author=author, sort="last_modified"), limit)),
+        what=f"list the repositories of {author}",
+    )
+    found = []
+    for model in models:
+        repo = HubRepo(api, model.id)
+        for branch in filter(is_branch_name, repo.branches()):
+            plan_hash = branch.rpartition("-")[2]
+            staged = read_staged(repo, plan_hash)
+            if staged is not None and staged.asked:
+                nbytes = sum(int(entry["size"]) for entry in staged.entries.values())
+                found.append(
+                    Unfinished(repo.id, plan_hash, len(staged.entries), nbytes, staged.asked)
+                )
+    return found
 
 
 def discard_staging(repo_id: str, token: str | None, *, create_pr: bool = False) -> list[str]:

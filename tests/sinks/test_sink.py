@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.loopback_hub import Answer, Delay, Hook
+from loopback_hub import Answer, Delay, Hook
 from tests.support.hub_runs import Bench
 
 pytestmark = pytest.mark.usefixtures("clean_hub")
@@ -224,7 +224,7 @@ def test_without_an_account_nothing_starts(bench: Bench) -> None:
 
 @pytest.mark.parametrize(
     ("role", "target", "words"),
-    [("read", "dora/x", "only read"), ("write", "alice/x", "not in 'alice'")],
+    [("read", "dora/x", "only read"), ("write", "alice/x", "cannot publish under 'alice'")],
 )
 def test_a_token_without_the_right_is_refused(
     bench: Bench, role: str, target: str, words: str
@@ -371,6 +371,8 @@ def test_verify_reads_a_repository(bench: Bench) -> None:
     bad = bench.run("verify", "alice/verified", "--json")
 
     assert good.code == 0, good.out
-    assert [event["name"] for event in good.events] == ["layout", "files", "finite", "recomputed"]
+    assert [event["name"] for event in good.events] == [
+        "layout", "files", "finite", "recomputed", "statement",
+    ]  # fmt: skip
     assert bad.code == 2
     assert any("sha256" in p for event in bad.events for p in event["problems"])
