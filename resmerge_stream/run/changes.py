@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ..maths.changes import (
     Change,
+    Dense,
     Factored,
     FactoredStack,
     ReplacedRows,
     Rescaled,
-    Stored,
     Sum,
     Unchanged,
 )
@@ -19,7 +19,7 @@ from ..maths.low_rank import LowRank
 from ..maths.stored_bytes import as_tensor
 from ..sources import Checkpoint
 from ..sources.adapter import EditRows
-from ..sources.adapter_layout import Factor, Term
+from ..sources.adapter_layout import Factor
 from .pieces import Piece
 
 # Rows of the base that DoRA's norms of columns are summed over at once.
@@ -63,18 +63,18 @@ class _Builder:
         if edit.stored is not None and self._read.stored is not None:
             dtype = self._read.specs[edit.stored].dtype
             values = as_tensor(self._read.stored, dtype, self._piece.read_shape)
-            found.append(Stored(self._cross(self._piece.part_of(values))))
+            found.append(Dense(self._cross(self._piece.part_of(values))))
         if edit.tokens is not None:
             found.append(self._tokens(*edit.tokens))
         if edit.magnitude is not None:
             found.append(self._rescaled(*edit.magnitude))
         elif edit.terms and len(edit.spec.shape) == 3 and not self._piece.is_slice:
-            slices = range(self._piece.start_row, self._piece.stop_row)
-            found.append(FactoredStack([self._low_rank(expert) for expert in slices]))
+            experts = range(self._piece.rows.start, self._piece.rows.stop)
+            found.append(FactoredStack([self._low_rank(expert) for expert in experts]))
         elif edit.terms:
-            rows = slice(self._piece.start_row, self._piece.stop_row)
+            rows = self._piece.rows
             if self._piece.is_slice:
-                found.append(Factored(self._placed(self._low_rank(self._piece.start_row))))
+                found.append(Factored(self._placed(self._low_rank(rows.start))))
             else:
                 whole = self._low_rank(None)
                 found.append(Factored(self._placed(LowRank(whole.left[rows], whole.right))))
@@ -96,20 +96,15 @@ class _Builder:
         for term in self._edit.terms:
             if expert is not None and term.expert is not None and term.expert != expert:
                 continue
-            left, right = self._factors(term, expert)
+            index = term.expert if term.expert is not None else expert
+            left, right = self._factor(term.left, index), self._factor(term.right, index)
+            # The scale is no power of two as a rule: one rounding, of the product.
+            left, right = (left.double() * term.scale).float(), right.float()
             lefts.append(_in_rows(left, term.place[0], height))
             rights.append(_in_rows(right, term.place[1], width))
         if not lefts:
             return LowRank(torch.zeros(height, 0), torch.zeros(width, 0))
         return LowRank(self._cross(torch.cat(lefts, 1)), self._cross(torch.cat(rights, 1)))
-
-    def _factors(self, term: Term, expert: int | None) -> tuple[Tensor, Tensor]:
-        index = term.expert if term.expert is not None else expert
-        left, right = self._factor(term.left, index), self._factor(term.right, index)
-        if term.source_rows is not None:
-            left = left[slice(*term.source_rows)]
-        # The scale is no power of two as a rule: one rounding, of the product.
-        return (left.double() * term.scale).float(), right.float()
 
     def _factor(self, factor: Factor, expert: int | None) -> Tensor:
         """Return a factor as (rows, r)."""
@@ -122,12 +117,14 @@ class _Builder:
             stored = stored[:, (expert or 0) :: factor.count]
         elif factor.pick == "stack":
             stored = stored[min(expert or 0, factor.count - 1)]
-        return stored.T if factor.transposed else stored
+        else:
+            stored = stored.flatten(1)  # a convolution's: rows by the rest
+        return (stored.T if factor.transposed else stored)[factor.rows]
 
     def _rescaled(self, key: str, columns: bool) -> Rescaled:
         whole = self._low_rank(None)
         magnitude = self._cross(self._tensor(key).flatten())
-        rows = slice(self._piece.start_row, self._piece.stop_row)
+        rows = self._piece.rows
         own = self._placed(LowRank(whole.left[rows], whole.right))
         in_rows, in_columns = self._piece.place
         if columns:
@@ -142,19 +139,18 @@ class _Builder:
         total = added.right.new_zeros(n, dtype=torch.float64)
         for start in range(0, m, _NORM_ROWS):
             rows = slice(start, min(start + _NORM_ROWS, m))
-            stored = self._base.read(spec.name, rows.start, rows.stop)
+            stored = self._base.read(spec.name, rows)
             values = self._cross(as_tensor(stored, spec.dtype, (rows.stop - start, n)))
             moved = added.left[rows].double() @ added.right.double().T
             total += (values.double() + moved).square().sum(0)
         return total.sqrt()
 
     def _tokens(self, key: str, indices: Sequence[int]) -> ReplacedRows:
-        where = torch.tensor(indices, dtype=torch.int64) - self._piece.start_row
+        where = torch.tensor(indices, dtype=torch.int64) - self._piece.rows.start
         return ReplacedRows(where, self._tensor(key))
 
     def _bias(self, key: str, scale: float) -> Factored:
-        rows = slice(self._piece.start_row, self._piece.stop_row)
-        added = (self._tensor(key).flatten()[rows].double() * scale).float()[:, None]
+        added = (self._tensor(key).flatten()[self._piece.rows].double() * scale).float()[:, None]
         return Factored(LowRank(self._cross(added), self._cross(torch.ones(1, 1))))
 
     def _tensor(self, key: str) -> Tensor:

@@ -7,6 +7,7 @@ size find the same; they are kept in the work folder, so that a resumed run need
 
 import contextlib
 import json
+import uuid
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from ..device import usable_cores
+from ..documents import load_json
 from ..errors import StoppedError
 from ..maths.cores import Cores
 from ..methods.base import Counter
@@ -23,8 +25,7 @@ from .events import Counted, Event
 from .merging import Merger
 from .pieces import Piece
 from .pipeline import worked_ahead
-from .reading import READ_AHEAD_BYTES, reading_ahead_of, reads
-from .sharing import Shared, shared_order, shared_reads
+from .reading import READ_AHEAD_BYTES, Shared, reading_ahead_of, shared_order, shared_reads
 
 
 def counted(
@@ -69,7 +70,12 @@ def counted(
                     )
         for i, counter in counters.items():
             found[i] |= counter.result()
-    _keep(plans, found, store)
+    document = {"identity": _identity(plans), "counted": list(found)}
+    try:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(store, json.dumps(document).encode(), by=uuid.uuid4().hex)
+    except OSError as exc:
+        raise StoppedError(f"cannot write {str(store)!r}: {exc.strerror}.") from exc
     return found
 
 
@@ -94,11 +100,11 @@ def _counting(
 
     with reading_ahead_of(first, shared_order(plans, names)):
         chain = worked_ahead(
-            shared_reads(plans, names, reads),
+            shared_reads(plans, names),
             count,
             read_bytes=first.read_ahead_bytes or READ_AHEAD_BYTES,
             work_bytes=first.working_bytes,
-            cost=lambda shared: plans[shared.lead].working_bytes_of(shared.lead_piece.tensor),
+            cost=lambda shared: shared.lead_piece.tensor.working_bytes,
             cores=mergers[min(mergers)].cores,
             workers=1,  # counters add up in no particular order, but not in two threads at once
         )
@@ -116,19 +122,10 @@ def _identity(plans: Sequence[Plan]) -> list[Any]:
 def _restored(plans: Sequence[Plan], store: Path) -> list[dict[str, Any]] | None:
     """Return what an earlier run of the same plans counted, or None."""
     try:
-        document = json.loads(store.read_text(encoding="utf-8"))
+        document = load_json(store.read_bytes())
         if document["identity"] != json.loads(json.dumps(_identity(plans))):
             return None
         found = [dict(one) for one in document["counted"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if len(found) == len(plans) else None
-
-
-def _keep(plans: Sequence[Plan], found: Sequence[Mapping[str, Any]], store: Path) -> None:
-    document = {"identity": _identity(plans), "counted": list(found)}
-    try:
-        store.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(store, json.dumps(document).encode())
-    except OSError as exc:
-        raise StoppedError(f"cannot write {str(store)!r}: {exc.strerror}.") from exc

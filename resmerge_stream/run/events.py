@@ -1,10 +1,12 @@
 """What a run reports, in order: planned, (counted,) tensors and shards, published, finished.
 
+A part of a merge that others have yet to finish ends with that, published and finished left out.
+
 Between any two of them, once a second: progress.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -166,9 +168,27 @@ class Finished(Event):
     already_there: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartFinished(Event):
+    """The last event of a part of a merge that other parts have yet to finish.
+
+    Attributes:
+        part: which, as `planning.parts.Part` is written.
+        shards: names of those that were this part's.
+        missing: names of those that no part has finished yet; empty: all are there, and the run
+            that only publishes is to come.
+    """
+
+    name: ClassVar[str] = "part"
+    part: str
+    shards: Sequence[str]
+    missing: Sequence[str]
+
+
 _KINDS: dict[str, type[Event]] = {
     kind.name: kind
     for kind in (
         Planned, Counted, Analysed, Progressed, TensorMerged, ShardFinished, Published, Finished,
+        PartFinished,
     )
 }  # fmt: skip

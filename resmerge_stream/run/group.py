@@ -192,6 +192,24 @@ class Group:
     def stop_others(self, error: BaseException) -> None:
         """Tell the others why the main process ends, and wait a moment until they have ended."""
         self.fail(error)
+        self._wait_for_others()
+
+    def leave(self) -> None:
+        """End together: the others stay until the main process is done, and that until they know.
+
+        Should it be lost at the end, a launcher that starts it again needs all of them once more.
+
+        Raises:
+            ResMergeError: another process failed, or the main one is gone.
+        """
+        if self.rank != 0:
+            self.wait("done")
+        else:
+            self.put("done", True)
+            self._wait_for_others()
+
+    def _wait_for_others(self) -> None:
+        """Wait a moment until the other processes have ended."""
         until = time.monotonic() + _ANSWER_S
         with contextlib.suppress(StoppedError):
             for rank in range(1, self.size):
@@ -254,12 +272,36 @@ class Group:
 
 
 def _store_of_launcher() -> "Store":
+    """Return the store of the run that begins.
+
+    A machine that was lost and started again may come while the others still run without it. What
+    they merge now nobody would put together: they are told to end, and this process waits for the
+    run that they begin then.
+    """
     from torch.distributed.rendezvous import rendezvous
 
+    rank, _ = launched()
     with _reaching():
-        found = rendezvous("env://", timeout=timedelta(seconds=_CONNECT_S))
-        store: Store = next(iter(found))[0]
-        return store
+        while True:
+            found = rendezvous("env://", timeout=timedelta(seconds=_CONNECT_S))
+            store: Store = next(iter(found))[0]
+            if store.add(f"started/{rank}", 1) == 1:
+                return store
+            _end_run(store, rank)
+
+
+def _end_run(store: "Store", rank: int) -> None:
+    """Tell the processes of a run that this one was started again, and wait until it is over."""
+    error = StoppedError("its machine was lost, and has started again.")
+    name = f"process {rank} ({socket.gethostname()})"
+    if not store.check(["failure"]):
+        store.set("failure", json.dumps({"rank": rank, "by": name, **error.to_dict()}))
+    from torch.distributed import DistError
+
+    with contextlib.suppress(DistError, OSError):
+        while True:  # until its main process is gone, and the store with it
+            store.check(["failure"])
+            time.sleep(_SLOWEST_POLL_S)
 
 
 @contextlib.contextmanager

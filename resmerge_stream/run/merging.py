@@ -7,10 +7,10 @@ threads changes no bit of the result.
 
 import contextlib
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ from torch import Tensor
 from ..device import usable_cores
 from ..errors import NonFiniteError, Remedy
 from ..maths.cores import Cores
+from ..maths.dequantise import fp8_values
 from ..maths.factoring import Place, fitted
 from ..maths.lanes import Lane, lanes_of
 from ..maths.low_rank import Factors, LowRank, balanced, svd
 from ..maths.passes import moved
+from ..maths.quantise import fp8_blocks, fp8_rounded
 from ..maths.rounding import Kept, block_seed, cast
 from ..maths.stored_bytes import Gathered, Recycled, as_tensor, bytes_of
 from ..maths.task_vectors import NonFiniteValues, TaskVectors, block_rows
@@ -29,12 +31,16 @@ from ..memory import KEPT_OUTPUT_BYTES
 from ..methods import Rule, Site, Update
 from ..planning.plan import Plan, PlannedTensor
 from ..planning.planned import OutputFactors
-from ..report.rows import Rows, combine_slices
+from ..report.alike import Groups, groups_of, together
+from ..report.rows import combine_slices
 from ..sources.adapter import EditRows
-from ..specs import DTYPES
+from ..specs import DTYPES, FP8_BLOCK
 from .changes import change_of
 from .pieces import Assembly, Piece
-from .pipeline import blocks_ahead
+from .pipeline import block_threads, blocks_ahead, worked_ahead, workers
+from .reading import READ_AHEAD_BYTES, reading_ahead_of, reads
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,8 @@ class Decided:
         update: the decision.
         remarks: for the report, on how it was made.
         factors: the same ΔW, where it is a product of factors; its SVD, where that was needed.
+        unmoved: the experts that have changed nothing, here and before.
+        alike: groups of experts that have changed the same, likewise.
     """
 
     piece: Piece
@@ -65,6 +73,8 @@ class Decided:
     update: Update
     remarks: tuple[str, ...] = ()
     factors: LowRank | None = None
+    unmoved: tuple[int, ...] = ()
+    alike: Groups = ()
 
     @property
     def is_copy(self) -> bool:
@@ -127,6 +137,11 @@ class Merger:
         self.counted = counted
         self._layers = plan.layers
         self._memory = Recycled(KEPT_OUTPUT_BYTES)
+        # The experts that have had no other value than the base's so far.
+        self._unmoved = set(range(len(plan.experts)))
+        # Those that have had the same values so far; of one that is listed twice, nobody asks.
+        first = {expert.id: i for i, expert in reversed(list(enumerate(plan.experts)))}
+        self._alike = groups_of([sorted(first.values())])
         self._sample = sample
 
     def prepare(self, piece: Piece) -> Prepared:
@@ -158,10 +173,12 @@ class Merger:
             decided = self.decide(piece, rule, base, vectors)
             if lane.remark:
                 decided = replace(decided, remarks=(lane.remark,))
-            if not self.plan.is_held(piece.tensor):
+            if not piece.tensor.is_held:
                 undo.pop_all()
                 return decided
-            lane.workspace.leave_room(self._memory.lent_bytes + piece.output_bytes)
+            lane.workspace.leave_room(self._memory.lent_bytes + piece.tensor.output_bytes)
+            if piece.tensor.is_quantised:
+                return self._quantised(decided)
             gathered, kept = Gathered(piece.output_bytes, self._memory), Kept()
             merge = self._merging_of(decided, gathered)
             # What the casts kept is kept, and nothing more: it lies among the next blocks'
@@ -170,6 +187,41 @@ class Merger:
                 kept.absorb(of_block)
             self._sample()
             return Merged(decided, gathered.data, kept)
+
+    def _quantised(self, decided: Decided) -> Merged:
+        """Return the bytes of scales and codes. What was kept is between W0 and it, both in FP8.
+
+        The row blocks are those of every other dtype, and so is the update.
+        """
+        tensor, vectors = decided.piece.tensor, decided.vectors
+        gathered, kept = Gathered(tensor.output_bytes, self._memory), Kept()
+        scales = tensor.spec.scales
+        grid = torch.frombuffer(gathered.part(0, scales.nbytes), dtype=torch.float32)
+        grid = grid.view(scales.shape)
+        waiting: list[tuple[Tensor, Tensor]] = []
+        first = 0
+        for rows in vectors.blocks():
+            delta, base = _delta_and_base(decided, rows)
+            waiting.append((delta.cpu().clone(), base.cpu().clone()))  # the room is used again
+            count = rows.stop - first
+            decided.piece.release(rows)
+            if count < FP8_BLOCK and rows.stop < vectors.shape[0]:
+                continue
+            delta, base = (torch.cat(parts) for parts in zip(*waiting, strict=True))
+            ready = count if rows.stop == vectors.shape[0] else count // FP8_BLOCK * FP8_BLOCK
+            waiting = [(delta[ready:].clone(), base[ready:].clone())] if ready < count else []
+            delta, base = delta[:ready], base[:ready]
+            codes, own = fp8_blocks(base + delta)
+            back = torch.empty_like(base)
+            fp8_values(codes, own, (FP8_BLOCK, FP8_BLOCK), (0, 0), back)
+            kept.add(delta, back.sub_(fp8_rounded(base)))
+            grid[first // FP8_BLOCK :][: len(own)] = own
+            part = gathered.part(scales.nbytes + first * vectors.shape[1], codes.numel())
+            part[:] = bytes_of(codes)
+            first += ready
+        self._checked(decided, gathered.data, kept)
+        self._sample()
+        return Merged(decided, gathered.data, kept)
 
     def _factored(self, piece: Piece, output: OutputFactors, rule: Rule, lane: Lane) -> Merged:
         """Return the bytes of A and B: the whole update as factors, of all its parts."""
@@ -228,8 +280,8 @@ class Merger:
         """
         lane = lane or self.lanes[0]
         torch.set_num_threads(1)
-        rule, spec = piece.tensor.rule, piece.tensor.spec
-        sources = self.plan.sources_of(piece.tensor)
+        spec = piece.tensor.spec
+        sources = piece.tensor.sources
         dtypes = [source.tensors[spec.name].spec.dtype for source in sources]
         shape = piece.read_shape
         if piece.tensor.reads_layout:
@@ -242,10 +294,42 @@ class Merger:
             else lane.cross(piece.part_of(as_tensor(buffer, dtype, shape)))
             for buffer, dtype in zip(piece.buffers[1:], dtypes[1:], strict=True)
         ]
-        resident = rule is not None and rule.needs_matrix and piece.tensor.resident and lane.whole
+        resident = piece.tensor.is_copied and piece.tensor.resident and lane.whole
         return base, TaskVectors(
             base, changes, lane.workspace, resident=resident, release=piece.release
         )
+
+    def each(
+        self,
+        tensors: Sequence[PlannedTensor],
+        work: Callable[[Piece], R],
+        *,
+        beside: Callable[[PlannedTensor], int] = lambda tensor: 0,
+        on_read: Callable[[int], None] = lambda nbytes: None,
+        tick: float | None = None,
+    ) -> Generator[tuple[Piece, R] | None, None, None]:
+        """Yield every piece of some tensors with what the work makes of it, in order.
+
+        Args:
+            tensors: of the plan.
+            work: called in threads, in any order.
+            beside: bytes that it takes for a piece of a tensor, beside what a merge takes.
+            on_read: told how many bytes were read, piece by piece.
+            tick: seconds after which None is yielded while the next result is not ready.
+        """
+        chain = worked_ahead(
+            reads(tensors),
+            lambda piece: (piece, work(piece)),
+            read_bytes=self.plan.read_ahead_bytes or READ_AHEAD_BYTES,
+            work_bytes=self.plan.working_bytes,
+            cost=lambda piece: piece.tensor.working_bytes + beside(piece.tensor),
+            workers=workers(self.device),
+            cores=self.cores,
+            on_read=on_read,
+            tick=tick,
+        )
+        with reading_ahead_of(self.plan, tensors), contextlib.closing(chain):
+            yield from chain
 
     def decide(self, piece: Piece, rule: Rule, base: Tensor, vectors: TaskVectors) -> Decided:
         """Let the method decide about a piece that is open.
@@ -264,7 +348,43 @@ class Merger:
             if found is not None and factors is None:
                 update = from_factors(update, svd(found) if rule.needs_matrix else found)
             self._sample()
-        return Decided(piece, rule, base, vectors, update, factors=factors)
+        unmoved, alike = self._still(piece, vectors)
+        return Decided(
+            piece, rule, base, vectors, update, factors=factors, unmoved=unmoved, alike=alike
+        )
+
+    def _still(self, piece: Piece, vectors: TaskVectors) -> tuple[tuple[int, ...], Groups]:
+        """Return which experts have the base's values here, and which have the same as others.
+
+        Of those alone that never had others: one difference is enough, and then it costs nothing
+        to look on.
+        """
+        unmoved: list[int] = []
+        for i, number in enumerate(piece.tensor.experts):
+            if number not in self._unmoved:
+                continue
+            if vectors.is_unmoved(i):
+                unmoved.append(number)
+            else:
+                self._unmoved.discard(number)
+        place = {number: i for i, number in enumerate(piece.tensor.experts)}
+        parts, elsewhere = list[list[int]](), list[list[int]]()
+        for group in self._alike:
+            elsewhere.append([number for number in group if number not in place])
+            own: list[list[int]] = []
+            for number in (number for number in group if number in place):
+                for part in own:
+                    both_unmoved = part[0] in unmoved and number in unmoved
+                    if both_unmoved or vectors.are_alike(place[part[0]], place[number]):
+                        part.append(number)
+                        break
+                else:
+                    own.append([number])
+            parts += own
+        alike = groups_of(parts)
+        # Where another thread does the same at the same time, some are only looked at once more.
+        self._alike = together(self._alike, groups_of([*parts, *elsewhere]))
+        return tuple(unmoved), alike
 
     def site(self, piece: Piece, rule: Rule) -> Site:
         """Return where a piece is, as a method sees it."""
@@ -297,27 +417,24 @@ class Merger:
         if isinstance(prepared, Merged):
             assembly.of(prepared.decided.piece)(prepared.data)
             return prepared.kept
-        write = assembly.of(prepared.piece)
+        write, vectors, merge = (
+            assembly.of(prepared.piece),
+            prepared.vectors,
+            self._merging_of(prepared),
+        )
         # While a large tensor is written, the others have to wait: so its blocks go ahead.
-        threads = usable_cores() if self.device.type == "cpu" else 1
+        threads = block_threads(prepared.vectors)
         kept = Kept()
         with (
             self.naming(prepared.piece.tensor),
-            contextlib.closing(self._blocks(prepared, threads)) as blocks,
+            contextlib.closing(blocks_ahead(vectors.blocks(), merge, threads)) as blocks,
         ):
-            for merged in blocks:
+            for _, merged in blocks:
                 kept.absorb(merged.kept)
                 write(merged.data)
         self._sample()
-        prepared.vectors.close()
+        vectors.close()
         return kept
-
-    def _blocks(self, decided: Decided, threads: int) -> Generator[MergedRows, None, None]:
-        """Yield the merged row blocks, in order."""
-        ahead = blocks_ahead(decided.vectors.blocks(), self._merging_of(decided), threads)
-        with contextlib.closing(ahead):
-            for _, merged in ahead:
-                yield merged
 
     def _merging_of(
         self, decided: Decided, gathered: Gathered | None = None
@@ -432,28 +549,12 @@ class Merger:
         try:
             yield
         except NonFiniteValues as exc:
-            checkpoint = self.plan.sources_of(tensor)[exc.source + 1]  # −1 is the base
+            checkpoint = tensor.sources[exc.source + 1]  # −1 is the base
             raise NonFiniteError(
                 f"{tensor.spec.name} of {checkpoint.id} holds NaN or infinite values (or "
                 "differences too large for float32). A merge would spread them; repair or replace "
                 "that checkpoint."
             ) from exc
-
-
-def reported(rows: Rows, prepared: Prepared, kept: Kept) -> dict[str, Any] | None:
-    """Note a piece that was written; return the tensor's row of the report after its last one."""
-    if isinstance(prepared, Carried):
-        return rows.carried(prepared.piece.tensor, is_last=prepared.piece.is_last)
-    decided = prepared.decided if isinstance(prepared, Merged) else prepared
-    return rows.merged(
-        decided.piece.tensor,
-        decided.rule,
-        decided.update,
-        kept,
-        decided.remarks,
-        is_copy=decided.is_copy,
-        is_last=decided.piece.is_last,
-    )
 
 
 def torch_dtype(piece: Piece) -> torch.dtype:

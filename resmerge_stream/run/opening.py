@@ -1,19 +1,27 @@
 """Opening a merge's target: a folder, a repository, or both; and what is found there first."""
 
+import contextlib
+import itertools
 import json
 import os
+import socket
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanRefusedError, RecipeError, Remedy
 from ..planning.plan import Plan
 from ..report.schema import parse_report
 from ..sinks import FolderSink, Sink, target_state
 from ..sinks.folder import REPORT, discard
-from ..sinks.journal import discard_work, work_folder
+from ..sinks.journal import discard_work, machine_folder
+from ..sinks.locks import HeldError
 from ..sinks.publication import Publication
 from ..sinks.sink import Membership
 from .events import Finished
+
+if TYPE_CHECKING:
+    from ..sinks.hub.sink import HubSink
+    from ..sinks.hub.target import HubTarget
 
 
 def finished_already(plan: Plan, out: Path | None) -> Finished | None:
@@ -22,7 +30,7 @@ def finished_already(plan: Plan, out: Path | None) -> Finished | None:
     What such a run had no time for on the Hub (visibility, tidying) is done now.
     """
     on_hub = plan.target is not None and plan.target.finished
-    in_folder = out is not None and target_state(out, plan.plan_hash).finished
+    in_folder = out is not None and target_state(out, plan.plan_hash, now=plan.known).finished
     if plan.target is not None and on_hub:
         from ..sinks.hub.sink import finish_target
 
@@ -56,12 +64,34 @@ def open_sink(plan: Plan, out: Path | None, work: Path, membership: Membership) 
     if target is None or target.finished:
         if out is None:
             raise RecipeError("nowhere to write.", Remedy.GIVE_TARGET)
-        return FolderSink(out, plan.plan_hash, work, plan.identity, membership).open()
-    if out is not None and target_state(out, plan.plan_hash).finished:
+        return FolderSink(
+            out,
+            plan.plan_hash,
+            work,
+            plan.identity,
+            membership,
+            now=plan.known,
+            update=plan.update,
+        ).open()
+    if out is not None and target_state(out, plan.plan_hash, now=plan.known).finished:
         raise PlanRefusedError(
             f"{str(out)!r} already holds this merge, but {target.repo.id} does not.",
             Remedy.ONLY_PUBLISH,
         )
+    if membership.own is None:
+        return _hub_sink(plan, target, out, work, membership).open()
+    # A folder of its own for what waits to be sent: other parts may run on this machine too, or
+    # on others that share the cache. The first that nobody uses may hold what a killed one left.
+    for number in itertools.count():
+        own = work / f"{socket.gethostname()}-{number}"
+        with contextlib.suppress(HeldError):
+            return _hub_sink(plan, target, None, own, membership).open()
+    raise AssertionError
+
+
+def _hub_sink(
+    plan: Plan, target: "HubTarget", out: Path | None, work: Path, membership: Membership
+) -> "HubSink":
     from ..sinks.hub.sink import HubSink
 
     shelf = FolderSink(
@@ -69,8 +99,10 @@ def open_sink(plan: Plan, out: Path | None, work: Path, membership: Membership) 
         plan.plan_hash,
         work,
         plan.identity,
-        membership,
+        membership if membership.own is None else None,
         one_machine=out is None,
+        now=plan.known,
+        update=plan.update,
     )
     return HubSink(
         target,
@@ -81,7 +113,7 @@ def open_sink(plan: Plan, out: Path | None, work: Path, membership: Membership) 
         identity=plan.identity,
         membership=membership,
         asked=_asked(plan),
-    ).open()
+    )
 
 
 def discard_unfinished(
@@ -93,9 +125,9 @@ def discard_unfinished(
         ResMergeError: there is nothing that a merge left, or the Hub refuses.
     """
     folder = Path(os.path.expanduser(out)) if out is not None else None
-    removed = discard_work(work_folder("", folder, publication, work_dir))
+    removed = discard_work(machine_folder("", folder, publication, work_dir))
     if publication is not None:
-        from ..sinks.hub.discard import discard_staging
+        from ..sinks.hub.leftovers import discard_staging
 
         removed += discard_staging(publication.repo_id, None, create_pr=publication.create_pr)
     if folder is not None:

@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from ..maths.lazy import Tensor, np
 from ..memory import PIECE_BYTES
 from ..planning.plan import PlannedTensor
 from ..sources.adapter import EditRows
 from ..specs import DTYPES
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +17,7 @@ class Piece:
 
     Attributes:
         tensor: as planned.
-        start_row, stop_row: which rows (first axis) the buffers hold.
+        rows: which rows (first axis) the buffers hold.
         part: which of the matrices that take turns, lie side by side or turned in these rows;
             else None.
         is_last: whether these are the tensor's last rows.
@@ -30,8 +28,7 @@ class Piece:
     """
 
     tensor: PlannedTensor
-    start_row: int
-    stop_row: int
+    rows: slice
     part: int | None
     is_last: bool
     buffers: Sequence[memoryview | EditRows]
@@ -60,7 +57,7 @@ class Piece:
     @property
     def first_row(self) -> int:
         """Row of the whole tensor, as a matrix, where this piece begins; for seeds."""
-        first = self.start_row
+        first: int = self.rows.start
         if self.part is not None:
             first = first * self.tensor.parts + self.part
         return first * (self.matrix_shape[0] if self.is_slice else 1)
@@ -76,7 +73,7 @@ class Piece:
         spec = self.tensor.spec
         if self.is_slice:
             return spec.shape[1], spec.shape[2]
-        return self.stop_row - self.start_row, spec.matrix_shape[1]
+        return self.rows.stop - self.rows.start, spec.matrix_shape[1]
 
     @property
     def is_turned(self) -> bool:
@@ -113,8 +110,7 @@ class Piece:
 class Cut(NamedTuple):
     """Where a piece lies in its tensor; see `Piece`."""
 
-    start_row: int
-    stop_row: int
+    rows: slice
     part: int | None
     is_last: bool
 
@@ -127,9 +123,9 @@ def cuts(tensor: PlannedTensor) -> Iterator[Cut]:
     rows, _ = tensor.spec.matrix_shape
     step = max(rows, 1)
     parts: Sequence[int | None] = (None,)
-    if tensor.factors is not None:
-        pass  # the factors are those of all of it
-    elif tensor.rule is not None and tensor.rule.needs_matrix:
+    if tensor.factors is not None or tensor.is_quantised:
+        pass  # factors are those of all of it, and scales stand before it
+    elif tensor.is_decomposed:
         step = tensor.rows_read
         if tensor.fused is not None and (tensor.is_stack or step == rows):
             parts = range(tensor.parts)
@@ -139,7 +135,7 @@ def cuts(tensor: PlannedTensor) -> Iterator[Cut]:
     for start in starts:
         for part in parts:
             is_last = start == starts[-1] and part == parts[-1]
-            yield Cut(start, min(start + step, rows), part, is_last)
+            yield Cut(slice(start, min(start + step, rows)), part, is_last)
 
 
 class Assembly:
@@ -172,8 +168,6 @@ class Assembly:
         return take
 
     def _whole(self, piece: Piece) -> memoryview:
-        import numpy as np
-
         (m, n), fused = piece.read_shape, piece.tensor.fused
         size = DTYPES[piece.tensor.spec.dtype].nbytes
         whole = np.empty((m, n, size), np.uint8)

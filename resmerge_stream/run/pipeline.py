@@ -14,6 +14,7 @@ import torch
 
 from ..device import usable_cores
 from ..maths.cores import Cores
+from ..maths.task_vectors import TaskVectors
 from ..pipes import Held, WorkAhead
 
 
@@ -124,6 +125,12 @@ def blocks_ahead(
             held.free()
     finally:
         ahead.close()
+
+
+def block_threads(vectors: TaskVectors) -> int:
+    """Return how many row blocks of a tensor are in work at once, while nothing else can be."""
+    is_alone = vectors.device.type != "cpu" or vectors.has_large_blocks
+    return 1 if is_alone else usable_cores()
 
 
 def workers(device: torch.device) -> int:

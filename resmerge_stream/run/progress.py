@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..device import private_memory
 from ..hub.patience import PATIENCE
+from .peak import Peak
 
 # Speeds are taken over about this time: long enough to be steady, short enough to be of now.
 _SPEED_S = 10.0
@@ -21,9 +21,7 @@ class Progress:
         bytes_sent: returns the bytes that this run has sent to the Hub.
         merge_bytes, send_bytes: all that this run has to merge, and to send.
         bytes_read, bytes_written: of this process so far.
-        peak_private: largest private memory of a process, in bytes.
-        rows: the report's row of each tensor that is merged.
-        files: name, size and sha256 of each finished shard.
+        peak: private memory of a process, at most.
         others: bytes read, written and sent by each other process.
     """
 
@@ -32,9 +30,7 @@ class Progress:
     send_bytes: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
-    peak_private: int = 0
-    rows: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    peak: Peak = field(default_factory=Peak)
     others: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     _started: float = field(default_factory=time.monotonic)
     _merging_since: float | None = None
@@ -52,16 +48,10 @@ class Progress:
         """Say that what came before, such as counting passes, tells nothing about the rest."""
         self._merging_since = time.monotonic()
 
-    def sample_memory(self) -> None:
-        """Look at the private memory of this process."""
-        self.peak_private = max(self.peak_private, private_memory())
-
-    def finish(self, entry: Mapping[str, Any]) -> None:
-        """Take a finished shard's row of the journal."""
+    def start_sending(self) -> None:
+        """Say that a shard is finished; the first one is the first that can be sent."""
         if self._sending_since is None:
             self._sending_since = time.monotonic()
-        self.rows |= {row["name"]: row for row in entry["tensors"]}
-        self.files[entry["name"]] = {key: entry[key] for key in ("name", "size", "sha256")}
 
     def totals(self) -> tuple[int, int, int]:
         """Return the bytes read, written and sent by all processes."""

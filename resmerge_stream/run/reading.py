@@ -1,17 +1,21 @@
-"""What a merge reads, in which order, and what it lets go again."""
+"""What a merge reads, in which order, and what it lets go again.
+
+Several plans over the same sources read once: the coarsest cut serves all of them.
+"""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Generic, TypeVar
 
 from ..device import machine_share
 from ..planning.plan import Plan, PlannedTensor
-from ..sources import Checkpoint
-from ..sources.adapter import AdapterCheckpoint, EditRows
-from ..sources.ahead import Followed, reading_ahead
-from ..sources.fetch import THREADS
-from ..sources.view import made_bytes
+from ..sources.adapter import Adapter, EditRows
+from ..sources.ahead import THREADS, Ahead, ByteRange
 from .pieces import Cut, Piece, cuts
+
+K = TypeVar("K", bound=Hashable)
 
 # Bytes of sources that may be read ahead; from a folder these are mapped pages, not private memory.
 READ_AHEAD_BYTES = 256_000_000
@@ -20,104 +24,173 @@ READ_AHEAD_BYTES = 256_000_000
 class _Rows:
     """Reads the pieces of a tensor in order; rows that hold several parts once for all of them."""
 
-    def __init__(self) -> None:
-        self._start: int | None = None
+    def __init__(self, tensor: PlannedTensor) -> None:
+        self._tensor = tensor
+        self._rows: slice | None = None
         self._buffers: list[memoryview | EditRows] = []
 
-    def piece(self, tensor: PlannedTensor, sources: list[Checkpoint], cut: Cut) -> Piece:
+    def piece(self, cut: Cut) -> Piece:
         """Return the next piece."""
-        name, start, stop = tensor.spec.name, cut.start_row, cut.stop_row
-        if start != self._start:
-            self._start = start
-            self._buffers = [_read(source, name, start, stop) for source in sources]
+        tensor, rows = self._tensor, cut.rows
+        name = tensor.spec.name
+        if rows != self._rows:
+            self._rows = rows
+            self._buffers = [
+                source.read_edit(name, rows)
+                if isinstance(source, Adapter)
+                else source.read(name, rows)
+                for source in tensor.read
+            ]
             if not tensor.reads_layout:
                 self._buffers.insert(0, memoryview(b""))
-        buffers, is_done = self._buffers, cut.part in (None, tensor.parts - 1)
-        release, close = _releaser(tensor, sources, start, stop), None
-        if is_done:
-            self._start, self._buffers = None, []
-            close = _closer(name, sources, start, stop)
-        return Piece(tensor, *cut, buffers, release, close or _keep)
+        is_slice = len(tensor.spec.shape) == 3 and rows.stop - rows.start == 1
+
+        def release(of_piece: slice) -> None:
+            first: int = rows.start
+            own = rows if is_slice else slice(first + of_piece.start, first + of_piece.stop)
+            for source in tensor.read:
+                source.release(name, own)
+
+        def close() -> None:
+            for source in tensor.read:
+                source.done_with(name, rows)
+
+        if cut.part not in (None, tensor.parts - 1):
+            return Piece(tensor, *cut, self._buffers, release)
+        buffers = self._buffers
+        self._rows, self._buffers = None, []
+        return Piece(tensor, *cut, buffers, release, close)
 
 
-def rows_of(plan: Plan, tensor: PlannedTensor, start: int, stop: int) -> Piece:
+def rows_of(tensor: PlannedTensor, rows: slice) -> Piece:
     """Return some rows of a tensor by themselves, which the merge reads again."""
-    sources = plan.read_for(tensor)
-    piece = _Rows().piece(tensor, sources, Cut(start, stop, None, True))
-    return replace(piece, close=_keep)
+    piece = _Rows(tensor).piece(Cut(rows, None, True))
+    return replace(piece, close=lambda: None)
 
 
-def _keep() -> None:
-    """Keep the buffers: the same rows are wanted again."""
-
-
-def reads(plan: Plan, tensors: list[PlannedTensor]) -> Iterator[tuple[int, Callable[[], Piece]]]:
+def reads(tensors: Iterable[PlannedTensor]) -> Iterator[tuple[int, Callable[[], Piece]]]:
     """Yield what to read, in order: bytes and a function that reads them."""
     for tensor in tensors:
-        name = tensor.spec.name
-        sources = plan.read_for(tensor)
-        rows = _Rows()
+        name, rows = tensor.spec.name, _Rows(tensor)
         for cut in cuts(tensor):
-            start, stop = cut.start_row, cut.stop_row
-
-            def read(
-                tensor: PlannedTensor = tensor,
-                sources: list[Checkpoint] = sources,
-                cut: Cut = cut,
-                rows: _Rows = rows,
-            ) -> Piece:
-                return rows.piece(tensor, sources, cut)
-
-            # A view's rows take their own size once they are made, often more than what is read.
-            held = (
-                max(source.read_cost(name, start, stop), made_bytes(source, name, start, stop))
-                for source in sources
+            # Rows that are made take their own size, often more than what is read of them.
+            held = sum(
+                max(source.read_cost(name, cut.rows), source.made_bytes(name, cut.rows))
+                for source in tensor.read
             )
-            yield sum(held), read
+            yield held, partial(rows.piece, cut)
 
 
-def _read(source: Checkpoint, name: str, start: int, stop: int) -> memoryview | EditRows:
-    if isinstance(source, AdapterCheckpoint):
-        return source.read_edit(name, start, stop)
-    return source.read(name, start, stop)
+@contextlib.contextmanager
+def reading_ahead_of(plan: Plan, tensors: Iterable[PlannedTensor | None]) -> Iterator[None]:
+    """Read ahead from sources on the Hub while the context lasts, across the shards.
 
+    Args:
+        plan: whose sources are read.
+        tensors: in the order in which they are; None where what comes next is not known yet.
+    """
+    stores = [source.store for source in plan.checkpoints if source.is_remote]
 
-def _releaser(
-    tensor: PlannedTensor, sources: list[Checkpoint], start: int, stop: int
-) -> Callable[[slice], None]:
-    is_slice = len(tensor.spec.shape) == 3 and stop - start == 1
-
-    def release(rows: slice) -> None:
-        first, last = (start, stop) if is_slice else (start + rows.start, start + rows.stop)
-        for source in sources:
-            source.release(tensor.spec.name, first, last)
-
-    return release
-
-
-def _closer(name: str, sources: list[Checkpoint], start: int, stop: int) -> Callable[[], None]:
-    def close() -> None:
-        for source in sources:
-            source.done_with(name, start, stop)
-
-    return close
-
-
-def reading_ahead_of(
-    plan: Plan, tensors: Iterable[PlannedTensor | None]
-) -> contextlib.AbstractContextManager[None]:
-    """Let sources on the Hub know what will be read, across the shards."""
-    remote = [s for s in plan.checkpoints if s.is_remote and isinstance(s, Followed)]
-
-    def order() -> Iterator[tuple[Followed, str, int, int] | None]:
+    def order() -> Iterator[ByteRange | None]:
         for tensor in tensors:
             if tensor is None:
                 yield None
                 continue
-            sources = [source for source in plan.read_for(tensor) if isinstance(source, Followed)]
-            for start, stop, part, _ in cuts(tensor):
+            for rows, part, _ in cuts(tensor):
                 if not part:
-                    yield from ((source, tensor.spec.name, start, stop) for source in sources)
+                    for source in tensor.read:
+                        yield from source.spans(tensor.spec.name, rows)
 
-    connections = max(THREADS // machine_share()[1], 2)
-    return reading_ahead(order(), remote, plan.read_ahead_bytes, connections)
+    if not stores:
+        yield
+        return
+    ahead = Ahead(order(), plan.read_ahead_bytes, max(THREADS // machine_share()[1], 2))
+    for store in stores:
+        store.ahead = ahead
+    try:
+        yield
+    finally:
+        for store in stores:
+            store.ahead = None
+        ahead.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Shared(Generic[K]):
+    """A piece that was read once, as each plan sees it.
+
+    Attributes:
+        lead: the plan whose cut it is.
+        pieces: the piece by plan, with that plan's rule.
+    """
+
+    lead: K
+    pieces: Mapping[K, Piece]
+
+    @property
+    def lead_piece(self) -> Piece:
+        """The piece as the leading plan sees it."""
+        return self.pieces[self.lead]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that were read."""
+        return self.lead_piece.nbytes
+
+    def close(self) -> None:
+        """Let the bytes go."""
+        self.lead_piece.close()
+
+
+def shared_reads(
+    plans: Mapping[K, Plan], names: Sequence[str]
+) -> Iterator[tuple[int, Callable[[], Shared[K]]]]:
+    """Yield what to read, in order: bytes and a function that reads them.
+
+    A tensor of which not all plans merge the same experts is read once for each choice.
+    Stacks [E, m, n] and fused matrices are read one by one for the methods that decompose them and
+    once more for those that do not; everything else is read once.
+    """
+    for members, lead, tensor in _led(plans, names):
+        for size, read in reads([tensor]):
+
+            def load(
+                members: Mapping[K, Plan] = members,
+                lead: K = lead,
+                read: Callable[[], Piece] = read,
+                name: str = tensor.spec.name,
+            ) -> Shared[K]:
+                piece = read()
+                pieces = {
+                    key: replace(piece, tensor=plan.tensors[name]) for key, plan in members.items()
+                }
+                return Shared(lead, pieces)
+
+            yield size, load
+
+
+def shared_order(plans: Mapping[K, Plan], names: Iterable[str]) -> Iterator[PlannedTensor]:
+    """Yield the tensors whose cut `shared_reads` follows, in its order."""
+    return (tensor for _, _, tensor in _led(plans, names))
+
+
+def _led(
+    plans: Mapping[K, Plan], names: Iterable[str]
+) -> Iterator[tuple[dict[K, Plan], K, PlannedTensor]]:
+    """Yield plans that share a reading of a tensor, whose cut it is, and the tensor there."""
+
+    def coarseness(tensor: PlannedTensor) -> int:
+        rule = tensor.rule
+        if rule is None:
+            return 0
+        return 2 + rule.copies if rule.needs_matrix else int(not rule.in_pieces)
+
+    for name in names:
+        groups: dict[Hashable, dict[K, Plan]] = {}
+        for key, plan in plans.items():
+            tensor = plan.tensors[name]
+            groups.setdefault((tensor.is_stack, tensor.fused, tensor.experts), {})[key] = plan
+        for members in groups.values():
+            tensors = {key: plan.tensors[name] for key, plan in members.items()}
+            lead = max(members, key=lambda key: coarseness(tensors[key]))
+            yield members, lead, tensors[lead]

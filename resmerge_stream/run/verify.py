@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 
+from ..documents import load_json
 from ..errors import RecipeError, VerificationError, listed
 from ..maths.stored_bytes import as_tensor
 from ..maths.task_vectors import block_rows
 from ..methods import find_methods
-from ..planning.plan import Options, Plan, PlannedTensor, RefusedPlan, plan_merge
+from ..planning.plan import Options, Plan, RefusedPlan, plan_merge
 from ..planning.recipe_file import load_recipe
-from ..recipe import ModelRef, Recipe
+from ..recipe import ModelRef, Recipe, placed
 from ..report.schema import MAX_REPORT_BYTES, parse_report
+from ..report.statement import STATEMENT, statement_of
 from ..sinks.folder import REPORT
+from ..sinks.places import places_of
 from ..sources import Checkpoint, open_checkpoint
 from ..specs import DTYPES
 from .merging import Merger
@@ -36,12 +39,19 @@ class Check:
     Attributes:
         name: what, in a few words.
         problems: what is wrong; empty when all is well.
-        detail: what was looked at.
+        detail: what was looked at; or why nothing was.
+        skipped: whether nothing was looked at, so that nothing is known.
     """
 
     name: str
     problems: tuple[str, ...]
     detail: str
+    skipped: bool = False
+
+    @property
+    def status(self) -> str:
+        """In a word: ``ok``, ``skipped`` or ``failed``."""
+        return "failed" if self.problems else "skipped" if self.skipped else "ok"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the check as plain data."""
@@ -49,6 +59,7 @@ class Check:
             "event": "check",
             "name": self.name,
             "passed": not self.problems,
+            "status": self.status,
             "detail": self.detail,
             "problems": list(self.problems),
         }
@@ -61,7 +72,8 @@ def verify_folder(
 
     Args:
         folder: the output of a merge.
-        recipe: names the sources; the folder's own recipe when None.
+        recipe: names the sources; when None, the folder's own recipe, with what its names stand for
+            where the merge was made on this machine.
         sample: how many tensors to merge again when the sources are at hand.
         seed: of the sample.
 
@@ -76,7 +88,14 @@ def verify_folder(
         yield check_layout(merged, report)
         yield _check_hashes(folder, merged, report)
         yield check_finite(merged, report)
-        yield check_sample(merged, report, recipe or folder / RECIPE, sample, seed)
+        try:
+            recipe = recipe or placed(load_recipe(folder / RECIPE), places_of(folder))
+        except RecipeError as exc:
+            yield Check("recomputed", (), f"skipped: {exc}", skipped=True)
+        else:
+            yield check_sample(merged, report, recipe, sample, seed)
+        if (folder / STATEMENT).is_file():  # what was merged before 1.0 has none
+            yield check_statement((folder / STATEMENT).read_bytes(), report)
     finally:
         merged.close()
 
@@ -86,6 +105,8 @@ def _read_report(folder: Path) -> dict[str, Any]:
         with (folder / REPORT).open("rb") as file:
             data = file.read(MAX_REPORT_BYTES + 1)
     except OSError as exc:
+        if not folder.is_dir():
+            raise VerificationError(f"there is no folder {str(folder)!r}.") from exc
         raise VerificationError(
             f"{str(folder)!r} has no readable {REPORT}, so there is nothing to verify against: "
             f"{exc.strerror}. Give the output folder of a merge."
@@ -93,10 +114,25 @@ def _read_report(folder: Path) -> dict[str, Any]:
     return parse_report(data, where=str(folder / REPORT))
 
 
+def check_statement(stored: bytes, report: Mapping[str, Any]) -> Check:
+    """Compare the in-toto statement with what the report says of files, sources and recipe."""
+    try:
+        said, wanted = load_json(stored, max_bytes=MAX_REPORT_BYTES), statement_of(report)
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        return Check("statement", (f"{STATEMENT} or the report cannot be read: {exc!r}",), "")
+    problems = () if said == wanted else (f"{STATEMENT} does not say what the report says",)
+    materials = len(wanted["predicate"]["buildDefinition"]["resolvedDependencies"])
+    detail = f"{len(wanted['subject'])} weight files of {materials} materials, as in the report"
+    return Check("statement", problems, detail)
+
+
 def check_layout(merged: Checkpoint, report: Mapping[str, Any]) -> Check:
-    """Compare names, shapes and dtypes with the report."""
+    """Compare names, shapes and dtypes with the report, and the index with the shards.
+
+    A merge writes an index that names every tensor and the shard that holds it.
+    """
     entries = {name: entry for row in report["tensors"] for name, entry in _stored(row)}
-    problems = []
+    problems = list(merged.remarks)
     if missing := sorted(set(entries) - set(merged.tensors)):
         problems.append(f"missing: {listed(missing)}")
     if extra := sorted(set(merged.tensors) - set(entries)):
@@ -107,13 +143,15 @@ def check_layout(merged: Checkpoint, report: Mapping[str, Any]) -> Check:
             problems.append(f"{name} has shape {list(spec.shape)}, not {entries[name]['shape']}")
         if entries[name].get("dtype") not in (None, spec.dtype):
             problems.append(f"{name} has dtype {spec.dtype}, not {entries[name]['dtype']}")
-    return Check("layout", tuple(problems), f"{len(entries)} tensors: names, shapes, dtypes")
+    return Check("layout", tuple(problems), f"{len(entries)} tensors: names, shapes, dtypes, index")
 
 
 def _stored(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the names and shapes that are stored of a tensor: an adapter has two for each."""
+    """Yield the names and shapes that are stored of a tensor: an adapter and FP8 have two."""
     if row.get("adapter") is None:
         yield row["name"], row
+        for name, shape in row.get("scales", {}).items():
+            yield name, {"shape": shape, "dtype": "F32"}
         return
     for name, shape in row["adapter"]["tensors"].items():
         yield name, {"shape": shape}
@@ -149,7 +187,7 @@ def check_finite(
         step = block_rows(rows, columns)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            data = merged.read(name, start, stop)
+            data = merged.read(name, slice(start, stop))
             values = as_tensor(data, stored.spec.dtype, (stop - start, columns))
             if not bool(torch.isfinite(values).all()):
                 problems.append(f"{name} holds NaN or infinite values")
@@ -160,20 +198,20 @@ def check_finite(
 def check_sample(
     merged: Checkpoint,
     report: Mapping[str, Any],
-    recipe: Recipe | Path,
+    recipe: Recipe,
     sample: int,
     seed: int,
     token: str | None = None,
 ) -> Check:
     """Merge some tensors again from the sources, where those are at hand."""
-    if isinstance(recipe, Path):
-        try:
-            recipe = load_recipe(recipe)
-        except RecipeError as exc:
-            return Check("recomputed", (), f"skipped: {exc}")
-    plan = _plan_again(report, recipe, token)
+    options = Options.from_dict(report.get("options", {}))
+    plan = plan_merge(_as_it_was(recipe, report), options, token=token)
     if isinstance(plan, RefusedPlan):
-        return Check("recomputed", (), f"skipped, the sources are not at hand: {plan.problems[0]}")
+        detail = f"skipped, the sources are not at hand: {plan.problems[0]}"
+        return Check("recomputed", (), detail, skipped=True)
+    if others := _other_sources(report, plan):
+        plan.close()
+        return Check("sources", tuple(others), "stale: the result is of other sources")
     names = sorted(
         name
         for name, tensor in plan.tensors.items()
@@ -185,16 +223,31 @@ def check_sample(
         problems = [
             f"{name} comes out different when it is merged again"
             for name in chosen
-            if _merge_again(plan, merger, name) != _read(merged, plan.tensors[name])
+            if _merge_again(plan, merger, name)
+            != b"".join(bytes(merged.read(spec.name)) for spec in plan.tensors[name].stored)
         ]
     finally:
         plan.close()
     return Check("recomputed", tuple(problems), f"{len(chosen)} tensors: {', '.join(chosen)}")
 
 
-def _plan_again(report: Mapping[str, Any], recipe: Recipe, token: str | None) -> Plan | RefusedPlan:
-    options = Options.from_dict(report.get("options", {}))
-    return plan_merge(_as_it_was(recipe, report), options, token=token)
+def _other_sources(report: Mapping[str, Any], plan: Plan) -> list[str]:
+    """Return which sources are not those of the report, as far as their content tells.
+
+    Their place and time do not count: they may have been moved.
+    """
+    problems = []
+    rows = report.get("sources")
+    for row, source in zip(rows if isinstance(rows, list) else [], plan.checkpoints, strict=False):
+        files = row.get("files") if isinstance(row, dict) else None
+        told = {f.get("name"): f for f in files or [] if isinstance(f, dict)}
+        for file in source.files:
+            before = told.get(file.name, {})
+            hashes = (before.get("sha256"), file.sha256)
+            if before.get("size") != file.size or (all(hashes) and hashes[0] != hashes[1]):
+                problems.append(f"{source.id} is another one now: {file.name} differs")
+                break
+    return problems
 
 
 def _as_it_was(recipe: Recipe, report: Mapping[str, Any]) -> Recipe:
@@ -212,15 +265,11 @@ def _as_it_was(recipe: Recipe, report: Mapping[str, Any]) -> Recipe:
 def _merge_again(plan: Plan, merger: Merger, name: str) -> bytes:
     parts: list[bytes] = []
     assembly = Assembly(lambda data: parts.append(bytes(data)))
-    for _, read in reads(plan, [plan.tensors[name]]):
+    for _, read in reads([plan.tensors[name]]):
         piece = read()
         merger.written(merger.prepare(piece), assembly)
         piece.close()
     return b"".join(parts)
-
-
-def _read(merged: Checkpoint, tensor: PlannedTensor) -> bytes:
-    return b"".join(bytes(merged.read(spec.name)) for spec in tensor.stored)
 
 
 def _sha256(path: Path) -> str:

@@ -10,9 +10,18 @@ from ..errors import VerificationError, listed
 from ..planning.recipe_file import parse_recipe
 from ..recipe import ModelRef, Recipe
 from ..report.schema import parse_report
+from ..report.statement import STATEMENT
 from ..sinks.folder import REPORT
 from ..sources import REPO_ID, Checkpoint, open_checkpoint
-from .verify import RECIPE, Check, check_finite, check_layout, check_sample, verify_folder
+from .verify import (
+    RECIPE,
+    Check,
+    check_finite,
+    check_layout,
+    check_sample,
+    check_statement,
+    verify_folder,
+)
 
 
 def verify_merge(
@@ -57,6 +66,7 @@ def verify_repo(
     """
     from ..hub.client import client
     from ..hub.repo import HubRepo
+    from ..hub.repo import listed as files_of
 
     ref = ModelRef.parse(name)
     merged = open_checkpoint(ref, token=token)
@@ -75,6 +85,8 @@ def verify_repo(
     yield check_finite(merged, report, names)
     found = recipe or parse_recipe(repo.read(RECIPE, info), where=f"{name}/{RECIPE}")
     yield check_sample(merged, report, found, sample, seed, token)
+    if STATEMENT in files_of(info):
+        yield check_statement(repo.read(STATEMENT, info), report)
 
 
 def _check_hub_files(merged: Checkpoint, report: Mapping[str, Any]) -> Check:

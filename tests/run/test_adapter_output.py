@@ -201,7 +201,7 @@ def test_whole_models_give_the_best_adapter_of_a_rank(tmp_path, group):
 @pytest.mark.parametrize(
     ("kind", "method", "words"),
     [
-        ("plain", "ties", "decides about each element"),
+        ("plain", "ties", "decides weight by weight"),
         ("dora", "mean", "beyond its factors"),
         ("modules_to_save", "mean", "beyond its factors"),
         ("lora_bias", "mean", "vectors"),
@@ -238,7 +238,7 @@ def test_an_adapter_is_verified_like_a_model(tmp_path, group):
 
     passed = [check.problems for check in verify_folder(tmp_path / "out")]
 
-    assert passed == [()] * 4
+    assert passed == [()] * 5
     file = tmp_path / "out" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-4] + b"\0\0\x80?")
     assert any(check.problems for check in verify_folder(tmp_path / "out", sample=100))
@@ -302,7 +302,7 @@ def test_an_option_that_says_nothing_of_an_adapter_is_refused(group, option, wor
 def test_every_option_is_used_by_an_adapter_or_refused():
     """An option that is declared later has to say which of the two it is."""
     refused = {"rounding", "max_shard_size", "tokenizer_from"}
-    used = {"seed", "missing", "as", "adapter_rank"}
+    used = {"seed", "missing", "unrelated", "as", "adapter_rank"}
 
     assert {known.key for known in declared() if known.changes != "nothing"} == refused | used
 

@@ -192,7 +192,7 @@ def test_closing_in_the_middle_of_a_shard_leaves_no_part_of_it(group, tmp_path):
 
 def test_closing_ends_while_the_reader_waits_for_room(group, tmp_path, monkeypatch):
     """A merge that is cancelled ends, also where no more may be read before something is merged."""
-    monkeypatch.setattr("resmerge_stream.run.engine.READ_AHEAD_BYTES", 1)
+    monkeypatch.setattr("resmerge_stream.run.shards.READ_AHEAD_BYTES", 1)
     events = start(group, tmp_path / "out", options=None)
     assert next(event for event in events if event.name == "tensor")
     closing = threading.Thread(target=events.close, daemon=True)
@@ -306,7 +306,7 @@ from resmerge_stream.recipe import ModelRef, Recipe
 
 top, base, *experts = sys.argv[1:]
 top = Path(top)
-recipe = Recipe(ModelRef(base), tuple(map(ModelRef, experts)))
+recipe = Recipe(ModelRef(base), tuple(map(ModelRef, experts)), "resmerge")
 
 def run(out):
     log = (top / f"{out}.log").open("a")
@@ -366,7 +366,7 @@ from resmerge_stream.recipe import ModelRef, Recipe
 
 card.gates_png = lambda report: b""
 top, base, *experts = sys.argv[1:]
-recipe = Recipe(ModelRef(base), tuple(map(ModelRef, experts)))
+recipe = Recipe(ModelRef(base), tuple(map(ModelRef, experts)), "resmerge")
 replace = os.replace
 
 def run(out, steps):
@@ -432,7 +432,7 @@ from resmerge_stream.device import private_memory
 from resmerge_stream.recipe import ModelRef, Recipe
 card.gates_png = lambda report: b""
 out, base, *experts = sys.argv[1:]
-plan = plan_merge(Recipe(ModelRef(base), tuple(map(ModelRef, experts))), out=out)
+plan = plan_merge(Recipe(ModelRef(base), tuple(map(ModelRef, experts)), "resmerge"), out=out)
 before, peak, done = private_memory(), 0, threading.Event()
 def watch():
     global peak

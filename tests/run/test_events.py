@@ -17,6 +17,7 @@ EVERY = [
         shard="a", bytes=3, sha256="f", resumed=True, shards_done=1, shards=2, sent_speed=0.5
     ),
     events.Published(where="here"),
+    events.PartFinished(part="1/4", shards=["a"], missing=["b"]),
     events.Finished(where="here", report={"files": []}, already_there=True),
 ]
 

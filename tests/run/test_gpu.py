@@ -107,8 +107,8 @@ def test_what_ran_short_gives_its_buffers_back(tmp_path, with_lanes, monkeypatch
     monkeypatch.setattr(type(plan.method), "merge", lambda self, *args: fail(*args))
     from resmerge_stream.run.reading import reads
 
-    tensor = next(t for t in plan.tensors.values() if t.rule and t.rule.needs_matrix)
-    (_, read), *_ = reads(plan, [tensor])
+    tensor = next(t for t in plan.tensors.values() if t.is_decomposed)
+    (_, read), *_ = reads([tensor])
     with pytest.raises(torch.OutOfMemoryError):
         merger.prepare(read())
 

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tests.loopback_hub import Hook, LoopbackHub
-from tests.run.test_processes import ACCELERATE, launch
+from loopback_hub import Hook, LoopbackHub
+from tests.run.test_launchers import ACCELERATE, launch
 from tests.support.hub_runs import Bench, Run, make_bench
 
 ADAPTERS = ("lora0", "lora1")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from tests.loopback_hub import FAULTS, Hook
+from loopback_hub import FAULTS, Hook
 from tests.support.checkpoints import read_tensors
 from tests.support.hub_runs import MODELS, Bench, Run
 
@@ -100,6 +100,20 @@ def test_a_killed_merge_is_finished_by_the_same_command(bench: Bench, moment: st
     sent = len(bench.hub.log.find(method="PUT", path="/upload/", status=200))
     shards = sum(name.endswith(".safetensors") for name in bench.expected())
     assert sent <= shards + 1, f"{sent_before} before, {sent} in all"
+
+
+def test_a_merge_in_fp8_that_was_killed_ends_with_a_folders_bytes(bench: Bench) -> None:
+    """Scales and codes of every shard, Hub to Hub, are those that a folder gets."""
+    repo_id, dtype = "alice/fp8", ("--dtype", "fp8")
+    start_killed(bench, repo_id, "PUT", "/upload/", *dtype, skip=1)
+    finish(bench, repo_id, *dtype)
+    out = bench.folder / "fp8"
+    assert bench.run("merge", *bench.folders(), *dtype, "--out", str(out)).code == 0
+
+    published = bench.published(repo_id)
+    for path in (path for path in out.iterdir() if path.name.startswith(("model", "config"))):
+        assert published[path.name] == path.read_bytes()
+    assert b"weight_scale_inv" in b"".join(published.values())
 
 
 @pytest.mark.parametrize(
@@ -255,7 +269,9 @@ def test_every_fault_at_random(bench: Bench) -> None:
 
 @pytest.mark.slow
 def test_the_token_and_signed_links_are_written_nowhere(bench: Bench) -> None:
-    """Neither a token nor a signature of a link is printed, kept in a file, or published."""
+    """Neither a token nor a signature of a link is printed, kept in a file, or published; and the
+    storage that links lead to is shown no token."""
+    bench.hub.log.clear()
     bench.hub.faults.add("503", chance=0.1, path="/file/|/upload/")
     home = bench.folder / "planted"
     process = bench.start(
@@ -274,6 +290,9 @@ def test_the_token_and_signed_links_are_written_nowhere(bench: Bench) -> None:
         places[name] = bench.hub.read("alice/planted", name)
     assert not [place for place, data in places.items() if secret in data]
     assert not [place for place, data in places.items() if b"signature=" in data]
+    stored = bench.hub.log.find(port="cdn")
+    assert stored
+    assert not [entry.path for entry in stored if entry.user is not None]
 
 
 def test_xet_gives_the_same(xet_bench: Bench) -> None:
@@ -351,3 +370,29 @@ def test_transformers_loads_what_was_published(bench: Bench) -> None:
     )
 
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_result_of_an_expert_that_moved_is_not_taken_for_todays(
+    bench: Bench, tmp_path: Path
+) -> None:
+    """On a fresh machine too: the same command names both commits, `--update` makes it anew."""
+    repo_id, moving = "alice/stale", "alice/expert-moving"
+    old = {path.name: path.read_bytes() for path in (bench.group / "expert0").iterdir()}
+    new = {path.name: path.read_bytes() for path in (bench.group / "expert2").iterdir()}
+    bench.hub.add_repo(moving, old)
+    words = ["--base", "alice/base", "--expert", moving, "--expert", "alice/expert1", "--json"]
+    words += ["--push-to", repo_id, "--work-dir"]
+    assert bench.run("merge", *words, str(tmp_path / "a")).code == 0
+    before = bench.published(repo_id)
+    first = bench.hub.repo(moving).refs()["refs/heads/main"]
+    bench.hub.push(moving, new)
+    now = bench.hub.repo(moving).refs()["refs/heads/main"]
+
+    refused = bench.run("merge", *words, str(tmp_path / "b"))
+
+    assert (refused.code, bench.published(repo_id)) == (2, before)
+    assert f"{moving}@{first[:12]}, which is at {now[:12]} now" in refused.err
+    assert bench.run("merge", *words, str(tmp_path / "c"), "--update").code == 0
+    assert bench.published(repo_id) != before
+    again = bench.run("merge", *words, str(tmp_path / "d"))
+    assert (again.code, again.last["already_there"]) == (0, True)

@@ -1,144 +1,315 @@
-"""Real processes under real launchers, Hub to Hub and into a folder. Few, since each imports torch.
+"""Several processes on one plan. Here each is a thread with its own end of a real store.
 
-What can be told without a launcher: `tests/run/test_crew.py`.
+Whole processes under a real launcher: `tests/run/test_launchers.py`.
 """
 
-import hashlib
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
+import itertools
+import shutil
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
 
-from tests.loopback_hub import Hook, LoopbackHub
-from tests.support.hub_runs import Bench, Run, make_bench
+from resmerge_stream import run_merge
+from resmerge_stream.errors import NonFiniteError, PlanRefusedError, StoppedError
+from resmerge_stream.planning.plan import Options
+from resmerge_stream.run.events import Event
+from resmerge_stream.run.group import Group, OthersStoppedError, launched
+from resmerge_stream.run.processes import Processes, WorkList
+from tests.support.checkpoints import Group as Models
+from tests.support.checkpoints import edit_tensors, file_bytes, make_group, merge, plan_group
 
-# Port 0: any that is free, so that two of these can run on one machine.
-ACCELERATE = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
-ACCELERATE += ["--multi_gpu", "--num_processes"]
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node"]
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """A Hub with a group of models, shared by the tests of this file."""
-    folder = tmp_path_factory.mktemp("processes")
-    with LoopbackHub(folder / "hub") as hub:
-        bench = make_bench(folder, hub, max_shard_bytes=50_000)
-        bench.expected()
-        yield bench
-        bench.close()
+pytestmark = pytest.mark.usefixtures("without_picture")
+SMALL = Options(max_shard_bytes=3000)
+UP = "model.layers.1.mlp.up_proj.weight"
 
 
-def launch(bench: Bench, launcher: list[str], count: int, *arguments: str) -> Run:
-    """Run a merge in several processes and wait for its end."""
-    command = [sys.executable, *launcher, str(count), "-m", "resmerge_stream", "merge"]
-    done = subprocess.run(
-        [*command, *arguments, "--json"],
-        env={**bench.env(), "ACCELERATE_LOG_LEVEL": "error"},
-        cwd=bench.folder,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    return Run(done.returncode, done.stdout, done.stderr)
+@dataclass
+class Process:
+    """How one process of a run ended."""
+
+    events: list[Event] = field(default_factory=list)
+    error: BaseException | None = None
+    told: bool = False
 
 
-def process_of_rank(bench: Bench, rank: int) -> int:
-    """Return the id of the process that a launcher gave this number, of this Hub's own."""
-    mine = b"HF_ENDPOINT=" + bench.hub.endpoint.encode()
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit() or int(folder.name) == os.getpid():
-            continue
+def run_together(
+    models: Models,
+    outs: list[Path],
+    *,
+    options: Options = SMALL,
+    seeds: list[int] | None = None,
+    **recipe,
+) -> list[Process]:
+    """Run one merge in as many threads as there are output folders."""
+    store, done = HashStore(), [Process() for _ in outs]
+
+    def work(rank: int) -> None:
+        group = Group(lambda: store, rank, len(outs)).open()
+        mine = done[rank]
+        chosen = Options(max_shard_bytes=options.max_shard_bytes, seed=(seeds or [0] * 9)[rank])
         try:
-            words = (folder / "environ").read_bytes().split(b"\0")
-            command = (folder / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if {mine, b"RANK=%d" % rank} <= set(words) and b"resmerge_stream" in command:
-            return int(folder.name)
-    raise AssertionError(f"no process has number {rank}")
+            plan = plan_group(models, out=outs[rank], options=chosen, **recipe)
+            place = {"out": outs[rank], "work_dir": outs[0].parent / "work"}
+            for event in run_merge(plan, processes=Processes(group), **place):
+                mine.events.append(event)
+        except BaseException as exc:
+            mine.error, mine.told = exc, group.fail(exc)
+        finally:
+            group.close()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(outs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=100)
+    return done
 
 
-def forget_shards(bench: Bench) -> None:
-    """Remove the merged shards from the Hub's storage, so that they have to be sent again."""
-    for name, data in bench.expected().items():
-        if name.endswith(".safetensors"):
-            path = bench.hub._services.objects.path(hashlib.sha256(data).hexdigest())
-            path.unlink(missing_ok=True)
+@pytest.mark.parametrize("count", [2, 3])
+def test_any_number_of_processes_leaves_the_same_bytes_and_rows(tmp_path, count):
+    """E4: weights, index, config, and every row of the report are those of one process."""
+    models = make_group(tmp_path / "group", sharded=True)
+    alone = merge(models, tmp_path / "alone", options=SMALL)
+
+    done = run_together(models, [tmp_path / "out"] * count)
+
+    assert [process.error for process in done] == [None] * count
+    assert file_bytes(tmp_path / "out") == file_bytes(alone.out)
+    report = done[0].events[-1].report
+    assert report["tensors"] == alone.report["tensors"]
+    assert report["files"] == alone.report["files"]
+    assert report["environment"]["processes"] == count
+    for key in ("bytes_read", "bytes_written", "kept_cosine", "by_rule", "warnings"):
+        assert report["summary"][key] == alone.report["summary"][key]
 
 
-@pytest.mark.slow
-def test_two_processes_publish_together(bench: Bench) -> None:
-    """`accelerate launch`: both stage shards on one branch, one commit shows them, one tells."""
-    bench.hub.log.clear()
+def test_the_main_process_tells_of_everything_once(tmp_path):
+    """Its events are those of a run by one process: each tensor and shard once, rising counts."""
+    models = make_group(tmp_path / "group", sharded=True)
 
-    done = launch(bench, ACCELERATE, 2, *bench.sources(), "--push-to", "alice/two")
+    done = run_together(models, [tmp_path / "out"] * 3)
 
-    assert done.code == 0, done.err
-    assert bench.published("alice/two") == bench.expected()
-    assert bench.history("alice/two") == ["Merge with ResMerge Stream", "initial commit"]
-    assert list(bench.hub.repo("alice/two").refs()) == ["refs/heads/main"]
-    staging = bench.hub.log.find(method="POST", path="/commit/resmerge", status=200)
-    assert len({entry.pid for entry in staging}) == 2
-    told = [event["event"] for event in done.events]
-    assert (told.count("planned"), told.count("finished")) == (1, 1)
-    assert told.count("tensor") == len(done.last["report"]["tensors"])
-
-
-@pytest.mark.slow
-def test_a_killed_process_ends_the_run_and_the_same_command_continues(bench: Bench) -> None:
-    """SIGKILL of one of two: the launcher fails, the message names what is missing; one resumes."""
-    forget_shards(bench)
-    killed: list[int] = []
-
-    def kill() -> None:
-        killed.append(process_of_rank(bench, 1))
-        os.kill(killed[0], signal.SIGKILL)
-
-    # The first such commit starts the staging; the next stages shards, long before all are read.
-    rule = bench.hub.faults.add(
-        Hook(call=kill), method="POST", path="/commit/resmerge", skip=1, times=1, after=True
-    )
-    bench.hub.limits.down = 100_000
-    stopped = launch(bench, ACCELERATE, 2, *bench.sources(), "--push-to", "alice/killed")
-    bench.hub.limits.down = None
-    bench.hub.faults.clear()
-
-    assert (rule.hits, len(killed)) == (1, 1)
-    assert stopped.code != 0
-    assert "missing: 'model-0000" in stopped.err
-    assert stopped.last["event"] == "stopped"
-    assert set(bench.hub.files("alice/killed")) <= {".gitattributes"}
-
-    done = bench.merge("--push-to", "alice/killed")
-
-    assert done.code == 0, done.err
-    assert sum(event["resumed"] for event in done.events if event["event"] == "shard") >= 1
-    assert bench.published("alice/killed") == bench.expected()
+    told = [event for event in done[0].events if event.name in ("tensor", "shard")]
+    tensors = [event.tensor for event in told if event.name == "tensor"]
+    shards = [event for event in told if event.name == "shard"]
+    plan = done[0].events[0].plan
+    assert len(tensors) == len(set(tensors)) == plan["tensors"]
+    assert [event.shards_done for event in shards] == list(range(1, len(plan["shards"]) + 1))
+    assert [event.bytes_written for event in told] == sorted(e.bytes_written for e in told)
+    assert done[0].events[-1].name == "finished"
+    assert {e.name for process in done[1:] for e in process.events} <= {
+        "planned", "tensor", "shard", "progress",
+    }  # fmt: skip
 
 
-@pytest.mark.slow
-def test_three_processes_fill_one_folder(bench: Bench, tmp_path: Path) -> None:
-    """`torchrun`, from folders into a folder: the same bytes."""
-    out = tmp_path / "out"
+def test_a_run_is_continued_by_another_number_of_processes(tmp_path):
+    """Shards that one process finished are not merged again by three."""
+    models, out = make_group(tmp_path / "group", sharded=True), tmp_path / "out"
+    expected = merge(models, tmp_path / "alone", options=SMALL)
+    plan = plan_group(models, out=out, options=SMALL)
+    events = run_merge(plan, out=out, work_dir=tmp_path / "work")
+    first = next(event for event in events if event.name == "shard")
+    events.close()
 
-    done = launch(bench, TORCHRUN, 3, *bench.folders(), "--out", str(out))
+    done = run_together(models, [out] * 3)
 
-    assert done.code == 0, done.err
-    for name, data in bench.expected().items():
-        assert (out / name).read_bytes() == data, name
+    shards = {event.shard: event for event in done[0].events if event.name == "shard"}
+    assert shards[first.shard].resumed
+    assert sum(event.resumed for event in shards.values()) == 1
+    assert file_bytes(out) == file_bytes(expected.out)
+    assert done[0].events[-1].report["tensors"] == expected.report["tensors"]
 
 
-@pytest.mark.slow
-def test_what_cannot_be_merged_is_said_once(bench: Bench, tmp_path: Path) -> None:
-    """A refused plan: the main process says why, the others nothing."""
-    done = launch(bench, TORCHRUN, 2, *bench.folders(), "--out", str(tmp_path), "--dtype", "int3")
+def test_a_merge_of_copies_is_refused_in_every_process(tmp_path):
+    """The main process says that nothing differs, the others end with it; no folder is made."""
+    models = make_group(tmp_path / "group", experts=0)
+    shutil.copytree(models.base, tmp_path / "copy")
+    same = Models(models.base, (tmp_path / "copy",))
 
-    assert done.code != 0
-    assert done.err.count("resmerge-stream:") == 1
-    assert [event["event"] for event in done.events] == ["refused"]
+    main, *others = run_together(same, [tmp_path / "out"] * 3)
+
+    assert isinstance(main.error, PlanRefusedError)
+    assert "nothing differs" in str(main.error)
+    assert all(isinstance(other.error, OthersStoppedError) for other in others)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_counted_over_the_whole_model_is_counted_once(tmp_path):
+    """TIES over the whole model: the main process counts, the others get its numbers."""
+    models = make_group(tmp_path / "group", sharded=True)
+    recipe = {"method": "ties", "parameters": {"trim": "model"}}
+    alone = merge(models, tmp_path / "alone", options=SMALL, **recipe)
+
+    done = run_together(models, [tmp_path / "out"] * 2, **recipe)
+
+    assert [process.error for process in done] == [None, None]
+    assert file_bytes(tmp_path / "out") == file_bytes(alone.out)
+    assert done[0].events[-1].report["counted"] == alone.report["counted"]
+    assert not [event for event in done[1].events if event.name == "counted"]
+
+
+def test_a_weight_that_is_no_number_ends_all_and_leaves_nothing(tmp_path):
+    """Whichever process meets it, the main one says so, and the output folder is removed."""
+    models = make_group(tmp_path / "group")
+    edit_tensors(models.experts[1], lambda t: t[UP].view(-1).__setitem__(3, float("nan")))
+
+    done = run_together(models, [tmp_path / "out"] * 2)
+
+    assert isinstance(done[0].error, NonFiniteError)
+    assert UP in str(done[0].error)
+    assert done[1].told or done[1].error is None
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_that_plan_differently_all_stop(tmp_path):
+    """A process whose plan is another one stops the run before anything is written."""
+    models = make_group(tmp_path / "group")
+
+    done = run_together(models, [tmp_path / "out"] * 2, seeds=[0, 1])
+
+    assert isinstance(done[0].error, PlanRefusedError)
+    assert "plans another merge" in str(done[0].error)
+    assert done[1].told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_shared_is_refused(tmp_path, monkeypatch):
+    """Each process looks for what the main one wrote: another machine's folder is no target."""
+    monkeypatch.setattr("resmerge_stream.sinks.folder._SEEN_S", 0.2)
+    models = make_group(tmp_path / "group")
+
+    done = run_together(models, [tmp_path / "out", tmp_path / "elsewhere"])
+
+    assert isinstance(done[0].error, PlanRefusedError)
+    assert "need a folder that all of them share" in str(done[0].error)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_process_that_falls_silent_stops_the_run():
+    """A process whose machine is gone says nothing any more: the main one stops and says which."""
+    store = HashStore()
+    main = Group(lambda: store, 0, 2, silent_s=0.0).open()
+    gone = Group(lambda: store, 1, 2).open()
+    gone.close()
+    main._looked -= 60
+    main.check()  # hears it for the last time
+
+    main._looked -= 60
+    with pytest.raises(StoppedError, match="process 1 was not heard of"):
+        main.check()
+
+    main.close()
+
+
+def test_an_end_by_the_launcher_is_not_forgotten():
+    """SIGTERM that came in the middle of a finalizer, where errors are lost, still ends the run."""
+    main = Group(HashStore, 0, 2).open()
+    main.is_over = main.is_ended = True
+
+    for _ in range(2):
+        with pytest.raises(StoppedError, match="the launcher ended this run"):
+            main.check()
+
+    main.close()
+
+
+def test_the_others_end_when_the_main_process_fails():
+    """A process that waits for the main one is not left waiting, and says nothing itself."""
+    store = HashStore()
+    main, other = Group(lambda: store, 0, 2).open(), Group(lambda: store, 1, 2).open()
+    main.fail(PlanRefusedError("no"))
+
+    with pytest.raises(OthersStoppedError) as stopped:
+        other.wait("plan")
+
+    assert other.fail(stopped.value)
+    main.close()
+    other.close()
+
+
+def test_a_launcher_is_known_by_its_environment(monkeypatch):
+    """Without all of a launcher's variables a process is alone, whatever some of them say."""
+    assert launched() == (0, 1)
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert launched() == (0, 1)
+
+    for key, value in {"RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(key, value)
+    assert launched() == (2, 4)
+
+
+def test_each_shard_goes_to_one_process_and_the_free_one_gets_it():
+    """Two take in turn; when one is slow, the other takes what is left."""
+    tickets, shards = itertools.count().__next__, [f"shard {number}" for number in range(6)]
+    slow, fast = (iter(WorkList(shards, tickets, 2)) for _ in range(2))
+
+    taken = [next(slow), *fast]
+
+    assert taken == shards
+    assert next(slow, None) is None
+
+
+def test_one_process_alone_may_read_everything_ahead():
+    """Nobody else wants its shards."""
+    shards = [f"shard {number}" for number in range(6)]
+
+    work = WorkList(shards, itertools.count().__next__)
+
+    assert list(work.ahead()) == shards
+    assert list(work) == shards
+
+
+def test_what_is_taken_ahead_gets_less_towards_the_end():
+    """Far from the end a process takes several shards ahead, at the end one: nobody idles long."""
+    shards = [f"shard {number}" for number in range(40)]
+    work = WorkList(shards, itertools.count().__next__, 2)
+    merging, reading = iter(work), work.ahead()
+
+    waiting, most = -1, []
+    for _ in merging:
+        while next(reading, None) is not None:
+            waiting += 1
+        most.append(waiting)
+        waiting -= 1
+
+    assert most[0] == 8
+    assert most == sorted(most, reverse=True)
+    assert most[-3:] == [1, 1, 0]
+
+
+def test_processes_end_together():
+    """One that is done stays until the main one is: lost at its end, that would need all again."""
+    store, order = HashStore(), []
+    main, other = (Group(lambda: store, rank, 2).open() for rank in range(2))
+
+    def leave() -> None:
+        other.leave()
+        order.append("other")
+        other.close()
+
+    thread = threading.Thread(target=leave)
+    thread.start()
+    thread.join(0.5)  # long enough for one that does not wait
+    order.append("main")
+    main.leave()
+    main.close()
+    thread.join()
+
+    assert order == ["main", "other"]
+
+
+def test_one_that_is_done_hears_of_a_failure_of_the_main_one():
+    """It ends as the others do, so that a launcher starts it again with them."""
+    store = HashStore()
+    main, other = (Group(lambda: store, rank, 2).open() for rank in range(2))
+
+    main.fail(StoppedError("the line broke."))
+
+    with pytest.raises(OthersStoppedError):
+        other.leave()
+    main.close()
+    other.close()

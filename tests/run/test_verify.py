@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from resmerge_stream.cli.main import main
 from resmerge_stream.errors import ResMergeError, VerificationError
+from resmerge_stream.report.statement import STATEMENT, statement_of
 from resmerge_stream.run.verify import verify_folder
 from tests.support.checkpoints import Group, make_group, merge, plan_group, recipe_of, write_json
 
@@ -74,12 +75,13 @@ def entry_of(report, name):
 
 
 def forge_hash(out, path):
-    """Let the report say the hash and size that a file has now."""
+    """Let report and statement say the hash and size that a file has now."""
 
     def change(report):
         entry = next(file for file in report["files"] if file["name"] == path.name)
         entry["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
         entry["size"] = path.stat().st_size
+        write_json(out / STATEMENT, statement_of(report))
 
     edit_report(out, change)
 
@@ -97,7 +99,7 @@ class TestSound:
 
         checks = list(verify_folder(out, recipe=recipe_of(group), sample=ALL))
 
-        assert [c.name for c in checks] == ["layout", "sha256", "finite", "recomputed"]
+        assert [c.name for c in checks] == ["layout", "sha256", "finite", "recomputed", "statement"]
         assert not any(c.problems for c in checks)
         assert checks[0].detail.startswith("26 tensors")
         assert checks[1].detail == "2 weight files"
@@ -135,7 +137,7 @@ class TestSound:
     def test_stochastic_rounding_is_repeated_with_its_seed(self, group, tmp_path):
         """Rounding and seed are taken from the report."""
         out = tmp_path / "out"
-        args = ["--base", str(group.base)]
+        args = ["--base", str(group.base), "--method", "resmerge"]
         args += [part for folder in group.experts for part in ("--expert", str(folder))]
         assert (
             main(["merge", *args, "--rounding", "stochastic", "--seed", "5", "--out", str(out)])
@@ -185,26 +187,82 @@ class TestSound:
         assert not failed(moved, finished[0], sample=ALL)
 
 
-class TestAbsentSources:
-    def test_without_sources_the_second_merge_is_skipped_and_said(self, out, tmp_path, monkeypatch):
-        """A folder of someone else is checked as far as it can be, and the rest is named."""
-        monkeypatch.chdir(tmp_path)
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Another machine, as far as a merge's sources go: it knows of none."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another cache"))
+    monkeypatch.chdir(tmp_path)
 
+
+class TestAbsentSources:
+    def test_without_sources_the_second_merge_is_skipped_and_said(self, out, elsewhere):
+        """A folder of someone else is checked as far as it can be, and the rest is named."""
         checks = list(verify_folder(out))
 
         assert not any(c.problems for c in checks)
         assert checks[3].detail.startswith("skipped")
         assert "sources are not at hand" in checks[3].detail
+        assert "'base', 'expert0', 'expert1', 'expert2'" in checks[3].detail
+        assert "--base ID for the base, --expert ID for each" in checks[3].detail
 
-    def test_without_sources_the_command_says_so_and_exits_0(
-        self, out, tmp_path, monkeypatch, capsys
-    ):
-        """What was skipped stands in the output."""
+    def test_without_sources_the_command_says_so_and_exits_3(self, out, elsewhere, capsys):
+        """What was skipped is not called ok, in words, as data and by the exit code."""
+        assert main(["verify", str(out)]) == 3
+        said = capsys.readouterr().out
+        assert main(["verify", str(out), "--json"]) == 3
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+        assert "skipped recomputed:" in said
+        assert "ok      recomputed" not in said
+        assert [row["status"] for row in rows] == ["ok", "ok", "ok", "skipped", "ok"]
+
+    def test_sources_are_known_where_the_merge_was_made(self, out, tmp_path, monkeypatch, capsys):
+        """From any working directory, also one with other folders of those names."""
+        make_group(tmp_path, seed=1)
         monkeypatch.chdir(tmp_path)
 
         assert main(["verify", str(out)]) == 0
 
-        assert "recomputed: skipped" in capsys.readouterr().out
+        assert "ok      recomputed" in capsys.readouterr().out
+
+    def test_sources_that_are_gone_are_named_by_their_place(self, tmp_path, capsys, monkeypatch):
+        """Another folder of the same name is not taken for one that was removed."""
+        group = make_group(tmp_path / "group", layers=1)
+        merge(group, tmp_path / "out")
+        group.base.rename(tmp_path / "base")
+        monkeypatch.chdir(tmp_path)
+
+        assert main(["verify", "out"]) == 3
+        assert f"there is no folder '{group.base}'" in capsys.readouterr().out
+
+        assert main(["verify", "out", "--base", "base"]) == 0
+
+    def test_sources_that_moved_are_found_where_they_are(self, out, finished, tmp_path, elsewhere):
+        """With `--base` and `--expert` the sample is merged again, from copies of another time."""
+        group = finished[0]
+        words = ["--base", str(shutil.copytree(group.base, tmp_path / "b"))]
+        for i, expert in enumerate(group.experts):
+            words += ["--expert", str(shutil.copytree(expert, tmp_path / f"e{i}"))]
+
+        assert main(["verify", str(out), *words]) == 0
+        assert main(["verify", str(out), *words[:-2]]) == 2
+
+    def test_a_result_of_sources_that_changed_is_stale(self, out, finished, tmp_path, capsys):
+        """An expert that was saved anew is named, rather than tensors that come out different."""
+        group = finished[0]
+        words = ["--base", str(group.base)]
+        for i, expert in enumerate(group.experts):
+            words += ["--expert", str(shutil.copytree(expert, tmp_path / f"e{i}"))]
+        for path in (tmp_path / "e0").glob("*.safetensors"):
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 1
+            path.write_bytes(data)
+
+        assert main(["verify", str(out), *words]) == 2
+
+        said = capsys.readouterr().out
+        assert "FAILED  sources: stale" in said
+        assert "e0 is another one now" in said
 
     def test_a_recipe_that_names_what_is_gone_skips_too(self, out, tmp_path):
         """Sources that were removed since are as absent as others'."""
@@ -228,7 +286,7 @@ class TestAbsentSources:
         """Another group under the recipe's names does not make the folder's bytes."""
         other = make_group(tmp_path / "other", sharded=True, seed=1)
 
-        assert "recomputed" in failed(out, other, sample=ALL)
+        assert "base is another one now" in failed(out, other, sample=ALL)["sources"][0]
 
     def test_another_recipe_is_a_difference(self, out, finished):
         """Other parameters on the right sources do not make the folder's bytes."""
@@ -307,7 +365,7 @@ class TestDamagedWeights:
         assert any(other in text for text in found["layout"])
 
     def test_a_tensor_that_the_index_forgot_is_found(self, out):
-        """What the index does not name will not be loaded, though its bytes are there."""
+        """A merge's index names every tensor; one that lost a name is not what was written."""
         index = json.loads((out / "model.safetensors.index.json").read_text())
         del index["weight_map"][Q]
         write_json(out / "model.safetensors.index.json", index)
@@ -364,8 +422,23 @@ class TestDamagedWeights:
         first.write_bytes(second.read_bytes())
         second.write_bytes(data)
 
-        with pytest.raises(ResMergeError, match="does not hold"):
-            list(verify_folder(out))
+        found = failed(out)
+
+        assert sorted(found) == ["layout", "sha256"]
+        assert "another file than the one that holds" in found["layout"][0]
+
+    def test_a_tensor_under_another_shard_in_the_index_is_found(self, out):
+        """The index alone is wrong: hashes and names agree, and what loads by the index fails."""
+        file = out / "model.safetensors.index.json"
+        index = json.loads(file.read_text())
+        own = shard_of(out, Q).name
+        index["weight_map"][Q] = next(n for n in index["weight_map"].values() if n != own)
+        write_json(file, index)
+
+        found = failed(out)
+
+        assert list(found) == ["layout"]
+        assert Q in found["layout"][0]
 
     def test_a_weight_file_that_the_report_does_not_know_is_found(self, out):
         """A stray weight file would be loaded by some tools, so it is named."""
