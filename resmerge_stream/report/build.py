@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..planning.plan import Plan
+from .alike import Groups, groups_of, together
 
 REPORT_VERSION = 1
+ALL_OF_BASE = "every value that is merged is the base's, and it still counts as one of the experts"
 
 
 def build_report(
@@ -36,6 +38,15 @@ def build_report(
     warnings = [warning.text for warning in plan.warnings]
     flagged = Counter(text for entry in entries for text in entry["warnings"])
     warnings += [f"{count} tensor(s): {text}" for text, count in flagged.most_common()]
+    unmoved = _unmoved(plan, entries)
+    idle = [plan.experts[number].id for number in unmoved]
+    alike = {
+        plan.experts[number].id: plan.experts[group[0]].id
+        for group in _alike(plan, entries)
+        for number in group[1:]
+        if number not in unmoved
+    }
+    warnings += told_of_experts({"change_nothing": idle, "change_alike": alike})
     return {
         "version": REPORT_VERSION,
         "plan_hash": plan.plan_hash,
@@ -60,6 +71,7 @@ def build_report(
             }
             for source in plan.checkpoints
         ],
+        "identity": [source.digest for source in plan.known],
         "environment": dict(environment),
         "summary": {
             "tensors": len(entries),
@@ -70,6 +82,8 @@ def build_report(
             "peak_private_bytes": peak_private_bytes,
             **_whole_model_kept(entries),
             "warnings": warnings,
+            "change_nothing": idle,
+            "change_alike": alike,
             "left_out": dict(plan.left_out),
         },
         "matched": [
@@ -79,6 +93,52 @@ def build_report(
         "files": list(files),
         "tensors": list(entries),
     }
+
+
+def told_of_experts(summary: Mapping[str, Any]) -> list[str]:
+    """Return in words which experts a report's summary calls idle, or another one's equals.
+
+    Args:
+        summary: anybody may have written it.
+    """
+    idle, alike = summary.get("change_nothing"), summary.get("change_alike")
+    return [
+        *(
+            f"{name} changes nothing: {ALL_OF_BASE}"
+            for name in idle or []
+            if isinstance(idle, list)
+        ),
+        *(
+            f"{name} changes every value as {other} does: it counts twice"
+            for name, other in (alike.items() if isinstance(alike, Mapping) else ())
+        ),
+    ]
+
+
+def _unmoved(plan: Plan, entries: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the numbers of experts that have the base's values in every tensor."""
+    merged = [
+        (plan.tensors[entry["name"]].experts, entry.get("unmoved") or ())
+        for entry in entries
+        if entry["name"] in plan.tensors
+    ]
+    return [
+        number
+        for number in range(plan.base is None, len(plan.experts))
+        if any(number in experts for experts, _ in merged)
+        and all(number in unmoved for experts, unmoved in merged if number in experts)
+    ]
+
+
+def _alike(plan: Plan, entries: Sequence[Mapping[str, Any]]) -> Groups:
+    """Return the groups of experts that have the same values in every tensor that any has."""
+    every = set(range(len(plan.experts)))
+    alike = groups_of([every])
+    for entry in entries:
+        if entry["name"] in plan.tensors:
+            lacking = every.difference(plan.tensors[entry["name"]].experts)
+            alike = together(alike, groups_of([*(entry.get("alike") or ()), lacking]))
+    return alike
 
 
 def _adapter(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -4,24 +4,30 @@ import inspect
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ..planning.compat import BARELY, KEPT_AS_IN_BASE, LEFT_OUT
+from ..planning.dtypes import main_dtype
 from ..planning.plan import Plan
-from ..planning.sidefiles import main_dtype
+from ..planning.sidefiles import code_files
 from ..recipe import ModelRef, Tokenizer
-from ..units import format_size
-from .card_tables import LISTED, code_list, escape, gate_tables, unusual_tensors
+from ..units import format_size, printable
+from .build import told_of_experts
+from .card_tables import LISTED, code_list, escape, gate_tables, reading, unusual_tensors
 from .gates_plot import gates_png
 from .mergekit_config import FILE as MERGEKIT
 from .mergekit_config import mergekit_config
 from .public_names import PublicName, PublicNames
+from .statement import STATEMENT, statement_of
 from .words import rule_in_words
 
 # By which the Hub finds what was merged here.
 TAG = "resmerge"
+# Stands where the scores will be.
+NOBODY = "Nobody has evaluated this model yet. This asks it and its models the same questions:"
 # Below this cosine a reader should know that the file is not quite what was computed.
 KEPT_WARNING = 0.9
 
@@ -47,10 +53,12 @@ def render_card(
     document = _recipe(plan, names)
     recipe = _recipe_yaml(plan, names, document)
     theirs, reason = mergekit_config(plan, document)
+    published = names.clean_report(report)
     return {
         "README.md": _readme(plan, report, names, recipe, reason).encode(),
         **({MERGEKIT: theirs.encode()} if theirs else {}),
-        "resmerge/report.json": (json.dumps(names.clean_report(report), indent=1) + "\n").encode(),
+        "resmerge/report.json": (json.dumps(published, indent=1) + "\n").encode(),
+        STATEMENT: (json.dumps(statement_of(published), indent=1) + "\n").encode(),
         "resmerge/recipe.yml": recipe.encode(),
         "resmerge/gates.png": gates_png(report),
     }
@@ -72,6 +80,8 @@ def _recipe(plan: Plan, names: PublicNames) -> dict[str, Any]:
     recipe |= {"dtype": dtype} if dtype else {}
     if plan.recipe.tokenizer is not None:
         recipe["tokenizer"] = _pinned(plan.recipe.tokenizer, names).to_dict()
+    if plan.recipe.generation_config is not None:
+        recipe["generation_config"] = names.pinned(plan.recipe.generation_config)
     return recipe
 
 
@@ -109,7 +119,8 @@ def _pinned(tokenizer: Tokenizer, names: PublicNames) -> Tokenizer:
 def _command(plan: Plan, names: PublicNames, recipe: str) -> str:
     """Return the command that makes the same bytes."""
     options = replace(plan.options, tokenizer_from=None)  # said by the name that all may see
-    words = ["resmerge-stream merge", recipe, "--out merged", *options.words("values", "files")]
+    said = map(shlex.quote, options.words("values", "files"))
+    words = ["resmerge-stream merge", recipe, "--out merged", *said]
     if names.tokenizer is not None and plan.options.tokenizer_from is not None:
         words.append(f'--tokenizer-from "{names.tokenizer.pinned}"')
     return " ".join(words)
@@ -122,17 +133,24 @@ def _readme(
     sections = [
         _metadata(plan, names, licence),
         _introduction(plan, report, names),
-        f"## Recipe\n\n```yaml\n{recipe}```",
-        gate_tables(report),
-        _factors(plan, report),
-        _kept(plan, report),
-        unusual_tensors(plan, report, names),
-        _tensors(plan, report, names),
-        _sources(plan, report, names, same),
-        _adapter_usage(plan, names) if report.get("adapter") else _usage(plan, names, obstacle),
-        _risks(plan),
+        _unevaluated(plan, names),
+        _usage(plan, names),
+        _recipe_and_sources(plan, report, names, recipe, obstacle),
+        _licences(licence, same),
+        _RISKS,
+        _citation(plan),
+        reading(report),
+        _folded("Numbers by family and module", gate_tables(report)),
+        _folded("The adapter", _factors(plan, report)),
+        _folded("What the cast kept", _kept(plan, report)),
+        _folded("Unusual tensors", unusual_tensors(plan, report, names)),
+        _folded("Tensors and files", _tensors(plan, report, names)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _folded(title: str, text: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>" if text else ""
 
 
 def _metadata(plan: Plan, names: PublicNames, licence: str) -> str:
@@ -163,17 +181,17 @@ def _introduction(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> 
     count = f"{len(experts)} expert{'s' * (len(experts) != 1)}"
     version = escape(str((report.get("environment") or {}).get("resmerge_stream")))
     heading = f"# {short}: {count} merged with {title}"
-    made = f"Fine-tuned models of one base, merged with **{title}**{exactly}"
+    what = "An adapter that merges" if report.get("adapter") else "A merge of"
+    of_one = " of one base" if base is not None else ""
+    models = f"{len(experts)} fine-tuned model{'s' * (len(experts) != 1)}{of_one}"
+    made = f"{what} {models} by **{title}**{exactly}"
     if _is_extract(plan):
         heading = f"# {escape(experts[0].name.rsplit('/', 1)[-1])} as a LoRA adapter of {short}"
-        made, words = "What sets a model apart from its base, extracted as a LoRA adapter", ""
+        made, words = "What sets a model apart from its base, as a LoRA adapter", ""
     lines = [
         heading,
-        f"{made} by ResMerge Stream {version}; no training, no data.",
-        *(
-            f"> [!WARNING]\n> {escape(names.clean(text[0].upper() + text[1:]))}."
-            for text in _doubts(plan)
-        ),
+        f"{made}, made with ResMerge Stream {version}. No training or data was used.",
+        *(f"> [!WARNING]\n> {text[0].upper()}{text[1:]}" for text in _doubts(plan, report, names)),
         "\n".join(
             ([f"- Base: {_link(base)}"] if base is not None else [])
             + [f"- Expert {i}: {_link(source)}" for i, source in enumerate(experts, 1)]
@@ -189,19 +207,42 @@ def _is_extract(plan: Plan) -> bool:
     return only and plan.options.output == "adapter"
 
 
-def _doubts(plan: Plan) -> list[str]:
-    """Return why this may be no merge at all, for the top of the card."""
-    return [warning.text for warning in plan.warnings if warning.kind == BARELY]
+def _doubts(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> list[str]:
+    """Return why this may be no merge at all, or not the one that was meant, for the card's top."""
+    barely = [warning.text for warning in plan.warnings if warning.kind == BARELY]
+    doubts = [escape(names.clean(text)) + "." for text in barely]
+    cosine, dtype = report["summary"].get("kept_cosine"), _dtype_of(plan)
+    if not report.get("adapter") and cosine is not None and cosine < KEPT_WARNING:
+        doubts.append(
+            f"Rounding to {dtype} changed this update's direction (cosine {cosine:.2f}). "
+            f"{_advice(plan, dtype)}"
+        )
+    return doubts
+
+
+def _dtype_of(plan: Plan) -> str:
+    if plan.recipe.dtype:
+        return plan.recipe.dtype
+    return "float32" if plan.options.output == "adapter" else main_dtype(plan.layout)
+
+
+def _unevaluated(plan: Plan, names: PublicNames) -> str:
+    """Return that nobody has asked this model anything yet, and the command that does."""
+    this = plan.publication.repo_id if plan.publication is not None else "merged"
+    models = dict.fromkeys([*(printable(source.name) for source in names.sources), this])
+    words = " ".join(map(shlex.quote, models))
+    command = f"resmerge-stream evaluate {words} --tasks gsm8k --card {shlex.quote(this)}"
+    return f"## Evaluation\n\n{NOBODY}\n\n```sh\n{command}\n```"
 
 
 def _kept(plan: Plan, report: Mapping[str, Any]) -> str:
     summary = report["summary"]
     norm, cosine = summary.get("kept_norm"), summary.get("kept_cosine")
-    dtype = plan.recipe.dtype or (
-        "float32" if plan.options.output == "adapter" else main_dtype(plan.layout)
-    )
+    dtype = _dtype_of(plan)
     rounding = "stochastically" if plan.options.rounding == "stochastic" else "to nearest"
-    text = f"## What the cast kept\n\nMerged in float32 and rounded once, {rounding}, to {dtype}. "
+    text = f"Computed in float32 and rounded once, {rounding}, to {dtype}. "
+    if dtype == "float32":
+        text = "Computed and stored in float32. "
     if norm is None or cosine is None:
         return text + "There was no update to keep: no tensor differs from the base."
     if report.get("adapter"):
@@ -210,18 +251,12 @@ def _kept(plan: Plan, report: Mapping[str, Any]) -> str:
             f"and a cosine of **{cosine:.6f}** with it. Added to the base in its own dtype it is "
             "rounded once more."
         )
-    text += (
+    return text + (
         f"Over the whole model the update that is left has **{norm:.3f}** of the computed length "
         f"and a cosine of **{cosine:.3f}** with it; {_changed(report):.1%} of the weights differ "
         "from the base's. RL experts move a weight by a step or so of the format, and a merged "
         "step smaller than half of one is rounded away."
     )
-    if cosine < KEPT_WARNING:
-        text += (
-            f"\n\n> [!WARNING]\n> Rounding to {dtype} changed this update's direction (cosine "
-            f"{cosine:.2f}). {_advice(plan, dtype)}"
-        )
-    return text
 
 
 def _advice(plan: Plan, dtype: str) -> str:
@@ -242,7 +277,7 @@ def _factors(plan: Plan, report: Mapping[str, Any]) -> str:
     if not adapter:
         return ""
     text = (
-        f"## A LoRA adapter\n\n{adapter['modules']} modules, rank {adapter['rank']} at most, with "
+        f"{adapter['modules']} modules, rank {adapter['rank']} at most, with "
         f"α = r, so that the update is B·A itself. It holds **{adapter['kept']:.4%}** of the "
         "merged update's squared length"
     )
@@ -279,7 +314,7 @@ def _changed(report: Mapping[str, Any]) -> float:
 def _tensors(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> str:
     """Return what became of the tensors: counts by rule, carried, left out, copied code."""
     counts = report["summary"]["by_rule"]
-    lines = ["## Tensors and files", "| rule | tensors | meaning |\n|---|---:|---|"]
+    lines = ["| rule | tensors | meaning |\n|---|---:|---|"]
     for rule, count in counts.items():
         lines[-1] += f"\n| {escape(rule)} | {count} | {rule_in_words(rule)} |"
     carried = [row["name"] for row in report["tensors"] if row["rule"] == "carried"]
@@ -290,12 +325,12 @@ def _tensors(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> str:
         left_out.setdefault(reason, []).append(name)
     for reason, found in left_out.items():
         lines.append(f"Left out, since {escape(names.clean(reason))}: {code_list(found)}.")
-    if plan.layout.config.get("auto_map"):
-        code = [name for name in plan.layout.small_files if name.endswith(".py")]
-        lines.append(f"The base loads with its own code, copied unread: {code_list(code)}.")
+    if code := code_files(plan.side_files()):
+        lines.append(f"It loads with code of its own, copied unread: {code_list(code)}.")
     if plan.options.output == "model":
         lines.append(f"Config from the base; {_tokens_in_words(plan, names)}.")
     notes = [w.text for w in plan.warnings if w.kind not in (KEPT_AS_IN_BASE, LEFT_OUT, BARELY)]
+    notes += told_of_experts(report["summary"])
     if notes:
         lines.append("The plan warned:")
         lines.append("\n".join(f"- {escape(names.clean(text))}" for text in notes[:LISTED]))
@@ -314,7 +349,9 @@ def _tokens_in_words(plan: Plan, names: PublicNames) -> str:
     return f"the tokens are {which}, and the models' rows were matched by token"
 
 
-def _sources(plan: Plan, report: Mapping[str, Any], names: PublicNames, same: bool) -> str:
+def _recipe_and_sources(
+    plan: Plan, report: Mapping[str, Any], names: PublicNames, recipe: str, obstacle: str
+) -> str:
     lines = ["| | model | commit | size | licence |", "|---|---|---|---:|---|"]
     rows = zip(plan.parts, plan.checkpoints, names.sources, strict=True)
     for part, source, public in rows:
@@ -323,13 +360,33 @@ def _sources(plan: Plan, report: Mapping[str, Any], names: PublicNames, same: bo
         size = format_size(sum(file.size for file in source.files))
         licence = escape(source.license or "unknown")
         lines.append(f"| {part} | {_link(public)} | {commit} | {size} | {licence} |")
-    text = "## Sources and licences\n\n" + "\n".join(lines)
-    if not same:
-        text += (
-            "\n\n> [!WARNING]\n> The sources' licences differ, or some are unknown. A merge is "
-            "made of all of them: check that their terms allow it, and your use, before sharing."
-        )
-    return text
+    again = _command(plan, names, "resmerge/recipe.yml")
+    hidden = any(source.kind != "hub" for source in names.sources)
+    note = " after putting your own paths in the recipe" if hidden else ""
+    theirs = f"[{MERGEKIT}]({MERGEKIT}) is the same recipe for mergekit."
+    if report.get("adapter"):
+        theirs = ""
+    elif obstacle:
+        theirs = f"mergekit cannot run it: {escape(obstacle)}."
+    parts = [
+        f"## Recipe and sources\n\n```yaml\n{recipe}```",
+        "\n".join(lines),
+        f"This makes the same bytes{note}, on the same kind of device:",
+        f"```sh\n{again}\n```",
+        theirs,
+        f"[{STATEMENT}]({STATEMENT}) says the same for supply-chain tools: files and sources by "
+        "hash, as an in-toto statement of SLSA provenance.",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _licences(licence: str, same: bool) -> str:
+    if same:
+        return f"## Licence\n\n{escape(licence)}, as all of its sources."
+    return (
+        "## Licence\n\n> [!WARNING]\n> The sources' licences differ, or some are unknown. A merge "
+        "is made of all of them: check that their terms allow it, and your use, before sharing."
+    )
 
 
 def _licence(licences: Sequence[str | None]) -> tuple[str, bool]:
@@ -340,61 +397,33 @@ def _licence(licences: Sequence[str | None]) -> tuple[str, bool]:
     return (common, True) if known else ("other", False)
 
 
-def _usage(plan: Plan, names: PublicNames, obstacle: str) -> str:
+def _usage(plan: Plan, names: PublicNames) -> str:
+    if plan.options.output == "adapter":
+        base = names.sources[0].name
+        return (
+            "## Load it\n\n```python\nfrom peft import PeftModel\nfrom transformers import "
+            "AutoModelForCausalLM\n\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")\n'
+            'model = PeftModel.from_pretrained(base, "…")  # this repository, or the folder\n```'
+        )
     architectures = plan.layout.config.get("architectures") or [""]
     causal = str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel"))
     auto = "AutoModelForCausalLM" if causal else "AutoModel"
     code = ", trust_remote_code=True" if plan.layout.config.get("auto_map") else ""
-    again = _command(plan, names, "resmerge/recipe.yml")
-    hidden = any(source.kind != "hub" for source in names.sources)
-    note = " after putting your own paths in the recipe" if hidden else ""
-    return "\n\n".join(
-        [
-            "## Load it",
-            f"```python\nfrom transformers import {auto}, AutoTokenizer\n\n"
-            'name = "…"  # this repository, or the folder\n'
-            f'model = {auto}.from_pretrained(name, dtype="auto"{code})\n'
-            f"tokenizer = AutoTokenizer.from_pretrained(name{code})\n```",
-            "## Make it again",
-            f"The same bytes{note}, on the same kind of device:",
-            f"```sh\n{again}\n```",
-            f"mergekit cannot run it: {escape(obstacle)}."
-            if obstacle
-            else f"[{MERGEKIT}]({MERGEKIT}) is the same recipe for mergekit.",
-            "Every gate of every tensor is in [resmerge/report.json](resmerge/report.json).",
-        ]
+    return (
+        f"## Load it\n\n```python\nfrom transformers import {auto}, AutoTokenizer\n\n"
+        'name = "…"  # this repository, or the folder\n'
+        f'model = {auto}.from_pretrained(name, dtype="auto"{code})\n'
+        f"tokenizer = AutoTokenizer.from_pretrained(name{code})\n```"
     )
 
 
-def _adapter_usage(plan: Plan, names: PublicNames) -> str:
-    again = _command(plan, names, "resmerge/recipe.yml")
-    base = names.sources[0].name
-    return "\n\n".join(
-        [
-            "## Load it",
-            "```python\nfrom peft import PeftModel\nfrom transformers import "
-            "AutoModelForCausalLM\n\n"
-            f'base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")\n'
-            'model = PeftModel.from_pretrained(base, "…")  # this repository, or the folder\n```',
-            "## Make it again",
-            f"The same bytes, on the same kind of device:\n\n```sh\n{again}\n```",
-            "Every gate of every tensor is in [resmerge/report.json](resmerge/report.json).",
-        ]
-    )
-
-
-def _risks(plan: Plan) -> str:
-    text = (
-        "## Before you use it\n\nNobody has evaluated this model yet. A merged model may inherit "
-        "undesirable behaviours, biases or safety risks from any of its experts, and can behave "
-        "in ways that none of them does. Evaluate it for your task, safety included, before "
-        "deploying it."
-    )
+def _citation(plan: Plan) -> str:
     if plan.method is None:
-        return text
+        return ""
     if plan.method.name != "resmerge":
-        return text + f"\n\n## Citation\n\n{escape(plan.method.paper)}, {plan.method.url}"
-    return text + f"\n\n## Citation\n\n```bibtex\n{_CITATION}```"
+        return f"## Citation\n\n{escape(plan.method.paper)}, {plan.method.url}"
+    return f"## Citation\n\n```bibtex\n{_CITATION}```"
 
 
 def _method_name(report: Mapping[str, Any]) -> str:
@@ -407,6 +436,11 @@ def _link(source: PublicName) -> str:
     return f"[{source.name}](https://huggingface.co/{source.name})"
 
 
+_RISKS = (
+    "## Before you use it\n\nA merged model may inherit undesirable behaviours, biases or safety "
+    "risks from any of its experts, and can behave in ways that none of them does. Evaluate it for "
+    "your task, safety included, before deploying it."
+)
 _CITATION = """@misc{sun2026resmerge,
   title = {ResMerge: Residual-based Spectral Merging of Large Language Models},
   author = {Sun, Yandu and Hou, Zhiyan and Ma, Haokai and Jia, Yuheng and Fang, Junfeng and

@@ -7,14 +7,14 @@ from ..planning.plan import Plan
 from ..units import printable
 from .public_names import PublicNames
 from .unusual import NOTHING, by_reason, unusual
-from .values import family_rank, median, module_label, module_rank, value_of
+from .values import family_rank, has_values, median, module_label, module_rank, value_of
 from .words import COLUMNS, NAMES
 
 LISTED = 20
 
 
 def gate_tables(report: Mapping[str, Any]) -> str:
-    """Return the section on what the gates decided: tables, picture, how to read them."""
+    """Return what the gates decided, or what changed, by family and by module."""
     by_family: dict[str, list[Mapping[str, Any]]] = {}
     by_module: dict[str, list[Mapping[str, Any]]] = {}
 
@@ -25,17 +25,27 @@ def gate_tables(report: Mapping[str, Any]) -> str:
     for row in rows:
         by_family.setdefault(row.get("role") or "unknown", []).append(row)
         by_module.setdefault(module_label(row["name"]), []).append(row)
-    has_gates = any(value_of(row, "S_H") is not None for row in rows)
     return "\n\n".join(
         [
-            "## What the gates decided" if has_gates else "## What changed",
-            "Median (least – greatest) over the tensors of a family.",
+            "Median (least – greatest) over the tensors of a family, then of a module.",
             _table("family", by_family),
-            "![The gates by layer and module](resmerge/gates.png)",
-            _READING_GATES if has_gates else _READING_KEPT,
-            "<details><summary>The same for every module</summary>",
             _table("module", by_module),
-            "</details>",
+        ]
+    )
+
+
+def reading(report: Mapping[str, Any]) -> str:
+    """Return the section with the picture: how to read the gates, or what changed."""
+    has_gates = has_values(report["tensors"], "S_H")
+    title = "How to read the gates" if has_gates else "What changed"
+    shown = "The gates by layer and module" if has_gates else "What changed by layer and module"
+    what = "Every gate of every tensor is" if has_gates else "The numbers of every tensor are"
+    return "\n\n".join(
+        [
+            f"## {title}",
+            f"![{shown}](resmerge/gates.png)",
+            _READING_GATES if has_gates else _READING_KEPT,
+            f"{what} in [resmerge/report.json](resmerge/report.json).",
         ]
     )
 
@@ -76,7 +86,7 @@ def unusual_tensors(plan: Plan, report: Mapping[str, Any], names: PublicNames) -
         for row in report["tensors"]
     )
     if not ranked:
-        return f"## Unusual tensors\n\n{NOTHING}"
+        return NOTHING
     each = max(1, LISTED // len(ranked))
     lines = ["| what | tensors | such as |", "|---|---:|---|"]
     for reason, found in ranked[:LISTED]:
@@ -84,7 +94,7 @@ def unusual_tensors(plan: Plan, report: Mapping[str, Any], names: PublicNames) -
         more = f" and {len(found) - each} more" if len(found) > each else ""
         lines.append(f"| {escape(names.clean(reason))} | {len(found)} | {shown}{more} |")
     more = f"\n\n{len(ranked) - LISTED} more kinds." if len(ranked) > LISTED else ""
-    return "## Unusual tensors\n\n" + "\n".join(lines) + more + "\n\nAll are in the report."
+    return "\n".join(lines) + more + "\n\nAll are in the report."
 
 
 def _rule_of(plan: Plan, name: str) -> str:
@@ -112,7 +122,7 @@ def code_list(found: Sequence[str]) -> str:
 
 
 _READING_GATES = (
-    "**How to read it.** Each expert's update of a matrix is cut into its *head*, the strongest "
+    "Each expert's update of a matrix is cut into its *head*, the strongest "
     "direction(s), and the *residual*, all the rest; head energy is the head's share of the "
     "squared length. *S_H* is the mean cosine between the experts' heads, negative ones counted "
     "as 0: at 1 they pull the same way, near 0 they have nothing in common, and the heads come "
@@ -128,7 +138,7 @@ _READING_GATES = (
 
 
 _READING_KEPT = (
-    "**How to read it.** *Changed* is the share of weights that differ from the base's. *Kept "
+    "*Changed* is the share of weights that differ from the base's. *Kept "
     "norm* and *kept cosine* compare the update in the file, after rounding, with the one that "
     "was computed in float32; 1 means nothing was lost."
 )

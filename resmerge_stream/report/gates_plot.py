@@ -37,12 +37,18 @@ def gates_png(report: Mapping[str, Any]) -> bytes:
     Args:
         report: ``report.json`` of any method; missing and null values stay grey.
     """
-    cells, roles = _cells(report["tensors"])
+    cells: dict[Cell, list[Mapping[str, Any]]] = defaultdict(list)
+    roles: dict[str, str] = {}
+    for row in report["tensors"]:
+        label = module_label(row["name"])
+        cells[label, layer_of(row["name"])].append(row)
+        roles.setdefault(label, row.get("role") or Role.MATRIX)
     families = _families(cells, roles)
-    panels = _with_values(GATES, cells) or _with_values(
-        (*CHANGES, *KEPT), cells if families else {}
-    )
-    modules, layers = _axes_of(panels, cells, roles)
+    gates = _with_values(GATES, cells)
+    others = _with_values((*CHANGES, *KEPT), cells if families else {})
+    # Two stand side by side, and no place stays empty.
+    panels = [*gates, *others[: len(gates) % 2]] if gates else others[: len(others) // 2 * 2]
+    modules, layers = _axes_of(gates or panels, cells, roles)
     height = ROW * max(len(modules), 3) + TITLE + AXIS
     rows = -(-len(panels) // 2)
     strip = 42 * max(len(families), 1) + TITLE + AXIS
@@ -57,19 +63,6 @@ def gates_png(report: Mapping[str, Any]) -> bytes:
         box = (number, TOP + rows * height + TITLE, strip - TITLE - AXIS)
         draw_strip(sheet, box, measure, families)
     return sheet.png()
-
-
-def _cells(
-    tensors: Sequence[Mapping[str, Any]],
-) -> tuple[dict[Cell, list[Mapping[str, Any]]], dict[str, str]]:
-    """Return the tensors of each cell, and the role of each module."""
-    cells: dict[Cell, list[Mapping[str, Any]]] = defaultdict(list)
-    roles: dict[str, str] = {}
-    for row in tensors:
-        label = module_label(row["name"])
-        cells[label, layer_of(row["name"])].append(row)
-        roles.setdefault(label, row.get("role") or Role.MATRIX)
-    return cells, roles
 
 
 def _with_values(panels: Iterable[Measure], cells: Mapping[Cell, Any]) -> list[Measure]:

@@ -5,11 +5,13 @@ from typing import Any
 
 from ..errors import listed
 from ..methods import MERGEKITS, is_mergekits, parameter_fields
+from ..planning.dtypes import main_dtype
 from ..planning.plan import Plan
-from ..planning.sidefiles import main_dtype
-from ..sources.adapter import AdapterCheckpoint
+from ..sources.adapter import Adapter
+from ..specs import OUTPUT_DTYPES
 
 FILE = "mergekit_config.yml"
+_OWN = ("parameters", "dtype", "generation_config")
 
 
 def mergekit_config(plan: Plan, recipe: Mapping[str, Any]) -> tuple[str, str]:
@@ -26,24 +28,23 @@ def mergekit_config(plan: Plan, recipe: Mapping[str, Any]) -> tuple[str, str]:
     parameters, unknown = _as_mergekits(plan, recipe.get("parameters") or {})
     if unknown:
         return "", f"it does not know {listed(unknown)} of {plan.method.name}"
-    document = {key: value for key, value in recipe.items() if key not in ("parameters", "dtype")}
-    document["models"] = _models(plan, recipe)
+    document = {key: value for key, value in recipe.items() if key not in _OWN}
+    models = list(recipe["models"])
+    base = recipe.get("base_model") or models[0]["model"]
+    for number, expert in enumerate(plan.experts):  # it knows an adapter by base+adapter alone
+        if isinstance(expert, Adapter):
+            models[number] = {**models[number], "model": f"{base}+{models[number]['model']}"}
+    document["models"] = models
+    if plan.method.base == "input" and not plan.recipe.base_listed:
+        document.pop("base_model", None)  # mergekit would merge it too
     document |= {"parameters": parameters} if parameters else {}
     # The arithmetic here is float32, whatever is written.
-    document |= {"dtype": "float32", "out_dtype": plan.recipe.dtype or main_dtype(plan.layout)}
+    document |= {"dtype": "float32", "out_dtype": main_dtype(plan.layout)}
+    if plan.recipe.dtype in OUTPUT_DTYPES:  # mergekit writes no FP8
+        document["out_dtype"] = plan.recipe.dtype
     text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=1_000_000)
     notes = [f"# mergekit-yaml {FILE} merged", *(f"# {note}" for note in _notes(plan))]
     return "\n".join(notes) + "\n" + text, ""
-
-
-def _models(plan: Plan, recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the models, each adapter on the base: mergekit knows one by ``base+adapter`` alone."""
-    models = list(recipe["models"])
-    base = recipe.get("base_model") or models[0]["model"]
-    for number, expert in enumerate(plan.experts):
-        if isinstance(expert, AdapterCheckpoint):
-            models[number] = {**models[number], "model": f"{base}+{models[number]['model']}"}
-    return models
 
 
 def _obstacle(plan: Plan) -> str:
@@ -83,6 +84,8 @@ def _notes(plan: Plan) -> list[str]:
         notes.append("It rounds to nearest; this merge was rounded stochastically.")
     if plan.options.output == "adapter":
         notes.append("It writes the whole model; this merge was written as an adapter.")
+    if plan.recipe.generation_config is not None:
+        notes.append("It takes no generation config of another model.")
     if plan.matched and any(plan.matched):
         notes.append("It does not match tensors under other names, as was done here.")
     local = [source for source in plan.checkpoints if source.revision is None]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..maths.lazy import np
 from ..roles import Role
 from ..units import printable
 from .sheet import Box, Sheet, painted
@@ -78,12 +79,10 @@ def draw_heatmap(
     layers: Sequence[int | None],
 ) -> None:
     """Draw one heatmap of modules by layers; `box` is column, top and height."""
-    import numpy as np
-
     values = cell_values(cells, panel.key)
     data = np.array([[values.get((m, layer), math.nan) for layer in layers] for m in modules])
-    low, high = _limits(panel.scale, data[np.isfinite(data)].tolist())
-    scale = CENTRED if panel.scale == "centre" else VIRIDIS
+    low, high = limits(panel.scale, data[np.isfinite(data)].tolist())
+    scale = colours_of(panel.scale)
     area = left, top, right, bottom = _area(box)
     _titles(sheet, left, top, panel.title, panel.symbols)
     colours = painted(data, low, high, scale, _GREY)
@@ -100,7 +99,13 @@ def draw_heatmap(
         sheet.text((bar[2] + _GAP, y), text, _SMALL, _INK, "lm")
 
 
-def _limits(scale: str, values: Sequence[float]) -> tuple[float, float]:
+def colours_of(scale: str) -> tuple[str, ...]:
+    """Return the colours of a `Measure`'s scale, from its low to its high end."""
+    return CENTRED if scale == "centre" else VIRIDIS
+
+
+def limits(scale: str, values: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of a `Measure`'s scale for some values; the second is the larger."""
     low, high = min(values), max(values)
     if scale == "centre":
         reach = max(abs(low), abs(high), 1e-3)

@@ -47,10 +47,15 @@ class PublicNames:
     Args:
         plan: its checkpoints are named.
         name_private: whether private and gated models of the Hub are named.
+
+    Attributes:
+        sources: one a model of the plan.
+        hidden: by the public name, the model, where the name does not say where that is.
     """
 
     def __init__(self, plan: Plan, name_private: bool) -> None:
         self.sources: list[PublicName] = []
+        self.hidden: dict[str, ModelRef] = {}
         self._replace: dict[str, str] = {}
         taken: dict[str, str] = {}
         for part, source in zip(plan.parts, plan.checkpoints, strict=True):
@@ -68,6 +73,10 @@ class PublicNames:
             asked = plan.recipe.tokenizer
             if asked is not None and isinstance(asked.source, ModelRef):
                 self._of_place[asked.source.place] = self.tokenizer
+        if plan.speaker is not None and plan.recipe.generation_config is not None:
+            public = _public_name(plan.speaker, "generation config", name_private, taken)
+            self._hide(plan.speaker, public)
+            self._of_place[plan.recipe.generation_config.place] = public
         longest_first = sorted(self._replace, key=len, reverse=True)
         # Whole names only: org/a must not be found in org/a-b, nor a folder "." in a full stop.
         start = r"(?<![\w./~-])"
@@ -120,6 +129,9 @@ class PublicNames:
     def _hide(self, source: Checkpoint, public: PublicName) -> None:
         if public.kind == "hub":
             return
+        here = os.path.abspath(os.path.expanduser(source.folder or source.id))
+        place = here if public.kind == "local" else source.id
+        self.hidden[public.name] = ModelRef(place, source.revision, subfolder=source.subfolder)
         written = {source.id, source.folder or source.id}
         written |= {os.path.abspath(text) for text in written if public.kind == "local"}
         for text in written:

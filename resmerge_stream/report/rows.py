@@ -9,6 +9,7 @@ from typing import Any
 from ..maths.rounding import Kept
 from ..methods import Rule, Update
 from ..planning.plan import PlannedTensor
+from .alike import Groups, together
 from .values import median
 
 
@@ -43,6 +44,8 @@ class Rows:
         *,
         is_copy: bool,
         is_last: bool,
+        unmoved: Iterable[int] = (),
+        alike: Groups = (),
     ) -> dict[str, Any] | None:
         """Take a piece that was merged; return the tensor's row after its last one.
 
@@ -53,8 +56,12 @@ class Rows:
             remarks: on how it was made.
             is_copy: whether no expert changed it.
             is_last: whether it is the tensor's last.
+            unmoved: the experts that have changed nothing so far.
+            alike: groups of experts that have changed the same so far.
         """
         row = self._open or _Row()
+        row.unmoved = set(unmoved) if row.unmoved is None else row.unmoved & set(unmoved)
+        row.alike = alike if row.alike is None else together(row.alike, alike)
         row.add(update, kept, remarks, is_copy=is_copy)
         self._open = None if is_last else row
         return row.finished(tensor, rule) if is_last else None
@@ -68,6 +75,8 @@ class _Row:
     gates: list[dict[str, Any]] = field(default_factory=list)
     rules: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    unmoved: set[int] | None = None
+    alike: Groups | None = None
 
     def add(self, update: Update, kept: Kept, remarks: Iterable[str], *, is_copy: bool) -> None:
         self.kept.absorb(kept)
@@ -86,6 +95,12 @@ class _Row:
             gates |= self.gates[0]
         elif self.gates:
             gates |= combine_slices(self.gates)
+        if tensor.is_quantised:
+            gates["scales"] = {spec.scales.name: list(spec.scales.shape)}
+        if self.unmoved:
+            gates["unmoved"] = sorted(self.unmoved)
+        if self.alike:
+            gates["alike"] = [list(group) for group in self.alike]
         applied = [name for name in self.rules if name != "copy"]
         return tensor_row(
             **gates,

@@ -1,8 +1,8 @@
 """A report read back: a stranger's text, checked before anything relies on it."""
 
-import json
 from typing import Any, NoReturn
 
+from ..documents import load_json
 from ..errors import RecipeError, VerificationError, shown
 from ..planning.options import Options
 
@@ -20,13 +20,10 @@ def parse_report(data: bytes, *, where: str) -> dict[str, Any]:
     Raises:
         VerificationError: it is not JSON, or not a report.
     """
-    if len(data) > MAX_REPORT_BYTES:
-        _refuse(where, f"has more than {MAX_REPORT_BYTES} bytes")
     try:
-        report = json.loads(data)
-    except (ValueError, RecursionError) as exc:
-        reason = " ".join(str(exc).split())[:200]
-        raise VerificationError(f"{where} is not a report: {reason}. {_ADVICE}") from exc
+        report = load_json(data, max_bytes=MAX_REPORT_BYTES)
+    except ValueError as exc:
+        raise VerificationError(f"{where} is not a report: {exc}. {_ADVICE}") from exc
     if not isinstance(report, dict):
         _refuse(where, "is not a JSON object")
     for key, check in (("files", _is_file), ("tensors", _is_tensor)):

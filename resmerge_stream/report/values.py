@@ -1,7 +1,7 @@
 """Numbers out of a report's rows."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..roles import Role, module_of
@@ -78,3 +78,8 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def has_values(rows: Iterable[Mapping[str, Any]], key: str) -> bool:
+    """Return whether any tensor of a report has a number, such as a gate."""
+    return any(value_of(row, key) is not None for row in rows)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from resmerge_stream import Options, Plan, Recipe, plan_merge, run_merge
+from resmerge_stream.cli.console import gate_table
 from resmerge_stream.errors import Notice
 from resmerge_stream.methods import find_methods
 from resmerge_stream.planning.recipe_file import parse_recipe
 from resmerge_stream.recipe import ModelRef
 from resmerge_stream.report.card import render_card
+from resmerge_stream.report.statement import STATEMENT
 from resmerge_stream.run.events import Finished
 from tests.support.checkpoints import edit_tensors
 
@@ -83,15 +86,19 @@ def merge(
 
 def as_hub(plan: Plan, *, licence: str | None = "apache-2.0", **attributes: Any) -> Plan:
     """Make a plan's folders look like models of the Hub, org/base and org/expert0 and so on."""
-    refs = []
-    for number, source in enumerate(plan.checkpoints):
-        source.id = f"org/{'expert' + str(number - 1) if number else 'base'}"
-        source.revision, source.folder, source.license = f"{number:040x}", None, licence
-        source.is_private = False
-        for key, value in attributes.items():
-            setattr(source, key, value)
-        refs.append(ModelRef(source.id, "main"))
-    return replace(plan, recipe=replace(plan.recipe, base=refs[0], experts=tuple(refs[1:])))
+    shown: dict[str, Any] = {"folder": None, "license": licence, "is_private": False} | attributes
+    base, *experts = (
+        replace(
+            source,
+            id=f"org/{'expert' + str(number - 1) if number else 'base'}",
+            revision=f"{number:040x}",
+            **shown,
+        )
+        for number, source in enumerate(plan.checkpoints)
+    )
+    refs = tuple(ModelRef(source.id, "main") for source in experts)
+    recipe = replace(plan.recipe, base=ModelRef(base.id, "main"), experts=refs)
+    return replace(plan, base=base, experts=tuple(experts), recipe=recipe)
 
 
 def readme(plan: Plan, report: Mapping[str, Any], **options: Any) -> str:
@@ -141,6 +148,7 @@ def test_every_method_has_a_card(tmp_path: Path, method: str, experts: int) -> N
     files = render_card(plan, report)
 
     expected = {"README.md", "resmerge/report.json", "resmerge/recipe.yml", "resmerge/gates.png"}
+    expected |= {STATEMENT}
     if method in MERGEKITS:
         expected |= {"mergekit_config.yml"}
     assert set(files) == expected
@@ -306,8 +314,11 @@ def test_licence_is_the_common_one_or_other_with_a_warning(
     """Only a licence that all sources state is claimed; else `other`, a table and a warning."""
     plan, report = merge(group)
     plan = as_hub(plan)
-    for source, licence in zip(plan.checkpoints, licences, strict=True):
-        source.license = licence
+    base, *experts = (
+        replace(source, license=licence)
+        for source, licence in zip(plan.checkpoints, licences, strict=True)
+    )
+    plan = replace(plan, base=base, experts=tuple(experts))
 
     text = readme(plan, report)
 
@@ -334,7 +345,7 @@ def test_float32_output_is_not_warned_of(tmp_path: Path) -> None:
     text = readme(*merge(folders, dtype="float32"))
 
     assert "Merge again" not in text
-    assert "to nearest, to float32" in text
+    assert "Computed and stored in float32" in text
 
 
 def test_stochastic_rounding_is_not_advised_twice(tmp_path: Path) -> None:
@@ -397,7 +408,7 @@ def test_unusual_tensors_are_grouped_and_few_are_listed(tmp_path: Path) -> None:
         elif row["role"] == "vector":
             row["warnings"] = [f"odd {number % 2}"]
 
-    section = readme(plan, report).split("## Unusual tensors")[1].split("## Tensors")[0]
+    section = readme(plan, report).split("Unusual tensors")[1].split("</details>")[0]
 
     assert "| fallback: residuals cancel | 60 |" in section
     assert "| base instead of mean | 30 |" in section
@@ -427,7 +438,9 @@ def test_text_of_others_stays_text(tmp_path: Path) -> None:
     text = readme(plan, report)
 
     for markup in ("<i>", "<b>", "<u>", "[x](y)", "\n# c", "\n.weight"):
-        assert markup not in text.split("## Recipe")[0] + text.split("```\n", 1)[1], markup
+        assert markup not in re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), (
+            markup
+        )
     assert table_rows(text, "expert 1 |")[0].count("|") == 6
     assert all(line.count("|") == 4 for line in text.splitlines() if "bad" in line)
     assert parse_recipe(render_card(plan, report)["resmerge/recipe.yml"]).experts
@@ -451,3 +464,33 @@ def test_card_warns_before_use(group: list[Path]) -> None:
 
     assert "may inherit" in text
     assert "Evaluate it" in text
+
+
+def test_a_reader_finds_scores_first_and_internals_folded(group: list[Path]) -> None:
+    """What it is, scores, load, recipe, licence, then how to read it; tables are folded."""
+    text = readme(*merge(group))
+
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    assert [title.removeprefix("## ") for title in titles] == [
+        "Evaluation", "Load it", "Recipe and sources", "Licence", "Before you use it", "Citation",
+        "How to read the gates",
+    ]  # fmt: skip
+    assert "resmerge-stream evaluate base expert0 expert1 merged" in text
+    folded = text.index("<details>")
+    assert folded > text.index("## How to read the gates")
+    assert text.index("| family |") > folded
+    assert text.count("<details>") == text.count("</details>") >= 3
+
+
+@pytest.mark.parametrize("method", ["head_regression", "mean"])
+def test_a_method_without_gates_speaks_of_none(group: list[Path], method: str) -> None:
+    """Card and terminal of head regression and mean name no gate, and show no empty column."""
+    plan, report = merge(group, method)
+
+    text = readme(plan, report)
+
+    assert "gate" not in re.sub(r"gate_proj|gates\.png|aggregate", "", text).lower()
+    assert "## What changed" in text
+    head, *_ = gate_table(report["tensors"])
+    assert "S_H" not in head
+    assert "kept cosine" in head
