@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..documents import load_json
 from ..errors import RecipeError
 from .results import markdown, renamed
 
 # The card and the report, in this order.
 CARD_FILES = ("README.md", "resmerge/report.json")
-_NOBODY = "Nobody has evaluated this model yet. "
 _SECTION = re.compile(r"\n## Evaluation\n.*?(?=\n## |\Z)", re.DOTALL)
 
 
@@ -49,13 +49,21 @@ def with_evaluation(
         name: of the merge in the evaluation.
         document: from `evaluation`.
         title: what the card calls the model in its model-index.
+
+    Raises:
+        RecipeError: they are no card and report.
     """
+    import yaml
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    readme, report = (stored[file].decode() for file in CARD_FILES)
-    card = ModelCard(readme)
+    readme, report = (stored[file] for file in CARD_FILES)
+    try:
+        card = ModelCard(readme.decode())
+        told: dict[str, Any] = dict(load_json(report))
+    except (TypeError, ValueError, RecursionError, yaml.YAMLError) as exc:
+        raise RecipeError(f"{title} has no {' and '.join(CARD_FILES)} of a merge: {exc}.") from exc
     data: ModelCardData = card.data  # type: ignore[assignment]  # of a model's card it is one
-    names = _public_names(document["models"])
+    names = _public_names([*document["models"], *document.get("unasked", {})])
     document, name = renamed(document, names), names[name]
     shares = document["models"][name]
     data.model_name = title
@@ -65,11 +73,11 @@ def with_evaluation(
         if task != "mean"
     ]
     section = f"\n## Evaluation\n\n{markdown(document)}\n"
-    text = _SECTION.sub("", card.text).replace(_NOBODY, "")
-    before, heading, after = text.partition("\n## Before you use it")
-    card.text = f"{before.rstrip()}\n{section}{heading}{after}"
-    told = json.loads(report) | {"evaluation": document}
-    found = (str(card), json.dumps(told, indent=1) + "\n")
+    # Cards of earlier versions have none before they are evaluated.
+    place = _SECTION.search(card.text) or re.search(r"(?=\n## Load it)|\Z", card.text)
+    start, end = place.span() if place is not None else (0, 0)
+    card.text = card.text[:start] + section + card.text[end:]
+    found = (str(card), json.dumps(told | {"evaluation": document}, indent=1) + "\n")
     return {file: text.encode() for file, text in zip(CARD_FILES, found, strict=True)}
 
 

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from ..errors import RecipeError, StoppedError
+from ..documents import load_json
+from ..errors import CheckpointError, PlanRefusedError, RecipeError
 from ..planning.plan import Plan
-from ..report.card import render_card
 from ..run.engine import run_merge
 from ..run.events import Event, Finished
 from ..sinks.folder import REPORT
-from ..sources.adapter import AdapterCheckpoint
-from ..studies.compare import run_comparison
+from ..sources import Checkpoint
+from ..studies.compare import earlier_similarity, run_comparison
 from ..studies.compare_plan import Comparison
 from ..studies.compare_report import comparison_files, write_files
+from .candidates import Candidates, InMemory, OnDisk, overwrites, report_apart
 from .card import into_card
-from .results import evaluation
-from .run import Examination
+from .choice import AtLeast, choose, falls_short, reported
+from .results import evaluation, sentence
+from .run import Examination, halved, woven
 
-Keep = Literal["all", "best"]
-KEEP: tuple[Keep, ...] = ("all", "best")
+Keep = Literal["all", "best", "none"]
+
+_Verdicts = dict[str, Mapping[str, Sequence[bool]]]
 
 
 def run_contest(
@@ -33,120 +35,218 @@ def run_contest(
     examination: Examination,
     *,
     keep: Keep = "all",
+    at_least: AtLeast | None = None,
     work_dir: str | Path | None = None,
 ) -> Iterator[Event]:
     """Merge by several methods, ask base, experts and merges, and say which merge is best.
 
-    A stopped contest continues with the same command: what was merged and answered is kept.
+    Every other question chooses, and the rest report: what is said of the best is not what made it
+    the best. A stopped contest continues with the same command: what was answered is kept.
 
     Args:
         comparison: from `plan_comparison`, with weights.
         examination: the questions; its files go into its own folder.
-        keep: ``all`` merges in one pass and keeps every model; ``best`` merges one method after
-            another and removes a model's files once another is better, so that two are on disk
-            at a time. The reports of those removed stay in ``reports/``.
+        keep: ``all`` merges in one pass, keeps every model and asks it everything. ``best`` asks
+            the candidates the half that chooses, the best the other half, and writes that one.
+            Until then they are in memory, where one loaded model takes the weights of one after
+            another. Where memory does not hold that, or a candidate is not the base with other
+            weights (other tokens), each is merged to disk, and removed once another is better.
+            ``none`` asks all of them everything in the same way, and writes none.
+        at_least: what the best must reach on the half that reports, or nothing is kept: the
+            ``base``, or all of base and ``experts``.
         work_dir: as for `run_comparison`.
 
     Yields:
         What `run_comparison` yields; the last event's report has ``best`` and ``evaluation``.
 
     Raises:
-        RecipeError: the comparison writes no weights, or a task's check failed.
+        RecipeError: the comparison writes no weights, a task's check failed, or a task asks one
+            question.
+        PlanRefusedError: the best does not reach what it must.
         ResMergeError: as `run_comparison` and `evaluate_models`.
     """
     if comparison.report_only:
         raise RecipeError("a comparison that writes reports only leaves no model to evaluate.")
-    verdicts = {}
-    for name in models_of(comparison.first):
-        opened = examination.open(name)
-        verdicts[name] = examination.verdicts(name, opened.identity, name)
-        opened.close()
-    contest = _Contest(comparison, examination, verdicts)
-    run = contest.one_pass if keep == "all" else contest.one_after_another
-    for event in run(work_dir):
-        if not isinstance(event, Finished):
-            yield event
-    document, best = examination.write(verdicts), contest.best()
-    for label in comparison.plans if keep == "all" else (best,):
+    if at_least is not None and keep != "best":
+        raise RecipeError("the least score says whether the best is kept: keep the best alone.")
+    examination.check_halves()
+    sources, unasked = _sources_asked(models_of(comparison.first), examination)
+    contest = _Contest(comparison, examination, sources)
+    if keep == "best":
+        document = yield from contest.best_kept(at_least, work_dir)
+    else:
+        run = contest.all_kept if keep == "all" else contest.none_kept
+        document = yield from run(work_dir)
+    document |= {"unasked": unasked} if unasked else {}
+    choice = document["choice"]
+    contest.write(document)
+    if choice["kept"] == "none":
+        raise PlanRefusedError(
+            f"{sentence(choice)}. More is answered by {', '.join(choice['below'])}. The answers "
+            f"are in {comparison.out}.",
+            kind="below",
+        )
+    written = {"all": list(comparison.plans), "best": [choice["best"]], "none": []}
+    for label in written[keep]:
         into_card(comparison.out / label, label, document)
-    table = json.loads((comparison.out / "comparison.json").read_text(encoding="utf-8"))
-    yield Finished(where=str(comparison.out), report=table | {"best": best, "evaluation": document})
+    table = load_json((comparison.out / "comparison.json").read_bytes())
+    told = table | {"best": choice["best"], "evaluation": document}
+    yield Finished(where=str(comparison.out), report=told)
 
 
 def models_of(plan: Plan) -> list[str]:
-    """Return the ids of the models that are merged, but for adapters: those are no models alone."""
-    base = [plan.recipe.base] if plan.recipe.base is not None else []
-    experts = zip(plan.recipe.experts, plan.experts, strict=True)
-    whole = [ref for ref, opened in experts if not isinstance(opened, AdapterCheckpoint)]
-    return list(dict.fromkeys(str(ref) for ref in (*base, *whole)))
+    """Return the ids of the models that are merged, the base first."""
+    return list(dict.fromkeys(str(ref) for ref in plan.recipe.models))
+
+
+def _sources_asked(
+    names: Sequence[str], examination: Examination
+) -> tuple[_Verdicts, dict[str, str]]:
+    """Ask base and experts; return their verdicts, and why an expert could not be asked."""
+    verdicts: _Verdicts = {}
+    unasked: dict[str, str] = {}
+    places = {name: name for name in names}
+    with contextlib.ExitStack() as stack:
+        opened: dict[str, Checkpoint] = {}
+        for name in names:
+            try:
+                checkpoint = examination.open(name, opened.get(names[0]))
+                opened[name] = stack.enter_context(contextlib.closing(checkpoint))
+                verdicts[name] = examination.verdicts(name, opened, places)
+            except CheckpointError as exc:
+                if name == names[0]:
+                    raise
+                unasked[name] = str(exc)
+    return verdicts, unasked
 
 
 @dataclass(slots=True)
 class _Contest:
-    """The merges so far, and what each answered; `verdicts` holds base and experts too."""
+    """What base and experts answered, and the candidates on the half that chooses."""
 
     comparison: Comparison
     examination: Examination
-    verdicts: dict[str, dict[str, list[bool]]]
+    sources: _Verdicts
+    choosing: _Verdicts = field(default_factory=dict)
 
-    def one_pass(self, work_dir: str | Path | None) -> Iterator[Event]:
-        """Merge all in one pass, then ask all."""
-        yield from run_comparison(self.comparison, work_dir=work_dir)
-        for label in self.comparison.plans:
-            self._ask(label)
+    def all_kept(self, work_dir: str | Path | None) -> Generator[Event, None, dict[str, Any]]:
+        """Merge all in one pass, then ask all everything."""
+        for event in run_comparison(self.comparison, work_dir=work_dir):
+            if not isinstance(event, Finished):
+                yield event
+        places = {label: str(self.comparison.out / label) for label in self.comparison.plans}
+        verdicts = dict(self.sources)
+        with contextlib.ExitStack() as stack:
+            opened = {
+                label: stack.enter_context(contextlib.closing(self.examination.open(place)))
+                for label, place in places.items()
+            }
+            for label in opened:
+                verdicts[label] = self.examination.verdicts(label, opened, places)
+                self.choosing[label] = halved(verdicts[label], 0)
+        best = halved(verdicts[self._chosen()["best"]], 1)
+        return evaluation(verdicts) | {"choice": self._reported(best, "all")}
 
-    def one_after_another(self, work_dir: str | Path | None) -> Iterator[Event]:
-        """Merge and ask each, and remove what is beaten; then write the comparison's table."""
-        reports = {}
-        for label, plan in self.comparison.plans.items():
-            folder = self.comparison.out / label
-            known = self.examination.known(label, plan.plan_hash)
-            if known is not None and not folder.exists() and self._report_of(label).is_file():
-                self.verdicts[label] = known
-            else:
-                yield from run_merge(plan, out=folder, work_dir=work_dir)
-                self._ask(label)
-            for other in self.comparison.plans:
-                if other in self.verdicts and other != self.best():
-                    self._remove(other)
-        best = self.best()
-        for label in self.comparison.plans:
-            path = self.comparison.out / best / REPORT if label == best else self._report_of(label)
-            reports[label] = json.loads(path.read_text(encoding="utf-8"))
-        peak = self.comparison.peak_memory_bytes
-        write_files(self.comparison.out, comparison_files(reports, None, peak=peak))
+    def none_kept(self, work_dir: str | Path | None) -> Generator[Event, None, dict[str, Any]]:
+        """Ask all everything, and let each go."""
+        verdicts = dict(self.sources)
+        with self._candidates(work_dir) as candidates:
+            rest = list(self.comparison.plans)
+            while rest:
+                group, rest = rest[: candidates.together], rest[candidates.together :]
+                yield from candidates.make(group)
+                for label in group:
+                    halves = [self._ask(label, half, candidates) for half in (0, 1)]
+                    verdicts[label] = woven(*halves)
+                    candidates.drop(label)
+        best = halved(verdicts[self._chosen()["best"]], 1)
+        return evaluation(verdicts) | {"choice": self._reported(best, "all")}
 
-    def best(self) -> str:
-        """Return the method whose merge answers most, as a mean over tasks; the first of equals."""
-        models = evaluation(self.verdicts)["models"]
-        asked = [label for label in self.comparison.plans if label in self.verdicts]
-        return max(asked, key=lambda label: float(models[label]["mean"]["accuracy"]))
+    def best_kept(
+        self, at_least: AtLeast | None, work_dir: str | Path | None
+    ) -> Generator[Event, None, dict[str, Any]]:
+        """Ask all the questions that choose and the best the others; write the best alone."""
+        plans = self.comparison.plans
+        with self._candidates(work_dir) as candidates:
+            rest = [label for label in plans if not self._is_known(label)]
+            for label in plans:
+                if label not in rest:
+                    self._ask(label, 0, candidates)
+            while rest:
+                group, rest = rest[: candidates.together], rest[candidates.together :]
+                yield from candidates.make(group)
+                for label in group:
+                    self._ask(label, 0, candidates)
+                for label in self.choosing:
+                    if label != self._chosen()["best"]:
+                        candidates.drop(label)
+            best = str(self._chosen()["best"])
+            if not self.examination.half_known(best, plans[best].plan_hash, 1):
+                yield from candidates.make([best])
+            of_best = self._ask(best, 1, candidates)
+            choice = self._reported(of_best, "best")
+            if at_least is not None and falls_short(choice, at_least):
+                choice["kept"] = "none"
+                candidates.drop(best)
+        if choice["kept"] == "best":
+            for event in run_merge(plans[best], out=self.comparison.out / best, work_dir=work_dir):
+                if not isinstance(event, Finished):
+                    yield event
+            report_apart(self.comparison, best).unlink(missing_ok=True)
+        sources = {name: halved(verdicts, 1) for name, verdicts in self.sources.items()}
+        return evaluation({**sources, best: of_best}) | {"choice": choice}
 
-    def _ask(self, label: str) -> None:
-        # By the plan, which decides the bytes: the answers outlive the model's files.
+    def write(self, document: Mapping[str, Any]) -> None:
+        """Write the evaluation, and the comparison's table with the choice below it."""
+        self.examination.write(document)
+        reports = {
+            label: load_json(self._report_of(label).read_bytes()) for label in self.comparison.plans
+        }
+        files = comparison_files(
+            reports,
+            earlier_similarity(self.comparison),
+            peak=self.comparison.peak_memory_bytes,
+            choice=sentence(document["choice"]),
+        )
+        write_files(self.comparison.out, files)
+
+    @contextlib.contextmanager
+    def _candidates(self, work_dir: str | Path | None) -> Iterator[Candidates]:
+        """Load the base to hold the candidates in turn, where it can."""
+        first, loaded = self.comparison.first, self.examination.loaded
+        if first.recipe.base is not None:
+            with loaded(str(first.recipe.base)) as model:
+                found = InMemory(self.comparison, model, work_dir)
+                plans = self.comparison.plans.values()
+                if found.together > 0 and all(overwrites(model, plan) for plan in plans):
+                    yield found
+                    return
+        yield OnDisk(self.comparison, loaded, work_dir)
+
+    def _ask(self, label: str, half: int, candidates: Candidates) -> dict[str, list[bool]]:
+        # By the plan, which decides the bytes: the answers outlive the model.
         identity = self.comparison.plans[label].plan_hash
-        folder = str(self.comparison.out / label)
-        self.verdicts[label] = self.examination.verdicts(label, identity, folder)
+        model_of = partial(candidates.model_of, label)
+        verdicts = self.examination.half_verdicts(label, identity, half, model_of)
+        if half == 0:
+            self.choosing[label] = verdicts
+        return verdicts
+
+    def _chosen(self) -> dict[str, Any]:
+        asked = [label for label in self.comparison.plans if label in self.choosing]
+        sources = {name: halved(verdicts, 0) for name, verdicts in self.sources.items()}
+        return choose({**sources, **{label: self.choosing[label] for label in asked}}, asked)
+
+    def _reported(self, of_best: Mapping[str, Sequence[bool]], kept: str) -> dict[str, Any]:
+        chosen = self._chosen()
+        sources = {name: halved(verdicts, 1) for name, verdicts in self.sources.items()}
+        return reported(chosen, {**sources, chosen["best"]: of_best}, kept)
+
+    def _is_known(self, label: str) -> bool:
+        """Return whether an earlier run asked a candidate, and left its report."""
+        identity = self.comparison.plans[label].plan_hash
+        return self.examination.half_known(label, identity, 0) and self._report_of(label).is_file()
 
     def _report_of(self, label: str) -> Path:
-        return self.comparison.out / "reports" / f"{label}.json"
-
-    def _remove(self, label: str) -> None:
-        """Remove the files that the merge wrote, and no others; its report moves."""
-        plan, folder = self.comparison.plans[label], self.comparison.out / label
-        if not (folder / REPORT).is_file():
-            return
-        try:
-            report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-            cards = render_card(plan, report)
-            weights = [file["name"] for file in report["files"]]
-            self._report_of(label).parent.mkdir(exist_ok=True)
-            os.replace(folder / REPORT, self._report_of(label))
-            for name in (*weights, *plan.side_files(), *cards):
-                (folder / name).unlink(missing_ok=True)
-            folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
-            for empty in sorted(folders, reverse=True):
-                with contextlib.suppress(OSError):  # somebody else's file keeps its folder
-                    empty.rmdir()
-        except OSError as exc:
-            raise StoppedError(f"{folder} cannot be removed: {exc.strerror}.") from exc
+        inside = self.comparison.out / label / REPORT
+        return inside if inside.is_file() else report_apart(self.comparison, label)

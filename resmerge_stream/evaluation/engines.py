@@ -5,16 +5,20 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
+from torch import Tensor
+
 from ..device import choose_device
 from ..errors import CheckpointFormatError, NotEnoughMemoryError, RecipeError, Remedy, shown
-from ..experts.evaluate import right_answers
+from ..experts.evaluate import said
 from ..experts.tasks import TASKS
 from ..recipe import ModelRef
+from ..specs import DTYPES, TensorSpec
 from .tasks import BATCH, Questions
 from .verifiers import verify
 
@@ -41,8 +45,16 @@ class Loading(NamedTuple):
 class Answerer(Protocol):
     """A model in memory."""
 
-    def right(self, task: Questions) -> list[bool]:
-        """Return which questions it answers rightly, decoded greedily."""
+    def answers(self, task: Questions) -> list[tuple[str, bool]]:
+        """Return what it says to each question, decoded greedily, and whether that is right."""
+        ...
+
+    def takes(self, specs: Iterable[TensorSpec]) -> bool:
+        """Return whether tensors can overwrite its weights, and be what loading them would give."""
+        ...
+
+    def overwrite(self, name: str, weight: Tensor) -> None:
+        """Put other values into the weight of that name."""
         ...
 
     def for_harness(self) -> Any:
@@ -108,8 +120,6 @@ def in_memory(text: str) -> Iterator[None]:
     Raises:
         NotEnoughMemoryError: in place of torch's error.
     """
-    import torch
-
     try:
         yield
     except torch.OutOfMemoryError as exc:
@@ -126,6 +136,9 @@ class WithTransformers:
         text: a folder, or namespace/name[@revision].
         how: it is loaded.
 
+    Attributes:
+        weights: its parameters and buffers by name; they share its memory.
+
     Raises:
         CheckpointFormatError: it cannot be loaded, or lacks weights.
     """
@@ -133,18 +146,19 @@ class WithTransformers:
     def __init__(self, text: str, how: Loading) -> None:
         self._text = text
         self._model, self._tokenizer = _load(text, how)
+        self.weights: dict[str, Tensor] = self._model.state_dict()
 
-    def right(self, task: Questions) -> list[bool]:
-        """Return which questions it answers rightly.
+    def answers(self, task: Questions) -> list[tuple[str, bool]]:
+        """Return what it says to each question, and whether that is right.
 
         Raises:
             CheckpointFormatError: it does not run.
             RecipeError: a task's check failed.
         """
         if task.name in TASKS and self._knows(task.prompts[0]):
-            return right_answers(self._model, self._tokenizer, task.prompts)
+            return said(self._model, self._tokenizer, task.prompts)
         try:
-            answers = self._answers(task)
+            texts = self._texts(task)
         except (
             LookupError,
             RuntimeError,
@@ -156,7 +170,32 @@ class WithTransformers:
             raise CheckpointFormatError(
                 f"{shown(self._text)} does not answer: {_first(exc)}"
             ) from exc
-        return verify(task.rules, answers)
+        return list(zip(texts, verify(task.rules, texts), strict=True))
+
+    def takes(self, specs: Iterable[TensorSpec]) -> bool:
+        """Return whether it has weights of these names and shapes that hold such values exactly."""
+
+        def holds(spec: TensorSpec) -> bool:
+            own = self.weights.get(spec.name)
+            if own is None or own.shape != spec.shape:
+                return False
+            return own.dtype in (torch.float32, getattr(torch, DTYPES[spec.dtype].torch_name))
+
+        return all(holds(spec) for spec in specs)
+
+    def overwrite(self, name: str, weight: Tensor) -> None:
+        """Put other values into the weight of that name; they are cast to its dtype.
+
+        Raises:
+            CheckpointFormatError: it has no such weight of this shape.
+        """
+        own = self.weights.get(name)
+        if own is None or own.shape != weight.shape:
+            raise CheckpointFormatError(
+                f"{shown(self._text)} has {shown(name)} under another name or in another shape in "
+                "memory. Merge it into a model, and ask that."
+            )
+        own.copy_(weight)
 
     def for_harness(self) -> Any:
         """Return it as the harness takes it."""
@@ -169,9 +208,7 @@ class WithTransformers:
         tokenizer = self._tokenizer
         return len(tokenizer(prompt).input_ids) == len(prompt) and tokenizer.eos_token is not None
 
-    def _answers(self, task: Questions) -> list[str]:
-        import torch
-
+    def _texts(self, task: Questions) -> list[str]:
         tokenizer, texts = self._tokenizer, []
         for start in range(0, len(task.prompts), BATCH):
             asked = list(task.prompts[start : start + BATCH])
@@ -224,8 +261,8 @@ class WithVllm:
         except Exception as exc:  # vLLM raises whatever its parts raise
             raise CheckpointFormatError(f"vLLM cannot load {shown(text)}: {_first(exc)}") from exc
 
-    def right(self, task: Questions) -> list[bool]:
-        """Return which questions it answers rightly.
+    def answers(self, task: Questions) -> list[tuple[str, bool]]:
+        """Return what it says to each question, and whether that is right.
 
         Raises:
             RecipeError: a task's check failed.
@@ -234,7 +271,23 @@ class WithVllm:
 
         greedy = SamplingParams(temperature=0.0, max_tokens=task.new_tokens)
         found: Sequence[Any] = self._llm.generate(list(task.prompts), greedy, use_tqdm=False)
-        return verify(task.rules, [one.outputs[0].text for one in found])
+        texts = [one.outputs[0].text for one in found]
+        return list(zip(texts, verify(task.rules, texts), strict=True))
+
+    def takes(self, specs: Iterable[TensorSpec]) -> bool:
+        """Return that it does not."""
+        return False
+
+    def overwrite(self, name: str, weight: Tensor) -> None:
+        """Refuse: its weights lie in a process of its own.
+
+        Raises:
+            CheckpointFormatError: always.
+        """
+        raise CheckpointFormatError(
+            f"{shown(name)}: vLLM is given whole models here. Let transformers load the base, or "
+            "merge the adapter into a model and ask that."
+        )
 
     def for_harness(self) -> Any:
         """Return it as the harness takes it."""
@@ -242,7 +295,6 @@ class WithVllm:
 
 
 def _load(text: str, how: Loading) -> tuple[Any, Any]:
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 

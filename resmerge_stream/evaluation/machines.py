@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from ..hub.flavors import Flavor
-from ..planning.estimates import HUB_RATE
-from ..planning.memory_fit import SHARE
+from ..planning.costs import SHARE
+from ..planning.machines import Speed
 from ..specs import TensorSpec
 from ..units import format_size
 from .tasks import BATCH, NEW_TOKENS, Questions, Task
@@ -18,12 +18,12 @@ from .tasks import BATCH, NEW_TOKENS, Questions, Task
 # gives 300 GB/s, which is the least of the GPUs here; what a step takes beside that; a core.
 _GPU_RATE, _STEP_SECONDS, _CORE_FLOPS = 300e9, 0.05, 5e9
 _GB = 1_000_000_000
-# The T4 computes in bf16 by detours only.
+# The T4 emulates bf16, slowly.
 _NO_BF16 = "t4-"
 
 
 @dataclass(frozen=True, slots=True)
-class Sitting:
+class EvaluationCost:
     """What models and their questions take of a machine; the models come one after another.
 
     Attributes:
@@ -78,13 +78,13 @@ class Sitting:
             taken_bytes=taken_bytes,
         )
 
-    def seconds(self, flavor: Flavor) -> float:
-        """Return how long it would take on a machine, once it has begun."""
+    def seconds(self, flavor: Flavor, speed: Speed) -> float:
+        """Return how long it would take on a machine of a speed, once it has begun."""
         if self._on_cpu:
             step = 2 * self.numel * BATCH / (flavor.vcpu * _CORE_FLOPS)
         else:
             step = self.gpu_bytes / _GPU_RATE
-        return self.stored_bytes / HUB_RATE + self.count * self.steps * (step + _STEP_SECONDS)
+        return self.stored_bytes / speed.line + self.count * self.steps * (step + _STEP_SECONDS)
 
     def shortage(self, flavor: Flavor) -> str:
         """Return what a machine lacks for it, or an empty string."""
@@ -92,7 +92,7 @@ class Sitting:
         if kind == "mps" or not (self._on_cpu or flavor.gpu_gb):
             return f"it has no {'device of the kind mps' if kind == 'mps' else 'GPU'}"
         if not self._on_cpu and flavor.name.startswith(_NO_BF16):
-            return "its GPU computes in bf16 by detours only"
+            return "its GPU does not support bf16"
         # One GPU holds the whole model: it is not spread over several.
         gpu_gb = flavor.gpu_gb / flavor.gpus
         if not self._on_cpu and self.gpu_bytes > gpu_gb * _GB * SHARE:

@@ -10,17 +10,18 @@ from typing import Any
 
 from ..experts.accuracy import mean_accuracy, paired_difference, wilson
 
+# What is said before the name of the best: which models of a comparison are kept.
+_KEPT = {"best": "kept", "all": "best:", "none": "nothing kept; the best is"}
 # By model and task: whether each question was answered rightly.
 Verdicts = Mapping[str, Mapping[str, Sequence[bool]]]
 
 
-def evaluation_files(verdicts: Verdicts) -> dict[str, bytes]:
+def evaluation_files(document: Mapping[str, Any]) -> dict[str, bytes]:
     """Return ``evaluation.json``, ``evaluation.md`` and ``evaluation.png`` by name.
 
     Args:
-        verdicts: of every model on the same questions; the first model is the base.
+        document: from `evaluation`; ``unasked`` may say why a model was not asked, by name.
     """
-    document = evaluation(verdicts)
     return {
         "evaluation.json": (json.dumps(document, indent=1) + "\n").encode(),
         "evaluation.md": (markdown(document) + "\n").encode(),
@@ -30,6 +31,9 @@ def evaluation_files(verdicts: Verdicts) -> dict[str, bytes]:
 
 def evaluation(verdicts: Verdicts) -> dict[str, Any]:
     """Return accuracies and paired differences as plain data, shares from 0 to 1.
+
+    Args:
+        verdicts: of every model on the same questions; the first model is the base.
 
     ``models`` has by model and task the share of right answers, its 95 % interval and how many
     were asked; "mean" is the mean over tasks. ``differences`` has every pair of models: the first
@@ -52,9 +56,20 @@ def evaluation(verdicts: Verdicts) -> dict[str, Any]:
 
 
 def renamed(document: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Return an evaluation with other names of its models."""
+    """Return an evaluation with other names of its models; those without one keep theirs."""
+    names = {name: names.get(name, name) for name in _named(document)}
+    choice = document.get("choice")
+    if choice:
+        below = {names[name]: lead for name, lead in choice["below"].items()}
+        own = renamed(choice["evaluation"], names)
+        against = {names[name]: lead for name, lead in choice["against"].items()}
+        ends = {key: names[choice[key]] for key in ("base", "best")}
+        choice = {**choice, **ends, "against": against, "below": below, "evaluation": own}
+        document = {**document, "choice": choice}
+    unasked = document.get("unasked", {})
     return {
         **document,
+        **({"unasked": {names[name]: said for name, said in unasked.items()}} if unasked else {}),
         "models": {names[name]: row for name, row in document["models"].items()},
         "differences": [
             row | {key: names[row[key]] for key in ("model", "against")}
@@ -63,25 +78,85 @@ def renamed(document: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, 
     }
 
 
+def _named(document: Mapping[str, Any]) -> set[str]:
+    """Return the names of all models that an evaluation speaks of."""
+    choosing = document.get("choice", {}).get("evaluation", {"models": {}})
+    return {*document["models"], *document.get("unasked", {}), *choosing["models"]}
+
+
 def markdown(document: Mapping[str, Any]) -> str:
-    """Return the tables of an evaluation, shares in percent and differences in points."""
+    """Return an evaluation's tables; and how the best was chosen, where there was a choice."""
+    choice = document.get("choice")
+    return "\n".join([*_tables(document), *(_of_choice(choice) if choice else [])])
+
+
+def _tables(document: Mapping[str, Any]) -> list[str]:
     models = document["models"]
-    base, *others = models
+    base = next(iter(models))
     tasks = list(models[base])
     lines = [
-        "Right answers in percent, ± half of the 95 % interval.",
+        "Right answers in %, with 95 % intervals (±).",
         "",
-        *_table(["model", *tasks], [[f"`{n}`", *_shares(models[n], tasks)] for n in models]),
+        *_shares_of(models),
     ]
-    for against in [base, *others[:-1]]:
-        rows = [row for row in document["differences"] if row["against"] == against]
-        if rows:
-            shown = [
-                [f"`{row['model']}`", *(_points(*row[task]) for task in tasks)] for row in rows
-            ]
-            lines += ["", f"Against `{against}`, in points, of pairs: the same questions.", ""]
-            lines += _table(["model", *tasks], shown)
-    return "\n".join(lines)
+    for name, reason in document.get("unasked", {}).items():
+        lines += ["", f"Not asked: `{name}`. {reason}"]
+    rows = [row for row in document["differences"] if row["against"] == base]
+    if rows:
+        shown = [[f"`{row['model']}`", *(_points(*row[task]) for task in tasks)] for row in rows]
+        lines += ["", f"Difference from `{base}` in points, same questions:", ""]
+        lines += _table(["model", *tasks], shown)
+    return lines
+
+
+def sentence(choice: Mapping[str, Any]) -> str:
+    """Return what was chosen, and how sure that is, in a line."""
+    alike = {name: lead for name, lead in choice["against"].items() if lead[0] - lead[1] <= 0}
+    said = f"{_KEPT[choice['kept']]} {choice['best']} ({100 * choice['score']:.1f})"
+    if alike:
+        nearest = sorted(alike, key=lambda name: float(alike[name][0]))
+        names = [f"{name} ({_points(*alike[name])})" for name in nearest]
+        if len(names) > 1:
+            return f"{said}; not distinguishable: {', '.join(names)}"
+        return f"{said}; {nearest[0]} is not distinguishable ({_points(*alike[nearest[0]])})"
+    if choice["against"]:
+        name, lead = min(choice["against"].items(), key=lambda item: float(item[1][0]))
+        return f"{said}; better than every other: the next is {name} ({_points(*lead)})"
+    return said
+
+
+def _warnings(choice: Mapping[str, Any]) -> list[str]:
+    return [
+        f"Warning: {choice['best']} answers less than "
+        f"{'the base' if name == choice['base'] else 'the expert'} `{name}`: {_points(*lead)}."
+        for name, lead in choice["below"].items()
+    ]
+
+
+def _of_choice(choice: Mapping[str, Any]) -> list[str]:
+    count = len(choice["against"]) + 1
+    scores = (
+        "The scores above are of all of them, that of the last line is of the other half"
+        if choice["kept"] == "all"
+        else "The scores above and in the last line are of the other half"
+    )
+    lines = [
+        "",
+        f"One half of the questions chose among {count} merges. {scores}. On the half that chose:",
+        "",
+        *_shares_of(choice["evaluation"]["models"]),
+        "",
+        "Leads of the best have 95 % intervals for all pairs of merges together (Bonferroni; "
+        "Agresti and Min 2005).",
+    ]
+    for warning in _warnings(choice):
+        lines += ["", warning]
+    return [*lines, "", sentence(choice)]
+
+
+def _shares_of(models: Mapping[str, Any]) -> list[str]:
+    tasks = list(next(iter(models.values())))
+    return _table(["model", *tasks], [[f"`{n}`", *_shares(models[n], tasks)] for n in models])
 
 
 def _shares(row: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:

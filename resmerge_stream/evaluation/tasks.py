@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..documents import load_json, load_yaml
 from ..errors import RecipeError, shown
 from ..experts.tasks import TASKS, answer, draw_prompts
 from .verifiers import check_rule
@@ -16,6 +16,8 @@ from .verifiers import check_rule
 _SEED = 7
 # Tokens that an answer may have; questions that are asked at once.
 NEW_TOKENS, BATCH = 256, 32
+# Of a task of the harness, or of one line of questions.
+_MAX_TASK_BYTES = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,19 @@ class Questions:
     prompts: tuple[str, ...]
     rules: tuple[Mapping[str, Any], ...]
     new_tokens: int
+
+    def half(self, half: int) -> Questions:
+        """Return every other question, from the first (0) or the second (1).
+
+        Raises:
+            RecipeError: there is only one question.
+        """
+        if len(self.prompts) < 2:
+            raise RecipeError(
+                f"{self.name} asks one question. One half chooses and the other reports: give two "
+                "or more."
+            )
+        return replace(self, prompts=self.prompts[half::2], rules=self.rules[half::2])
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +106,14 @@ def find_tasks(texts: Sequence[str], limit: int) -> list[Task]:
 
 def _read_questions(path: Path, limit: int) -> Questions:
     prompts, rules, new_tokens = [], [], 0
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as file:
+        lines = iter(lambda: file.readline(_MAX_TASK_BYTES + 1), b"")
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"{path.name}, line {number}"
             try:
-                rule = json.loads(line)
+                rule = load_json(line, max_bytes=_MAX_TASK_BYTES)
             except ValueError as exc:
                 raise RecipeError(f"{where} is not JSON: {exc}.") from exc
             if not isinstance(rule, dict) or not isinstance(rule.get("prompt"), str):
@@ -117,15 +133,10 @@ def _read_questions(path: Path, limit: int) -> Questions:
 
 
 def _read_yaml(path: Path) -> Harness:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Takes the harness's own tags, such as !function, for nothing."""
-
-    Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        # The harness has tags of its own, such as !function.
+        document = load_yaml(path.read_bytes(), max_bytes=_MAX_TASK_BYTES, has_tags=True)
+    except ValueError as exc:
         raise RecipeError(f"{path.name} is not YAML: {exc}") from exc
     name = document.get("task") if isinstance(document, dict) else None
     if not isinstance(name, str):

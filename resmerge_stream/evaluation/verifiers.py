@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..documents import load_json
 from ..errors import RecipeError
 
 VERIFIERS = ("exact", "regex", "number", "python")
@@ -117,5 +118,8 @@ def _run(function: str, texts: Sequence[str]) -> list[bool]:
             f"a task's check failed: {last}. It may take {_SECONDS} seconds and "
             f"{_MEMORY // 10**9} GB for all answers."
         )
-    verdicts: list[bool] = json.loads(done.stdout.splitlines()[-1])
+    try:
+        verdicts: list[bool] = load_json(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError) as exc:
+        raise RecipeError("a task's check ended itself, without a verdict.") from exc
     return verdicts

@@ -1,8 +1,8 @@
 """Which methods to compare for a group of experts, and on what evidence.
 
-The evidence is the table "Regimes" of docs/quality.md, kept beside this file as data: how far each
-method's merge was from the best one, by the kind of group that its weights show. Where the table
-has no group of a kind, there is no advice.
+The evidence is the tables of docs/quality.md and docs/quality-small.md, kept beside this file as
+data: how far each method's merge was from the best one, by the kind of group that its weights show.
+Where the tables have no group of a kind, there is no advice.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from ..device import choose_device
 from ..planning.plan import Plan
 from ..run.merging import Merger
 from ..run.pieces import Piece
-from ..run.pipeline import worked_ahead, workers
-from ..run.reading import READ_AHEAD_BYTES, reading_ahead_of, reads
 from ..specs import DTYPES
 from .regime import KINDS, Pairs, Regime, sampled
 
@@ -82,19 +80,29 @@ def advise(regime: Regime, known: Mapping[str, Any] | None = None) -> Advice:
     same = [case for case in known["cases"] if case["kind"] == regime.kind]
     # Two experts leave each other more room than four: prefer groups of the same size.
     same = [case for case in same if (case["experts"] == 2) == (count == 2)] or same
-    words, prompts = KINDS[regime.kind], known["prompts"]
+    words, prompts = KINDS[regime.kind], min((case["prompts"] for case in same), default=0)
     if not same:
-        reason = f"{words}: docs/quality.md has measured no such group, so nothing is advised."
+        reason = f"{words}. docs/quality.md has measured no such group, so nothing is advised."
         return Advice((), 0, prompts, reason)
     ranked = sorted(_candidates(same), key=lambda found: -found.points)
     near = [found for found in ranked if ranked[0].points - found.points <= _BEHIND]
     chosen = tuple(ranked[: min(max(len(near), 2), _NAMED)])
     groups = f"{len(same)} group{'s' * (len(same) != 1)} of this kind"
     reason = (
-        f"{words}: measured in {groups}, made of small experts (1 million weights), "
-        f"{prompts} prompts a task. Compare them on your own tasks."
+        f"{words}. Measured in {groups}, {_sizes(same)}, {prompts} prompts a task or more. "
+        "Compare them on your own tasks."
     )
     return Advice(chosen, len(same), prompts, reason)
+
+
+def _sizes(cases: Sequence[Mapping[str, Any]]) -> str:
+    """Say how large the models were that the evidence is of."""
+    real = [case["model"] for case in cases if case["model"]]
+    small = "made of small experts (1 million weights)"
+    if not real:
+        return small
+    models = f"{len(real)} of them {' and '.join(sorted(set(real)))}'s"
+    return models if len(real) == len(cases) else f"{models}, the others {small}"
 
 
 def _candidates(cases: Sequence[Mapping[str, Any]]) -> list[Candidate]:
@@ -125,16 +133,8 @@ def read_regime(plan: Plan, share: float = 1.0) -> Iterator[tuple[str, int, Regi
     chosen = sampled(tensors, share)
     merger = Merger(plan, choose_device(plan.options.device))
     total, nbytes = Pairs(len(plan.experts)), 0
-    measured = worked_ahead(
-        reads(plan, chosen),
-        lambda piece: (piece, pairs_of(merger, piece, len(plan.experts))),
-        read_bytes=plan.read_ahead_bytes or READ_AHEAD_BYTES,
-        work_bytes=plan.working_bytes,
-        cost=lambda piece: plan.working_bytes_of(piece.tensor),
-        workers=workers(merger.device),
-        cores=merger.cores,
-    )
-    with reading_ahead_of(plan, chosen), contextlib.closing(measured):
+    measured = merger.each(chosen, lambda piece: pairs_of(merger, piece, len(plan.experts)))
+    with contextlib.closing(measured):
         for piece, pairs in filter(None, measured):
             total.absorb(pairs)
             nbytes += piece.nbytes

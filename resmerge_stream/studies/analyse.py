@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,13 @@ from ..maths.task_vectors import TaskVectors
 from ..memory import svd_bytes
 from ..methods.parts.gates import Knobs, decide
 from ..methods.parts.heads import heads_of, project_heads, residual_gram
-from ..planning.plan import Options, Plan, PlannedTensor, RefusedPlan, plan_merge
+from ..planning.plan import Options, Plan, RefusedPlan, plan_merge
 from ..recipe import ModelRef, Recipe
-from ..run.engine import environment
 from ..run.events import Analysed, Event, Finished, Planned
 from ..run.merging import Merger
 from ..run.pieces import Piece
-from ..run.pipeline import worked_ahead, workers
-from ..run.reading import READ_AHEAD_BYTES, reading_ahead_of, reads
+from ..run.reading import reads
+from ..run.shards import environment
 from ..specs import DTYPES
 from ..units import format_size
 from .advice import advise
@@ -61,7 +60,7 @@ def plan_analysis(
     )
     if isinstance(plan, RefusedPlan):
         return plan
-    matrices = [t.matrix for t in plan.tensors.values() if t.rule and t.rule.needs_matrix]
+    matrices = [t.matrix for t in plan.tensors.values() if t.is_decomposed]
     spectrum = max((svd_bytes(m, n, 0) for m, n in matrices), default=0)
     needed = plan.peak_memory_bytes + spectrum
     if needed > plan.memory_budget:
@@ -99,7 +98,7 @@ def run_analysis(
     out = Path(os.path.expanduser(out))
     merged = [tensor for tensor in plan.tensors.values() if tensor.rule]
     tensors = sampled(merged, share)
-    to_read = sum(nbytes for nbytes, _ in reads(plan, tensors))
+    to_read = sum(nbytes for nbytes, _ in reads(tensors))
     yield Planned(plan=plan.to_dict() | {"read_bytes": to_read})
     started = time.monotonic()
     count = len(plan.experts)
@@ -109,10 +108,12 @@ def run_analysis(
     bytes_read, entries = 0, []
     pieces: list[dict[str, Any]] = []
     pairs = Pairs(count - sft)
-    with (
-        reading_ahead_of(plan, tensors),
-        contextlib.closing(_analysed(plan, tensors, merger, groups)) as analysed,
-    ):
+    each = merger.each(
+        tensors,
+        lambda piece: _measure(merger, piece, groups),
+        beside=lambda one: svd_bytes(*one.matrix, 0) if one.is_decomposed else 0,
+    )
+    with contextlib.closing(each) as analysed:
         for piece, found in filter(None, analysed):
             bytes_read += piece.nbytes
             pairs.absorb(found.pop("pairs"))
@@ -176,28 +177,6 @@ def component_recipe(recipe: Recipe, component: str, of: str, *, rank: int = 1) 
     )
 
 
-def _analysed(
-    plan: Plan, tensors: list[PlannedTensor], merger: Merger, groups: Mapping[str, list[int]]
-) -> Generator[tuple[Piece, dict[str, Any]] | None, None, None]:
-    """Yield every piece with what was found, in order; read and analysed ahead by threads."""
-
-    def cost(piece: Piece) -> int:
-        rule = piece.tensor.rule
-        is_matrix = rule is not None and rule.needs_matrix
-        extra = svd_bytes(*piece.tensor.matrix, 0) if is_matrix else 0
-        return plan.working_bytes_of(piece.tensor) + extra
-
-    return worked_ahead(
-        reads(plan, tensors),
-        lambda piece: (piece, _measure(merger, piece, groups)),
-        read_bytes=plan.read_ahead_bytes or READ_AHEAD_BYTES,
-        work_bytes=plan.working_bytes,
-        cost=cost,
-        workers=workers(merger.device),
-        cores=merger.cores,
-    )
-
-
 def _measure(merger: Merger, piece: Piece, groups: Mapping[str, list[int]]) -> dict[str, Any]:
     """Return what is known of one matrix, or of some rows of a tensor without SVD."""
     with merger.naming(piece.tensor):
@@ -221,8 +200,7 @@ def _measure(merger: Merger, piece: Piece, groups: Mapping[str, list[int]]) -> d
         "numel": math.prod(vectors.shape),
         "energy": D.diagonal().tolist(),
     }
-    rule = piece.tensor.rule
-    if rule is not None and rule.needs_matrix and not vectors.is_zero():
+    if piece.tensor.is_decomposed and not vectors.is_zero():
         rank = piece.tensor.method.parameters()["rank"]
         found["spectra"] = [spectrum(vectors, i, rank) for i in range(vectors.count)]
         here = {expert: i for i, expert in enumerate(piece.tensor.experts)}

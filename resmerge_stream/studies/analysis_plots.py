@@ -22,7 +22,11 @@ def spectra_png(document: Mapping[str, Any]) -> bytes:
             body = energy.violinplot([values], [i], widths=0.8, showmedians=True)
             for part in body["bodies"]:
                 part.set_facecolor(_COLOURS[expert["group"]])
-    energy.set_xticks(range(len(experts)), [_short(e["id"]) for e in experts], rotation=20)
+    energy.set_xticks(
+        range(len(experts)),
+        [e["id"].rstrip("/").rsplit("/", 1)[-1][:24].replace("$", r"\$") for e in experts],
+        rotation=20,
+    )
     energy.set_title("Share of energy in the head")
     for group in dict.fromkeys(e["group"] for e in experts):
         points = [
@@ -52,7 +56,11 @@ def coherence_png(document: Mapping[str, Any]) -> bytes:
     for ax, (title, series) in zip(axes, panels, strict=True):
         for style, group in zip(("-", "--"), groups, strict=False):
             for key, colour in series:
-                points = _by_layer(document, group, key)
+                points = sorted(
+                    (int(layer), rows[group][key])
+                    for layer, rows in document["layers"].items()
+                    if layer.isdigit() and rows[group][key] is not None
+                )
                 if points:
                     label = f"{key} ({group})"
                     ax.plot(*_columns(points), style, marker=".", color=colour, label=label)
@@ -157,20 +165,8 @@ def _of_expert(document: Mapping[str, Any], i: int, key: str) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def _by_layer(document: Mapping[str, Any], group: str, key: str) -> list[tuple[int, float]]:
-    return sorted(
-        (int(layer), rows[group][key])
-        for layer, rows in document["layers"].items()
-        if layer.isdigit() and rows[group][key] is not None
-    )
-
-
 def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
-
-
-def _short(name: str) -> str:
-    return name.rstrip("/").rsplit("/", 1)[-1][:24].replace("$", r"\$")
 
 
 def _figure(width: float, height: float) -> Any:

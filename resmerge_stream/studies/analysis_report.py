@@ -114,8 +114,9 @@ def advice_lines(regime: Mapping[str, Any], advice: Mapping[str, Any]) -> list[s
         ]
     if regime["kept_cosine"] is not None:
         lines.append(
-            f"- Rounding leaves {regime['kept_norm']:.2f} of the length of the experts' mean, "
-            f"with a cosine of {regime['kept_cosine']:.2f}."
+            f"- Rounded to the output's dtype, the plain mean would keep "
+            f"{100 * regime['kept_norm']:.0f} % of its length and {regime['kept_cosine']:.2f} of "
+            "its direction (1: all)."
         )
     reason = advice["reason"]
     lines.append(f"- {reason[0].upper()}{reason[1:]}")

@@ -6,34 +6,40 @@ Beside them stand a table and a picture that set the reports side by side.
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..device import choose_device, keep_memory_steady
-from ..errors import NonFiniteError
+from ..device import choose_device, keep_memory_steady, usable_cores
+from ..documents import load_json
+from ..errors import NonFiniteError, SourceChangedError
+from ..hub.patience import MERGING_S, PATIENCE
+from ..maths.cores import Cores
 from ..memory import KEPT_BUFFER_BYTES
-from ..report.build import build_report
 from ..report.card import render_card
+from ..report.public_names import PublicNames
 from ..run.counting import counted
 from ..run.difference import refused_if_equal
-from ..run.engine import environment
-from ..run.events import Event, Finished, Planned, Published, ShardFinished
+from ..run.events import Event, Finished, Planned, Published
 from ..run.merging import Merger
 from ..run.opening import read_report
-from ..run.reading import reading_ahead_of
-from ..run.sharing import shared_order
-from ..sinks import FolderSink, Sink, target_state
-from ..sinks.folder import discard
+from ..run.peak import Peak
+from ..run.processes import Processes
+from ..run.progress import Progress
+from ..run.shards import Branch, Run, merge_shards, report_of
+from ..sinks import DroppingSink, FolderSink, Sink, target_state
 from ..sinks.journal import work_folder
-from ..sinks.report_only import ReportOnlySink
+from ..sinks.places import keep_places
 from .compare_plan import Comparison
 from .compare_report import Similarity, comparison_files, write_files
-from .compare_shard import Method, Run, merge_shard
 
 
 def run_comparison(
-    comparison: Comparison, *, work_dir: str | Path | None = None
+    comparison: Comparison,
+    *,
+    work_dir: str | Path | None = None,
+    sink_of: Callable[[str, Path], Sink] | None = None,
 ) -> Iterator[Event]:
     """Run a comparison, and yield what happens; the last event carries the table.
 
@@ -42,66 +48,81 @@ def run_comparison(
     Args:
         comparison: from `plan_comparison`.
         work_dir: where journals are kept; the user's cache folder when None.
+        sink_of: where a comparison that writes only reports puts the weights, by method and the
+            path of its report; None drops them.
 
     Raises:
         PlanRefusedError: no expert differs from the base in any value.
-        NonFiniteError, StoppedError: as `run_merge`.
+        NonFiniteError, SourceChangedError, StoppedError: as `run_merge`.
 
     Memory: `Comparison.peak_memory_bytes`.
     """
-    out = comparison.out
-    done = {} if comparison.report_only else _finished(comparison)
+    out, first = comparison.out, comparison.first
+    done = {
+        label: read_report(out / label)
+        for label, plan in comparison.plans.items()
+        if not comparison.report_only
+        and target_state(out / label, plan.plan_hash, now=plan.known).finished
+    }
     planned, is_told = Planned(plan=comparison.to_dict()), False
+    keep_memory_steady(KEPT_BUFFER_BYTES)
+    peak = Peak()
     if not done:
-        is_told = yield from refused_if_equal(comparison.first, planned)
+        with peak.watched():
+            is_told = yield from refused_if_equal(first, planned)
+    device = choose_device(first.options.device)
     with contextlib.ExitStack() as stack:
-        sinks = _open(comparison, work_dir, done, stack)
-        run = _run_of(comparison)
+        stack.enter_context(PATIENCE.of(first.options.patience or MERGING_S))
+        stack.enter_context(peak.watched())
+        sinks = _open(
+            comparison, work_dir, done, stack, sink_of or (lambda _, path: DroppingSink(path))
+        )
         if not is_told:
             yield planned
-        reports = dict(done)
+        reports, similarity = dict(done), earlier_similarity(comparison)
         if sinks:
+            progress = Progress(lambda: 0, peak=peak)
             plans = [comparison.plans[label] for label in sinks]
             store = work_folder("compare", out, None, work_dir) / "counted.json"
             try:
-                found = yield from counted(plans, run.device, store)
-                for (label, sink), counts in zip(sinks.items(), found, strict=True):
-                    merger = Merger(
-                        comparison.plans[label], run.device, counts, run.sample, run.cores
-                    )
-                    run.methods[label] = Method(sink, merger)
-                yield from _merge_all(run)
-            except NonFiniteError:
-                stack.close()
-                for label in sinks:
-                    with contextlib.suppress(OSError):
-                        discard(out / label)
+                found = yield from counted(plans, device, store)
+                cores = Cores(usable_cores())
+                branches = [
+                    Branch(plan, sink, Merger(plan, device, counts, peak.look, cores),
+                           label)
+                    for plan, (label, sink), counts in zip(plans, sinks.items(), found, strict=True)
+                ]  # fmt: skip
+                run = Run(branches, progress, partial(Similarity, experts=len(first.experts)))
+                yield from merge_shards(run, Processes())
+            except (NonFiniteError, SourceChangedError):
+                for sink in sinks.values():
+                    sink.abandon()
                 raise
-            for label, method in run.methods.items():
-                reports[label] = _report(run, label, method)
-                where = _publish(run, label, method, reports[label])
-                yield Published(where=where)
+            if not done:
+                total = Similarity([branch.label for branch in run.branches], len(run.plan.experts))
+                for shard in run.plan.shards:
+                    total.include(run.branches[0].seen[shard.name])
+                similarity = total.table()
+            for branch in branches:
+                report = reports[branch.label] = report_of(run, branch, Processes())
+                if comparison.report_only:
+                    files = {"report.json": (json.dumps(report) + "\n").encode()}
+                else:
+                    files = branch.plan.side_files() | render_card(branch.plan, report)
+                    names = PublicNames(branch.plan, name_private=False)
+                    keep_places(branch.plan.plan_hash, names.hidden)
+                yield Published(where=branch.sink.publish(files))
         ordered = {label: reports[label] for label in comparison.plans}
-        similarity = run.similarity.table() if not done else _earlier(comparison)
         files = comparison_files(ordered, similarity, peak=comparison.peak_memory_bytes)
         write_files(out, files)
         table = json.loads(files["comparison.json"])
-        yield Finished(where=str(out), report=table, already_there=not run.methods)
+        yield Finished(where=str(out), report=table, already_there=not sinks)
 
 
-def _finished(comparison: Comparison) -> dict[str, Any]:
-    """Return the reports of methods that an earlier run finished."""
-    return {
-        label: read_report(comparison.out / label)
-        for label, plan in comparison.plans.items()
-        if target_state(comparison.out / label, plan.plan_hash).finished
-    }
-
-
-def _earlier(comparison: Comparison) -> dict[str, Any] | None:
+def earlier_similarity(comparison: Comparison) -> dict[str, Any] | None:
     """Return the likeness of the updates from the table of an earlier run of this comparison."""
     try:
-        table = json.loads((comparison.out / "comparison.json").read_text(encoding="utf-8"))
+        table = load_json((comparison.out / "comparison.json").read_bytes())
         labels = [row["label"] for row in table["methods"]]
         found: dict[str, Any] | None = table["similarity"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -114,6 +135,7 @@ def _open(
     work_dir: str | Path | None,
     done: Mapping[str, Any],
     stack: contextlib.ExitStack,
+    sink_of: Callable[[str, Path], Sink],
 ) -> dict[str, Sink]:
     """Open the target of every method that no earlier run finished."""
     sinks: dict[str, Sink] = {}
@@ -122,88 +144,13 @@ def _open(
             continue
         sink: Sink
         if comparison.report_only:
-            sink = ReportOnlySink(comparison.out / "reports" / f"{label}.json")
+            sink = sink_of(label, comparison.out / "reports" / f"{label}.json")
         else:
             folder = comparison.out / label
             work = work_folder(plan.plan_hash, folder, None, work_dir)
-            sink = FolderSink(folder, plan.plan_hash, work, plan.identity).open()
+            sink = FolderSink(
+                folder, plan.plan_hash, work, plan.identity, now=plan.known, update=plan.update
+            ).open()
         stack.callback(sink.close)
         sinks[label] = sink
     return sinks
-
-
-def _run_of(comparison: Comparison) -> Run:
-    first = comparison.first
-    similarity = Similarity(list(comparison.plans), len(first.experts))
-    keep_memory_steady(KEPT_BUFFER_BYTES)
-    return Run(comparison, choose_device(first.options.device), {}, similarity)
-
-
-def _merge_all(run: Run) -> Iterator[Event]:
-    """Merge every shard that some method lacks, reading ahead of the arithmetic."""
-    missing = [
-        [
-            label
-            for label, method in run.methods.items()
-            if shard.name not in method.sink.finished_shards()
-        ]
-        for shard in run.comparison.first.shards
-    ]
-    order = (
-        tensor
-        for shard, labels in zip(run.comparison.first.shards, missing, strict=True)
-        for tensor in shared_order(
-            {label: run.comparison.plans[label] for label in labels},
-            [spec.name for spec in shard.tensors],
-        )
-    )
-    with reading_ahead_of(run.comparison.first, order):
-        yield from _shards(run)
-
-
-def _shards(run: Run) -> Iterator[Event]:
-    first = run.comparison.first
-    for number, shard in enumerate(first.shards):
-        kept = {
-            label: method.sink.finished_shards().get(shard.name)
-            for label, method in run.methods.items()
-        }
-        missing = [label for label, entry in kept.items() if entry is None]
-        made: dict[str, dict[str, Any]] = {}
-        if missing:
-            made = yield from merge_shard(run, number, missing)
-        entries = {label: kept[label] or made[label] for label in run.methods}
-        run.similarity.include(next(iter(entries.values())).get("similarity"))
-        for label, method in run.methods.items():
-            entry = entries[label]
-            method.entries += entry["tensors"]
-            method.files.append({key: entry[key] for key in ("name", "size", "sha256")})
-            yield ShardFinished(
-                shard=f"{label}/{shard.name}",
-                bytes=shard.nbytes,
-                sha256=entry["sha256"] or "",
-                resumed=kept[label] is not None,
-                shards_done=number + 1,
-                shards=len(first.shards),
-            )
-
-
-def _report(run: Run, label: str, method: Method) -> dict[str, Any]:
-    return build_report(
-        run.comparison.plans[label],
-        method.merger.counted,
-        method.entries,
-        method.files,
-        environment=environment(run.device),
-        seconds=method.seconds,
-        bytes_read=run.bytes_read,
-        bytes_written=method.bytes_written,
-        peak_private_bytes=run.peak_private,
-    )
-
-
-def _publish(run: Run, label: str, method: Method, report: dict[str, Any]) -> str:
-    if run.comparison.report_only:
-        return method.sink.publish({"report.json": (json.dumps(report) + "\n").encode()})
-    plan = run.comparison.plans[label]
-    return method.sink.publish(plan.side_files() | render_card(plan, report))

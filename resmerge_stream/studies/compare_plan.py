@@ -2,16 +2,16 @@
 
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import Notice, PlanRefusedError, RecipeError, Remedy
-from ..memory import SPARE_BYTES, block_bytes, matrix_bytes
+from ..errors import Findings, Notice, PlanRefusedError, RecipeError
+from ..planning.costs import fit_memory
 from ..planning.plan import Options, Plan, RefusedPlan, plan_merge
 from ..recipe import Recipe, parse_method
-from ..units import format_size
+from ..specs import FP8
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,26 +21,23 @@ class Comparison:
     Attributes:
         out: the folder that gets one folder a method, the table and the picture.
         report_only: whether no weights are written.
-        plans: the methods' plans by label, which is also the folder's name.
-        working_bytes: of matrices that may be in work at once.
-        peak_memory_bytes: what the whole run may take.
+        plans: the methods' plans by label, which is also the folder's name; their memory is what
+            they take together.
     """
 
     out: Path
     report_only: bool
     plans: Mapping[str, Plan]
-    working_bytes: int = 0
-    peak_memory_bytes: int = 0
-    resident: bool = True
 
     @property
     def first(self) -> Plan:
         """The first method's plan; the sources and shards are the same in all."""
         return next(iter(self.plans.values()))
 
-    def working_bytes_of(self, name: str) -> int:
-        """Return bytes held while a tensor is in work: its task vectors, every method's scratch."""
-        return _working_bytes(self.plans.values(), name, resident=self.resident)
+    @property
+    def peak_memory_bytes(self) -> int:
+        """What the whole run may take."""
+        return self.first.peak_memory_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison as plain data; sizes are those of the whole run."""
@@ -54,7 +51,7 @@ class Comparison:
         stored = sum(
             source.read_cost(name)
             for name, tensor in self.first.tensors.items()
-            for source in self.first.sources_of(tensor)
+            for source in tensor.sources
         )
         return {
             "refused": False,
@@ -80,6 +77,8 @@ def plan_comparison(
     *,
     out: str | Path,
     report_only: bool = False,
+    update: bool = False,
+    token: str | bool | None = None,
 ) -> Comparison:
     """Plan several merges of the same models as one run.
 
@@ -89,6 +88,7 @@ def plan_comparison(
         options: as for `plan_merge`.
         out: the output folder.
         report_only: write no weights.
+        update, token: as for `plan_merge`.
 
     Raises:
         RecipeError: no method, one named twice, or not of this form.
@@ -103,10 +103,12 @@ def plan_comparison(
         name, given = parse_method(text)
         own = dict(recipe.parameters) if name == recipe.method else {}
         plan = plan_merge(
-            replace(recipe, method=name, parameters={**own, **given}),
+            replace(recipe, method=name, parameters={**own, **given}, chosen_by="option"),
             options,
             out=None if report_only else folder / label,
             like=next(iter(plans.values()), None),
+            update=update,
+            token=token,
         )
         plans[label] = plan
     if not plans:
@@ -119,59 +121,21 @@ def plan_comparison(
         problems.append(
             Notice("a comparison writes whole models; merge the method you choose as an adapter.")
         )
+    if recipe.dtype == FP8:
+        problems.append(
+            Notice(
+                f"a comparison is not written in {FP8}; compare in bfloat16, and merge the method "
+                f"you choose in {FP8}."
+            )
+        )
     accepted = {label: plan for label, plan in plans.items() if isinstance(plan, Plan)}
     if problems:
         for one in plans.values():
             one.close()
         raise PlanRefusedError.of(problems)
-    return _fitted(Comparison(folder, report_only, accepted))
-
-
-def _fitted(comparison: Comparison) -> Comparison:
-    """Choose whether float32 copies of all experts are kept; refuse what cannot fit."""
-    first = comparison.first
-    fixed = first.peak_memory_bytes - first.working_bytes
-    room = first.memory_budget - fixed
-    plans, worst, resident = comparison.plans, (0, ""), True
-    for resident in (True, False):
-        sizes = {n: _working_bytes(plans.values(), n, resident=resident) for n in first.tensors}
-        worst = max((size, name) for name, size in sizes.items())
-        if worst[0] <= room:
-            break
-    if worst[0] > room:
-        comparison.close()
-        raise PlanRefusedError(
-            f"comparing {len(plans)} methods on {worst[1]} needs "
-            f"{format_size(fixed + worst[0])} of memory, but the budget is "
-            f"{format_size(first.memory_budget)}. Compare fewer SVD methods at once.",
-            Remedy.MORE_MEMORY,
-            needed=f"{-(-(fixed + worst[0]) // 1_000_000)}MB",
-        )
-    # While the largest tensor is written the next ones are decided, where the budget has room.
-    working = max(worst[0], min(room, SPARE_BYTES + 2 * worst[0]))
-    return replace(
-        comparison,
-        plans={label: _with_memory(plan, working, resident) for label, plan in plans.items()},
-        working_bytes=working,
-        peak_memory_bytes=fixed + working,
-        resident=resident,
-    )
-
-
-def _with_memory(plan: Plan, working: int, resident: bool) -> Plan:
-    tensors = {name: replace(one, resident=resident) for name, one in plan.tensors.items()}
-    return replace(plan, tensors=tensors, working_bytes=working)
-
-
-def _working_bytes(plans: Collection[Plan], name: str, *, resident: bool) -> int:
-    by_rows, scratch, matrix = 0, 0, (0, 0, 0)
-    for plan in plans:
-        tensor = plan.tensors[name]
-        if tensor.rule is None or not tensor.rule.needs_matrix:
-            by_rows = max(by_rows, plan.working_bytes_of(tensor))
-            continue
-        matrix = (*tensor.matrix, len(tensor.experts))
-        scratch += tensor.method.scratch_bytes(*matrix)
-    m, n, experts = matrix
-    block = block_bytes(experts + len(plans), m, n)
-    return max(by_rows, block + matrix_bytes(*matrix, scratch, resident=resident))
+    found = Findings()
+    fitted = fit_memory(list(accepted.values()), found)
+    if found.problems:
+        fitted[0].close()
+        raise PlanRefusedError.of(found.problems)
+    return Comparison(folder, report_only, dict(zip(accepted, fitted, strict=True)))

@@ -76,7 +76,11 @@ class Similarity:
 
 
 def comparison_files(
-    reports: Mapping[str, Mapping[str, Any]], similarity: dict[str, Any] | None, *, peak: int
+    reports: Mapping[str, Mapping[str, Any]],
+    similarity: dict[str, Any] | None,
+    *,
+    peak: int,
+    choice: str = "",
 ) -> dict[str, bytes]:
     """Return ``comparison.json``, ``comparison.md`` and ``comparison.png``.
 
@@ -84,6 +88,7 @@ def comparison_files(
         reports: by label, in the user's order.
         similarity: from `Similarity.table`, where there is one.
         peak: what the plan said that the run may take, in bytes.
+        choice: a line that says which is best, if they were asked.
     """
     table = {
         "version": 1,
@@ -94,7 +99,7 @@ def comparison_files(
     }
     return {
         "comparison.json": (json.dumps(table, indent=1) + "\n").encode(),
-        "comparison.md": _markdown(table).encode(),
+        "comparison.md": (_markdown(table) + (f"\n{choice}\n" if choice else "")).encode(),
         "comparison.png": comparison_png(table),
     }
 

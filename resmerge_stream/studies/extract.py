@@ -5,26 +5,25 @@ An extract is a merge of one expert, the mean of one, written as an adapter of a
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ..device import choose_device
+from ..hub.patience import MERGING_S, PATIENCE
 from ..planning.plan import Options, Plan, PlannedTensor, RefusedPlan, plan_merge
 from ..recipe import Recipe
-from ..report.build import build_report
-from ..report.rows import Rows
-from ..run.engine import environment
-from ..run.events import Analysed, Event, Finished, Planned
-from ..run.merging import Merged, Merger, reported
+from ..run.events import Analysed, Event, Finished, Planned, TensorMerged
+from ..run.merging import Merger
 from ..run.pieces import Piece
-from ..run.pipeline import worked_ahead, workers
-from ..run.reading import READ_AHEAD_BYTES, reading_ahead_of, reads
+from ..run.processes import Processes
+from ..run.progress import Progress
+from ..run.reading import reads
+from ..run.shards import Branch, Run, merge_shards, report_of
+from ..sinks import DroppingSink
 from ..sinks.publication import Publication
-from ..sources.adapter import AdapterCheckpoint
-
-T = TypeVar("T")
+from ..sources.adapter import Adapter
 
 
 def plan_extract(
@@ -34,19 +33,22 @@ def plan_extract(
     out: str | Path | None = None,
     publication: Publication | None = None,
     work_dir: str | Path | None = None,
+    update: bool = False,
 ) -> Plan | RefusedPlan:
     """Plan an extract; as `plan_merge`, whose arguments these are.
 
     Args:
         recipe: a base and one expert: a whole model, a merge or an adapter; the method is mean's.
         options: with the rank of an adapter.
-        out, publication, work_dir: where it goes.
+        out, publication, work_dir, update: where it goes, and over what.
     """
     recipe, options = (
         replace(recipe, method="mean", parameters={}),
         replace(options, output="adapter"),
     )
-    return plan_merge(recipe, options, out=out, publication=publication, work_dir=work_dir)
+    return plan_merge(
+        recipe, options, out=out, publication=publication, work_dir=work_dir, update=update
+    )
 
 
 def kept_by_rank(plan: Plan | RefusedPlan) -> Iterator[Event]:
@@ -73,36 +75,28 @@ def kept_by_rank(plan: Plan | RefusedPlan) -> Iterator[Event]:
     outside = [
         tensor
         for name, tensor in whole.tensors.items()
-        if tensor.rule and name not in plan.tensors and _may_differ(plan, name)
+        if tensor.rule
+        and name not in plan.tensors
+        # It may have other values, as far as headers tell.
+        and not all(isinstance(e, Adapter) and name not in e.edits for e in plan.experts)
     ]
-    read = sum(nbytes for nbytes, _ in reads(whole, outside)) + plan.read_bytes
+    read = sum(nbytes for nbytes, _ in reads(outside)) + plan.read_bytes
     yield Planned(plan=plan.to_dict() | {"read_bytes": read})
-    entries: list[dict[str, Any]] = []
-    done = 0
-    for nbytes, entry in _rows(plan):
-        done += nbytes
-        entries.append(entry)
-        yield Analysed(tensor=entry["name"], bytes_read=done)
-    energies: dict[str, float] = {}
-    for nbytes, name, energy in _energies(whole, outside):
-        done += nbytes
-        energies[name] = energies.get(name, 0.0) + energy
-        yield Analysed(tensor=name, bytes_read=done)
-    report = build_report(
-        plan, {}, entries, [], environment=environment(choose_device(plan.options.device)),
-        seconds=0.0, bytes_read=done, bytes_written=0, peak_private_bytes=0,
-    )  # fmt: skip
-    yield Finished(where="", report=report | {"outside": _outside(entries, energies)})
-
-
-def _rows(plan: Plan) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield bytes that were read for each module, and its row of the report."""
-    merger, rows = Merger(plan, choose_device(plan.options.device)), Rows(len(plan.experts))
-    tensors = [tensor for shard in plan.shards for tensor in plan.written_in(shard)]
-    for piece, prepared in _each(plan, tensors, merger, merger.prepare):
-        entry = reported(rows, prepared, prepared.kept) if isinstance(prepared, Merged) else None
-        if entry is not None:
-            yield piece.nbytes, entry
+    progress = Progress(lambda: 0)
+    merger = Merger(plan, choose_device(plan.options.device), sample=progress.peak.look)
+    run = Run([Branch(plan, DroppingSink(), merger)], progress)
+    with PATIENCE.of(plan.options.patience or MERGING_S), progress.peak.watched():
+        for event in merge_shards(run, Processes()):
+            if isinstance(event, TensorMerged):
+                yield Analysed(tensor=event.tensor, bytes_read=event.bytes_read)
+        energies: dict[str, float] = {}
+        for nbytes, name, energy in _energies(whole, outside):
+            progress.bytes_read += nbytes
+            energies[name] = energies.get(name, 0.0) + energy
+            yield Analysed(tensor=name, bytes_read=progress.bytes_read)
+    progress.bytes_written = 0
+    report = report_of(run, run.branches[0], Processes()) | {"files": []}
+    yield Finished(where="", report=report | {"outside": _outside(report["tensors"], energies)})
 
 
 def _energies(plan: Plan, tensors: list[PlannedTensor]) -> Iterator[tuple[int, str, float]]:
@@ -115,32 +109,9 @@ def _energies(plan: Plan, tensors: list[PlannedTensor]) -> Iterator[tuple[int, s
             with contextlib.closing(vectors):
                 return float(vectors.gram().sum())
 
-    for piece, found in _each(plan, tensors, merger, energy):
-        yield piece.nbytes, piece.tensor.spec.name, found
-
-
-def _each(
-    plan: Plan, tensors: list[PlannedTensor], merger: Merger, work: Callable[[Piece], T]
-) -> Iterator[tuple[Piece, T]]:
-    """Yield every piece of some tensors and what the work makes of it, in order."""
-    chain = worked_ahead(
-        reads(plan, tensors),
-        lambda piece: (piece, work(piece)),
-        read_bytes=plan.read_ahead_bytes or READ_AHEAD_BYTES,
-        work_bytes=plan.working_bytes,
-        cost=lambda piece: plan.working_bytes_of(piece.tensor),
-        workers=workers(merger.device),
-        cores=merger.cores,
-    )
-    with reading_ahead_of(plan, tensors), contextlib.closing(chain):
-        yield from filter(None, chain)
-
-
-def _may_differ(plan: Plan, name: str) -> bool:
-    """Return whether the model may have other values of a tensor, as far as headers tell."""
-    return any(
-        not isinstance(expert, AdapterCheckpoint) or name in expert.edits for expert in plan.experts
-    )
+    with contextlib.closing(merger.each(tensors, energy)) as each:
+        for piece, found in filter(None, each):
+            yield piece.nbytes, piece.tensor.spec.name, found
 
 
 def _outside(entries: list[dict[str, Any]], energies: Mapping[str, float]) -> dict[str, Any] | None:

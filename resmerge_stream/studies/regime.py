@@ -24,7 +24,7 @@ KINDS = {
     "long": "one update is much longer than every other",
     "short": "some updates are much shorter than the longest",
     "sparse": "each update changes few of the weights",
-    "orthogonal": "updates of one length that have nothing in common",
+    "orthogonal": "unrelated updates of similar length",
     "single": "fewer than two experts changed anything",
 }
 

@@ -12,7 +12,7 @@ import pytest
 from resmerge_stream.errors import CheckpointFormatError, RecipeError
 from resmerge_stream.evaluation import asking, engines
 from resmerge_stream.evaluation.engines import Loading, choose_engine
-from resmerge_stream.evaluation.run import Examination
+from resmerge_stream.evaluation.run import Examination, evaluate_models
 from resmerge_stream.evaluation.tasks import find_task
 from resmerge_stream.experts.group import builtin_group
 
@@ -85,12 +85,17 @@ def test_vllm_answers_as_transformers_does(vllm):
     """The same questions to the same model have the same verdicts; it is loaded once for all."""
     tasks = [find_task("sort", 20), find_task("add", 20)]
 
-    by_vllm = dict(asking.ask(EXPERT, tasks, Loading("cpu", "vllm"), 20, print))
+    found = {}
+    for engine in ("vllm", "transformers"):
+        with engines.loaded(EXPERT, Loading("cpu", engine), harness=False) as model:
+            found[engine] = {
+                task.name: [one.right for one in answers]
+                for task, answers in asking.ask(model, EXPERT, tasks, 20, print)
+            }
     import vllm as stand_in
 
-    by_transformers = dict(asking.ask(EXPERT, tasks, Loading("cpu", "transformers"), 20, print))
-    assert by_vllm == by_transformers
-    assert any(by_vllm["sort"].right)
+    assert found["vllm"] == found["transformers"]
+    assert any(found["vllm"]["sort"])
     assert stand_in.made == [(EXPERT, None, None)]
 
 
@@ -98,11 +103,9 @@ def test_answers_of_two_engines_are_kept_apart(vllm, tmp_path):
     """A run that another engine began is not continued with answers of this one."""
     for engine in ("transformers", "vllm"):
         examination = Examination(["sort"], out=tmp_path, limit=5, device="cpu", engine=engine)
-        assert examination.known("expert", "same") is None
-        examination.verdicts("expert", "same", EXPERT)
-        assert examination.known("expert", "same") is not None
+        evaluate_models([EXPERT], examination)
 
-    assert len(list((tmp_path / "answers").iterdir())) == 2
+    assert len(list((tmp_path / "answers").glob("*/sort-*.jsonl"))) == 2
 
 
 def test_what_vllm_cannot_load_is_one_message(vllm, tmp_path):
@@ -133,5 +136,5 @@ def test_the_harness_loads_vllm_itself(vllm, monkeypatch):
     model = engines.WithVllm(EXPERT, harness=True)
 
     assert isinstance(model.for_harness(), VLLM)
-    assert len(model.right(find_task("sort", 5))) == 5
+    assert len(model.answers(find_task("sort", 5))) == 5
     assert len(stand_in.made) == 1

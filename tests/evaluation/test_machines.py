@@ -3,19 +3,19 @@
 import pytest
 
 from resmerge_stream.errors import RecipeError
-from resmerge_stream.evaluation.machines import Sitting, cpu_seconds
+from resmerge_stream.evaluation.machines import EvaluationCost, cpu_seconds
 from resmerge_stream.evaluation.tasks import Harness, find_tasks
 from resmerge_stream.hub.flavors import FLAVORS, Flavor
-from resmerge_stream.planning.machines import ranked
+from resmerge_stream.planning.machines import assumed, ranked
 from resmerge_stream.specs import TensorSpec
 
 TASKS = (Harness("gsm8k", None),)
 
 
-def sitting(billions, dtype="BF16", count=3, limit=500, **more):
+def cost(billions, dtype="BF16", count=3, limit=500, **more):
     """Return what it takes to ask models of so many parameters."""
     model = [TensorSpec("w", dtype, (int(billions * 1000), 1_000_000))]
-    return Sitting.of([model] * count, TASKS, limit, **more)
+    return EvaluationCost.of([model] * count, TASKS, limit, **more)
 
 
 def chosen(it):
@@ -38,7 +38,7 @@ def chosen(it):
 )
 def test_the_gpu_is_chosen_by_the_models_size(billions, dtype, name):
     """The cheapest single GPU that has a fifth of its memory left beside the weights."""
-    assert chosen(sitting(billions, dtype)) == name
+    assert chosen(cost(billions, dtype)) == name
 
 
 @pytest.mark.parametrize(
@@ -58,22 +58,23 @@ def test_the_gpu_is_chosen_by_the_models_size(billions, dtype, name):
 )
 def test_what_a_machine_lacks_for_an_evaluation_is_named(flavor, more, words):
     """A GPU, its memory, the machine's memory and its disk: each is said where it is short."""
-    assert words in sitting(more.pop("billions", 8), **more).shortage(flavor)
+    assert words in cost(more.pop("billions", 8), **more).shortage(flavor)
 
 
 def test_a_small_model_may_be_asked_on_a_cpu():
     """With --device cpu no GPU is paid for."""
-    assert chosen(sitting(0.1, device="cpu")) == "cpu-upgrade"
+    assert chosen(cost(0.1, device="cpu")) == "cpu-upgrade"
 
 
 def test_more_models_and_more_questions_take_longer():
     """The time grows with the models, their size and the questions, and is what is paid."""
     flavor = next(one for one in FLAVORS if one.name == "a100-large")
-    once = sitting(8, count=1, limit=32).seconds(flavor)
+    speed = assumed(flavor)
+    once = cost(8, count=1, limit=32).seconds(flavor, speed)
 
-    assert sitting(8, count=2, limit=32).seconds(flavor) == pytest.approx(2 * once)
-    assert sitting(16, count=1, limit=32).seconds(flavor) > once
-    assert sitting(8, count=1, limit=64).seconds(flavor) > once
+    assert cost(8, count=2, limit=32).seconds(flavor, speed) == pytest.approx(2 * once)
+    assert cost(16, count=1, limit=32).seconds(flavor, speed) > once
+    assert cost(8, count=1, limit=64).seconds(flavor, speed) > once
 
 
 def test_tasks_of_one_name_are_refused(tmp_path):

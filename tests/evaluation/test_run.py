@@ -2,24 +2,31 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from resmerge_stream import Recipe, plan_merge, run_merge
 from resmerge_stream.cli.main import main
-from resmerge_stream.errors import CheckpointFormatError, NotEnoughMemoryError, RecipeError
+from resmerge_stream.errors import (
+    CheckpointFormatError,
+    NotEnoughMemoryError,
+    RecipeError,
+    UnsupportedCheckpointError,
+)
 from resmerge_stream.evaluation import asking, engines, run
 from resmerge_stream.evaluation.card import into_card
 from resmerge_stream.evaluation.results import evaluation
 from resmerge_stream.evaluation.run import Examination, evaluate_models
 from resmerge_stream.evaluation.tasks import find_task
 from resmerge_stream.evaluation.verifiers import verify
-from resmerge_stream.experts.evaluate import load_model, load_tokenizer, right_answers
-from resmerge_stream.experts.group import builtin_group
+from resmerge_stream.experts.evaluate import load_model, load_tokenizer, said
+from resmerge_stream.experts.group import builtin_adapters, builtin_group
 from resmerge_stream.experts.tasks import answer, draw_prompts
 from resmerge_stream.recipe import ModelRef
 from resmerge_stream.run.verify import verify_folder
+from tests.support.adapters import LINEAR, Kind, make_adapter, whole
 
 GROUP = builtin_group()
 BASE, EXPERT = str(GROUP["base"]), str(GROUP["rl-sort"])
@@ -38,7 +45,7 @@ def test_all_models_are_asked_alike_and_differences_are_of_pairs(tmp_path):
 
     prompts = draw_prompts("sort", 60, seed=7, split="held-out")
     right = [
-        right_answers(load_model(folder), load_tokenizer(folder), prompts)
+        [verdict for _, verdict in said(load_model(folder), load_tokenizer(folder), prompts)]
         for folder in (BASE, EXPERT)
     ]
     shares = [document["models"][name]["sort"]["accuracy"] for name in (BASE, EXPERT)]
@@ -57,10 +64,12 @@ def test_a_jsonl_asks_by_generation_what_the_built_in_task_asks(tmp_path):
     path = jsonl(tmp_path / "sorting.jsonl", rules)
 
     tasks = [find_task(path, 500), find_task("sort", 40)]
-    found = dict(asking.ask(EXPERT, tasks, engines.Loading("cpu"), 40, print))
+    with engines.loaded(EXPERT, engines.Loading("cpu"), harness=False) as model:
+        found = {task.name: answers for task, answers in asking.ask(model, "", tasks, 40, print)}
 
-    assert found["sorting"] == found["sort"]
-    assert any(found["sort"].right)
+    verdicts = {name: [one.right for one in answers] for name, answers in found.items()}
+    assert verdicts["sorting"] == verdicts["sort"]
+    assert any(verdicts["sort"])
 
 
 @pytest.mark.parametrize(
@@ -103,6 +112,10 @@ def test_a_function_cannot_hold_up_an_evaluation(function, monkeypatch):
     ("line", "words"),
     [
         ("{", "line 1 is not JSON"),
+        ("\udcff", "line 1 is not JSON"),
+        ("[" * 100_000, "line 1 is not JSON"),
+        (f'{{"prompt": "a", "answer": {"9" * 5_000}}}', "line 1 is not JSON"),
+        (f'{{"prompt": "{"a" * 1_000_000}"}}', "larger than"),
         ('{"answer": "a"}', "with a prompt"),
         ('{"prompt": "a"}', "needs an answer"),
         ('{"prompt": "a", "verify": "taste", "answer": "b"}', "verify must be"),
@@ -114,29 +127,99 @@ def test_a_function_cannot_hold_up_an_evaluation(function, monkeypatch):
 )
 def test_a_wrong_line_is_named(line, words, tmp_path):
     """A malformed question is refused before any model is loaded."""
-    (tmp_path / "q.jsonl").write_text(line)
+    (tmp_path / "q.jsonl").write_text(line, errors="surrogateescape")
 
     with pytest.raises(RecipeError, match=words):
         find_task(str(tmp_path / "q.jsonl"), 10)
 
 
+@pytest.mark.parametrize("text", ["[" * 5_000, "a: 0x" + "f" * 9_000, "a: 2024-99-99", "\udcff"])
+def test_a_task_that_cannot_be_read_is_named(text, tmp_path):
+    """A YAML file of a stranger is a task of the harness, or one message."""
+    (tmp_path / "t.yaml").write_text(text, errors="surrogateescape")
+
+    with pytest.raises(RecipeError, match=r"t.yaml is not YAML"):
+        find_task(str(tmp_path / "t.yaml"), 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("README.md", "---\na: [\n---\n"),
+        ("README.md", "---\n- a\n---\n"),
+        ("resmerge/report.json", "[" * 9_000),
+        ("resmerge/report.json", "[1]"),
+    ],
+)
+def test_a_card_or_report_that_is_none_is_named(name, text, tmp_path):
+    """An evaluation goes into the card and report of a merge; other files are left as they are."""
+    (tmp_path / "resmerge").mkdir()
+    for file, content in {"README.md": "# m\n", "resmerge/report.json": "{}", name: text}.items():
+        (tmp_path / file).write_text(content)
+
+    with pytest.raises(RecipeError, match=r"has no README.md and resmerge/report.json of a merge"):
+        into_card(tmp_path, BASE, evaluation({BASE: {"add": [True]}}))
+
+    assert (tmp_path / name).read_text() == text
+
+
 def test_what_was_answered_is_not_asked_again(tmp_path, monkeypatch):
-    """A run that failed at the second model goes on there; a whole one asks nobody again."""
+    """A run that failed goes on there; a whole one asks those whose answers are damaged."""
     asked = []
 
-    def failing(name, tasks, *rest):
+    def failing(model, name, tasks, *rest):
         asked.append(name)
         if name == EXPERT and asked.count(EXPERT) == 1:
             raise KeyboardInterrupt
-        yield from ((task.name, asking.Answers([True, False])) for task in tasks)
+        yield from ((task, [asking.Answer("1+1=", "2", "2", True)]) for task in tasks)
 
     monkeypatch.setattr(run, "ask", failing)
     with pytest.raises(KeyboardInterrupt):
         evaluate_models([BASE, EXPERT], Examination(["add"], out=tmp_path, limit=2))
     for _ in range(2):
         evaluate_models([BASE, EXPERT], Examination(["add"], out=tmp_path, limit=2))
+    next(tmp_path.glob("answers/**/*.jsonl")).write_text("[" * 100)
+    evaluate_models([BASE, EXPERT], Examination(["add"], out=tmp_path, limit=2))
 
-    assert asked == [BASE, EXPERT, EXPERT]
+    assert asked[:3] == [BASE, EXPERT, EXPERT]
+    assert len(asked) == 4  # the one whose answers were damaged
+
+
+def test_adapters_answer_on_the_base_as_pefts_merged_models_do(tmp_path):
+    """Three adapters made by PEFT: text by text what `merge_and_unload` says; each has a file."""
+    folders = {}
+    for seed in range(3):
+        kind = Kind("qwen2", {"r": 2 + seed, "lora_alpha": 4, "target_modules": LINEAR})
+        adapter = make_adapter(tmp_path / f"lora-{seed}", Path(BASE), kind, seed=seed)
+        folders[f"lora-{seed}"] = adapter
+        folders[f"whole-{seed}"] = whole(Path(BASE), adapter, tmp_path / f"whole-{seed}")
+        load_tokenizer(BASE).save_pretrained(folders[f"whole-{seed}"])
+    prompts = draw_prompts("sort", 12, seed=7, split="held-out")
+    rules = [{"prompt": p, "answer": answer(p), "max_new_tokens": 12} for p in prompts]
+    tasks = [jsonl(tmp_path / "mine.jsonl", rules)]
+
+    out = tmp_path / "out"
+    evaluate_models([BASE, *map(str, folders.values())], Examination(tasks, out=out))
+
+    said_by = {}
+    for name in folders:
+        (path,) = out.glob(f"answers/*{name}/mine-*.jsonl")
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [line["question"] for line in lines] == prompts
+        assert [line["wanted"] for line in lines] == [rule["answer"] for rule in rules]
+        said_by[name] = [(line["answer"], line["right"]) for line in lines]
+    for seed in range(3):
+        assert said_by[f"lora-{seed}"] == said_by[f"whole-{seed}"]
+    assert len({str(said_by[f"lora-{seed}"]) for seed in range(3)}) == 3
+
+
+def test_an_adapter_without_its_base_is_one_message(tmp_path):
+    """An adapter that stands first is refused before anyone is asked."""
+    adapter = str(builtin_adapters()["lora-add"])
+
+    with pytest.raises(UnsupportedCheckpointError, match="Name the base first"):
+        evaluate_models([adapter, BASE], Examination(["add"], out=tmp_path, limit=2))
+    assert not (tmp_path / "answers").exists()
 
 
 def test_a_broken_model_is_one_message(tmp_path):
@@ -168,7 +251,7 @@ def test_a_gpu_too_small_is_one_message(tmp_path, monkeypatch):
     def short(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(engines, "right_answers", short)
+    monkeypatch.setattr(engines, "said", short)
 
     with pytest.raises(NotEnoughMemoryError, match="do not fit into the GPU's memory"):
         evaluate_models([BASE], Examination(["add"], out=tmp_path, limit=2))
