@@ -43,13 +43,17 @@ def evaluate_model(
     accuracies = {}
     for task in tasks:
         prompts = draw_prompts(task, n_prompts, seed=seed, split="held-out")
-        accuracies[task] = wilson(sum(right_answers(model, tokenizer, prompts)), n_prompts)
+        accuracies[task] = wilson(
+            sum(right for _, right in said(model, tokenizer, prompts)), n_prompts
+        )
     return accuracies
 
 
 @torch.no_grad()
-def right_answers(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[bool]:
-    """Return for each prompt whether greedy decoding answers it rightly.
+def said(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[tuple[str, bool]]:
+    """Return for each prompt what greedy decoding says, and whether that is right.
+
+    A wrong answer ends with its first wrong token and "…": what would follow, nobody asked.
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
@@ -58,18 +62,24 @@ def right_answers(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[bo
     """
     # Sorted by length, a batch needs little padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    right = [False] * len(prompts)
+    found = [("", False)] * len(prompts)
     for start in range(0, len(order), _BATCH):
         chosen = order[start : start + _BATCH]
         asked = [prompts[i] for i in chosen]
-        tokens, labels = encode_answers(tokenizer, asked, [answer(prompt) for prompt in asked])
+        encoded = encode_answers(tokenizer, asked, [answer(prompt) for prompt in asked])
+        tokens, labels = (each.to(model.device) for each in encoded)
         # Padding stands on the right, where a causal model does not look.
         likeliest = model(input_ids=tokens, use_cache=False).logits[:, :-1].argmax(dim=-1)
         wanted = labels[:, 1:]
-        agrees = ((likeliest == wanted) | (wanted == IGNORED)).all(dim=1)
-        for i, verdict in zip(chosen, agrees.tolist(), strict=True):
-            right[i] = verdict
-    return right
+        wrong = (likeliest != wanted) & (wanted != IGNORED)
+        for row, i in enumerate(chosen):
+            is_right = not bool(wrong[row].any())
+            end = int(wrong[row].int().argmax()) + 1
+            spoken = likeliest[row, :end][wanted[row, :end] != IGNORED].tolist()
+            text = tokenizer.decode(spoken, skip_special_tokens=True)
+            text += "" if spoken[-1:] == [tokenizer.eos_token_id] else "…"
+            found[i] = (answer(prompts[i]) if is_right else text, is_right)
+    return found
 
 
 def encode_answers(

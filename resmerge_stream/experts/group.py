@@ -4,18 +4,18 @@ A base of a million parameters that reads single characters, and four experts, e
 by reinforcement learning on one of four tasks (`tasks`). What `resmerge-stream demo` merges.
 """
 
-from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from ..recipe import ModelRef, Recipe
-from .accuracy import Accuracy
+from ..recipe import ModelRef, Recipe, placed
 from .tasks import TASKS
 
-# Of the held-out prompts that the demo asks; training asked none of them.
-SEED = 7
 # What the demo sets beside its merge: the two that everybody tries first, those of the literature
 # that do best here, and ResMerge.
 BESIDE = ("mean", "task_arithmetic", "tsv_m", "swudi", "resmerge")
+
+# What recipes and the web call the folders of the group; no path of a machine is in it.
+PREFIX = "built-in/"
 
 _FOLDER = Path(__file__).parent
 
@@ -45,6 +45,25 @@ def built_in_recipe(*, lora: bool = False) -> Recipe:
     return Recipe(ModelRef(str(base)), tuple(ModelRef(str(expert)) for expert in experts))
 
 
+def built_in_folders() -> dict[str, str]:
+    """Return the folders of the group by the names that recipes may use, such as built-in/base."""
+    every = {**builtin_group(), **builtin_adapters()}
+    return {PREFIX + name: str(folder) for name, folder in every.items()}
+
+
+def on_this_machine(recipe: Recipe) -> Recipe:
+    """Return a recipe with the built-in names replaced by their folders; others as they are."""
+    if not any(ref.id.startswith(PREFIX) for ref in recipe.models):
+        return recipe
+    folders = built_in_folders()
+
+    def located(ref: ModelRef) -> ModelRef:
+        on = ref.on and folders.get(ref.on, ref.on)
+        return replace(ref, id=folders.get(ref.id, ref.id), on=on)
+
+    return placed(recipe, {str(ref): located(ref) for ref in recipe.named})
+
+
 def merged_otherwise(folder: Path, recipe: Recipe) -> dict[str, Path]:
     """Merge the built-in group by every method of `BESIDE`, and return the folders by method."""
     # With torch, which the recipe alone does not need.
@@ -58,26 +77,3 @@ def merged_otherwise(folder: Path, recipe: Recipe) -> dict[str, Path]:
     finally:
         comparison.close()
     return {method: folder / "merges" / method for method in BESIDE}
-
-
-def demo_accuracies(
-    merges: Mapping[str, Path | str],
-    n_prompts: int,
-    *,
-    say: Callable[[str], None] = lambda text: None,
-) -> dict[str, dict[str, Accuracy]]:
-    """Return the accuracy of base, experts and merges of them, by model and task.
-
-    Args:
-        merges: the merged models' folders, by what they are called.
-        n_prompts: held-out prompts per task.
-        say: told each model's name before its prompts are asked.
-    """
-    # With torch, which the recipe alone does not need.
-    from .evaluate import evaluate
-
-    accuracies = {}
-    for name, folder in {**builtin_group(), **merges}.items():
-        say(name)
-        accuracies[name] = evaluate(Path(folder), n_prompts, SEED)
-    return accuracies

@@ -7,7 +7,7 @@ import tomllib
 import pytest
 import torch
 
-from resmerge_stream.experts.evaluate import evaluate, load_model, load_tokenizer, right_answers
+from resmerge_stream.experts.evaluate import evaluate, load_model, load_tokenizer, said
 from resmerge_stream.experts.group import built_in_recipe, builtin_group
 from resmerge_stream.experts.tasks import TASKS, draw_prompts, is_correct
 from tests.support.checkpoints import ROOT
@@ -41,8 +41,27 @@ def test_one_forward_pass_decides_what_greedy_generation_answers():
         for prompt, row in zip(prompts, tokens[:, batch.input_ids.shape[1] :], strict=True)
     ]
 
-    assert right_answers(model, tokenizer, prompts) == generated
+    assert [right for _, right in said(model, tokenizer, prompts)] == generated
     assert 10 < sum(generated) < 38
+
+
+def test_a_wrong_answer_is_what_generation_says_up_to_its_first_wrong_token():
+    """A text is the generated one, or begins it and breaks off with an ellipsis where it errs."""
+    model, tokenizer = load_model(GROUP["base"]), load_tokenizer(GROUP["base"])
+    prompts = draw_prompts("sort", 24, seed=5, split="held-out")
+    batch = tokenizer(prompts, padding=True, return_tensors="pt")
+    tokens = model.generate(**batch, max_new_tokens=24, do_sample=False)
+    generated = [
+        tokenizer.decode(row, skip_special_tokens=True)
+        for row in tokens[:, batch.input_ids.shape[1] :]
+    ]
+
+    answers = said(model, tokenizer, prompts)
+
+    broken = [text.endswith("…") for text, _ in answers]
+    assert any(broken)
+    for (text, right), whole in zip(answers, generated, strict=True):
+        assert text == whole or (not right and whole.startswith(text.removesuffix("…")))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -50,7 +69,10 @@ def test_each_expert_is_better_at_its_own_task(task):
     """On fresh prompts an expert is well above the base on its task (by 21 points or more)."""
     prompts = draw_prompts(task, 200, seed=11, split="held-out")
     right = {
-        name: sum(right_answers(load_model(GROUP[name]), load_tokenizer(GROUP[name]), prompts))
+        name: sum(
+            right
+            for _, right in said(load_model(GROUP[name]), load_tokenizer(GROUP[name]), prompts)
+        )
         for name in ("base", f"rl-{task}")
     }
 

@@ -5,11 +5,12 @@ import random
 
 import pytest
 
+from benchmarks.quality.asking import Asker
 from benchmarks.quality.groups import RL, SFT
 from benchmarks.quality.merges import share_of_equal_weights, trimmed
 from benchmarks.quality.page import fill, write_page
-from benchmarks.quality.regime_page import section
-from benchmarks.quality.regimes import METHODS
+from benchmarks.quality.regime_page import real_models, section, write_between
+from benchmarks.quality.regimes import METHODS, cases_in_words, evidence_of, parts_of
 from benchmarks.quality.results import Group
 from benchmarks.quality.studies import BUDGETS, FEW, MAIN, RANKS, SCALES, SHARES, UNGATED
 from benchmarks.quality.studies import all_methods as every_method
@@ -19,6 +20,7 @@ from resmerge_stream.studies.advice import evidence
 from tests.support.checkpoints import ROOT
 
 SPECTRUM = ("head_energy", "stable_rank", "stable_rank_residual")
+PARTS = ("base", "expert", "head", "residual")
 GATES = ("c_R", "c_R_floor", "S_H", "s_R")
 
 
@@ -70,7 +72,7 @@ def test_the_page_is_written_whole(tmp_path):
     """Every blank of the page's words is filled, every figure that it shows is drawn."""
     write_page(results(), tmp_path)
 
-    text = (tmp_path / "quality.md").read_text("utf-8")
+    text = (tmp_path / "quality-small.md").read_text("utf-8")
     shown = [part.partition(")")[0] for part in text.split("](images/")[1:]]
     assert "{{" not in text
     assert sorted(shown) == sorted(path.name for path in (tmp_path / "images").iterdir())
@@ -117,6 +119,8 @@ def test_intervals_over_bases_are_students():
             "group": group,
             "case": f"{group} {number}",
             "regime": "two tasks",
+            "model": None,
+            "prompts": 5,
             "best": "mean",
             "base": 40.0,
             "accuracy": {method: 50.0 + lead * (method != "mean") for method in METHODS},
@@ -126,7 +130,7 @@ def test_intervals_over_bases_are_students():
         for number, lead in enumerate(found)
     ]
 
-    text = section({"prompts": 5, "cases": cases})
+    text = section({"cases": cases})
 
     assert "over 3 fresh bases (narrow-1, narrow-2, narrow-3)" in text
     row = text.strip().splitlines()[-1]
@@ -134,5 +138,87 @@ def test_intervals_over_bases_are_students():
 
 
 def test_the_regimes_on_the_page_are_those_that_the_advice_goes_by():
+    """The page of the small groups has tables of the evidence in the package, no more, no less."""
+    assert section(evidence()) in (ROOT / "docs" / "quality-small.md").read_text("utf-8")
+
+
+def test_a_real_models_cases_are_of_the_experts_that_are_there(tmp_path):
+    """RL, SFT, and both by turns; an expert that is missing is in none, nor is its task."""
+    for name in ("rl-a", "rl-b", "rl-c", "sft-b", "sft-c", "rl-d.state"):
+        (tmp_path / name).mkdir()
+
+    found = {case.name: case for case in cases_in_words(tmp_path, ("a", "b", "c", "d"))}
+
+    assert {name: [path.name for path in case.experts] for name, case in found.items()} == {
+        "rl": ["rl-a", "rl-b", "rl-c"],
+        "sft": ["sft-b", "sft-c"],
+        "mixed": ["rl-b", "sft-c"],
+        "rl-2": ["rl-a", "rl-b"],
+    }
+    assert found["mixed"].tasks == ("b", "c")
+
+
+def test_a_real_models_table_has_every_method_best_first():
+    """Shares by task, their mean, and the paired difference to the mean of the task vectors."""
+    answers = {method: {"a": "0001", "b": "0000"} for method in METHODS} | {
+        "mean": {"a": "1100", "b": "1000"},
+        "ties": {"a": "1110", "b": "1100"},
+        "base": {"a": "0000", "b": "1000"},
+        "experts": {"a": "1111", "b": "1111"},
+    }
+    case = {"regime": "2 RL experts", "kind": "orthogonal", "experts": 2, "cosine": 0.0}
+    parts = {"rl-a": dict(zip(PARTS, ("0000", "1110", "1000", "1100"), strict=True))}
+    found = evidence_of(
+        {
+            "prompts": 4,
+            "seed": 1,
+            "groups": {"smollm2": {"rl": {**case, "answers": answers}}},
+            "parts": {"smollm2": parts},
+        }
+    )
+
+    text = real_models(found)
+
+    rows = text.splitlines()
+    start = rows.index("| --- | --- | --- | --- | --- |") + 1
+    assert rows[start].startswith("| *each expert on its own task* | 100 | 100 | 100 | ")
+    assert rows[start + 1] == "| `ties` | 75 | 50 | 62 | – |"
+    assert rows[start + 2].startswith("| `mean` | 50 | 25 | 38 | -25.0 ± ")
+    assert rows[-1].startswith("| `rl-a` | 0 | 75 | 25 | 50 | +75 ± ")
+
+
+def test_the_real_models_tables_on_the_page_are_those_of_the_evidence():
     """The tables of docs/quality.md are made of the evidence in the package, no more, no less."""
-    assert section(evidence()) in (ROOT / "docs" / "quality.md").read_text("utf-8")
+    assert real_models(evidence()) in (ROOT / "docs" / "quality.md").read_text("utf-8")
+
+
+def test_tables_are_put_between_the_marks_of_a_page(tmp_path):
+    """What stands before and after stays."""
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- x -->\nold\n<!-- end of x -->\nb\n", "utf-8")
+
+    write_between(page, "x", "new\n")
+
+    assert page.read_text("utf-8") == "a\n<!-- x -->\nnew\n<!-- end of x -->\nb\n"
+
+
+def test_a_model_asked_after_another_answers_as_if_it_were_alone(tmp_path):
+    """Weights put into the model that is loaded are all replaced."""
+    group = builtin_group()
+    one = Asker(tmp_path / "one", n_prompts=30, seed=5)
+    in_turn = [one.ask(group[name]) for name in ("base", "rl-add", "base")]
+
+    assert in_turn[0] == in_turn[2] != in_turn[1]
+    assert in_turn[1] == Asker(tmp_path / "other", n_prompts=30, seed=5).ask(group["rl-add"])
+
+
+def test_an_experts_parts_are_asked_its_task(tmp_path):
+    """Head and residual alone, beside base and expert; the parts' weights do not stay."""
+    group = builtin_group()
+    asker = Asker(tmp_path / "answers", n_prompts=30, seed=5)
+
+    found = parts_of(group["base"], group["rl-sort"], "sort", tmp_path, asker)
+
+    assert tuple(found) == PARTS
+    assert len(set(found.values())) > 2
+    assert not list(tmp_path.glob("rl-*"))
