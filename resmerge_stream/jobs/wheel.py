@@ -32,7 +32,9 @@ def build_wheel() -> bytes:
     """
     files = {
         f"resmerge_stream/{path.relative_to(_PACKAGE).as_posix()}": path.read_bytes()
-        for path in sorted(_PACKAGE.rglob("*.py"))
+        for path in sorted(_PACKAGE.rglob("*"))
+        # Models of the built-in experts stay here; tables that the code reads go along.
+        if path.suffix in (".py", ".json") and (path.parent / "__init__.py").exists()
     }
     needs = "".join(f"Requires-Dist: {need}\n" for need in requirements())
     files[f"{_INFO}/METADATA"] = (
@@ -46,7 +48,11 @@ def build_wheel() -> bytes:
     files[f"{_INFO}/entry_points.txt"] = (
         f"[console_scripts]\n{_NAME} = resmerge_stream.cli.main:main\n".encode()
     )
-    files[f"{_INFO}/RECORD"] = _record(files)
+    lines = []
+    for name, data in files.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+        lines.append(f"{name},sha256={digest},{len(data)}\n")
+    files[f"{_INFO}/RECORD"] = ("".join(lines) + f"{_INFO}/RECORD,,\n").encode()
     return _zipped(files)
 
 
@@ -79,14 +85,6 @@ def requirements(extra: str = "") -> list[str]:
 def _extra_of(requirement: str) -> str:
     found = _EXTRA.search(requirement)
     return found[1] if found else ""
-
-
-def _record(files: dict[str, bytes]) -> bytes:
-    lines = []
-    for name, data in files.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
-        lines.append(f"{name},sha256={digest},{len(data)}\n")
-    return ("".join(lines) + f"{_INFO}/RECORD,,\n").encode()
 
 
 def _zipped(files: dict[str, bytes]) -> bytes:

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import tomllib
 import zipfile
 
 from resmerge_stream.jobs.wheel import WHEEL_NAME, build_wheel, requirements
@@ -22,7 +23,7 @@ def test_the_same_files_give_the_same_wheel():
 
 
 def test_every_file_of_the_library_is_in_it():
-    """What runs in a Job is what runs here, byte for byte."""
+    """What runs in a Job is what runs here, byte for byte, with the tables that the code reads."""
     files = {
         path.relative_to(ROOT).as_posix(): path.read_bytes()
         for path in (ROOT / "resmerge_stream").rglob("*.py")
@@ -30,8 +31,14 @@ def test_every_file_of_the_library_is_in_it():
 
     with archive() as wheel:
         found = {name: wheel.read(name) for name in wheel.namelist() if name.endswith(".py")}
+        names = wheel.namelist()
 
     assert found == files
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    tables = [(room, name) for room, every in data["package-data"].items() for name in every]
+    assert all(
+        f"{room.replace('.', '/')}/{name}" in names for room, name in tables if "*" not in name
+    )
 
 
 def test_its_records_are_right():
