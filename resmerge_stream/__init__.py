@@ -20,6 +20,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .errors import ResMergeError, StoppedError
+    from .planning.parts import Part
     from .planning.plan import Options, Plan, RefusedPlan, plan_merge
     from .planning.recipe_file import load_recipe
     from .recipe import Recipe
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Options",
+    "Part",
     "Plan",
     "Recipe",
     "RefusedPlan",
@@ -43,6 +45,7 @@ __all__ = [
 
 _HOMES = {
     "errors": ("ResMergeError", "StoppedError"),
+    "planning.parts": ("Part",),
     "planning.plan": ("Options", "Plan", "RefusedPlan", "plan_merge"),
     "planning.recipe_file": ("load_recipe",),
     "recipe": ("Recipe",),

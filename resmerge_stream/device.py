@@ -115,7 +115,7 @@ def keep_memory_steady(kept_bytes: int) -> None:
 
     By default it keeps freed buffers of up to 32 MB in the heap of the thread that freed them, 100
     to 150 MB more than is in use; and gives back a heap's end beyond 128 kB, whose pages are then
-    zeroed anew for every block (measured, docs/log.md).
+    zeroed anew for every block: 1.7 million faults in a merge by TIES instead of 0.3.
     """
     with contextlib.suppress(OSError, AttributeError):
         glibc = ctypes.CDLL(None)

@@ -7,7 +7,8 @@
     │   ├── CheckpointFormatError      (ValueError)         the bytes break the format's rules
     │   ├── UnsupportedCheckpointError (ValueError)         readable, but not something to merge
     │   │   └── PickledWeightsError                         weights that can run code
-    │   └── NonFiniteError             (ArithmeticError)    NaN or infinity among the weights
+    │   ├── NonFiniteError             (ArithmeticError)    NaN or infinity among the weights
+    │   └── SourceChangedError         (ValueError)         a file changed while it was read
     ├── PlanRefusedError               (ValueError)         the plan has problems; it lists them
     ├── NotEnoughMemoryError           (MemoryError)        the budget cannot hold a matrix
     ├── OutputExistsError              (FileExistsError)    the target is not this run's
@@ -36,11 +37,15 @@ terminal's words and can be worded otherwise; `found` collects them while planni
 
 ``kind="slug"`` tells an error from others of its class, for programs. Between processes errors
 travel as `to_dict`, never as a text to be parsed. Errors of other libraries are translated where
-they enter, with ``raise … from exc``. Anything outside this tree is a bug.
+they enter, with ``raise … from exc``. What the system says of a file is translated where something
+better can be said of it, and otherwise by `system_errors`, which the doors (the command line, the
+page's service, worker processes) stand in. Anything else outside this tree is a bug.
 """
 
+import errno
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Self
@@ -61,6 +66,7 @@ class Remedy(Enum):
     FINISH_OTHER = "run that command again to finish it"
     DISCARD_STAGING = "remove it with --discard-staging"
     GIVE_MODELS = "give a recipe file, or --base ID and at least one --expert ID"
+    SAY_WHERE = "say where it lies now: --base ID for the base, --expert ID for each of the experts"
     GIVE_TARGET = "give --out DIR or --push-to NAMESPACE/NAME"
     ANOTHER_FOLDER = "choose another --out"
     ANOTHER_REPO = "choose another --push-to"
@@ -69,9 +75,15 @@ class Remedy(Enum):
     PULL_REQUEST = "give --create-pr to open a pull request there"
     NAME_PRIVATE = "give --public to name them"
     MATCH_TOKENS = "give --tokenizer-source base, or union to keep every model's tokens"
+    TOKENS_OF = "give --tokenizer-source {model}, alone"
     TOKENIZER_FROM = "take the tokenizer from a model of your choice with --tokenizer-from"
+    KEEP_BASE = "give --tokenizer-from {model} to keep the base's"
+    CHAT_TEMPLATE = "give --chat-template auto for the one that most models have"
+    GENERATION_CONFIG = "take a model's with --generation-config"
+    GENERATION_OF = "give --generation-config {model}"
     SMALLER_SHARDS = "give a smaller --max-shard-size"
     ANOTHER_WORK_DIR = "choose another --work-dir"
+    ANOTHER_CACHE = "set HF_HOME to a folder that can be written to"
     NO_DISK = "give --max-disk 0 to send shards without any file"
     MORE_DISK = "allow at least one shard on the disk (--max-disk 5GB)"
     MORE_MEMORY = "give --memory-budget {needed} or more on a machine that has it"
@@ -82,6 +94,11 @@ class Remedy(Enum):
     AS_ADAPTER = "give --as adapter"
     AS_MODEL = "leave --as adapter away to write the whole model"
     ADAPTER_RANK = "give --adapter-rank K for the best adapter of rank K"
+    RUN_PARTS = (
+        "run the parts that make them again, or give the same command without --finish to merge "
+        "them here"
+    )
+    MERGE_UNRELATED = "give --unrelated merge to merge it all the same"
     MISSING_BASE = "leave --missing at base"
     WIDER_DTYPE = "give --dtype bfloat16 or float32"
     ON_CPU = "use --device cpu, or auto"
@@ -272,6 +289,12 @@ class NonFiniteError(CheckpointError, ArithmeticError):
     kind = "non-finite"
 
 
+class SourceChangedError(CheckpointError, ValueError):
+    """A weight file is not the one any more whose header was read; nothing made of it is kept."""
+
+    kind = "source-changed"
+
+
 class PlanRefusedError(ResMergeError, ValueError):
     """The plan found problems, or nothing that differs; nothing was written."""
 
@@ -313,6 +336,36 @@ class StoppedError(ResMergeError):
 
     kind = "stopped"
     exit_code = 3
+
+
+# A disk or a mount that fails; any other error of the system is about the path that was given.
+_FAILING = frozenset(
+    (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.EMFILE, errno.ENFILE,
+     errno.ENODEV, errno.ENOTCONN)
+)  # fmt: skip
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise what the system says of a file, and nobody translated, as an error of this tree.
+
+    Raises:
+        StoppedError: the file system fails: it is full, read-only or gone.
+        RecipeError: the path cannot be used: no permission, too long, links in a circle.
+    """
+    try:
+        yield
+    except ResMergeError:  # some are the system's kinds of error too
+        raise
+    except OSError as exc:
+        # Without a name: of a file that is open already; a socket's errors are the hub room's.
+        name = "a file" if exc.filename is None else shown(str(exc.filename))
+        if exc.errno in _FAILING:
+            text = f"cannot read or write {name}: {exc.strerror}. What is finished is kept."
+            raise StoppedError(text, Remedy.CONTINUE) from exc
+        if exc.filename is None:
+            raise
+        raise RecipeError(f"cannot use {name}: {exc.strerror}.") from exc
 
 
 def listed(items: Iterable[object], *, limit: int = 5) -> str:

@@ -8,10 +8,14 @@ from typing import Any
 from urllib.parse import unquote
 
 from .errors import RecipeError, Remedy, listed, shown
-from .specs import OUTPUT_DTYPES
+from .specs import RECIPE_DTYPES
+
+# What merges where nobody names a method, through every door: the best of docs/quality.md.
+DEFAULT_METHOD = "head_regression"
 
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}
-_REVISION = re.compile(r"[A-Za-z0-9._/\-]{1,200}")
+# With * and ?: a pattern of several.
+_REVISION = re.compile(r"[A-Za-z0-9._/*?\-]{1,200}")
 _SUBFOLDER = re.compile(r"(?![./])[^\x00-\x1f\\:@]{1,200}")
 _IN_REPO = re.compile(r"[\w.-]+/[\w.-]+:")
 _PAGE = re.compile(
@@ -54,13 +58,16 @@ class ModelRef:
     def parse(cls, text: object, *, weight: float | None = None) -> "ModelRef":
         """Return the reference that ``ID[@revision][:subfolder]`` names, or a page of the Hub.
 
-        ``BASE+ADAPTER`` is the adapter on that base.
+        ``BASE+ADAPTER`` is the adapter on that base. mergekit's mappings are read too:
+        ``{path: ID, revision: …}`` and ``{model: …, lora: …}``.
 
         A name that exists as a folder is a folder, even with an @ or a + in it.
 
         Raises:
             RecipeError: the text is empty, not text, or its revision or subfolder is malformed.
         """
+        if isinstance(text, Mapping):
+            text = _written(text)
         if not isinstance(text, str) or not text.strip() or "\x00" in text:
             raise RecipeError(
                 f"a model must be a folder or a repo id such as org/name, not {shown(text)}."
@@ -155,19 +162,21 @@ class Recipe:
         base: the model that every expert was trained from; None for a method that needs none, whose
             first model then gives the layout.
         experts: in the user's order, which is the order of every sum.
-        method: a name that `resmerge_stream.methods` knows.
+        method: a name that `resmerge_stream.methods` knows; left empty, it is `DEFAULT_METHOD`.
         parameters: the method's parameters, as written.
         dtype: output dtype (``bfloat16``, ``float16``, ``float32``), or None for the base's.
         base_listed: whether the base is one of the models, for methods where it may take part.
         layers: how many blocks the recipe says that the models have; None: it doesn't.
         notes: what of the recipe has no effect here.
+        chosen_by: who named the method: ``recipe``, ``option`` or, where nobody did, ``default``.
         tokenizer: which tokens the merge has; None: the base's, by number.
-        chat_template: ``auto`` or Jinja; None: that of the tokenizer.
+        chat_template: ``auto``, a name or Jinja; None: that of the tokenizer.
+        generation_config: the model whose generation config is taken; None: the base's.
     """
 
     base: ModelRef | None
     experts: tuple[ModelRef, ...]
-    method: str = "resmerge"
+    method: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
     base_listed: bool = False
@@ -175,6 +184,15 @@ class Recipe:
     notes: tuple[str, ...] = field(default=(), compare=False)
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
+    generation_config: ModelRef | None = None
+    chosen_by: str = field(default="recipe", compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.method:
+            object.__setattr__(self, "method", DEFAULT_METHOD)
+            object.__setattr__(self, "chosen_by", "default")
+        elif self.chosen_by == "default" and self.method != DEFAULT_METHOD:
+            object.__setattr__(self, "chosen_by", "recipe")
 
     @property
     def models(self) -> tuple[ModelRef, ...]:
@@ -184,14 +202,16 @@ class Recipe:
     @property
     def named(self) -> tuple[ModelRef, ...]:
         """Every model that is named: those that are merged, then those that give tokens."""
+        talks = [] if self.generation_config is None else [self.generation_config]
         if self.tokenizer is None:
-            return self.models
+            return (*self.models, *talks)
         source = self.tokenizer.source
         rows = (row.model for _, row in self.tokenizer.tokens)
         return (
             *self.models,
             *([source] if isinstance(source, ModelRef) else []),
             *(model for model in rows if model is not None),
+            *talks,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -215,6 +235,8 @@ class Recipe:
             recipe["tokenizer"] = self.tokenizer.to_dict()
         if self.chat_template is not None:
             recipe["chat_template"] = self.chat_template
+        if self.generation_config is not None:
+            recipe["generation_config"] = str(self.generation_config)
         return recipe
 
     def to_yaml(self) -> str:
@@ -260,28 +282,45 @@ def override(
     parameters: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     tokenizer_source: str | None = None,
+    chat_template: str | None = None,
+    generation_config: str | None = None,
 ) -> Recipe:
     """Return a recipe with the given options put over it; experts replace the recipe's models.
 
+    As many experts as the recipe has take their weights and parameters, in its order.
+
     Raises:
-        RecipeError: there is neither a recipe nor both a base and an expert.
+        RecipeError: there is neither a recipe nor an expert.
     """
     if recipe is None:
-        if base is None or not experts:
+        if not experts:
             raise RecipeError("nothing to merge.", Remedy.GIVE_MODELS)
-        recipe = Recipe(ModelRef.parse(base), ())
-    elif base is not None:
+        recipe = Recipe(None if base is None else ModelRef.parse(base), ())
+    elif len(experts) in (0, len(recipe.experts)):
+        recipe = relocated(recipe, base, experts)
+    else:
+        recipe = relocated(recipe, base, ())
+        if any(ref.own() for ref in recipe.experts):
+            note = "the weights and parameters of the recipe's own experts have no effect: there "
+            note += f"are {len(recipe.experts)}, and {len(experts)} are named in their place"
+            recipe = replace(recipe, notes=(*recipe.notes, note))
+        recipe = replace(recipe, experts=())
+    if recipe.base is None and base is not None:
         recipe = replace(recipe, base=ModelRef.parse(base))
-    refs = tuple(ModelRef.parse(text) for text in experts) or recipe.experts
+    refs = recipe.experts or tuple(ModelRef.parse(text) for text in experts)
     if recipe.base is not None:
         base_place = recipe.base.place
-        refs = tuple(ref for ref in refs if ref.place != base_place)
+        others = tuple(ref for ref in refs if ref.place != base_place)
+        if experts and others and len(others) < len(refs):
+            note = f"{recipe.base} is the base: as an expert it changes nothing, so it is left out"
+            recipe = replace(recipe, notes=(*recipe.notes, note))
+        refs = others
     recipe = replace(recipe, experts=refs)
     if method is not None:
         name, given = parse_method(method)
         # The parameters of another method would only be refused one by one.
         kept = recipe.parameters if method == recipe.method else given
-        recipe = replace(recipe, method=name, parameters=kept)
+        recipe = replace(recipe, method=name, parameters=kept, chosen_by="option")
     if parameters:
         recipe = replace(recipe, parameters={**recipe.parameters, **parameters})
     if dtype is not None:
@@ -290,9 +329,77 @@ def override(
         source = tokenizer_source
         is_word = source in ("base", "union")
         recipe = replace(recipe, tokenizer=Tokenizer(source if is_word else ModelRef.parse(source)))
+    if chat_template is not None:
+        recipe = replace(recipe, chat_template=chat_template)
+    if generation_config is not None:
+        recipe = replace(recipe, generation_config=ModelRef.parse(generation_config))
     if not recipe.experts:
         raise RecipeError("no expert to merge: every model named is the base itself.")
     return recipe
+
+
+def relocated(recipe: Recipe, base: str | None, experts: Sequence[str]) -> Recipe:
+    """Return a recipe whose models lie elsewhere; weights and parameters stay.
+
+    Args:
+        recipe: of models that may not be where it says.
+        base: where the base is; None: where it was.
+        experts: where the experts are, in the recipe's order; empty: where they were.
+
+    Raises:
+        RecipeError: there are more experts, or fewer, than in the recipe.
+    """
+    if experts and len(experts) != len(recipe.experts):
+        raise RecipeError(
+            f"the recipe has {len(recipe.experts)} expert(s), and {len(experts)} are named. Name "
+            "all, in its order."
+        )
+    refs = [ModelRef.parse(text) for text in experts] or recipe.experts
+    places = {str(old): new for old, new in zip(recipe.experts, refs, strict=True)}
+    own = recipe.base
+    if base is not None and own is not None:
+        new = places[str(own)] = ModelRef.parse(base)
+        own = _moved(own, new)
+    # Each by its number: one model may stand there twice, and two of them here.
+    moved = tuple(_moved(old, new) for old, new in zip(recipe.experts, refs, strict=True))
+    return replace(placed(recipe, places), base=own, experts=moved)
+
+
+def placed(recipe: Recipe, places: Mapping[str, ModelRef]) -> Recipe:
+    """Return a recipe whose models lie elsewhere; weights and parameters stay.
+
+    Args:
+        recipe: of models that may not be where it says.
+        places: by what the recipe calls a model, the model; the others are where they were.
+    """
+
+    def at(ref: ModelRef) -> ModelRef:
+        return _moved(ref, places.get(str(ref), ref))
+
+    tokenizer, talks = recipe.tokenizer, recipe.generation_config
+    if tokenizer is not None:
+        source = tokenizer.source
+        rows = (
+            (token, row if row.model is None else replace(row, model=at(row.model)))
+            for token, row in tokenizer.tokens
+        )
+        tokenizer = replace(
+            tokenizer,
+            source=at(source) if isinstance(source, ModelRef) else source,
+            tokens=tuple(rows),
+        )
+    return replace(
+        recipe,
+        base=None if recipe.base is None else at(recipe.base),
+        experts=tuple(at(ref) for ref in recipe.experts),
+        tokenizer=tokenizer,
+        generation_config=None if talks is None else at(talks),
+    )
+
+
+def _moved(ref: ModelRef, to: ModelRef) -> ModelRef:
+    """Return a model that lies where another does, with its own weight and parameters."""
+    return replace(ref, id=to.id, revision=to.revision, subfolder=to.subfolder, on=to.on)
 
 
 def checked_dtype(value: object) -> str | None:
@@ -303,12 +410,29 @@ def checked_dtype(value: object) -> str | None:
     """
     if value is None:
         return None
-    name = _DTYPE_ALIASES.get(value, value) if isinstance(value, str) else value
-    if not isinstance(name, str) or name not in OUTPUT_DTYPES:
+    name = value.removeprefix("torch.") if isinstance(value, str) else value
+    name = _DTYPE_ALIASES.get(name, name) if isinstance(name, str) else name
+    if not isinstance(name, str) or name not in RECIPE_DTYPES:
         raise RecipeError(
-            f"dtype {shown(value)} is not an output dtype; choose {listed(OUTPUT_DTYPES)}."
+            f"dtype {shown(value)} is not an output dtype; choose {listed(RECIPE_DTYPES)}."
         )
     return name
+
+
+def _written(model: Mapping[Any, Any]) -> object:
+    """Return a model that mergekit wrote as a mapping as the text that it writes otherwise."""
+    said = {key: value for key, value in model.items() if value is not None}
+    for keys, joint in (("path", "revision"), "@"), (("model", "lora"), "+"):
+        if keys[0] in said:
+            if unread := [key for key in said if key not in keys]:
+                raise RecipeError(
+                    f"{shown(unread[0])} of the model {shown(said[keys[0]])} is not read here; "
+                    f"there are: {listed(keys)}."
+                )
+            parts = [said[key] for key in keys if key in said]
+            parts = [_written(part) if isinstance(part, Mapping) else part for part in parts]
+            return joint.join(parts) if all(isinstance(part, str) for part in parts) else model
+    return model
 
 
 def _taken_apart(text: str) -> tuple[str, str | None, str | None]:

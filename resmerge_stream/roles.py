@@ -5,6 +5,7 @@ substring rules of the authors' release word for word, because its variants must
 """
 
 import re
+from collections.abc import Iterable
 from enum import StrEnum
 
 
@@ -50,6 +51,10 @@ _LINEAR = re.compile(r"(^|_)(weight(_[ih]h_l\d\w*)?|proj(ection)?|linear)$|^[wv]
 # patches are convolutions in most models; hyper-connections mix whole streams by a few numbers.
 _TABLE = re.compile(r"(^|_)(emb(ed(?!\w*(proj|map))\w*)?|wpe|token|bias\w*)$")
 _NO_MAP = re.compile(r"(^|[._])patch_(emb(?!\w*proj)|proj)|hyper_connection")
+# Parts of a multimodal model beside the text model.
+OTHER_TOWER = re.compile(
+    r"(^|\.)(vision|visual|image|audio|speech|vit|multi_modal|mm_)", re.IGNORECASE
+)
 _ROUTER = re.compile(
     r"(router|(mlp|moe|block_sparse_moe|ffn|feed_forward|mixer)\.gate\.|shared_expert_gate)"
 )
@@ -135,6 +140,11 @@ def layer_of(name: str) -> int | None:
     """Return the number of the block that a parameter belongs to, or None outside the blocks."""
     found = _LAYER.search(name)
     return int(found.group(1)) if found else None
+
+
+def depth_of(names: Iterable[str]) -> int:
+    """Return how many blocks a model has, by its tensors' names."""
+    return 1 + max((n for name in names if (n := layer_of(name)) is not None), default=-1)
 
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")

@@ -52,6 +52,12 @@ DTYPES: dict[str, DType] = {
 }
 
 OUTPUT_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+# In which linear maps are written in FP8, with scales, and the rest in bfloat16.
+FP8 = "fp8"
+RECIPE_DTYPES = (*OUTPUT_DTYPES, FP8)
+# Rows and columns that share a scale.
+FP8_BLOCK = 128
+_SCALES = "_scale_inv"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,17 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Bytes of the values."""
         return self.numel * DTYPES[self.dtype].nbytes
+
+    @property
+    def scales(self) -> "TensorSpec":
+        """What is written beside a matrix that is written in FP8: a scale for each block."""
+        grid = tuple(-(-size // FP8_BLOCK) for size in self.shape)
+        return TensorSpec(self.name + _SCALES, "F32", grid)
+
+    @property
+    def scaled(self) -> str:
+        """The name of what this is the scales of; empty where its name says no such thing."""
+        return self.name.removesuffix(_SCALES) if self.name.endswith(_SCALES) else ""
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

@@ -21,7 +21,7 @@ def parse_size(text: str | int, *, name: str = "size") -> int:
         name: what to call the value in an error.
 
     Raises:
-        RecipeError: the text is not a size.
+        RecipeError: the text is not a size, or a few bytes, where a unit was forgotten.
     """
     compact = str(text).strip().upper().replace(" ", "").replace("_", "")
     digits = compact.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
@@ -34,6 +34,10 @@ def parse_size(text: str | int, *, name: str = "size") -> int:
         raise RecipeError(
             f"{name} {text!r} is not a size. Write a number and a unit, such as 5GB or 800MB.",
             field=name,
+        )
+    if not unit and isinstance(text, str) and 0 < number < 1000:
+        raise RecipeError(
+            f"{name} {text!r} would be {number:g} bytes. Did you mean {text.strip()}GB?", field=name
         )
     return int(number * _UNITS[unit])
 
@@ -74,12 +78,38 @@ def duration(text: str, *, name: str = "timeout", least: int = 60) -> int:
     return int(seconds)
 
 
+def format_duration(seconds: float) -> str:
+    """Return a time for people: ``12 s``, ``25 min``, ``4 h 20 min``, ``1 day 22 h``."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return " ".join(_parts(divmod(minutes, 60), ("h", "min")))
+    days, hours = divmod(round(minutes / 60), 24)
+    return " ".join(_parts((days, hours), ("day" if days == 1 else "days", "h")))
+
+
+def _parts(counts: tuple[int, int], words: tuple[str, str]) -> list[str]:
+    """Return two counts with their units, without what is none."""
+    return [f"{count} {word}" for count, word in zip(counts, words, strict=True) if count]
+
+
 def dollars(amount: float) -> str:
     """Return a price for people: ``$0.07``, ``$120``; less than a cent is a cent."""
     amount = max(amount, 0.01) if amount > 0 else 0.0
     return f"${amount:.2f}" if amount < 100 else f"${amount:.0f}"
 
 
-def printable(text: str, instead: str = " ") -> str:
-    """Return text without control characters: names come from strangers' files."""
-    return "".join(c if c.isprintable() else instead for c in text)
+def printable(text: str, instead: str = " ", *, kept: str = "") -> str:
+    """Return text without control characters: names come from strangers' files.
+
+    Args:
+        text: any.
+        instead: stands for each.
+        kept: those that stay, such as a line's end.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in kept else instead for c in text)

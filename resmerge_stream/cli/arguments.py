@@ -4,48 +4,28 @@ import argparse
 from typing import Any
 
 from ..planning.options import Declared, declared
-from ..specs import OUTPUT_DTYPES
+from ..recipe import DEFAULT_METHOD
+from ..sinks.publication import FLAGS
+from ..specs import OUTPUT_DTYPES, RECIPE_DTYPES
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add ``--json``."""
-    parser.add_argument("--json", action="store_true", help="print JSON, one object per line")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON, one event a line with its time"
+    )
 
 
 def add_publication(parser: argparse.ArgumentParser) -> None:
     """Add what says where on the Hub to publish, and how."""
     hub = parser.add_argument_group("publish on the Hub, with HF_TOKEN or the Hub's login")
-    hub.add_argument(
-        "--push-to", metavar="NS/NAME", help="publish to this repository; a new one is private"
-    )
     seen = hub.add_mutually_exclusive_group()
-    seen.add_argument(
-        "--private", action="store_true", help="keep it private (default for a new one)"
-    )
-    seen.add_argument(
-        "--public", action="store_true", help="make it public when the merge is complete"
-    )
-    hub.add_argument(
-        "--update",
-        action="store_true",
-        help="replace the model in it; the plan lists the files",
-    )
-    hub.add_argument(
-        "--create-pr",
-        action="store_true",
-        help="open a pull request on it instead; change nothing else",
-    )
-    hub.add_argument(
-        "--collection", metavar="OWNER/SLUG", help="add the model to this collection of yours"
-    )
-    hub.add_argument(
-        "--discuss", action="store_true", help="open a discussion in it when the merge is done"
-    )
-    hub.add_argument(
-        "--max-disk",
-        metavar="SIZE",
-        help="disk space for shards not yet sent (default: two shards per process); 0: write none",
-    )
+    for flag in FLAGS:
+        group = seen if flag.field == "public" else hub
+        if flag.metavar:
+            group.add_argument(flag.word, metavar=flag.metavar, help=flag.help)
+        else:
+            group.add_argument(flag.word, action="store_true", help=flag.help)
     parser.add_argument(
         "--work-dir",
         metavar="DIR",
@@ -60,18 +40,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         help="a recipe file in mergekit's vocabulary, or a merged model's folder, ID or address",
     )  # fmt: skip
     what = parser.add_argument_group("instead of a recipe, or to override it")
-    what.add_argument(
-        "--base", metavar="ID", help="the base model: a folder or namespace/name[@revision]"
-    )
-    what.add_argument(
-        "--expert", metavar="ID", action="append", default=[], help="an expert; repeat for each"
-    )
-    what.add_argument(
-        "--method",
-        metavar="NAME",
-        help="how to merge, also with a preset such as ties:paper (default: resmerge); "
-        "'methods' lists all",
-    )
+    _add_models(what)
     what.add_argument(
         "--set",
         metavar="KEY=VALUE",
@@ -83,9 +52,22 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "--tokenizer-source", metavar="WHICH",
         help="match the models' rows by token, with the tokens of: base, union or an ID",
     )  # fmt: skip
+    what.add_argument(
+        "--chat-template", metavar="WHICH",
+        help="auto (the one that most models have), a name such as chatml, or Jinja",
+    )  # fmt: skip
+    what.add_argument(
+        "--generation-config", metavar="ID",
+        help="take generation_config.json from this model (default: the base)",
+    )  # fmt: skip
+    add_output(parser)
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Add what says how it is written, and on which machine."""
     how = parser.add_argument_group("output")
     how.add_argument(
-        "--dtype", metavar="TYPE", help=f"one of {', '.join(OUTPUT_DTYPES)} (default: the base's)"
+        "--dtype", metavar="TYPE", help=f"one of {', '.join(RECIPE_DTYPES)} (default: the base's)"
     )
     for known in declared():
         if known.changes != "nothing":
@@ -94,22 +76,100 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+def _add_models(group: argparse._ActionsContainer) -> None:
+    """Add ``--base``, ``--expert`` and ``--method``."""
+    group.add_argument(
+        "--base", metavar="ID", help="the base model: a folder or namespace/name[@revision]"
+    )
+    group.add_argument(
+        "--expert", metavar="ID", action="append", default=[], help="an expert; repeat for each"
+    )
+    method = group.add_argument(
+        "--method",
+        metavar="NAME",
+        help=f"how to merge, also with a preset such as ties:paper (default: {DEFAULT_METHOD}); "
+        "'methods' lists all",
+    )
+    method.completer = _method_names  # type: ignore[attr-defined]  # argcomplete's way
+
+
+def _method_names(**_: Any) -> list[str]:
+    """Return the methods, for a shell that completes a word."""
+    from ..methods import find_methods
+
+    return list(find_methods())
+
+
+def add_init(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``init``."""
+    parser.add_argument(
+        "out", nargs="?", metavar="FILE", default="recipe.yml",
+        help="where to write it; must not exist yet (default: recipe.yml)",
+    )  # fmt: skip
+    what = parser.add_argument_group("what it merges (default: the built-in experts)")
+    _add_models(what)
+
+
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """Add what changes nothing that is written."""
     machine = parser.add_argument_group("machine")
     for known in declared():
         if known.changes == "nothing":
             _add(machine, known)
+    machine.add_argument(
+        "--no-check-sources",
+        dest="check_sources",
+        action="store_const",
+        const="none",
+        help="the same as --check-sources none",
+    )
 
 
 def _add(group: Any, known: Declared) -> None:
-    if known.default is True:
-        group.add_argument(
-            known.flag, dest=known.key, action="store_const", const=False, help=known.help
-        )
-        return
     kind = int if type(known.default) is int else str
     group.add_argument(known.flag, metavar=known.metavar, type=kind, help=known.help)
+
+
+def add_merge(parser: argparse.ArgumentParser) -> None:
+    """Add where a merge is written to, and what becomes of an unfinished one."""
+    parser.add_argument("--out", metavar="DIR", help="the output folder; must not exist yet")
+    add_publication(parser)
+    parser.add_argument(
+        "--finish", dest="part", action="store_const", const="finish",
+        help="merge nothing; publish what the parts (--part) made, if nothing is missing",
+    )  # fmt: skip
+    parser.add_argument(
+        "--discard-staging",
+        action="store_true",
+        help="list and remove what an unfinished merge left at the target, then start afresh",
+    )
+
+
+def add_average(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``average``: a merge of checkpoints without a recipe."""
+    parser.add_argument(
+        "expert",
+        nargs="+",
+        metavar="RUN",
+        help="checkpoints, or a pattern of them in quotes: 'org/run@step_*' (branches and tags), "
+        "'org/run:checkpoint-*' (folders of a repository), 'runs/checkpoint-*'",
+    )
+    parser.add_argument("--last", metavar="K", help="only the last K checkpoints (default: all)")
+    parser.add_argument(
+        "--window", metavar="FIRST:LAST", help="only checkpoints of these steps; either may be left"
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="DECAY",
+        help="as if the learning rate had decayed so over them: uniform (default), linear, cosine, "
+        "1-sqrt, or the moving average ema:0.9",
+    )
+    parser.set_defaults(
+        recipe=None, base=None, method="average", set=[], tokenizer_source=None,
+        chat_template=None, generation_config=None,
+    )  # fmt: skip
+    add_output(parser)
+    add_merge(parser)
 
 
 def add_submit(parser: argparse.ArgumentParser) -> None:
@@ -119,8 +179,22 @@ def add_submit(parser: argparse.ArgumentParser) -> None:
     job = parser.add_argument_group("the Job")
     add_job(job)
     job.add_argument(
+        "--machines",
+        metavar="N",
+        default="1",
+        help="merge on so many machines, each with a Job of its own; auto: as many as halve the "
+        "time well, with a table of 1, 2, 4, 8 and 16 (default: 1)",
+    )
+    job.add_argument(
+        "--attempts",
+        metavar="N",
+        help="let the Hub start a Job that failed again, N times in all; it continues (default: 1, "
+        "with several machines 3)",
+    )
+    job.add_argument(
         "--attach", metavar="JOB_ID", help="follow a running or finished Job; takes no recipe"
     )
+    add_slurm(parser.add_argument_group("instead, a file for SLURM's sbatch"))
     then = parser.add_argument_group("what the Job does after it has published the merge")
     then.add_argument(
         "--then",
@@ -129,6 +203,24 @@ def add_submit(parser: argparse.ArgumentParser) -> None:
         "open a pull request on the merge with the results",
     )
     add_questions(then, required=False)
+
+
+def add_slurm(group: argparse._ActionsContainer) -> None:
+    """Add what says how a batch job of SLURM runs."""
+    group.add_argument(
+        "--slurm", action="store_true",
+        help="print a batch file that merges on a cluster, and submit nothing",
+    )  # fmt: skip
+    group.add_argument("-o", dest="script", metavar="FILE", help="write it to this new file")
+    group.add_argument("--out", metavar="DIR", help="the output folder, which all nodes share")
+    counts = {
+        "nodes": (1, "nodes that share the merge over the network (default: 1)"),
+        "processes": (1, "processes on each node, such as one for each GPU (default: 1)"),
+        "cpus": (4, "cores for each process (default: 4)"),
+        "array": (0, "instead of nodes, an array of N parts without network between them"),
+    }
+    for name, (default, text) in counts.items():
+        group.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
 
 
 def add_job(group: argparse._ActionsContainer) -> None:
@@ -166,6 +258,9 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write reports, table and picture, but no weights",
     )
+    parser.add_argument(
+        "--update", action="store_true", help="replace results whose sources changed"
+    )
     parser.add_argument("--work-dir", metavar="DIR", help="the same as for merge")
     asked = parser.add_argument_group("which merge is best")
     asked.add_argument(
@@ -178,8 +273,13 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         "--keep",
         choices=("all", "best"),
         default="all",
-        help="best: run one merge after another, and keep only the best model's files "
-        "(default: all)",
+        help="best: ask the merges in memory and write only the best (default: all)",
+    )
+    asked.add_argument(
+        "--at-least",
+        choices=("base", "experts"),
+        help="with --keep best: keep nothing, and end with 2, where the best answers less than "
+        "the base, or than the base or an expert",
     )
 
 
@@ -267,7 +367,9 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="put the results into the card of this merge, one of the models; on the Hub, by a "
         "pull request",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, one object per line")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON, one event a line with its time"
+    )
     job = parser.add_argument_group("as a Job on the Hub")
     job.add_argument(
         "--job",

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import RecipeError, Remedy, listed
-from ..recipe import override
+from ..recipe import ModelRef, override
 from ..run.events import Finished
 from . import console
 from .lasting_imports import lasting_imports
@@ -27,6 +27,8 @@ def extract(args: argparse.Namespace, run_plan: RunPlan) -> int:
     """
     if not (args.out or args.push_to or args.dry_run):
         raise RecipeError("nowhere to write.", Remedy.GIVE_TARGET)
+    if ModelRef.parse(args.model).place == ModelRef.parse(args.base).place:
+        raise RecipeError(f"{args.model!r} is the base itself: there is nothing to extract.")
     with lasting_imports():
         from ..studies.extract import kept_by_rank, plan_extract
 
@@ -36,6 +38,7 @@ def extract(args: argparse.Namespace, run_plan: RunPlan) -> int:
         out=args.out,
         publication=publication_of(args),
         work_dir=args.work_dir,
+        update=args.update,
     )
     if not args.dry_run:
         return run_plan(plan, args.out, args.work_dir, as_json=args.json)
@@ -46,7 +49,7 @@ def extract(args: argparse.Namespace, run_plan: RunPlan) -> int:
         else:
             last = console.count(events)
             for line in _curve(last.report) if isinstance(last, Finished) else ():
-                print(console.plain(line))
+                print(line)
     finally:
         events.close()  # type: ignore[attr-defined]  # a generator; closing it ends its threads
         plan.close()

@@ -1,84 +1,144 @@
 """A Job from its price to its end, in a terminal: ask, start, show its log, say how it ended."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import JobRefusedError, RecipeError, StoppedError, listed
 from ..hub.flavors import Flavor
-from ..jobs.errand import Errand, Offer, offer, start
+from ..jobs.fleet import end_others, machines_of
+from ..jobs.job import HubJob, JobLog
+from ..jobs.speeds import Speeds, in_words, keep_speed
 from ..pipes import heard
-from ..units import dollars, duration
+from ..planning.machines import Fleet, assumed, worthwhile
+from ..units import dollars, duration, format_duration
 from . import console
-from .job_log import JobLog
 
 if TYPE_CHECKING:
     from ..hub.jobs import HubJobs
 
+# Jobs that run together are each started so often where nothing else was asked for: a machine that
+# is lost ends the others too, and all go on from what is published.
+_ATTEMPTS = 3
+_MOST_MACHINES, _MOST_ATTEMPTS = 64, 10
 
-def run_errand(jobs: "HubJobs", errand: Errand, args: argparse.Namespace, show: "Show") -> int:
+
+def run_job(hub: "HubJobs", job: HubJob, args: argparse.Namespace, show: "Show") -> int:
     """Start a Job when its price is agreed to, follow it, and return the exit code it calls for.
 
     Args:
-        jobs: of the namespace that pays.
-        errand: what it is to do.
-        args: with ``flavor``, ``timeout`` and ``yes``.
+        hub: the Jobs of the namespace that pays.
+        job: what it is to do.
+        args: with ``flavor``, ``timeout`` and ``yes``; ``machines`` and ``attempts`` where several
+            can do it.
         show: where to say what happens.
 
     Raises:
         ResMergeError: it was refused, or could not be followed.
     """
     timeout = duration(args.timeout) if args.timeout else None
-    flavors = jobs.flavors()
+    flavors = hub.flavors()
     if args.flavor is not None:
-        flavors = (_named(args.flavor, flavors, errand),)
-    taken = offer(errand, flavors, timeout)
-    _ask(_shown(errand, taken, show), yes=args.yes)
-    started = start(jobs, errand, taken)
-    show.event("started", job=f"{jobs.namespace}/{started}", url=jobs.page(started))
-    show.say(f"started {jobs.page(started)}; its log follows, Ctrl-C leaves it running.")
-    return follow(jobs, started, show)
+        flavors = (_named(args.flavor, flavors, job),)
+    speeds = Speeds(say=show.say)
+    asked = machines_asked(args)
+    job = job.on(flavors, timeout, speed_of=speeds.of)
+    choices = job.choices() if asked is None else []
+    machines = asked or (worthwhile(choices).machines if choices else 1)
+    attempts = attempts_asked(args) or (_ATTEMPTS if machines > 1 else 1)
+    job = job.on(
+        [job.machine.flavor], timeout, machines=machines, attempts=attempts, speed_of=speeds.of
+    )
+    _ask(_shown(job, choices, show), yes=args.yes)
+    started = job.start(hub)
+    show.event("started", job=f"{hub.namespace}/{started}", url=hub.page(started))
+    others = f", with {machines - 1} more" if machines > 1 else ""
+    show.say(f"started {hub.page(started)}{others}; its log follows, Ctrl-C leaves it running.")
+    return follow(hub, started, show, job)
 
 
-def _named(name: str, flavors: Sequence[Flavor], errand: Errand) -> Flavor:
-    """Return the machine that was asked for, where the errand fits it."""
+def machines_asked(args: argparse.Namespace) -> int | None:
+    """Return how many machines were asked for; None where the estimate is to choose.
+
+    Raises:
+        RecipeError: it is no such number.
+    """
+    text = getattr(args, "machines", "1")
+    return None if text == "auto" else _number(text, "--machines", _MOST_MACHINES, " or auto")
+
+
+def attempts_asked(args: argparse.Namespace) -> int | None:
+    """Return how often a Job may be started in all; None where nothing was asked.
+
+    Raises:
+        RecipeError: it is no such number.
+    """
+    text = getattr(args, "attempts", None)
+    return None if text is None else _number(text, "--attempts", _MOST_ATTEMPTS)
+
+
+def _number(text: str, name: str, most: int, other: str = "") -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= most:
+        raise RecipeError(f"{name} {text!r} is not a number from 1 to {most}{other}.")
+    return int(text)
+
+
+def _named(name: str, flavors: Sequence[Flavor], job: HubJob) -> Flavor:
+    """Return the machine that was asked for, where the Job fits it."""
     known = {flavor.name: flavor for flavor in flavors}
     if name not in known:
         raise RecipeError(
             f"--flavor {name!r} is not one of the Hub's machines: {listed(known, limit=40)}."
         )
-    if lack := errand.lack_of(known[name]):
+    if lack := job.lack_of(known[name]):
         raise RecipeError(
             f"--flavor {name} does not fit: {lack}. Leave it out to get the cheapest that fits."
         )
     return known[name]
 
 
-def _shown(errand: Errand, taken: Offer, show: "Show") -> str:
+def _shown(job: HubJob, choices: Sequence[Fleet], show: "Show") -> str:
     """Say what the Job will take and cost, and return the question."""
-    chosen, flavor = taken.estimate, taken.estimate.flavor
+    flavor, _, seconds, price = job.machine
     gpu = f", {flavor.gpu_gb:g} GB of GPU memory" if flavor.gpu_gb else ""
+    several, speed = job.machines > 1, job.speed or assumed(flavor)
+    count, each = (f"{job.machines} × ", " each") if several else ("", "")
     show.event(
         "offered",
-        flavor=flavor.name,
-        seconds_estimate=round(chosen.seconds),
-        usd_estimate=round(chosen.price, 4),
-        timeout_seconds=taken.timeout_s,
-        usd_at_most=round(taken.most, 4),
-        **errand.told,
+        **job.offer(),
+        machines=job.machines,
+        attempts=job.attempts,
+        line_bytes_s=round(speed.line),
+        measured_runs=speed.runs,
+        **({"choices": [choice._asdict() for choice in choices]} if choices else {}),
+        **job.told,
     )
-    show.say(
-        f"{errand.summary}\n"
-        f"machine:  {flavor.name}: {flavor.vcpu} vCPU, {flavor.memory_gb:g} GB of memory, "
-        f"{flavor.disk_gb:g} GB of disk{gpu}, {dollars(flavor.usd_hour)} an hour\n"
-        f"time:     about {_minutes(chosen.seconds)}, ended after {_minutes(taken.timeout_s)}\n"
-        f"price:    about {dollars(chosen.price)}, at most {dollars(taken.most)}"
-    )
-    if taken.timeout_s < chosen.seconds:
+    lines = [
+        job.summary,
+        f"machine:  {count}{flavor.name}: {flavor.vcpu} vCPU, {flavor.memory_gb:g} GB of memory, "
+        f"{flavor.disk_gb:g} GB of disk{gpu}, {dollars(flavor.usd_hour)} an hour{each}",
+        f"speed:    {in_words(speed)}",
+    ]
+    if choices:
+        lines += [f"{'':10}{'machines':10}{'time':14}{'price':10}waits for"]
+        lines += [
+            f"{'':10}{choice.machines:<10}{format_duration(choice.seconds):14}"
+            f"{dollars(choice.price):10}{choice.limit}"
+            for choice in choices
+        ]
+    again = f", started {job.attempts} times at most" if job.attempts > 1 else ""
+    lines += [
+        f"time:     about {format_duration(seconds)}, "
+        f"ended after {format_duration(job.timeout_s)}{again}",
+        f"price:    about {dollars(price)}{' for all' if several else ''}, "
+        f"at most {dollars(job.most)}",
+    ]
+    show.say("\n".join(lines))
+    if job.timeout_s < seconds:
         show.say("warning: the timeout is shorter than the estimate; a stopped Job can be resumed.")
-    return f"Start this Job for about {dollars(chosen.price)}? [y/N] "
+    which = f"these {job.machines} Jobs" if several else "this Job"
+    return f"Start {which} for about {dollars(price)}? [y/N] "
 
 
 def _ask(question: str, *, yes: bool) -> None:
@@ -91,7 +151,9 @@ def _ask(question: str, *, yes: bool) -> None:
     if yes:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise RecipeError("a Job costs money and nobody can be asked here: give --yes to start it.")
+        raise RecipeError(
+            "starting a Job costs money: add --yes to confirm, as there is no terminal to ask in."
+        )
     print(question, end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise JobRefusedError("nothing was started.")
@@ -109,27 +171,78 @@ def attach(reference: str, show: "Show") -> int:
     return follow(HubJobs(None, namespace or None), job_id, show)
 
 
-def follow(jobs: "HubJobs", job_id: str, show: "Show") -> int:
-    """Show a Job's log until its end; return the exit code that its end calls for."""
-    reference, log = f"{jobs.namespace}/{job_id}", JobLog()
+def follow(hub: "HubJobs", job_id: str, show: "Show", job: HubJob | None = None) -> int:
+    """Show a Job's log until its end; return the exit code that its end calls for.
+
+    Args:
+        hub: the Jobs of its namespace.
+        job_id: of the Job; of the first of several that run together.
+        show: where to show it.
+        job: what it does, where that is known: how fast it was is kept for the next estimate.
+
+    Raises:
+        ResMergeError: there is no such Job, or it could not be followed.
+    """
+    reference, log = f"{hub.namespace}/{job_id}", JobLog()
     goes_on = (
         f"the Job goes on. Follow it again: resmerge-stream submit --attach {reference}\n"
         f"Cancel it: hf jobs cancel {reference}"
     )
     try:
-        _show_log(jobs.log(job_id), log, show)
-        stage, message = jobs.ending(job_id)
+        _show_log(hub.log(job_id), log, show)
+        ended = hub.ending(job_id)
         if log.exit_code is None:
-            _show_log(jobs.rest(job_id, log.lines), log, show)
+            _show_log(hub.rest(job_id, log.lines), log, show)
+        end_others(hub, ended, show.say)
     except KeyboardInterrupt:
         show.say(f"\n{goes_on}")
         return 130
     except StoppedError as exc:
         raise StoppedError(f"{exc} Meanwhile {goes_on}") from exc
-    code, text = log.ending(stage, message)
+    stage = str(ended.status.stage)
+    code, text = ending(log, stage, ended.status.message)
+    if job is not None and stage == "COMPLETED" and ended.durations is not None:
+        seconds = ended.durations.total_secs
+        keep_speed(job, log, job_id, str(ended.flavor), machines_of(ended), seconds, show.say)
     show.event("ended", job=reference, stage=stage, exit_code=code, message=text)
     show.say(text)
     return code
+
+
+def ending(log: JobLog, stage: str, message: str | None) -> tuple[int, str]:
+    """Return the exit code that a Job's end calls for, and what to say of it.
+
+    Args:
+        log: of the Job.
+        stage: the Hub's word for the Job's state.
+        message: the Hub's reason, where it gives one.
+    """
+    again = "The same command starts it again; what is published is kept."
+    why = f" ({' '.join(message.split())[:200]})" if message else ""
+    if stage == "COMPLETED":
+        return 0, "the Job is done."
+    if stage in ("CANCELED", "DELETED"):
+        return 3, f"the Job was cancelled{why}. {again}"
+    if log.exit_code == 2 and log.began:
+        return 2, "it was refused in the Job; its log above says why."
+    if log.exit_code == 1 and log.traceback:
+        return 1, "it failed in the Job: a bug. Its log above has the traceback."
+    if log.exit_code == 137:
+        return 3, (
+            f"the Job was killed, most likely for its memory{why}. Give a larger --flavor, or "
+            f"merge with a smaller --memory-budget. {again}"
+        )
+    if log.exit_code is not None and not log.began:
+        return (
+            3,
+            f"the Job ended before it began; its log above says why{why}. {again}",
+        )
+    if log.exit_code is None:
+        return 3, (
+            f"the Job was stopped{why}: its time was up, or its machine failed. {again} "
+            "--timeout gives it more time."
+        )
+    return 3, f"it stopped in the Job; its log above says why{why}. {again}"
 
 
 def _show_log(lines: Iterable[str], log: JobLog, show: "Show") -> None:
@@ -153,14 +266,9 @@ class Show:
         if self.as_json:
             self.event("log", line=text)
         else:
-            print(console.plain(text), flush=True)
+            print(text, flush=True)
 
     def event(self, name: str, **values: Any) -> None:
         """Tell programs that something happened."""
         if self.as_json:
-            print(json.dumps({"event": name, **values}), flush=True)
-
-
-def _minutes(seconds: float) -> str:
-    hours, minutes = divmod(max(round(seconds / 60), 1), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+            console.tell({"event": name, **values})

@@ -10,7 +10,7 @@ def lasting_imports() -> Iterator[None]:
     """Import inside this: what is imported is searched for garbage neither now, later nor at exit.
 
     torch makes some 300,000 objects. Searching them takes half a second of a short merge, most of
-    it when the process ends (docs/log.md). For a process that runs one command.
+    it when the process ends. For a process that runs one command.
     """
     was_enabled = gc.isenabled()
     gc.disable()

@@ -1,14 +1,17 @@
 """What the options of the command line ask for: a recipe, options, a publication."""
 
 import argparse
+import os
+import shlex
 
-from ..errors import RecipeError
+from ..errors import RecipeError, Remedy
+from ..experts.group import on_this_machine
 from ..planning.options import Options
 from ..planning.recipe_places import recipe_at
 from ..planning.request import Request
+from ..planning.tokenizer_keys import chat_template_of
 from ..recipe import Recipe, override
-from ..sinks.publication import Publication
-from ..units import parse_size
+from ..sinks.publication import FLAGS, Publication
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
@@ -19,15 +22,27 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
         if not equals or not key:
             raise RecipeError(f"--set {text!r} must be KEY=VALUE, such as --set rank=2.")
         parameters[key] = value
-    return override(
-        recipe_at(args.recipe) if args.recipe else None,
+    try:
+        begun = recipe_at(args.recipe) if args.recipe else None
+    except RecipeError as exc:
+        if args.expert and os.path.isdir(os.path.expanduser(args.recipe)):
+            raise RecipeError(
+                f"{args.recipe!r} stands without an option, and holds no recipe. If it is an "
+                f"expert, write --expert {shlex.quote(args.recipe)}."
+            ) from exc
+        raise
+    recipe = override(
+        begun,
         base=args.base,
         experts=args.expert,
         method=args.method,
         parameters=parameters,
         dtype=args.dtype,
         tokenizer_source=args.tokenizer_source,
+        chat_template=chat_template_of({"chat_template": args.chat_template}),
+        generation_config=args.generation_config,
     )
+    return on_this_machine(recipe)
 
 
 def options_of(args: argparse.Namespace) -> Options:
@@ -49,19 +64,10 @@ def publication_of(args: argparse.Namespace) -> Publication | None:
         RecipeError: it is said how but not where.
     """
     if not args.push_to:
-        for option in (
-            "private", "public", "update", "create_pr", "collection", "discuss", "max_disk",
-        ):  # fmt: skip
-            if getattr(args, option):
-                name = option.replace("_", "-")
-                raise RecipeError(f"--{name} says how to publish: give --push-to as well.")
+        if args.update and not args.out:
+            raise RecipeError("nothing to replace.", Remedy.GIVE_TARGET)
+        for flag in FLAGS:
+            if flag.field != "update" and getattr(args, flag.key):
+                raise RecipeError(f"{flag.word} says how to publish: give --push-to as well.")
         return None
-    return Publication(
-        repo_id=args.push_to,
-        public=True if args.public else False if args.private else None,
-        update=args.update,
-        create_pr=args.create_pr,
-        collection=args.collection or "",
-        discuss=args.discuss,
-        max_disk=parse_size(args.max_disk, name="max-disk") if args.max_disk else None,
-    )
+    return Publication.of_flags(vars(args))

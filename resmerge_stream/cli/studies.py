@@ -4,7 +4,7 @@ import argparse
 import math
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from ..errors import RecipeError
 from ..planning.plan import Plan, RefusedPlan, plan_merge
@@ -14,9 +14,6 @@ from . import console
 from .evaluate import examination_of
 from .lasting_imports import lasting_imports
 from .options import options_of, recipe_of
-
-if TYPE_CHECKING:
-    from ..studies.compare_plan import Comparison
 
 
 class RunPlan(Protocol):
@@ -85,13 +82,26 @@ def compare(args: argparse.Namespace) -> int:
         raise RecipeError(
             "--keep best needs the models' answers: give --evaluate and --tasks as well."
         )
+    if args.at_least and args.keep != "best":
+        raise RecipeError("--at-least says whether the best is kept: give --keep best.")
     names = [name for name in args.methods.split(",") if name.strip()]
     comparison = plan_comparison(
-        recipe_of(args), names, options_of(args), out=args.out, report_only=args.report_only
+        recipe_of(args),
+        names,
+        options_of(args),
+        out=args.out,
+        report_only=args.report_only,
+        update=args.update,
     )
     console.say(f"memory: at most {format_size(comparison.peak_memory_bytes)} private")
     if args.evaluate:
-        _contest(comparison, args)
+        with lasting_imports():
+            from ..evaluation.contest import run_contest
+
+        examination = examination_of(args, args.out)
+        how = {"keep": args.keep, "at_least": args.at_least, "work_dir": args.work_dir}
+        events = run_contest(comparison, examination, **how)
+        _show(events, args, "comparison.md", "evaluation.md")
     else:
         with lasting_imports():
             from ..studies.compare import run_comparison
@@ -99,15 +109,6 @@ def compare(args: argparse.Namespace) -> int:
         _show(run_comparison(comparison, work_dir=args.work_dir), args, "comparison.md")
     comparison.close()
     return 0
-
-
-def _contest(comparison: "Comparison", args: argparse.Namespace) -> None:
-    with lasting_imports():
-        from ..evaluation.contest import run_contest
-
-    examination = examination_of(args, args.out)
-    events = run_contest(comparison, examination, keep=args.keep, work_dir=args.work_dir)
-    _show(events, args, "comparison.md", "evaluation.md")
 
 
 def analyse(args: argparse.Namespace, run_plan: RunPlan) -> int:
@@ -150,5 +151,10 @@ def _show(events: Iterator[Event], args: argparse.Namespace, *tables: str) -> No
         console.print_json(events)
         return
     console.count(events)
-    for table in tables:
-        print((Path(os.path.expanduser(args.out)) / table).read_text(encoding="utf-8"), end="")
+    folder = Path(os.path.expanduser(args.out))
+    texts = [(folder / table).read_text(encoding="utf-8").rstrip() for table in tables]
+    # Which one is best ends every table of a comparison, and is said once, last.
+    last = texts[-1].rpartition("\n")[2]
+    for text in texts[:-1]:
+        print(text.removesuffix(last).rstrip(), end="\n\n")
+    print(texts[-1])

@@ -1,21 +1,18 @@
 """The command ``submit``: plan here, then merge as a Job, and evaluate there what was merged."""
 
 import argparse
-from typing import TYPE_CHECKING
 
 from ..errors import JobRefusedError, RecipeError
-from ..hub.flavors import Flavor
-from ..jobs.errand import Errand
-from ..jobs.submission import JobFiles, job_labels, merge_words, refuse_folders, sources_of
-from ..planning.machines import largest, merge_seconds, shortage
+from ..jobs.fleet import running
+from ..jobs.job import HubJob, refuse_folders
+from ..jobs.merge import merge_job
+from ..planning.machines import largest
 from ..planning.plan import Plan, plan_merge
-from ..units import duration, format_size
+from ..units import duration
 from . import console
-from .job import Show, attach, follow, run_errand
+from .job import Show, attach, attempts_asked, follow, machines_asked, run_job
 from .options import request_of
-
-if TYPE_CHECKING:
-    from ..jobs.evaluation import JobEvaluation
+from .slurm import write_batch
 
 
 def submit(args: argparse.Namespace) -> int:
@@ -24,6 +21,8 @@ def submit(args: argparse.Namespace) -> int:
     Raises:
         ResMergeError: it was refused, or could not be followed.
     """
+    if args.slurm:
+        return write_batch(args)
     show = Show(as_json=args.json)
     if args.attach:
         return attach(args.attach, show)
@@ -31,6 +30,13 @@ def submit(args: argparse.Namespace) -> int:
         raise RecipeError("a Job publishes its result: give --push-to NAMESPACE/NAME.")
     if args.timeout:
         duration(args.timeout)  # refused before the plan takes its time
+    alone = machines_asked(args) == 1
+    attempts_asked(args)
+    if args.then and not alone:
+        raise RecipeError(
+            "--then evaluate asks one machine: leave out --machines, or give 'evaluate --job' when "
+            "the merge is published."
+        )
     if bool(args.tasks) != bool(args.then):
         raise RecipeError("--then evaluate and --tasks need each other: give both.")
     plan = _plan(args)
@@ -42,7 +48,9 @@ def submit(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> Plan:
     asked = request_of(args)
-    refuse_folders(sources_of(asked))
+    refuse_folders(
+        [*(ref.id for ref in asked.recipe.named), *filter(None, [asked.options.tokenizer_from])]
+    )
     if args.then and (args.create_pr or asked.options.output != "model"):
         raise RecipeError(
             "--then evaluate asks a whole model at the repository's main: leave out "
@@ -65,77 +73,39 @@ def _submit(args: argparse.Namespace, plan: Plan, show: Show) -> int:
         raise RuntimeError("a plan with a publication has a target")
     evaluation = _evaluation(args, plan, show) if args.then else None
     if plan.target.finished and evaluation is None:
-        return _finish_here(plan, show)
-    jobs = HubJobs(plan.token, str(plan.target.account["name"]))
-    errand = _errand(plan, evaluation)
-    if running := jobs.find(errand.labels):
-        show.say(f"this merge already runs as {jobs.page(running)}; following it.")
-        return follow(jobs, running, show)
-    if evaluation is not None and (running := jobs.find(job_labels(plan))):
+        # What a run that was killed at its very end had no time for; nothing is merged.
+        from ..run.engine import run_merge
+
+        events = run_merge(plan)
+        (console.print_json if show.as_json else console.follow)(events)
+        return 0
+    hub = HubJobs(plan.token, str(plan.target.account["name"]))
+    merge = merge_job(plan)
+    job = merge.then(evaluation) if evaluation is not None else merge
+    if found := running(hub, job.labels, show.say):
+        show.say(f"this merge already runs as {hub.page(found)}; following it.")
+        return follow(hub, found, show, job)
+    if evaluation is not None and (found := hub.find(merge.labels)):
         raise JobRefusedError(
-            f"this merge already runs as {jobs.page(running)}, without this evaluation. Give the "
-            f"same command when it has ended; submit --attach {jobs.namespace}/{running} shows it."
+            f"this merge already runs as {hub.page(found)}, without this evaluation. Give the "
+            f"same command when it has ended; submit --attach {hub.namespace}/{found} shows it."
         )
     for warning in plan.warnings:
         show.say(f"warning: {warning}")
-    return run_errand(jobs, errand, args, show)
+    return run_job(hub, job, args, show)
 
 
-def _evaluation(args: argparse.Namespace, plan: Plan, show: Show) -> "JobEvaluation":
+def _evaluation(args: argparse.Namespace, plan: Plan, show: Show) -> HubJob:
     """Return what base, experts and the merge are asked once it is published.
 
     Raises:
         ResMergeError: a model is a folder here, or a task does not exist.
     """
     from ..evaluation.contest import models_of
-    from ..jobs.evaluation import JobEvaluation
+    from ..jobs.evaluation import evaluation_job
 
     models, target = models_of(plan), args.push_to
     refuse_folders(models)
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     how = {"limit": args.limit, "engine": args.engine}
-    return JobEvaluation.of([*models, target], target, names, **how, plan=plan, say=show.say)
-
-
-def _errand(plan: Plan, evaluation: "JobEvaluation | None") -> Errand:
-    summary = (
-        f"plan {plan.plan_hash}: {len(plan.tensors)} tensors, {format_size(plan.read_bytes)} to "
-        f"read, {format_size(plan.write_bytes)} to publish"
-    )
-    if evaluation is None:
-        return Errand(
-            what="merge",
-            summary=summary,
-            told={"plan_hash": plan.plan_hash},
-            labels=job_labels(plan),
-            seconds_on=lambda it: merge_seconds(plan, it),
-            lack_of=lambda it: shortage(plan, it),
-            commands=lambda files: [merge_words(plan.request, files)],
-        )
-    sitting, finished = evaluation.sitting, plan.target is not None and plan.target.finished
-
-    def seconds(flavor: Flavor) -> float:
-        return sitting.seconds(flavor) + (0.0 if finished else merge_seconds(plan, flavor))
-
-    def commands(files: JobFiles) -> list[list[str]]:
-        return [merge_words(plan.request, files), evaluation.words(files)]
-
-    return Errand(
-        what="merge and its evaluation",
-        summary=f"{summary}\n{evaluation.summary}",
-        told={"plan_hash": plan.plan_hash, "models": list(evaluation.models)},
-        labels={**job_labels(plan), **evaluation.labels},
-        seconds_on=seconds,
-        lack_of=lambda it: shortage(plan, it) or sitting.shortage(it),
-        commands=commands,
-        needs=evaluation.needs,
-    )
-
-
-def _finish_here(plan: Plan, show: Show) -> int:
-    """Do what a run that was killed at its very end had no time for; nothing is merged."""
-    from ..run.engine import run_merge
-
-    events = run_merge(plan)
-    (console.print_json if show.as_json else console.follow)(events)
-    return 0
+    return evaluation_job([*models, target], target, names, **how, plan=plan, say=show.say)

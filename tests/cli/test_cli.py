@@ -1,11 +1,13 @@
 """The command line as its users meet it: whole processes, exit codes, messages, JSON, stops."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,8 @@ from safetensors import safe_open
 from resmerge_stream.cli.main import main
 from resmerge_stream.experts.group import BESIDE, builtin_group
 from resmerge_stream.experts.tasks import TASKS
-from resmerge_stream.methods import RECOMMENDED
+from resmerge_stream.recipe import DEFAULT_METHOD
+from space.view.plan import plan_html
 from tests.support.checkpoints import (
     ROOT,
     child_environment,
@@ -34,6 +37,7 @@ PLAN_KEYS = {
     "refused", "problems", "warnings", "tensors", "by_rule", "shards", "read_bytes", "write_bytes",
     "peak_memory_bytes", "peak_disk_bytes", "seconds_estimate", "sources", "plan_hash",
 }  # fmt: skip
+LONG = "x" * 300  # the system looks for no name as long as that
 TOKEN = "hf_" + "PlantedTokenThatMustNotLeak"
 
 
@@ -168,7 +172,7 @@ class TestTypos:
             (("merge", "--base", "x", "--expert", "y"), ["--out"]),
             (("plan", "nowhere.yml"), ["nowhere.yml", "--base"]),
             (("plan", "--base", "x"), ["--expert"]),
-            (("verify", "nowhere"), ["nowhere", "report.json"]),
+            (("verify", "nowhere"), ["no folder", "nowhere"]),
         ],
     )
     def test_a_wrong_command_line_is_refused_with_a_hint(self, args, words, capsys):
@@ -177,6 +181,21 @@ class TestTypos:
 
         for word in words:
             assert word in message
+
+    @pytest.mark.parametrize(
+        "args",
+        [
+            ["plan", LONG], ["merge", LONG, "--out", "o"], ["verify", LONG],
+            ["evaluate", LONG, "--tasks", LONG],
+            ["compare", LONG, "--methods", "mean,ties", "--out", "o"],
+            ["analyse", LONG, "--out", "o"], ["submit", LONG, "--push-to", "a/b"],
+            ["extract", LONG, "--base", "base", "--out", "o"],
+        ],
+        ids=lambda args: args[0],
+    )  # fmt: skip
+    def test_a_path_that_the_system_refuses_is_named(self, args, capsys):
+        """What the system says of a path is the message of every command, exit 2, no traceback."""
+        assert "xxxxxx" in refusal(capsys, *args)
 
     @pytest.mark.parametrize(
         ("args", "words"),
@@ -189,13 +208,13 @@ class TestTypos:
             (["--set", "rank=two"], ["rank", "whole number", "'two'"]),
             (["--set", "rank=1.5"], ["rank", "whole number"]),
             (["--set", "rank=0"], ["rank", "1 to"]),
-            (["--set", "rho=nan"], ["rho", "a number"]),
-            (["--set", "rho=-1"], ["rho", "from 0"]),
-            (["--set", "variant=papr"], ["variant", "'paper'"]),
+            (["--method", "resmerge", "--set", "rho=nan"], ["rho", "a number"]),
+            (["--method", "resmerge", "--set", "rho=-1"], ["rho", "from 0"]),
+            (["--method", "resmerge", "--set", "variant=papr"], ["variant", "'paper'"]),
             (["--dtype", "bfloat17"], ["'bfloat17'", "'bfloat16'"]),
             (["--rounding", "down"], ["rounding", "stochastic", "'down'"]),
             (["--max-shard-size", "5XB"], ["max-shard-size", "'5XB'", "5GB"]),
-            (["--max-shard-size", "0"], ["shard", "more than zero"]),
+            (["--max-shard-size", "0"], ["max_shard_size", "1 or more"]),
             (["--memory-budget", "much"], ["memory-budget", "'much'", "5GB"]),
             (["--tokenizer-from", "nowhere"], ["'nowhere'", "folder"]),
             (["--device", "cdua"], ["device", "cdua", "cpu"]),
@@ -231,10 +250,10 @@ class TestTypos:
         ("changes", "words"),
         [
             ({"merge_metod": "mean"}, ["'merge_metod'", "Did you mean 'merge_method'?"]),
-            ({"slices": []}, ["'slices'", "models"]),
-            ({"modules": {}}, ["'modules'", "models"]),
+            ({"slices": [{}]}, ["'slices'", "models"]),
+            ({"modules": {"default": {}}}, ["'modules'", "models"]),
             ({"tokenizer": {"sources": "union"}}, ["'sources'", "tokens"]),
-            ({"chat_template": "chatml"}, ["'chatml'", "auto"]),
+            ({"chat_template": "chat_ml"}, ["'chat_ml'", "auto"]),
             ({"dtype": "int8"}, ["int8", "bfloat16"]),
             ({"parameters": {"normalize": True}}, ["'normalize'", "rank"]),
             ({"merge_method": "resmrge"}, ["'resmrge'", "Did you mean 'resmerge'?"]),
@@ -329,7 +348,8 @@ class TestJson:
         names = [event["event"] for event in events]
         assert names[0] == "planned"
         assert names[-2:] == ["published", "finished"]
-        assert set(names[1:-2]) == {"tensor", "shard"}
+        # Where nothing is ready for a while, what is told instead is how far it is.
+        assert set(names[1:-2]) - {"progress"} == {"tensor", "shard"}
         assert names.count("tensor") == events[0]["plan"]["tensors"]
         assert names.count("shard") == 2
         assert names[-3] == "shard"
@@ -348,16 +368,23 @@ class TestJson:
         assert event["event"] == "refused"
         assert "hidden_size" in event["message"]
 
-    def test_a_stopped_merge_is_one_event(self, group, tmp_path, capsys):
+    def test_a_stopped_merge_is_one_event(self, group, tmp_path, capsys, monkeypatch):
         """merge --json that the disk stops ends in a stopped event."""
-        (tmp_path / "work").write_text("a file")
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("resmerge_stream.sinks.safetensors_file.os.fsync", full)
         args = ["--out", str(tmp_path / "out"), "--work-dir", str(tmp_path / "work")]
 
         assert main(["merge", *models(group), "--json", *args]) == 3
 
         events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        times = [datetime.fromisoformat(event["time"]) for event in events]
+        assert times == sorted(times)
+        assert all(time.tzinfo for time in times)
         assert events[-1]["event"] == "stopped"
-        assert "work" in events[-1]["message"]
+        assert "No space left" in events[-1]["message"]
 
     def test_methods_are_one_object(self):
         """methods --json lists every method with its parameters."""
@@ -397,7 +424,8 @@ class TestRecipesAndOptions:
         recipe = write_recipe(tmp_path / "recipe.yml", group, parameters={"rho": 0.5, "rank": 2})
 
         first = merged(tmp_path / "a", recipe)
-        second = merged(tmp_path / "b", *models(group), "--set", "rho=0.5", "--set", "rank=2")
+        options = ["--method", "resmerge", "--set", "rho=0.5", "--set", "rank=2"]
+        second = merged(tmp_path / "b", *models(group), *options)
 
         assert first == second
 
@@ -426,7 +454,7 @@ class TestRecipesAndOptions:
         """--set converts to the parameter's own type, and the last one of a key counts."""
         sets = ["rank=3", "rank=2", "rho=1e-1", "beta_min=0", "variant=release-2026-07"]
         options = [part for text in sets for part in ("--set", text)]
-        merged(tmp_path / "out", *models(group), *options)
+        merged(tmp_path / "out", *models(group), "--method", "resmerge", *options)
 
         report = json.loads((tmp_path / "out/resmerge/report.json").read_text())
         parameters = report["method"]["parameters"]
@@ -689,7 +717,7 @@ class TestRefusedValues:
 
 
 def test_a_dead_network_is_told_of_as_such(tmp_path):
-    """A repository that cannot be asked for: the network is the cause, not a missing folder."""
+    """A repository that cannot be asked for: the network failed, or a folder was meant."""
     done = command(
         "plan",
         "--base",
@@ -703,7 +731,7 @@ def test_a_dead_network_is_told_of_as_such(tmp_path):
 
     assert done.returncode == 3
     assert "cannot read models/maht on the Hub" in done.stderr
-    assert "folder" not in done.stderr
+    assert "check the path if you meant a folder" in done.stderr
 
 
 def start(*args, limit_bytes=None):
@@ -807,6 +835,36 @@ class TestInterrupts:
 
 
 class TestStreams:
+    def test_a_name_is_text_and_nothing_more(self, tmp_path, capsys):
+        """No control character of a stranger's name reaches a terminal, a card or the page."""
+        evil = "\x1b[31m\x9b2J\u202e"
+        group = make_group(tmp_path / f"group{evil}", experts=2)
+        for folder in group.folders:
+            edit_tensors(folder, lambda held: held.update({f"a{evil}.bias": torch.ones(3)}))
+        edit_tensors(group.experts[0], lambda held: held.update({f"b{evil}": torch.ones(2)}))
+        out, compared = str(tmp_path / "out"), str(tmp_path / "compared")
+        commands = [
+            ["plan", *models(group)], ["merge", *models(group), "--out", out],
+            ["merge", *models(group), "--out", out], ["verify", out, "--sample", "30"],
+            ["compare", *models(group), "--methods", "mean,ties", "--out", compared],
+            ["merge", *models(group), "--out", str(tmp_path / f"x{evil}" / "y")],
+            ["plan", str(tmp_path / f"none{evil}")], ["verify", str(tmp_path / f"none{evil}")],
+        ]  # fmt: skip
+
+        said = ""
+        for args in commands:
+            main(args)
+            printed = capsys.readouterr()
+            said += printed.out + printed.err
+        main(["plan", *models(group), "--json"])
+        said += plan_html(json.loads(capsys.readouterr().out), push_to="")
+        cards = [*tmp_path.glob("out/*.md"), *tmp_path.glob("compared/**/*.md")]
+        said += "".join(card.read_text() for card in cards)
+
+        assert len(cards) >= 4
+        assert "[31m" in said
+        assert not {c for c in said if not c.isprintable()} - {"\n", "\r", "\t"}
+
     @pytest.mark.parametrize("args", [("methods",), ("methods", "--json"), ("--help",), ("plan",)])
     def test_a_reader_that_goes_away_is_no_error(self, args, group):
         """Output into a closed pipe ends silently."""
@@ -863,20 +921,21 @@ class TestStreams:
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(f"merged into {tmp_path / 'out'}: 26 tensors")
         assert "attention" in done.stdout
-        assert "after the cast" in done.stdout
+        assert "rounding kept" in done.stdout
         assert "\r" not in done.stdout
         assert "merging" in done.stderr
         assert "\r" not in done.stderr  # lines, as nobody's terminal is there
         assert 2 <= done.stderr.count("merging: ") <= 11
 
     def test_a_plan_shows_problems_first(self, group, capsys):
-        """What refuses a merge is the first thing to read, and the last line says so."""
+        """What refuses a merge is the first thing after its method, and the last line says so."""
         edit_config(group.experts[0], hidden_size=32)
 
         assert main(["plan", *models(group)]) == 2
 
         lines = capsys.readouterr().out.splitlines()
-        assert lines[0].startswith("problem: ")
+        assert lines[0].startswith("method: ")
+        assert lines[1].startswith("problem: ")
         assert lines[-1] == "refused"
 
 
@@ -890,11 +949,12 @@ class TestWholeRuns:
         assert done.returncode == 0, done.stderr
         assert "merged into" in done.stdout
         assert "FAILED" not in done.stdout
-        assert "ok     recomputed: 3 tensors" in done.stdout
+        assert "ok      recomputed: 3 tensors" in done.stdout
         table = done.stdout[done.stdout.index("right answers") :].splitlines()
         assert "40 held-out prompts a task" in table[0]
         assert table[1].split() == ["model", *TASKS, "mean"]
-        assert [line.split()[0] for line in table[2:]] == [*builtin_group(), RECOMMENDED, *BESIDE]
+        named = [line.split()[0] for line in table[2:]]
+        assert named == [*builtin_group(), DEFAULT_METHOD, *BESIDE]
         assert (tmp_path / "out" / "model.safetensors").exists()
         assert {path.name for path in tmp_path.iterdir()} == {"out", "cache"}
 
@@ -909,7 +969,7 @@ class TestWholeRuns:
         lines = [json.loads(line) for line in second.stdout.splitlines()]
         assert lines[0]["already_there"] is True
         assert all(line["passed"] for line in lines[1:-1])
-        assert list(lines[-1]["accuracy"]) == [*builtin_group(), RECOMMENDED, *BESIDE]
+        assert list(lines[-1]["accuracy"]) == [*builtin_group(), DEFAULT_METHOD, *BESIDE]
 
     def test_a_merge_is_verified_by_its_recipe(self, group, tmp_path, capsys):
         """Verify merges a sample again where a recipe names the sources, and exits 0."""
@@ -919,7 +979,7 @@ class TestWholeRuns:
 
         assert main(["verify", str(tmp_path / "out"), "--recipe", str(recipe)]) == 0
 
-        assert "ok     recomputed: 3 tensors" in capsys.readouterr().out
+        assert "ok      recomputed: 3 tensors" in capsys.readouterr().out
 
     @pytest.mark.slow
     def test_a_token_is_written_nowhere(self, group, tmp_path):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from loopback_hub import Answer, LoopbackHub
+from loopback_hub.services import machine
 from resmerge_stream.experts.group import builtin_group
-from tests.loopback_hub import Answer, LoopbackHub
-from tests.loopback_hub.services import machine
 from tests.support.hub_jobs import ends, jobs, no_jobs, payload, run_jobs
 from tests.support.hub_runs import Bench, Run
 

@@ -33,7 +33,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def events(clock: Clock, *, stops_at: int = SECONDS, ends: int = SECONDS) -> Iterator[Event]:
     """A merge of a kilobyte in a thousand seconds, told of each second; the Hub may go away."""
-    yield Planned(plan={"shards": [{"bytes": TOTAL}], "warnings": []})
+    plan = {
+        "method": "mean",
+        "chosen_by": "option",
+        "shards": [{"name": "a", "bytes": TOTAL}],
+        "warnings": [],
+    }
+    yield Planned(plan=plan)
     for second in range(1, ends + 1):
         clock.now = float(second)
         done = min(second, stops_at)
@@ -54,8 +60,8 @@ def test_a_log_gets_a_line_a_minute(
 
     moments = [moment for moment, _ in said]
     assert max(b - a for a, b in itertools.pairwise(moments)) <= 60
-    assert len(said) <= SECONDS / 60 + 10 + 2
-    for _, text in said[1:-1]:
+    assert len(said) <= SECONDS / 60 + 10 + 3
+    for _, text in said[2:-1]:  # after the method and the size
         assert re.fullmatch(r"merging: \d+ %, .+ of .+, 1 B/s, (\d+ s|\d+ min) left", text)
     assert "\r" not in capsys.readouterr().err
 
@@ -69,6 +75,23 @@ def test_a_log_says_what_is_waited_for(clock: Clock, monkeypatch: pytest.MonkeyP
 
     waits = [text for text in said if text.endswith(", waiting: the Hub is away")]
     assert 3 <= len(waits) <= 6
+
+
+def test_a_log_of_a_run_without_a_model_has_lines_too(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What compares or analyses tells a log how much it has read, and never draws a bar."""
+
+    def told() -> Iterator[Event]:
+        yield Planned(plan={"read_bytes": TOTAL, "warnings": []})
+        for done in range(10, TOTAL + 1, 10):
+            yield TensorMerged(tensor="a.weight", rule="mean", entry={}, bytes_read=done)
+
+    console.count(told())
+
+    lines = capsys.readouterr().err
+    assert "\r" not in lines
+    assert [int(share) for share in re.findall(r"reading: (\d+) %", lines)] == [*range(10, 101, 10)]
 
 
 class Terminal(io.StringIO):
