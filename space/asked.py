@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from resmerge_stream.errors import Notice, RecipeError, shown
+from resmerge_stream.experts.group import PREFIX, built_in_folders
 from resmerge_stream.planning.recipe_file import MAX_RECIPE_BYTES
 from resmerge_stream.planning.request import Request
 from resmerge_stream.recipe import ModelRef, Recipe
 from resmerge_stream.sources import REPO_ID
 
-from .examples import PREFIX, built_in_folders, is_built_in
+from .examples import is_built_in
 from .settings import Settings
 
 
@@ -37,7 +38,9 @@ def web_request(document: Mapping[str, Any], settings: Settings) -> Request:
         check_id(tokenizer)
         if tokenizer.id.startswith(PREFIX):
             raise RecipeError("the built-in models share one tokenizer; leave it out.")
-    options = replace(options, max_header_bytes=settings.max_header_bytes)
+    options = replace(
+        options, max_header_bytes=settings.max_header_bytes, max_experts=settings.max_experts
+    )
     return replace(request, options=options)
 
 

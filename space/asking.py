@@ -1,6 +1,5 @@
 """A published merge and its models asked as a Job on the Hub, which the visitor pays for."""
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,15 +16,13 @@ _MOST_TASKS, _MOST_QUESTIONS = 10, 10_000
 
 
 def models_asked(report: Mapping[str, Any]) -> list[str]:
-    """Return base and experts of a merge, where all of them are whole models on the Hub.
+    """Return base and experts of a merge, where the merge is a whole model and all are on the Hub.
 
     Args:
         report: of the merge; anybody's.
     """
     recipe = report.get("recipe")
     if not isinstance(recipe, dict) or report.get("adapter"):
-        return []
-    if "adapter_model." in json.dumps(report.get("sources")):
         return []
     return models_on_hub(recipe)
 
@@ -61,39 +58,28 @@ def ask_as_job(
     """
     from resmerge_stream.evaluation.proposal import merge_at
     from resmerge_stream.hub.jobs import HubJobs
-    from resmerge_stream.jobs.errand import offer, start
-    from resmerge_stream.jobs.evaluation import JobEvaluation
+    from resmerge_stream.jobs.evaluation import evaluation_job
 
     if not visitor.token:
         raise PublishError("an account has to pay for a Job.", Remedy.SIGN_IN)
     names, models = _names(tasks, limit), models_asked(report)
     if not models:
         raise RecipeError(
-            "a Job asks models on the Hub. This merge, its base or an expert is an adapter or a "
+            "a Job asks models on the Hub. This merge is an adapter, or a model is a "
             "folder: ask them where they are."
         )
     all_models = [*models, repo_id]
     known = dict.fromkeys(all_models, _specs(report))
     merge_at(repo_id, visitor.token)
-    evaluation = JobEvaluation.of(
+    job = evaluation_job(
         all_models, repo_id, names, limit=limit, known=known, check_harness_tasks=False
     )
-    errand = evaluation.errand()
-    jobs = HubJobs(visitor.token, visitor.name)
-    taken = offer(errand, jobs.flavors())
-    running = jobs.find(errand.labels)
-    most = round(taken.most, 4)
-    if running is None and pay_up_to >= most:
-        running = start(jobs, errand, taken)
-    return {
-        "summary": errand.summary,
-        "flavor": taken.estimate.flavor.name,
-        "usd_estimate": round(taken.estimate.price, 4),
-        "usd_at_most": most,
-        "seconds_estimate": round(taken.estimate.seconds),
-        "timeout_seconds": taken.timeout_s,
-        "url": jobs.page(running) if running else "",
-    }
+    hub = HubJobs(visitor.token, visitor.name)
+    job = job.on(hub.flavors())
+    offer, running = job.offer(), hub.find(job.labels)
+    if running is None and pay_up_to >= offer["usd_at_most"]:
+        running = job.start(hub)
+    return {"summary": job.summary, **offer, "url": hub.page(running) if running else ""}
 
 
 def _names(tasks: str, limit: int) -> list[str]:

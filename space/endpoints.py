@@ -1,6 +1,7 @@
 """The named endpoints, for programs: the same service, also as MCP tools."""
 
 import functools
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,14 +9,12 @@ from typing import Any
 
 import gradio as gr
 
-from resmerge_stream.errors import ResMergeError
+from resmerge_stream.errors import ResMergeError, shown
 from resmerge_stream.methods import describe_methods
 
 from .asked import web_request
-from .explore import open_report
 from .identity import Visitor, caller, space_url
-from .jobs.downloads import downloads
-from .jobs.records import DONE, Job
+from .jobs.records import Job
 from .remedies import said
 from .service import Service
 
@@ -51,6 +50,32 @@ def _told() -> Iterator[None]:
         raise gr.Error(said(exc), print_exception=False) from exc
 
 
+_KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
+    str: ("a text", (str,)),
+    bool: ("true or false", (bool,)),
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+}
+
+
+def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an endpoint that says which argument is of another kind than it has; recipes do."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            words, kinds = _KINDS.get(signature.parameters[name].annotation, ("", ()))
+            # To Python, true is a number.
+            is_one = isinstance(value, kinds) and isinstance(value, bool) == (kinds == (bool,))
+            if kinds and not is_one:
+                text = f"{name} must be {words}, not {shown(value)}."
+                raise gr.Error(text, print_exception=False)
+        return function(*args, **kwargs)
+
+    return call
+
+
 def add_endpoints(app: gr.Blocks, service: Service) -> None:
     """Add the endpoints to an app; each parameter is described as its function describes it.
 
@@ -58,7 +83,7 @@ def add_endpoints(app: gr.Blocks, service: Service) -> None:
         app: being built.
         service: behind them.
     """
-    for function in Endpoints(service).all():
+    for function in map(_checked, Endpoints(service).all()):
         added = gr.api(  # type: ignore[attr-defined]
             function, api_name=function.__name__, concurrency_limit=16
         )
@@ -107,10 +132,10 @@ class Endpoints:
         oauth_token: gr.OAuthToken | None = None,
         x_hf_token: gr.Header | None = None,
     ) -> dict:  # type: ignore[type-arg]
-        """Say what a merge would do and what speaks against it, from headers alone. Takes seconds.
+        """Preview a merge from file headers: its cost and every problem. Takes seconds.
 
         Args:
-            recipe: in mergekit's vocabulary, such as {"base_model": "built-in/base", "models": ["built-in/rl-add", "built-in/rl-sort"]}, or with namespace/name of the Hub, @revision if you like; merge_method (default resmerge), parameters and dtype may be added. At most 16 experts and 32 kB.
+            recipe: in mergekit's vocabulary, such as {"base_model": "built-in/base", "models": ["built-in/rl-add", "built-in/rl-sort"]}, or with namespace/name of the Hub, @revision if you like; merge_method (default head_regression), parameters and dtype may be added. At most 16 experts and 32 kB.
             push_to: the repository to publish to, namespace/name, to have it checked too; empty for none.
             create_pr: whether that is to be a pull request on it.
 
@@ -256,27 +281,23 @@ class Endpoints:
             job: the id that merge returned.
 
         Returns:
-            One object a file: name, bytes, url. A published merge's weights are in its repository.
+            One object a file: name, bytes (null for the archive of all), url.
+            A published merge's weights are in its repository.
         """
         with _told():
             mine, _ = self._found(job, oauth_token, x_hf_token)
-            data = self._service.jobs.report(mine)
-            if mine.state != DONE or data is None:
-                return []
-            copies = downloads(
-                mine, self._service.jobs.result(mine), open_report(data, name=job).report
-            )
+            at = space_url(request)
             return [
-                {
-                    "name": path.name,
-                    "bytes": path.stat().st_size,
-                    "url": f"{space_url(request)}/gradio_api/file={_served(path)}",
-                }
-                for path in copies
+                {"name": file.name, "bytes": file.nbytes, "url": f"{at}{file.path}"}
+                for file in self._service.downloads.of(mine)
             ]
 
     def report(
-        self, job_or_repo: str, oauth_token: gr.OAuthToken | None, x_hf_token: gr.Header | None
+        self,
+        job_or_repo: str,
+        request: gr.Request,
+        oauth_token: gr.OAuthToken | None,
+        x_hf_token: gr.Header | None,
     ) -> dict:  # type: ignore[type-arg]
         """Return every gate of every tensor of a finished merge.
 
@@ -287,9 +308,8 @@ class Endpoints:
             The content of resmerge/report.json: recipe, sources, summary, files, tensors.
         """
         with _told():
-            return self._service.report(
-                job_or_repo, self._visitor_of(oauth_token, x_hf_token)
-            ).report
+            visitor = self._visitor_of(oauth_token, x_hf_token)
+            return self._service.report(job_or_repo, visitor, caller(request)).report
 
     def evaluate(
         self,
@@ -316,11 +336,3 @@ class Endpoints:
             return self._service.ask(
                 job_or_repo, visitor, tasks=tasks, limit=limit, pay_up_to=pay_up_to
             )
-
-
-def _served(path: Any) -> str:
-    """Return where gradio serves a copy of a file from."""
-    from gradio.processing_utils import save_file_to_cache
-    from gradio.utils import get_upload_folder
-
-    return str(save_file_to_cache(path, cache_dir=get_upload_folder()))

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resmerge_stream.experts.group import built_in_recipe, builtin_adapters
-from resmerge_stream.recipe import ModelRef, Recipe
-
-# What the web calls the folders of the built-in group; no path of this machine is ever shown.
-PREFIX = "built-in/"
+from resmerge_stream.experts.group import (
+    PREFIX,
+    built_in_folders,
+    built_in_recipe,
+    builtin_adapters,
+)
+from resmerge_stream.recipe import DEFAULT_METHOD, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class Example:
     base: str
     experts: tuple[str, ...]
     name: str
-    method: str = "resmerge"
+    method: str = DEFAULT_METHOD
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -37,13 +39,6 @@ class Example:
             "base_model": self.base,
             "models": list(self.experts),
         }
-
-
-def built_in_folders() -> dict[str, str]:
-    """Return the folders of the built-in group by the names that the web knows."""
-    group = {Path(ref.id).name: ref.id for ref in built_in_recipe().models}
-    adapters = {name: str(folder) for name, folder in builtin_adapters().items()}
-    return {PREFIX + name: folder for name, folder in (group | adapters).items()}
 
 
 def examples() -> tuple[Example, ...]:
@@ -56,7 +51,6 @@ def examples() -> tuple[Example, ...]:
             base,
             tuple(experts),
             "",
-            "head_regression",
         ),
         Example(
             "Qwen2.5-7B base, 3 experts",
@@ -83,7 +77,6 @@ def examples() -> tuple[Example, ...]:
             base,
             adapters,
             "",
-            "head_regression",
         ),
     )
 
@@ -98,21 +91,3 @@ def web_names(text: str) -> str:
     for name, folder in built_in_folders().items():
         text = text.replace(folder, name)
     return text
-
-
-def on_this_machine(recipe: Recipe) -> Recipe:
-    """Return a recipe with the built-in names replaced by their folders; others as they are."""
-    if not any(ref.id.startswith(PREFIX) for ref in recipe.models):
-        return recipe
-    folders = built_in_folders()
-
-    def located(ref: ModelRef) -> ModelRef:
-        return ModelRef(folders.get(ref.id, ref.id), ref.revision, ref.weight)
-
-    return Recipe(
-        located(recipe.base) if recipe.base is not None else None,
-        tuple(located(ref) for ref in recipe.experts),
-        recipe.method,
-        recipe.parameters,
-        recipe.dtype,
-    )

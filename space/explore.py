@@ -1,6 +1,5 @@
 """Reports of merges: of a job, or of any repository, whose text is a stranger's."""
 
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +9,15 @@ from resmerge_stream.report.schema import parse_report
 from resmerge_stream.sinks.folder import REPORT
 
 from .asked import check_id
-from .identity import Visitor
 from .rows import Row, row_of
 
-# A 7B model's report has half a megabyte, one of 20,000 tensors 30.
-MAX_BYTES = 32_000_000
+# A 7B model's report has half a megabyte; one of 20,000 tensors, which this Space may have merged
+# itself, 30. What is read takes many times its size in memory: see jobs/planner.py.
+STRANGERS_BYTES, OWN_BYTES = 4_000_000, 32_000_000
+# Numbers, words, lists and mappings of a stranger's report: a real one has 33 bytes for each.
+MAX_VALUES = 250_000
 # So many tensors are looked at; of more, every second, third, …
 MAX_ROWS = 20_000
-# A large report takes ten times its size in memory while it is read.
-_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,27 +35,54 @@ class Opened:
     rows: list[Row]
 
 
-def open_report(data: bytes, *, name: str) -> Opened:
-    """Return the report in some bytes.
+def report_in(data: bytes, *, name: str, max_bytes: int) -> dict[str, Any]:
+    """Return the report in some bytes, of its tensors at most `MAX_ROWS`.
+
+    Args:
+        data: JSON.
+        name: what to call it in errors.
+        max_bytes: that it may have.
 
     Raises:
         VerificationError: it is too large, or no report.
     """
-    if len(data) > MAX_BYTES:
-        raise VerificationError(f"{name} has a report of more than {MAX_BYTES} bytes.")
-    with _ONE_AT_A_TIME:
-        report = parse_report(data, where=name)
-        tensors = report["tensors"]
-        step = max(1, -(-len(tensors) // MAX_ROWS))
-        return Opened(name, report, [row_of(row) for row in tensors[::step]])
+    if len(data) > max_bytes:
+        raise VerificationError(
+            f"{name} has a report of more than {max_bytes} bytes, which is more than is opened "
+            "here. Download it, and open it on your machine."
+        )
+    report = parse_report(data, where=name)
+    if max_bytes <= STRANGERS_BYTES and _values(report) > MAX_VALUES:
+        raise VerificationError(f"{name} has a report of more than {MAX_VALUES} values.")
+    tensors = report["tensors"]
+    report["tensors"] = tensors[:: max(1, -(-len(tensors) // MAX_ROWS))]
+    return report
 
 
-def read_report(repo: str, visitor: Visitor) -> bytes:
+def _values(data: object) -> int:
+    """Return how many values there are in plain data."""
+    waiting, count = [data], 0
+    while waiting and count <= MAX_VALUES:
+        part = waiting.pop()
+        count += 1
+        if isinstance(part, dict):
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
+    return count
+
+
+def opened(report: dict[str, Any], *, name: str) -> Opened:
+    """Return a report that `report_in` let through, to look at."""
+    return Opened(name, report, [row_of(row) for row in report["tensors"]])
+
+
+def read_report(repo: str, token: str | bool) -> bytes:
     """Return the report in a repository, as bytes.
 
     Args:
         repo: ``namespace/name``, perhaps with ``@revision``; checked before anything is asked.
-        visitor: whose token reads.
+        token: that reads; False: nobody's.
 
     Raises:
         RecipeError: it is no repository id.
@@ -68,7 +94,7 @@ def read_report(repo: str, visitor: Visitor) -> bytes:
 
     ref = ModelRef.parse(repo)
     check_id(ref)
-    target = HubRepo(client(visitor.token_or_nobody), ref.id)
+    target = HubRepo(client(token), ref.id)
     info = target.info(ref.revision or "main")
     if info is None:
         raise VerificationError(
@@ -79,6 +105,26 @@ def read_report(repo: str, visitor: Visitor) -> bytes:
         raise VerificationError(
             f"{ref} has no {REPORT}: it was not made by this tool, or is not finished."
         )
-    if not file.size or file.size > MAX_BYTES:
-        raise VerificationError(f"{ref} has a report of {file.size} bytes; at most {MAX_BYTES}.")
+    if not file.size or file.size > STRANGERS_BYTES:
+        raise VerificationError(
+            f"{ref} has a report of {file.size} bytes; at most {STRANGERS_BYTES} are opened here."
+        )
     return target.read(REPORT, info)
+
+
+def pinned_recipe(report: dict[str, Any]) -> str:
+    """Return the recipe of a report with the commits that were read, as YAML."""
+    import yaml
+
+    names = [
+        f"{source['id']}@{source['revision']}" if source.get("revision") else str(source["id"])
+        for source in report["sources"]
+    ]
+    recipe = dict(report["recipe"])
+    if recipe.get("base_model") is not None:
+        recipe["base_model"], *names = [*names, names[0]]  # last where it is listed as well
+    recipe["models"] = [
+        {**model, "model": name} for model, name in zip(recipe["models"], names, strict=False)
+    ]
+    text: str = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    return text

@@ -1,8 +1,6 @@
 """What a plan takes here and on the Hub's machines, from the library's table and model."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from dataclasses import dataclass
 
 from resmerge_stream.hub.flavors import FLAVORS
 from resmerge_stream.planning.machines import estimates, shortage
@@ -21,50 +19,41 @@ MODEL = (
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
-    """What a machine has: cores, and bytes of memory and disk."""
-
-    cores: int
-    memory: int
-    disk: int
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """What a plan means on a machine.
+class Hardware:
+    """A machine, and what a plan means there.
 
     Attributes:
         name: as the Hub calls it.
-        machine: what it has.
+        cores: how many.
+        memory, disk: bytes.
         seconds: estimated, with the start.
         cost: dollars for that time; None for a machine that is not for rent.
         lacks: why the plan does not fit, or empty.
     """
 
     name: str
-    machine: Machine
+    cores: int
+    memory: int
+    disk: int
     seconds: float
-    cost: float | None
-    lacks: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as plain data, for `from_dict`."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, known: Mapping[str, Any]) -> Self:
-        """Return it from plain data."""
-        return cls(**{**known, "machine": Machine(**known["machine"])})
+    cost: float | None = None
+    lacks: str = ""
 
 
-def fits(plan: Plan, here: Machine) -> list[Fit]:
-    """Return what a plan that was not refused takes here, and on the machines of `SHOWN`."""
-    found = [Fit("this machine", here, plan.seconds_estimate, None, "")]
+def hardware_for(plan: Plan, *, cores: int, memory: int, disk: int) -> list[Hardware]:
+    """Return what a plan that was not refused takes here, and on the machines of `SHOWN`.
+
+    Args:
+        plan: the plan.
+        cores: that are here.
+        memory, disk: bytes that are free here.
+    """
+    found = [Hardware("this machine", cores, memory, disk, plan.seconds_estimate)]
     chosen = {flavor.name: flavor for flavor in FLAVORS if flavor.name in SHOWN}
     known = {item.flavor.name: item for item in estimates(plan, chosen.values())}
     for name in SHOWN:
         flavor, estimate = chosen[name], known[name]
-        has = Machine(flavor.vcpu, int(flavor.memory_gb * 1e9), int(flavor.disk_gb * 1e9))
+        has = (flavor.vcpu, int(flavor.memory_gb * 1e9), int(flavor.disk_gb * 1e9))
         lacks = "" if estimate.fits else shortage(plan, flavor)
-        found.append(Fit(name, has, estimate.seconds, estimate.price, lacks))
+        found.append(Hardware(name, *has, estimate.seconds, estimate.price, lacks))
     return found

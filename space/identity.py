@@ -13,8 +13,7 @@ from typing import Any
 
 from resmerge_stream.errors import PublishError, Remedy, ResMergeError
 
-from .doorway import LOOPBACK
-
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _REMEMBERED_S, _REFUSED_S = 300.0, 60.0
 # What a header can carry; a token of anything else is refused before anything is asked.
 _TOKEN = re.compile(r"[!-~]{1,1000}")
@@ -210,11 +209,6 @@ def at_home() -> bool:
 def has_login() -> bool:
     """Whether whoever reaches this machine's page is signed in as its owner."""
     return at_home() and _own_token() is not None
-
-
-def may_start_jobs() -> bool:
-    """Whether a visitor's sign-in may start Jobs: the owner's at home may, a Space has to ask."""
-    return has_login() or "jobs" in os.environ.get("OAUTH_SCOPES", "").split()
 
 
 def secret_key(secret: str) -> str:

@@ -1,14 +1,9 @@
 """Starts the server with everything closed that a Space does not need."""
 
 import gradio as gr
-from starlette.middleware import Middleware
 
-from .doorway import Doorway, address_with, new_key
-from .identity import at_home, has_login
-from .jobs.downloads import remove_downloads
-from .leaving import Leaving
-from .limits import Limits
-from .pace import Pace
+from .gate import address_with, gate, new_key
+from .identity import has_login
 from .page.news import News
 from .page.ui import CSS, build_page
 from .service import Service
@@ -59,10 +54,6 @@ def launch(settings: Settings | None = None, *, block: bool = True, port: int | 
         port: any free one from 7860 when None.
     """
     key = new_key()
-    guard = [Middleware(Pace), Middleware(Limits), Middleware(Leaving)]
-    if at_home():
-        guard.insert(0, Middleware(Doorway, key=key, is_locked=has_login))
-    remove_downloads()
     service = Service.of(settings or read_settings())
     news = News(service)
     app = build_page(service, news)
@@ -71,11 +62,14 @@ def launch(settings: Settings | None = None, *, block: bool = True, port: int | 
             theme=theme(),
             css_paths=[CSS],
             server_port=port,
-            app_kwargs={"routes": [news.route()], "middleware": guard},
+            app_kwargs={
+                "routes": [news.route(), service.downloads.route()],
+                "middleware": gate(key),
+            },
             mcp_server=True,
             run_history=False,  # it would keep what is typed here in the browser
             allowed_paths=[],
-            max_file_size="1kb",  # nothing is uploaded here, see Limits
+            max_file_size="1kb",  # nothing is uploaded here, see gate.py
             # A call from code is a session of its own for gradio, which keeps a description of the
             # whole page for each, 0.7 MB; no session has anything that the browser has not.
             state_session_capacity=64,
@@ -94,5 +88,4 @@ def launch(settings: Settings | None = None, *, block: bool = True, port: int | 
     finally:
         if block:
             service.close()
-            remove_downloads(mine=True)
     return address

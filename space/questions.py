@@ -1,13 +1,18 @@
 """A visitor's own questions: few and short, checked before anything is merged; no code in them."""
 
-import json
+from collections.abc import Sequence
 from typing import Any
 
-from resmerge_stream.errors import RecipeError
+from resmerge_stream.documents import load_json
+from resmerge_stream.errors import RecipeError, shown
 from resmerge_stream.evaluation.verifiers import check_rule
+from resmerge_stream.methods import find_methods
 from resmerge_stream.planning.request import Request
 
+from .examples import is_built_in
+
 MOST, MOST_TOKENS, MOST_BYTES = 50, 128, 32_768
+MOST_METHODS = 4
 # A pattern can take for ever, and a function is code.
 _VERIFY = ("exact", "number")
 
@@ -33,6 +38,32 @@ def parse_questions(text: str) -> list[dict[str, Any]]:
     return found
 
 
+def check_comparison(methods: Sequence[str], text: str, asked: Request, prompts: int) -> None:
+    """Refuse a comparison of methods that nobody could make, or whose merges nobody could ask.
+
+    Args:
+        methods: by name.
+        text: questions, as `parse_questions` takes them; empty for the built-in ones.
+        asked: the models, and how.
+        prompts: built-in questions that this Space asks.
+
+    Raises:
+        RecipeError: it is such.
+    """
+    known = find_methods()
+    if not 2 <= len(set(methods)) <= MOST_METHODS or len(set(methods)) < len(methods):
+        raise RecipeError(f"choose 2 to {MOST_METHODS} methods to compare.")
+    for name in methods:
+        if name not in known:
+            raise RecipeError(f"there is no method {shown(name)}.")
+    count = len(parse_questions(text))
+    if count == 1 or (not count and not (prompts > 1 and is_built_in(asked.recipe))):
+        raise RecipeError(
+            "what the merges should be asked is missing: write two or more questions under "
+            "“Advanced”, one half chooses the best and the other half reports."
+        )
+
+
 def check_questions(text: str, asked: Request) -> None:
     """Refuse questions that are wrong, or that nobody could answer.
 
@@ -46,17 +77,17 @@ def check_questions(text: str, asked: Request) -> None:
     if not parse_questions(text):
         return
     publication = asked.publication
-    if asked.options.output != "model" or (publication is not None and publication.create_pr):
+    if publication is not None and publication.create_pr:
         raise RecipeError(
-            "questions are asked of a whole model at a repository's main, or of files to download. "
-            "Leave them out for an adapter or a pull request."
+            "questions need a merge at a repository's main, or files to download. Remove them to "
+            "open a pull request."
         )
 
 
 def _question(line: str, where: str) -> dict[str, Any]:
     try:
-        rule = json.loads(line)
-    except (ValueError, RecursionError) as exc:
+        rule = load_json(line)
+    except ValueError as exc:
         raise RecipeError(
             f'{where} is not JSON. Write one object a line: {{"prompt": "2+2=", "answer": "4"}}.'
         ) from exc

@@ -1,31 +1,25 @@
 """What pages and endpoints have in common: plans, jobs and reports, and whose they are."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from resmerge_stream.errors import (
-    PublishError,
-    RecipeError,
-    Remedy,
-    ResMergeError,
-    VerificationError,
-)
+from resmerge_stream.errors import PublishError, RecipeError, Remedy, ResMergeError, system_errors
 from resmerge_stream.planning.planned import refused_plan
-from resmerge_stream.planning.recipe_places import recipe_on_the_hub
 from resmerge_stream.planning.request import Request
-from resmerge_stream.recipe import ModelRef, Recipe
+from resmerge_stream.recipe import Recipe
 
-from .asked import check_id, needs_account, web_recipe, web_request
+from .asked import needs_account, web_recipe, web_request
 from .asking import ask_as_job
-from .explore import Opened, open_report, read_report
+from .examples import is_built_in
+from .explore import STRANGERS_BYTES, Opened, opened, report_in
 from .identity import Visitor, Visitors
-from .jobs.downloads import pinned_recipe
+from .jobs.downloads import Downloads
 from .jobs.jobs import Jobs
 from .jobs.planning import Planners
 from .jobs.records import JOB_ID, Job
-from .questions import check_questions
+from .questions import check_comparison, check_questions
 from .remedies import plan_said
 from .search import Search
 from .settings import Settings
@@ -42,7 +36,8 @@ class Service:
         jobs: all merges.
         visitors: looks up accounts.
         search: suggests ids.
-        planners: make plans.
+        planners: make plans, and read what strangers wrote.
+        downloads: the files of finished jobs.
     """
 
     settings: Settings
@@ -50,6 +45,10 @@ class Service:
     visitors: Visitors
     search: Search
     planners: Planners
+    downloads: Downloads = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.downloads = Downloads(self.jobs)
 
     @classmethod
     def of(cls, settings: Settings) -> "Service":
@@ -66,12 +65,27 @@ class Service:
     ) -> dict[str, Any]:
         """Return the plan of what a mapping asks for; a wrong recipe is a refused plan."""
         try:
-            asked = web_request(document, self.settings)
-            plan = self.planners.plan(asked, visitor, address)
-            return self._as_here(plan)
+            with system_errors():
+                asked = web_request(document, self.settings)
+                return self._as_here(self.planners.plan(asked, visitor, address))
         except ResMergeError as exc:
             refused = plan_said(refused_plan(*exc.notices))
             return {**refused, "hardware": [], "target_checked": False}
+
+    def advice(
+        self, document: Mapping[str, Any], visitor: Visitor, address: str = ""
+    ) -> dict[str, Any]:
+        """Return which methods to compare, as `Advice.to_dict`, for built-in models; else nothing.
+
+        Others' weights are gigabytes, which a plan doesn't read.
+
+        Raises:
+            ResMergeError: as `plan_merge`.
+        """
+        asked = web_request(document, self.settings)
+        if not is_built_in(asked.recipe):
+            return {}
+        return self.planners.advice(asked, visitor, address)
 
     def _as_here(self, plan: dict[str, Any]) -> dict[str, Any]:
         """Return a plan with the time that finished merges here make likely."""
@@ -110,6 +124,40 @@ class Service:
             )
         self.jobs.check_caps(visitor.name, address)
 
+    @system_errors()
+    def compare(
+        self,
+        asked: Request,
+        methods: Sequence[str],
+        visitor: Visitor,
+        *,
+        key: str = "",
+        address: str = "",
+        questions: str = "",
+    ) -> Job:
+        """Queue a comparison: merges by several methods, asked the same; no model is kept.
+
+        It is a job like a merge, in the same queue, with the same limits.
+
+        Args:
+            asked: the models, and how; where to publish counts for nothing.
+            methods: by name, 2 to 4.
+            visitor, key, address, questions: as for `submit`.
+
+        Raises:
+            PublishError: an account is needed.
+            RecipeError: too many jobs, a question or a method is wrong, or there is none to ask.
+        """
+        asked = replace(asked, publication=None)
+        check_comparison(methods, questions, asked, self.settings.prompts)
+        if needs_account(asked) and not visitor.name:
+            raise PublishError(
+                "only methods on the built-in example are compared without an account.",
+                Remedy.SIGN_IN,
+            )
+        return self._queue(asked, visitor, key, address, questions, list(methods))
+
+    @system_errors()
     def submit(
         self,
         asked: Request,
@@ -133,6 +181,17 @@ class Service:
             ResMergeError: as `check`.
         """
         self.check(asked, visitor, address, questions)
+        return self._queue(asked, visitor, key, address, questions, [])
+
+    def _queue(
+        self,
+        asked: Request,
+        visitor: Visitor,
+        key: str,
+        address: str,
+        questions: str,
+        methods: list[str],
+    ) -> Job:
         owner = visitor.name
         return self.jobs.submit(
             asked,
@@ -141,8 +200,10 @@ class Service:
             token=visitor.token if owner else None,
             address=address,
             questions=questions.strip(),
+            methods=methods,
         )
 
+    @system_errors()
     def resume(self, job: Job, visitor: Visitor) -> None:
         """Queue a stopped job again, with the token of whoever owns it.
 
@@ -183,26 +244,23 @@ class Service:
             "accuracies": job.accuracies,
         }
 
-    def recipe(self, place: str, visitor: Visitor) -> Recipe:
+    def recipe(self, place: str, visitor: Visitor, address: str = "") -> Recipe:
         """Return the recipe of a merged model: its report's with the commits that were read, or,
         where another tool made it, the one in its files or its card.
 
         Args:
             place: of a repository: its id, or an address of it.
             visitor: whose token reads.
+            address: as for `check`.
 
         Raises:
             ResMergeError: there is none, or it names what is no repository.
         """
-        ref = ModelRef.parse(place.strip())
-        check_id(ref)
-        try:
-            return web_recipe(pinned_recipe(self.report(str(ref), visitor).report), self.settings)
-        except VerificationError:
-            found = recipe_on_the_hub(ref, token=visitor.token_or_nobody)
-            return web_recipe(found.to_dict(), self.settings)
+        recipe = self.planners.recipe(place.strip(), visitor, address)
+        return web_recipe(recipe, self.settings)
 
-    def report(self, name: str, visitor: Visitor) -> Opened:
+    @system_errors()
+    def report(self, name: str, visitor: Visitor, address: str = "") -> Opened:
         """Return the report of a job that the visitor may see, or of a repository.
 
         Raises:
@@ -210,15 +268,20 @@ class Service:
         """
         name = name.strip()
         if "/" in name:
-            return open_report(read_report(name, visitor), name=name)
+            return opened(self.planners.report(name, visitor, address), name=name)
         job = self.job(name, visitor)
         data = self.jobs.report(job)
         if data is None:
             raise RecipeError(f"this job is {job.state}; there is a report when it is done.")
         made = job.asked.get("push_to") or "files"
         asked_at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(job.created))
-        return open_report(data, name=f"{made} of {asked_at} UTC")
+        name = f"{made} of {asked_at} UTC"
+        if len(data) <= STRANGERS_BYTES:
+            return opened(report_in(data, name=name, max_bytes=STRANGERS_BYTES), name=name)
+        path = str(self.jobs.report_path(job))
+        return opened(self.planners.report(path, visitor, address, name=name), name=name)
 
+    @system_errors()
     def ask(
         self, name: str, visitor: Visitor, *, tasks: str, limit: int, pay_up_to: float = 0.0
     ) -> dict[str, Any]:
@@ -242,7 +305,5 @@ class Service:
                 raise RecipeError(
                     "a Job can only ask a model on its repository's main branch. Publish it first."
                 )
-        opened = self.report(name, visitor)
-        return ask_as_job(
-            opened.report, repo_id, visitor, tasks=tasks, limit=limit, pay_up_to=pay_up_to
-        )
+        report = self.report(name, visitor).report
+        return ask_as_job(report, repo_id, visitor, tasks=tasks, limit=limit, pay_up_to=pay_up_to)

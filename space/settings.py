@@ -23,7 +23,11 @@ class Settings:
         max_header_bytes: read of one repository.
         anonymous_plans: a minute, of an address without an account.
         plan_seconds: that one plan may take.
+        anonymous_plan_seconds: that one plan of somebody without an account may take.
+        merge_seconds: that one run of a merge may take; what is finished by then is kept.
+        anonymous_merge_seconds: that one of somebody without an account may take.
         keep_seconds: how long the files of a finished job stay.
+        result_bytes: of all finished jobs' files together; beyond, the oldest go.
         ask_seconds: that a visitor's own questions may take after a merge, as it is estimated.
         prompts: held-out prompts a task that the built-in models are asked after a merge; 0: none.
     """
@@ -36,7 +40,11 @@ class Settings:
     max_header_bytes: int = 32_000_000
     anonymous_plans: int = 30
     plan_seconds: float = 45.0
+    anonymous_plan_seconds: float = 15.0
+    merge_seconds: float = 43_200.0
+    anonymous_merge_seconds: float = 600.0
     keep_seconds: float = 86_400.0
+    result_bytes: int = 2_000_000_000
     ask_seconds: float = 300.0
     prompts: int = 32
 
@@ -50,7 +58,11 @@ _NUMBERS = (
     ("RESMERGE_SPACE_MAX_HEADER_BYTES", "max_header_bytes", 1),
     ("RESMERGE_SPACE_ANONYMOUS_PLANS", "anonymous_plans", 0),
     ("RESMERGE_SPACE_PLAN_SECONDS", "plan_seconds", 1),
+    ("RESMERGE_SPACE_ANONYMOUS_PLAN_SECONDS", "anonymous_plan_seconds", 1),
+    ("RESMERGE_SPACE_MERGE_SECONDS", "merge_seconds", 1),
+    ("RESMERGE_SPACE_ANONYMOUS_MERGE_SECONDS", "anonymous_merge_seconds", 1),
     ("RESMERGE_SPACE_KEEP_SECONDS", "keep_seconds", 0),
+    ("RESMERGE_SPACE_RESULT_BYTES", "result_bytes", 0),
     ("RESMERGE_SPACE_ASK_SECONDS", "ask_seconds", 0),
     ("RESMERGE_SPACE_PROMPTS", "prompts", 0),
 )

@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class _Run:
         address: where it was asked for, if without an account; never in a record.
         process: of the merge, while there is one.
         is_cancelling: whether it was told to stop.
+        is_late: whether it was told to stop because it took too long.
     """
 
     live: Live = field(default_factory=Live)
@@ -56,6 +58,7 @@ class _Run:
     address: str = ""
     process: "subprocess.Popen[str] | None" = None
     is_cancelling: bool = False
+    is_late: bool = False
 
 
 class Jobs:
@@ -91,8 +94,11 @@ class Jobs:
         token: str | None,
         address: str = "",
         questions: str = "",
+        methods: Sequence[str] = (),
     ) -> Job:
         """Queue a merge and return its job; questions are asked once it is merged.
+
+        With methods it is a comparison of them, and nothing is written.
 
         Raises:
             RecipeError: this visitor, or all of them, have too many jobs.
@@ -100,6 +106,7 @@ class Jobs:
         with self._changed:
             self.check_caps(owner, address)
             document = asked.to_dict() | ({"questions": questions} if questions else {})
+            document |= {"methods": list(methods)} if methods else {}
             job = new_job(document, owner, key)
             self._jobs[job.id] = job
             self._enqueue(job, token, address)
@@ -179,6 +186,10 @@ class Jobs:
     def report(self, job: Job) -> bytes | None:
         """Return the report of a finished job as JSON, or None."""
         return self._records.read_report(job.id)
+
+    def report_path(self, job: Job) -> Path:
+        """Return the file of a job's report, which is there once it is done."""
+        return self._records.report_path(job.id)
 
     def result(self, job: Job) -> Path:
         """Return the folder of a job's output, for one that publishes nothing."""
@@ -291,6 +302,8 @@ class Jobs:
                 begin(job, run.live)
                 process = run.process = start_worker(self.settings)
             self._run(job, run, process)
+            with self._changed:
+                self._make_room(list(self._jobs.values()))
 
     def _run(self, job: Job, run: _Run, process: "subprocess.Popen[str]") -> None:
         request = {
@@ -302,6 +315,9 @@ class Jobs:
             "prompts": 0 if job.asked.get("push_to") else self.settings.prompts,
         }
         last: dict[str, Any] = {}
+        timer = threading.Timer(self._merge_seconds(job), self._stop_late, [run])
+        timer.daemon = True
+        timer.start()
         try:
             with process:
                 send(process, request)
@@ -309,9 +325,19 @@ class Jobs:
                     self._apply(job, run.live, last)
                 let_end(process)
         finally:
+            timer.cancel()
             with self._changed:
                 run.token = run.process = None
                 self._conclude(job, run, last, process.returncode)
+
+    def _merge_seconds(self, job: Job) -> float:
+        settings = self.settings
+        return settings.merge_seconds if job.owner else settings.anonymous_merge_seconds
+
+    def _stop_late(self, run: _Run) -> None:
+        with self._changed:
+            run.is_late = True
+            _tell_to_stop(run)
 
     def _apply(self, job: Job, live: Live, event: dict[str, Any]) -> None:
         with self._changed:
@@ -330,6 +356,10 @@ class Jobs:
             self._end(job, DONE, done_in_words(job, last))
         elif run.is_cancelling:
             self._end(job, CANCELLED, f"Cancelled. {kept}. To go on, merge the same again.")
+        elif run.is_late:
+            minutes = self._merge_seconds(job) / 60
+            why = f"A merge may take {minutes:.0f} min at a time here. {kept}. Continue it, or "
+            self._end(job, RESUMABLE, why + "duplicate this Space onto hardware of your own.")
         elif kind == "refused":
             self._end(job, FAILED, said(error_from_dict(last)))
         elif kind == "stopped":
@@ -371,11 +401,23 @@ class Jobs:
                 if now - job.updated > keep * _KEEP_RECORDS:
                     self._records.remove(job.id)
                     del self._jobs[job.id]
+            self._make_room(jobs)
             busy = {self._work_dir(job) for job in jobs if now - job.updated <= keep}
             busy |= {self._work_dir(job) for job in jobs if job.state in ACTIVE}
             for folder in (self.settings.folder / "work").glob("*"):
                 if folder not in busy:
                     shutil.rmtree(folder, ignore_errors=True)
+
+    def _make_room(self, jobs: list[Job]) -> None:
+        """Remove the oldest results beyond what all of them may have."""
+        room = self.settings.result_bytes
+        for job in sorted(jobs, key=lambda job: -job.updated):
+            folder = self.result(job).parent
+            if job.state in ACTIVE or not folder.exists():
+                continue
+            room -= sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            if room < 0:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _tell_to_stop(run: _Run) -> None:

@@ -15,7 +15,7 @@ from resmerge_stream.run.events import (
     ShardFinished,
     TensorMerged,
 )
-from resmerge_stream.units import format_size
+from resmerge_stream.units import format_duration, format_size
 
 from ..remedies import plan_said
 from ..rows import Row, row_of
@@ -76,6 +76,8 @@ def apply(job: Job, live: Live, event: dict[str, Any]) -> dict[str, Any] | None:
         job.message = f"Asking {event['model']}"
     elif event.get("event") == "accuracies":
         job.accuracies = event["accuracies"]
+    elif event.get("event") == "chosen":
+        job.choice = str(event["choice"])
     elif event.get("event") == "unasked":
         job.say(f"not asked: {event['message']}")
         job.unasked = str(event["message"])
@@ -114,9 +116,12 @@ def _shard(job: Job, event: ShardFinished) -> None:
         job.message = "Sending the last files to the Hub, then one commit shows everything."
 
 
-def _finished(job: Job, live: Live, event: Finished) -> dict[str, Any]:
+def _finished(job: Job, live: Live, event: Finished) -> dict[str, Any] | None:
     if job.asked.get("push_to"):
         job.url = event.where
+    if job.asked.get("methods"):  # a comparison leaves scores, and no model
+        job.took = time.time() - job.started
+        return None
     # A run that was continued only merged the rest; the report has every tensor.
     live.rows = [row_of(row) for row in event.report["tensors"]]
     job.tensors_done = len(live.rows)
@@ -127,16 +132,11 @@ def _finished(job: Job, live: Live, event: Finished) -> dict[str, Any]:
 
 def done_in_words(job: Job, event: Mapping[str, Any]) -> str:
     """Return how long a finished job took, by its last event."""
+    if job.asked.get("methods"):
+        return f"Done in {format_duration(job.took)}."
     if event["already_there"]:
         return "An earlier run had finished this merge; nothing was left to do."
     return (
-        f"Done in {_duration(job.took)}, from the first header to the last file; of that, merging "
-        f"took {_duration(event['report']['summary']['seconds'])}."
+        f"Done in {format_duration(job.took)}, from the first header to the last file; of that, "
+        f"merging took {format_duration(event['report']['summary']['seconds'])}."
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

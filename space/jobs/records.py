@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from resmerge_stream.documents import load_json
 from resmerge_stream.sinks.durable import write_durably
 
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{43}")
@@ -43,6 +44,7 @@ class Job:
         seconds_left: until everything is merged and sent, where that can be told.
         memory_bytes: private memory of the merge now.
         accuracies: of the models that were asked: shares of right answers by model and task.
+        choice: of a comparison, which method was best and how sure that is.
         unasked: why a visitor's questions were not asked, where they were not.
         log: what happened, a line each.
     """
@@ -71,6 +73,7 @@ class Job:
     memory_bytes: int = 0
     took: float = 0.0
     accuracies: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    choice: str = ""
     unasked: str = ""
     log: list[str] = field(default_factory=list)
 
@@ -122,10 +125,14 @@ class Records:
         """Write a finished job's report."""
         self._replace(f"{job_id}.report", json.dumps(report))
 
+    def report_path(self, job_id: str) -> Path:
+        """Return where a finished job's report lies."""
+        return self.folder / f"{job_id}.report"
+
     def read_report(self, job_id: str) -> bytes | None:
         """Return a finished job's report as JSON, or None."""
         try:
-            return (self.folder / f"{job_id}.report").read_bytes()
+            return self.report_path(job_id).read_bytes()
         except FileNotFoundError:
             return None
 
@@ -138,7 +145,7 @@ class Records:
         """Yield every readable record; one that is damaged is left alone."""
         for path in sorted(self.folder.glob("*.json")):
             try:
-                stored = json.loads(path.read_text(encoding="utf-8"))
+                stored = load_json(path.read_bytes())
                 known = {field.name for field in fields(Job)}
                 # An older version of this file may have known other things about a job.
                 job = Job(**{key: value for key, value in stored.items() if key in known})

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from resmerge_stream.device import private_memory
-from resmerge_stream.errors import ResMergeError, StoppedError
+from resmerge_stream.errors import ResMergeError, StoppedError, system_errors
+from resmerge_stream.experts.group import on_this_machine
 from resmerge_stream.planning.plan import plan_merge
 from resmerge_stream.run.events import Event, Finished
 
 from ..asked import web_request
-from ..examples import on_this_machine, web_names
+from ..examples import web_names
 from ..settings import read_settings
-from .examiner import ask_built_in, ask_own
+from .examiner import ask_built_in, ask_own, compared
 
 # How long an interrupted merge may take to end by itself.
 _GRACE_S = 3.0
@@ -39,12 +40,13 @@ def main() -> int:
     request = json.loads(asked)
     threading.Thread(target=_stop_when_told, daemon=True).start()
     try:
-        for event in _events(request):
-            memory_bytes = private_memory()  # the merge's, before other models are asked
-            # An adapter answers on its base only, and is not asked.
-            if isinstance(event, Finished) and not event.report.get("adapter"):
-                _ask(request, event.where)
-            _say({**event.to_dict(), "memory_bytes": memory_bytes})
+        with system_errors():
+            compares = bool(request["asked"].get("methods"))
+            for event in compared(request, _say) if compares else _events(request):
+                memory_bytes = private_memory()  # the merge's, before other models are asked
+                if isinstance(event, Finished) and not compares:
+                    _ask(request, event.where)
+                _say({**event.to_dict(), "memory_bytes": memory_bytes})
     except ResMergeError as exc:
         _say({"event": "refused" if exc.exit_code == 2 else "stopped", **exc.to_dict()})
         return exc.exit_code
@@ -83,16 +85,16 @@ def _events(request: dict[str, Any]) -> Iterator[Event]:
 
 def _ask(request: dict[str, Any], merged: str) -> None:
     """Ask a visitor's questions, or the built-in ones."""
-    asked = request["asked"]
+    asked, folder = request["asked"], Path(request["work_dir"]) / "asked"
     if not asked.get("questions"):
-        ask_built_in(merged, request.get("prompts") or 0, _say)
+        ask_built_in(merged, request.get("prompts") or 0, folder=folder, say=_say)
         return
     ask_own(
         web_request(asked, read_settings()),
         str(asked["questions"]),
         str(asked.get("push_to") or merged),
         token=request.get("token") or False,
-        folder=Path(request["work_dir"]) / "asked",
+        folder=folder,
         seconds=float(request.get("ask_seconds") or 0.0),
         say=_say,
     )

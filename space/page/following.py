@@ -7,20 +7,17 @@ from typing import Any
 import gradio as gr
 
 from resmerge_stream.errors import ResMergeError
-from resmerge_stream.sinks.hub.unfinished import Unfinished, unfinished_merges
-from resmerge_stream.units import dollars
+from resmerge_stream.experts.group import built_in_folders
+from resmerge_stream.sinks.hub.leftovers import Unfinished, unfinished_merges
 
 from ..asked import web_request
-from ..examples import built_in_folders
-from ..explore import Opened, open_report
-from ..identity import Visitor, may_start_jobs, secret_key
-from ..jobs.downloads import downloads
+from ..explore import Opened
+from ..identity import Visitor, secret_key
 from ..jobs.records import ACTIVE, CONTINUABLE, DONE, FAILED, Job
 from ..remedies import said
 from ..service import Service
 from ..view import jobs as view
 from ..view import report as view_report
-from ..view.figures import report_html
 from ..view.words import notice
 from .fields import MODELS
 from .news import News
@@ -56,12 +53,14 @@ class Following:
                 "job": "", "state": "", "status": text,
                 "watching": gr.update(active=False),
                 "follow": gr.update(visible=asked), "done": gr.update(visible=False),
+                "form": gr.update(open=True),
                 **_buttons(None, may_change=False),
             }  # fmt: skip
         return {
             "job": job.id,
             "state": job.state,
             "follow": gr.update(visible=True),
+            "form": gr.update(open=False),
             "link": view.link_html(job.id),
             "watching": gr.update(active=job.state in ACTIVE),
             **self._shown(job, visitor, secret),
@@ -88,7 +87,8 @@ class Following:
         remembered = {**dict(form.get("remembered") or {}), "job": ""}
         return {
             "job": "", "state": "", "watching": gr.update(active=False),
-            "follow": gr.update(visible=False), "remembered": remembered,
+            "follow": gr.update(visible=False), "remembered": remembered, "name": "",
+            "form": gr.update(open=True),
         }  # fmt: skip
 
     def cancel(self, form: Form, token: Token) -> Changes:
@@ -101,7 +101,7 @@ class Following:
 
     def discard(self, form: Form, token: Token) -> Changes:
         """Remove what a stopped job left on the Hub, and say what."""
-        from resmerge_stream.sinks.hub.discard import discard_staging
+        from resmerge_stream.sinks.hub.leftovers import discard_staging
 
         def remove(job: Job, visitor: Visitor) -> None:
             target = job.asked.get("push_to")
@@ -114,38 +114,6 @@ class Following:
 
         return self._change(form, token, remove)
 
-    def price(self, form: Form, token: Token) -> Changes:
-        """Say what a Job would cost that asks the merge, and offer to start it."""
-        return self._ask(form, token, pay_up_to=0.0)
-
-    def start(self, form: Form, token: Token) -> Changes:
-        """Start the Job whose price was shown."""
-        return self._ask(form, token, pay_up_to=float(form.get("pay") or 0.0))
-
-    def unpriced(self, form: Form) -> Changes:
-        """Take an offer back: other questions have another price."""
-        return {"pay": 0, "start": gr.update(visible=False)}
-
-    def _ask(self, form: Form, token: Token, *, pay_up_to: float) -> Changes:
-        try:
-            found = self._service.ask(
-                str(form.get("job") or ""),
-                self._visitor(token),
-                tasks=str(form.get("tasks") or ""),
-                limit=int(form.get("limit") or 0),
-                pay_up_to=pay_up_to,
-            )
-        except ResMergeError as exc:
-            return {"offered": notice(said(exc), "warn"), **self.unpriced(form)}
-        if found["url"]:
-            return {"offered": view.job_started_html(found), **self.unpriced(form)}
-        label = f"Start the Job for about {dollars(found['usd_estimate'])}"
-        return {
-            "offered": view.offer_html(found),
-            "pay": found["usd_at_most"],
-            "start": gr.update(visible=True, value=label),
-        }
-
     def look_for_unfinished(self, form: Form, token: Token) -> Changes:
         """Offer a visitor's unfinished merges: from the records, and from the Hub."""
         return self.waiting(self._visitor(token), secret_of(form))
@@ -153,7 +121,11 @@ class Following:
     def waiting(self, visitor: Visitor, secret: str) -> Changes:
         """Return what shows the jobs of an account, or of a browser, and unfinished merges."""
         jobs = self._service.jobs.of(visitor.name, secret_key(secret))
-        reports = [(view.short_title(job), job.id) for job in jobs if job.state == DONE]
+        reports = [
+            (view.short_title(job), job.id)
+            for job in jobs
+            if job.state == DONE and not job.asked.get("methods")
+        ]
         last = reports[0][1] if reports else ""
         published = self._service.search.own(visitor, merges=True, last=last)
         reports += [(name, name) for name in published]
@@ -221,7 +193,7 @@ class Following:
         """Return one report's figures, or two reports beside each other."""
         if len(opened) == 2:
             return view_report.compared_html(*opened)
-        return view_report.summary_html(opened[0]) + report_html(opened[0].rows)
+        return view_report.opened_html(opened[0])
 
     def _change(self, form: Form, token: Token, act: Any) -> Changes:
         visitor, secret = self._visitor(token), secret_of(form)
@@ -243,27 +215,19 @@ class Following:
             "done": gr.update(visible=job.state == DONE),
             **_buttons(job, may_change=job.may_change(visitor.name, secret_key(secret))),
         }
-        return {**changes, **self._result(job)} if job.state == DONE else changes
+        return {**changes, **self._result(job, visitor)} if job.state == DONE else changes
 
-    def _result(self, job: Job) -> Changes:
-        data = self._service.jobs.report(job)
-        may_ask = bool(job.asked.get("push_to")) and may_start_jobs()
-        changes: Changes = {
-            "result": view.result_html(job, ask_here=may_ask),
-            "files": gr.update(visible=False),
-            "asking": gr.update(visible=may_ask and view.can_be_asked(job.asked)),
-        }
-        if data is not None:
+    def _result(self, job: Job, visitor: Visitor) -> Changes:
+        if job.asked.get("methods"):
+            return {"result": view.result_html(job), "files": "", "figures": ""}
+        changes: Changes = {"result": view.result_html(job), "files": ""}
+        if self._service.jobs.report_path(job).exists():
             try:
-                opened = open_report(data, name="This merge")
+                opened = self._service.report(job.id, visitor)
             except ResMergeError as exc:
                 return {**changes, "figures": notice(said(exc))}
-            changes["figures"] = view_report.folded(
-                "What each tensor's gates decided",
-                view_report.summary_html(opened) + report_html(opened.rows),
-            )
-            files = downloads(job, self._service.jobs.result(job), opened.report)
-            changes["files"] = gr.update(value=[str(path) for path in files], visible=True)
+            changes["figures"] = view_report.decided_html(opened)
+            changes["files"] = view.files_html(self._service.downloads.of(job))
         return changes
 
     def _on_hub(self, visitor: Visitor) -> list[Unfinished]:

@@ -4,14 +4,17 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from resmerge_stream.documents import load_json
 from resmerge_stream.methods import find_methods, parameter_fields, settled
 from resmerge_stream.methods.settings import is_plain
 from resmerge_stream.planning.options import Options
-from resmerge_stream.recipe import Recipe
+from resmerge_stream.recipe import DEFAULT_METHOD, Recipe
 
 # Rows of experts in the form; a pasted recipe may have more.
 ROWS = 8
 ADAPTER = "adapter"
+# Shown only where an adapter is written.
+ADAPTER_RANK = "adapter_rank"
 SAME_AS_BASE = "same as the base"
 AS_NEW, AS_UPDATE, AS_PULL_REQUEST = "a new repository", "an update", "a pull request"
 # The field with what of a recipe no other field shows.
@@ -39,7 +42,7 @@ def document_of(form: Mapping[str, Any]) -> dict[str, Any]:
             ``discuss``, ``questions``; ``beyond`` is what `form_of` found no field for, and goes
             over them.
     """
-    method = str(form.get("method") or "resmerge")
+    method = str(form.get("method") or DEFAULT_METHOD)
     kind = find_methods().get(method)
     beyond = _beyond_of(form, method)
     models: list[Any] = []
@@ -74,9 +77,11 @@ def document_of(form: Mapping[str, Any]) -> dict[str, Any]:
         recipe["dtype"] = form["dtype"]
     options = {key: form[key] for key in output_options() if form.get(key) not in (None, "")}
     if options.get("as") != ADAPTER:
-        options.pop("adapter_rank", None)  # not to be seen then
+        options.pop(ADAPTER_RANK, None)  # not to be seen then
     return {
         "recipe": recipe,
+        "chosen_by": "default" if method == DEFAULT_METHOD else "option",
+        "notes": beyond["notes"],
         "options": options,
         "push_to": target_of(form),
         "questions": str(form.get("questions") or "").strip(),
@@ -168,6 +173,8 @@ def _beyond(recipe: Recipe) -> dict[str, Any]:
         found["base"] = str(recipe.base)
     if models or parameters or listed:
         found["merge_method"] = recipe.method
+    if recipe.notes:
+        found["notes"] = list(recipe.notes)
     return found | {key: document[key] for key in ("tokenizer", "chat_template") if key in document}
 
 
@@ -182,7 +189,7 @@ def _parameters(recipe: Recipe) -> dict[str, Any]:
 def _read(beyond: object) -> dict[str, Any]:
     """Return what `_beyond` found, from its text; nothing from any other."""
     try:
-        found = json.loads(str(beyond or "{}"))
+        found = load_json(str(beyond or "{}"))
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
@@ -196,7 +203,9 @@ def _beyond_of(form: Mapping[str, Any], method: str) -> dict[str, Any]:
     }
     of_method = found if found.get("merge_method") == method else {}
     models, parameters = of_method.get("models"), of_method.get("parameters")
+    notes = found.get("notes")
     return kept | {
+        "notes": [str(note) for note in notes] if isinstance(notes, list) else [],
         "base": of_method.get("base"),
         "models": list(models) if isinstance(models, list) else [],
         "parameters": parameters if isinstance(parameters, dict) else {},

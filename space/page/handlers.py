@@ -11,7 +11,7 @@ import gradio as gr
 from resmerge_stream.errors import PublishError, RecipeError, ResMergeError
 from resmerge_stream.methods import find_methods
 from resmerge_stream.planning.resolve import Resolver
-from resmerge_stream.recipe import ModelRef
+from resmerge_stream.recipe import DEFAULT_METHOD, ModelRef
 
 from ..asked import check_id, web_recipe, web_request
 from ..examples import examples
@@ -19,9 +19,9 @@ from ..identity import Visitor, caller, has_login, on_space, secret_key, space_u
 from ..remedies import said
 from ..service import Service
 from ..view import jobs as view
-from ..view.plan import plan_html
+from ..view.plan import advice_html, no_advice_html, plan_html
 from ..view.words import notice
-from .fields import METHOD, MODEL_INFO, MODELS, names
+from .fields import INFO, MODELS, SHORT, names, short_list
 from .following import Following, secret_of
 from .forms import ADAPTER, BEYOND, ROWS, document_of, form_of, in_words
 from .news import News
@@ -59,7 +59,7 @@ class Handlers:
         if changes.get("job"):
             remembered["job"] = changes["job"]
         if query.get("recipe"):
-            changes |= self.paste({"yaml": query["recipe"]}, token)
+            changes |= self.paste({"yaml": query["recipe"]}, request, token)
         elif form.get("kept"):
             changes |= self._restored(dict(form["kept"]))
         choices = [visitor.name, *visitor.orgs] if visitor.name else []
@@ -84,12 +84,12 @@ class Handlers:
         filled = self.example(form, 0)
         return {**filled, **self._submit({"recipe": found.recipe}, form, request, token)}
 
-    def paste(self, form: Form, token: Token) -> Changes:
+    def paste(self, form: Form, request: gr.Request, token: Token) -> Changes:
         """Fill the form from a recipe, or from a model that was merged, by whatever tool."""
         text = str(form.get("yaml") or "")
         try:
             if "/" in text and len(text.split()) == 1 and "{" not in text:
-                recipe = self._service.recipe(text, self._visitor(token))
+                recipe = self._service.recipe(text, self._visitor(token), caller(request))
             else:
                 recipe = web_recipe(text, self._service.settings)
             Resolver(recipe).at()
@@ -99,9 +99,9 @@ class Handlers:
             text = f"The form has room for {ROWS} experts; use the endpoints for more."
             return {"pasted": notice(text)}
         fields = form_of(recipe)
-        text = "The form shows this recipe now."
+        text = "Form filled in."
         if hidden := in_words(fields[BEYOND]):
-            text += f" No field shows, but it is merged so: {', '.join(hidden)}."
+            text += f" What has no field applies as written: {', '.join(hidden)}."
         return {**self._filled(fields), "pasted": notice(text, "good")}
 
     def add_row(self, form: Form) -> Changes:
@@ -131,6 +131,10 @@ class Handlers:
     def choose_method(self, form: Form) -> Changes:
         """Show the chosen method's own controls and what it is."""
         return self._method_shown(str(form["method"]), int(form["count"]))
+
+    def choose_short(self, form: Form) -> Changes:
+        """Take a method of the short list; that it changed shows the rest."""
+        return {"method": str(form["short"])}
 
     def choose_output(self, form: Form) -> Changes:
         """Show the rank where the result is an adapter."""
@@ -162,6 +166,29 @@ class Handlers:
             **_said_at_fields(form),
         }
 
+    def advise(self, form: Form, request: gr.Request, token: Token) -> Changes:
+        """Say which methods suit the models that were planned, and offer these first."""
+        usual = {"short": gr.update(choices=short_list(SHORT)), "advice": ""}
+        if not form.get("planned"):
+            return usual
+        visitor = self._visitor(token)
+        document = document_of({"namespace": visitor.name, **_given(form)})
+        try:
+            advice = self._service.advice({**document, "push_to": ""}, visitor, caller(request))
+        except ResMergeError:
+            return usual
+        found = {
+            one["method"]: f"{-one['points']:.1f} points behind the best of such groups"
+            for one in advice.get("candidates") or ()
+            if one["method"] in find_methods()
+        }
+        if not found:
+            return {**usual, "advice": no_advice_html()}
+        return {
+            "advice": advice_html(advice),
+            "short": gr.update(choices=short_list(found), value=str(form.get("method"))),
+        }
+
     def merge(self, form: Form, request: gr.Request, token: Token) -> Changes:
         """Queue the merge that was planned."""
         visitor = self._visitor(token)
@@ -169,6 +196,15 @@ class Handlers:
         if _planned(document) != form.get("planned"):
             text = "The form was changed since it was planned. Plan again, then merge."
             return {"merge_note": notice(text, "warn"), "merge": gr.update(interactive=False)}
+        return self._submit(document, form, request, token)
+
+    def compare(self, form: Form, request: gr.Request, token: Token) -> Changes:
+        """Queue merges by several methods that are asked the same."""
+        document = document_of(_given(form))
+        if not document["recipe"]["models"]:
+            text = "Fill in a base and at least one expert, or take an example."
+            return {"merge_note": notice(text, "warn")}
+        document = {**document, "push_to": "", "methods": list(form.get("methods") or ())}
         return self._submit(document, form, request, token)
 
     def from_code(self, form: Form, request: gr.Request) -> Changes:
@@ -184,21 +220,22 @@ class Handlers:
         remembered.setdefault("secret", secrets.token_urlsafe(32))
         try:
             asked = web_request(document, self._service.settings)
-            key = secret_key(remembered["secret"])
-            job = self._service.submit(
-                asked,
-                visitor,
-                key=key,
-                address=caller(request),
-                questions=str(document.get("questions") or ""),
-            )
+            how = {
+                "key": secret_key(remembered["secret"]),
+                "address": caller(request),
+                "questions": str(document.get("questions") or ""),
+            }
+            if "methods" in document:
+                job = self._service.compare(asked, document["methods"], visitor, **how)
+            else:
+                job = self._service.submit(asked, visitor, **how)
         except ResMergeError as exc:
             return {"merge_note": notice(said(exc))}
         remembered["job"] = job.id
         shown = self.following.attach(job.id, visitor, remembered["secret"], asked=True)
         return {**shown, "remembered": remembered, "merge_note": ""}
 
-    def explore(self, form: Form, token: Token) -> Changes:
+    def explore(self, form: Form, request: gr.Request, token: Token) -> Changes:
         """Open the report of one repository, or set two beside each other."""
         visitor = self._visitor(token)
         names = [str(form.get(key) or "").strip() for key in ("report_a", "report_b")]
@@ -206,7 +243,8 @@ class Handlers:
         if not names:
             return {"explored": notice("Write the repository of a merge.", "plain")}
         try:
-            opened = [self._service.report(name, visitor) for name in names]
+            address = caller(request)
+            opened = [self._service.report(name, visitor, address) for name in names]
         except ResMergeError as exc:
             return {"explored": notice(said(exc))}
         return {"explored": self.following.explored(opened)}
@@ -247,12 +285,12 @@ class Handlers:
             for name, value in kept.items()
             if name in names() and isinstance(value, str | int | float)
         }
-        if plain.get("method", METHOD) not in find_methods():
+        if plain.get("method", DEFAULT_METHOD) not in find_methods():
             del plain["method"]
         rows = [number for number in range(ROWS) if plain.get(f"expert{number}")]
         count = max(2, *(number + 1 for number in rows)) if rows else 2
         models = {f"expert{number}": plain.get(f"expert{number}") for number in range(ROWS)}
-        fields = {"base": "", "method": METHOD, **plain, **models, "count": count}
+        fields = {"base": "", "method": DEFAULT_METHOD, **plain, **models, "count": count}
         return self._filled(fields)
 
     def _method_shown(self, name: str, count: int) -> Changes:
@@ -265,6 +303,7 @@ class Handlers:
         for number in range(ROWS):
             changes[f"weight{number}"] = gr.update(visible=weighted and number < count)
         changes["about_method"] = view.method_html(chosen) if chosen else ""
+        changes["short"] = gr.update(value=name)
         return changes
 
 
@@ -274,7 +313,7 @@ def _said_at_fields(form: Form) -> Changes:
     method = find_methods().get(str(form.get("method")))
     base = None
     for name in MODELS:
-        info = MODEL_INFO if name == "base" else ""
+        info = INFO.get(name, "")
         try:
             if text := str(form.get(name) or "").strip():
                 ref = ModelRef.parse(text)

@@ -1,19 +1,35 @@
 """Fixed texts of the page, and how a merge is asked for from code."""
 
 import json
+import os
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from ..view.words import esc
+from resmerge_stream.planning.options import Options
+from resmerge_stream.sinks.publication import Publication, words_of
 
-TITLE = (
-    "<h1>ResMerge Stream</h1>"
-    "<p>Merge language models that were trained by reinforcement learning from one base. From the "
-    "Hub to the Hub, one tensor at a time.</p>"
-)
+from ..view.words import code, esc
+
+_PAPER = "https://arxiv.org/abs/2606.02252"
 SKIP = '<a class="rm-skip" href="#base">Skip to the form</a>'
 TRY = "Merges four small built-in experts and tests the result. No account, under a minute."
+
+
+def title() -> str:
+    """Return the page's head: what it is, and where its docs, source and paper are."""
+    links = {"Paper": _PAPER}
+    if space := os.environ.get("SPACE_ID"):
+        files = f"https://huggingface.co/spaces/{space}"
+        links = {"Docs": f"{files}/blob/main/docs/space.md", "Source": f"{files}/tree/main"} | links
+    shown = " · ".join(
+        f'<a href="{esc(url)}" target="_blank" rel="noopener">{name}</a>'
+        for name, url in links.items()
+    )
+    return (
+        "<h1>ResMerge Stream</h1><p>Merge language models, or LoRA adapters, trained from "
+        f"one base. From the Hub to the Hub, one tensor at a time. {shown}</p>"
+    )
 
 
 def heading(title: str, note: str = "") -> str:
@@ -68,8 +84,8 @@ def from_code(url: str, asked: Mapping[str, Any], *, key: bool) -> str:
         '<div class="rm"><p>The merge in the form, started from code. The same limits apply, and '
         "you can follow it here. The endpoints: <code>/methods</code>, "
         "<code>/plan</code>, <code>/merge</code>, <code>/status</code>, <code>/jobs</code>, "
-        "<code>/cancel</code>, <code>/resume</code>, <code>/files</code> and "
-        "<code>/report</code>.</p>"
+        "<code>/cancel</code>, <code>/resume</code>, <code>/files</code>, "
+        "<code>/report</code> and <code>/evaluate</code>.</p>"
         + _code("Python", python)
         + _code("curl", curl)
         + _code("MCP", mcp)
@@ -82,30 +98,21 @@ def terminal(asked: Mapping[str, Any]) -> str:
     """Return the command that merges what is asked for, with the recipe as a file."""
     import yaml
 
+    usual = Options().to_dict()
     recipe = yaml.safe_dump(dict(asked["recipe"]), sort_keys=False, allow_unicode=True)
     options = " ".join(
         f"--{key.replace('_', '-')} {shlex.quote(str(value))}"
         for key, value in asked["options"].items()
+        if value != usual.get(key)
     )
     where = "--out merged"
     if asked["push_to"]:
-        where = " ".join([f"--push-to {shlex.quote(asked['push_to'])}", *_words(asked)])
+        public = asked.get("public") or None  # a new one is private
+        where = shlex.join(words_of({**asked, "repo_id": asked["push_to"], "public": public}))
     return (
         f"cat > recipe.yml <<'END'\n{recipe}END\n"
         f"resmerge-stream merge recipe.yml {' '.join(filter(None, [options, where]))}"
     )
-
-
-# As the terminal says how to publish, beside where.
-_FLAGS = {"update": "--update", "create_pr": "--create-pr", "discuss": "--discuss"}
-
-
-def _words(asked: Mapping[str, Any]) -> list[str]:
-    words = ["--public"] if asked.get("public") else []
-    words += [flag for key, flag in _FLAGS.items() if asked.get(key)]
-    if asked.get("collection"):
-        words.append(f"--collection {shlex.quote(asked['collection'])}")
-    return words
 
 
 def _more(asked: Mapping[str, Any]) -> str:
@@ -113,15 +120,13 @@ def _more(asked: Mapping[str, Any]) -> str:
     if not asked["push_to"]:
         return ""
     given: dict[str, Any] = {"private": False} if asked.get("public") else {}
-    given |= {key: asked[key] for key in (*_FLAGS, "collection", "questions") if asked.get(key)}
+    keys = (*Publication.defaults(), "questions")
+    given |= {key: asked[key] for key in keys if asked.get(key)}
     return "".join(f", {key}={value!r}" for key, value in given.items())
 
 
 def _code(title: str, text: str) -> str:
-    return (
-        f'<h2>{esc(title)}</h2><pre tabindex="0" role="region" aria-label="{esc(title)}">'
-        f"<code>{esc(text)}</code></pre>"
-    )
+    return f"<h2>{esc(title)}</h2>{code(title, text)}"
 
 
 def _python(recipe: Mapping[str, Any]) -> str:

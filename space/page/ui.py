@@ -9,15 +9,18 @@ from typing import Any, Literal
 
 import gradio as gr
 
+from resmerge_stream.methods import find_methods
+
 from ..endpoints import add_endpoints
 from ..examples import examples
 from ..identity import on_space
+from ..questions import MOST_METHODS
 from ..service import Service
 from . import fields
 from .following import Following
 from .handlers import Handlers
 from .news import News
-from .texts import SKIP, TITLE, TRY, heading
+from .texts import SKIP, TRY, heading, title
 
 CSS, _WATCH, _KEEP, _FILE = (
     Path(__file__).with_name(name) for name in ("style.css", "watch.js", "keep.js", "file.js")
@@ -25,12 +28,18 @@ CSS, _WATCH, _KEEP, _FILE = (
 TICK_S = 5.0
 # Afterwards what changes was changed by a visitor; what a reload brought back is shown at once.
 _READY = "(...values) => {{ {leave} window.resmergeReady = true; return (\n{keep})(...values); }}"
-_ASKING = '() => \'<p class="rm-soft" role="status">Asking the Hub …</p>\''
 # Gradio's dropdown opens its list again after Tab has left it: it must not hear of that key.
 _LEAVE = """window.addEventListener('keydown', (event) => {
   const list = event.target.closest?.('input[role="combobox"], input[role="listbox"]');
   if (event.key === 'Tab' && list) event.stopPropagation();
-}, true);"""
+}, true);
+window.addEventListener('click', async (event) => {
+  const button = event.target.closest?.('.rm-copy');
+  if (!button) return;
+  await navigator.clipboard.writeText(button.parentElement.querySelector('code').textContent);
+  button.textContent = 'Copied';
+  setTimeout(() => { button.textContent = 'Copy'; }, 1500);
+});"""
 # Plan stands at the end of a long form, and its answer below it, out of a small window.
 _SHOW_PLAN = """() => { setTimeout(() => {
   const plan = document.getElementById('plan');
@@ -79,8 +88,9 @@ def build_page(service: Service, news: News) -> gr.Blocks:
                 )
                 gr.HTML(f'<p class="rm-soft">{TRY}</p>', container=False, padding=False)
             parts["merge_note"] = gr.HTML(container=False, padding=False, elem_id="merge-note")
-            fields.choose(parts)
-            _plan_and_merge(parts)
+            with gr.Accordion("Merge your own", open=True, elem_id="form") as parts["form"]:
+                fields.choose(parts)
+                _plan_and_merge(parts)
         with gr.Tab("My jobs") as parts["my_jobs"]:
             parts["mine"] = gr.HTML(label="My jobs", container=False, padding=False)
             with gr.Row():
@@ -99,7 +109,7 @@ def build_page(service: Service, news: News) -> gr.Blocks:
 def _header(parts: Parts) -> None:
     gr.HTML(SKIP, container=False, padding=False, elem_classes="rm-first")
     with gr.Row(equal_height=True, elem_id="head"):
-        gr.HTML(TITLE, container=False, padding=False, elem_classes="rm-title", min_width=320)
+        gr.HTML(title(), container=False, padding=False, elem_classes="rm-title", min_width=320)
         if on_space():
             with gr.Column(min_width=240, scale=0):
                 gr.LoginButton(size="sm", logout_value="Sign out ({})")
@@ -129,13 +139,9 @@ def _now(parts: Parts) -> None:
         parts["act_note"] = gr.HTML(container=False, padding=False)
         with gr.Column(visible=False) as parts["done"]:
             parts["result"] = gr.HTML(label="Result", container=False, padding=False)
-            parts["files"] = gr.File(
-                label="Files to download", file_count="multiple", interactive=False,
-                visible=False, height=220,
-            )  # fmt: skip
-            _ask(parts)
-            parts["figures"] = gr.HTML(label="Gates", container=False, padding=False)
-        parts["gates"] = gr.HTML(label="Gates so far", container=False, padding=False)
+            parts["files"] = gr.HTML(label="Files to download", container=False, padding=False)
+            parts["figures"] = gr.HTML(label="What was decided", container=False, padding=False)
+        parts["gates"] = gr.HTML(label="Tensors so far", container=False, padding=False)
         with gr.Accordion("Log", open=False):
             parts["log"] = gr.Textbox(
                 label="Log, times in UTC", lines=12, max_lines=12, interactive=False
@@ -149,27 +155,6 @@ def _now(parts: Parts) -> None:
         parts["go_on_note"] = gr.HTML(container=False, padding=False)
 
 
-def _ask(parts: Parts) -> None:
-    """Add what asks a published merge as a Job: first its price, then its start."""
-    with gr.Accordion("Evaluate it, as a Job on the Hub", open=False, visible=False) as parts[
-        "asking"
-    ]:
-        with gr.Row():
-            parts["tasks"] = gr.Textbox(
-                "gsm8k", label="Tasks", max_lines=1, info="of lm-evaluation-harness, with commas"
-            )
-            parts["limit"] = gr.Number(
-                500, label="Questions a task", precision=0, minimum=1, maximum=10_000,
-                info="the same ones for each model",
-            )  # fmt: skip
-        parts["price"] = gr.Button("What does that cost?", scale=0, min_width=220)
-        parts["offered"] = gr.HTML(label="Price", container=False, padding=False)
-        parts["pay"] = gr.Number(0, label="At most, in dollars", visible="hidden")
-        parts["start"] = gr.Button(
-            "Start the Job", variant="primary", visible=False, scale=0, min_width=220
-        )
-
-
 def _plan_and_merge(parts: Parts) -> None:
     with gr.Row():
         parts["plan"] = gr.Button("Plan", variant="primary", elem_id="plan")
@@ -181,12 +166,20 @@ def _plan_and_merge(parts: Parts) -> None:
         padding=False,
     )
     parts["plan_html"] = gr.HTML(label="Plan", container=False, padding=False, elem_id="answer")
+    parts["advice"] = gr.HTML(label="Advice", container=False, padding=False)
+    parts["methods"] = gr.Dropdown(
+        [(method.title, name) for name, method in find_methods().items()],
+        value=list(fields.SHORT), label="Or compare methods, 2 to 4", multiselect=True,
+        max_choices=MOST_METHODS,
+        info="base, experts and each merge are asked the same questions; no model is kept",
+    )  # fmt: skip
+    parts["compare"] = gr.Button("Compare", elem_id="compare")
 
 
 def _explore(parts: Parts) -> None:
     gr.HTML(
-        '<p class="rm-soft">Every merge by this tool keeps a report of what each gate decided, in '
-        "<code>resmerge/report.json</code>. Open one, or compare two.</p>",
+        '<p class="rm-soft">Every merge by this tool keeps a report: its scores, its settings, and '
+        "what was decided for each tensor. Open one, or compare two.</p>",
         container=False,
         padding=False,
     )
@@ -194,7 +187,7 @@ def _explore(parts: Parts) -> None:
         for name, label in (("report_a", "Merged model"), ("report_b", "Compare with (optional)")):
             parts[name] = gr.Dropdown(
                 [], value=None, label=label, allow_custom_value=True, filterable=True,
-                info="one of your merges, or any owner/name",
+                info="one of your merges, or any owner/name", min_width=320,
             )  # fmt: skip
     parts["open"] = gr.Button("Open", variant="primary", elem_id="open-report")
     parts["explored"] = gr.HTML(label="Report", container=False, padding=False)
@@ -202,7 +195,7 @@ def _explore(parts: Parts) -> None:
 
 _JOB = [
     "job", "state", "watching", "follow", "status", "cancel", "resume", "discard",
-    "act_note", "link", "gates", "log", "done", "result", "files", "figures", "asking",
+    "act_note", "link", "gates", "log", "done", "result", "files", "figures", "form",
 ]  # fmt: skip
 _UNFINISHED = ["unfinished", "chosen", "mine", "report_a", "report_b", *fields.MODELS]
 
@@ -264,6 +257,7 @@ def _wire_form(parts: Parts, handlers: Handlers, on: Callable[..., Any]) -> None
             quick=True,
             mode="multiple",
         )
+    on(parts["short"].input, handlers.choose_short, ["short"], ["method"], quick=True)
     on(parts["method"].change, handlers.choose_method, ["method", "count"], filled, quick=True)
     on(parts["as"].change, handlers.choose_output, ["as"], ["adapter_rank"], quick=True)
 
@@ -273,12 +267,17 @@ def _wire_merge(parts: Parts, handlers: Handlers, on: Callable[..., Any]) -> Non
     form, filled = [*fields.names(), "count"], fields.filled()
     planned = ["planned", "plan_html", "merge", "merge_note", *fields.MODELS]
     parts["plan"].click(None, js=_SHOW_PLAN, api_visibility="private")
-    on(parts["plan"].click, handlers.plan, form, planned, busy="plan_html").then(
+    shown = on(parts["plan"].click, handlers.plan, form, planned, busy="plan_html").then(
         None, js=_SHOW_PLAN, api_visibility="private"
     )
+    on(shown.then, handlers.advise, [*form, "planned"], ["advice", "short"])
     merge = [*form, "planned", "remembered"]
     started = [*_JOB, "remembered", "merge", "merge_note"]
     on(parts["merge"].click, handlers.merge, merge, started, busy="merge_note").then(
+        None, js=_SHOW_MERGE
+    )
+    compared = [*form, "methods", "remembered"]
+    on(parts["compare"].click, handlers.compare, compared, started, busy="merge_note").then(
         None, js=_SHOW_MERGE
     )
     tried = list(dict.fromkeys([*started, *filled]))
@@ -288,7 +287,7 @@ def _wire_merge(parts: Parts, handlers: Handlers, on: Callable[..., Any]) -> Non
 
 
 def _wire_job(parts: Parts, following: Following, on: Callable[..., Any]) -> None:
-    """Wire the job that is shown: its news, its buttons, and what it is asked."""
+    """Wire the job that is shown: its news and its buttons."""
     asked, told = ["job", "state", "log", "gates"], ["state", "status", "log", "gates"]
     parts["watching"].tick(
         None, [parts[name] for name in asked], [parts[name] for name in told], js=_WATCH.read_text()
@@ -296,14 +295,7 @@ def _wire_job(parts: Parts, following: Following, on: Callable[..., Any]) -> Non
     on(parts["state"].change, following.refresh, ["job", "remembered"], _JOB, quick=True)
     for name, _, _ in _ACTS:
         on(parts[name].click, getattr(following, name), ["remembered", "job"], _JOB)
-    asking = ["job", "tasks", "limit", "pay"]
-    for name in ("price", "start"):
-        act = getattr(following, name)
-        parts[name].click(None, None, parts["offered"], js=_ASKING, api_visibility="private")
-        on(parts[name].click, act, asking, ["offered", "pay", "start"], busy="offered")
-    for name in ("tasks", "limit"):
-        on(parts[name].change, following.unpriced, [], ["pay", "start"], quick=True)
-    on(parts["dismiss"].click, following.dismiss, ["remembered"], [*_JOB, "remembered"])
+    on(parts["dismiss"].click, following.dismiss, ["remembered"], [*_JOB, "remembered", "name"])
     continued = [*_JOB, *_UNFINISHED, "remembered", "go_on_note"]
     on(parts["go_on"].click, following.go_on, ["chosen", "remembered"], continued)
 

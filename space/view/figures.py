@@ -3,6 +3,9 @@
 import statistics
 from collections.abc import Iterable, Sequence
 
+from resmerge_stream.maths.lazy import np
+from resmerge_stream.report.panels import colours_of, limits
+from resmerge_stream.report.sheet import painted
 from resmerge_stream.report.unusual import NOTHING, by_reason
 from resmerge_stream.report.words import CHANGES, GATES, KEPT, Measure
 
@@ -12,9 +15,7 @@ from .words import esc, table
 
 _CELL_H, _LEFT, _PLOT, _TOP, _BOTTOM = 21, 112, 420, 6, 42
 _MOST_MODULES, _MOST_LAYERS, _MOST_DOTS = 28, 128, 300
-# Dark blue to yellow, and blue over white to red: stops of two common maps, as RGB.
-_VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
-_BALANCE = ((33, 102, 172), (146, 197, 222), (247, 247, 247), (244, 165, 130), (178, 24, 43))
+# Colours of a heatmap: what has one is one path, so that it is small.
 _STEPS = 40
 
 
@@ -65,16 +66,16 @@ def heatmap(rows: Sequence[Row], gate: Measure, *, named: bool = False) -> str:
     layers = sorted({layer for _, layer in found if layer is not None})
     layers = layers[:: max(1, -(-len(layers) // _MOST_LAYERS))]
     columns: list[int | None] = [*layers, *([None] if any(c[1] is None for c in found) else [])]
-    low, high = _ends(gate, list(found.values()))
+    low, high = limits(gate.scale, list(found.values()))
     left = _room_for(labels)
     width = (_LEFT + _PLOT - left) / len(columns)
     paths: dict[str, list[str]] = {}
-    for (label, layer), value in found.items():
+    painted_cells = zip(found.items(), _colours(gate, found.values(), low, high), strict=True)
+    for ((label, layer), value), colour in painted_cells:
         if label not in labels or layer not in columns:
             continue
         x = left + columns.index(layer) * width
         y = _TOP + labels.index(label) * _CELL_H
-        colour = _colour(gate, value, low, high)
         where = "outside the layers" if layer is None else f"layer {layer}"
         hint = f"<title>{esc(label)}, {where}: {value:.4g}</title>" if named else ""
         shape = f"M{x:.1f} {y}h{width:.1f}v{_CELL_H}h-{width:.1f}z"
@@ -119,10 +120,8 @@ def strip(rows: Sequence[Row], gate: Measure) -> str:
     if not found:
         return ""
     everything = [value for values in found.values() for value in values]
-    low, high = min(everything), max(everything)
-    low = min(low, 0.0) if gate.scale == "zero" else low
-    high = max(high, 1.0) if gate in KEPT else high
-    span, plot = (high - low) or 1.0, _PLOT - 84
+    low, high = limits(gate.scale, [*everything, *([1.0] if gate in KEPT else [])])
+    span, plot = high - low, _PLOT - 84
     parts = []
     for number, (family, values) in enumerate(found.items()):
         y = _TOP + number * 34 + 17
@@ -163,33 +162,18 @@ def unusual_html(rows: Iterable[Row]) -> str:
     return title + table(("What", "Tensors", "Such as"), lines, "Unusual tensors")
 
 
-def _ends(gate: Measure, values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    if gate.scale == "centre":
-        reach = max(abs(low), abs(high), 1e-3)
-        return -reach, reach
-    low = min(low, 0.0) if gate.scale == "zero" else low
-    # A spread narrower than this is noise, not a pattern to paint in full colours.
-    spare = 0.0 if gate.scale == "zero" else max(0.0, 0.02 - (high - low)) / 2
-    return low - spare, max(high + spare, low + 1e-9)
-
-
-def _colour(gate: Measure, value: float, low: float, high: float) -> str:
-    stops = _BALANCE if gate.scale == "centre" else _VIRIDIS
-    share = round(min(max((value - low) / (high - low), 0.0), 1.0) * _STEPS) / _STEPS
-    place = share * (len(stops) - 1)
-    left = min(int(place), len(stops) - 2)
-    part = place - left
-    mixed = (round(a + (b - a) * part) for a, b in zip(stops[left], stops[left + 1], strict=True))
-    return "#" + "".join(f"{channel:02x}" for channel in mixed)
+def _colours(gate: Measure, values: Iterable[float], low: float, high: float) -> list[str]:
+    """Return the colour of each value, one of `_STEPS`."""
+    shares = np.clip((np.array(list(values)) - low) / (high - low), 0, 1)
+    colours = painted(np.round(shares * _STEPS), 0, _STEPS, colours_of(gate.scale), "#ffffff")
+    return ["#" + bytes(colour).hex() for colour in colours]
 
 
 def _scale(gate: Measure, low: float, high: float) -> str:
-    stops = _BALANCE if gate.scale == "centre" else _VIRIDIS
-    colours = ",".join(f"rgb({r},{g},{b})" for r, g, b in stops)
     return (
         f'<div class="rm-scale"><span>{low:.3g}</span>'
-        f'<i style="background:linear-gradient(90deg,{colours})"></i><span>{high:.3g}</span></div>'
+        f'<i style="background:linear-gradient(90deg,{",".join(colours_of(gate.scale))})"></i>'
+        f"<span>{high:.3g}</span></div>"
     )
 
 

@@ -5,13 +5,15 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from resmerge_stream.methods import RECOMMENDED, MergeMethod, find_methods
-from resmerge_stream.units import dollars, format_size
+from resmerge_stream.methods import MergeMethod
+from resmerge_stream.recipe import DEFAULT_METHOD
+from resmerge_stream.units import format_size
 
 from ..asked import models_on_hub
+from ..jobs.downloads import Download
 from ..jobs.records import ACTIVE, CANCELLED, CONTINUABLE, DONE, QUEUED, RUNNING, Job
 from .shares import shares_html
-from .words import base_of, duration, esc, facts, notice, sentence, table
+from .words import base_of, code, duration, esc, facts, method_title, notice, sentence, table
 
 # A test counts it in the evidence.
 _WHY = "the best, or within a point of it, in 51 of 62 groups of small experts"
@@ -89,6 +91,8 @@ def title_of(asked: Mapping[str, Any]) -> str:
     beside = has_base and not takes_part
     merged = ("expert" if beside else "model") + "s" * (count != 1)
     merged += f" of {recipe['base_model']}" if beside else ""
+    if asked.get("methods"):
+        return f"{count} {merged}: {', '.join(map(method_title, asked['methods']))} compared"
     made = asked.get("push_to") or "files to download"
     made = f"a pull request on {made}" if asked.get("create_pr") else made
     return f"{count} {merged} by {_method_of(recipe)} → {made}"
@@ -103,9 +107,7 @@ def short_title(job: Job) -> str:
 
 def _method_of(recipe: Mapping[str, Any]) -> str:
     """Return what the form calls a recipe's method; the recipe's own name where it has no other."""
-    name = str(recipe.get("merge_method", "resmerge"))
-    found = find_methods().get(name)
-    return found.title if found else name
+    return method_title(str(recipe.get("merge_method", DEFAULT_METHOD)))
 
 
 def jobs_html(jobs: Sequence[Job], *, signed_in: bool) -> str:
@@ -133,23 +135,22 @@ def jobs_html(jobs: Sequence[Job], *, signed_in: bool) -> str:
     return f'{soft}<div class="rm">{shown}</div>'
 
 
-def result_html(job: Job, *, ask_here: bool = False) -> str:
-    """Return what a finished job made, where it is, and how to try it.
-
-    Args:
-        job: done.
-        ask_here: whether the page has a button for what the merge is asked in a Job; else there is
-            a command.
-    """
+def result_html(job: Job) -> str:
+    """Return what a finished job made, where it is, and how to try and to evaluate it."""
     if job.state != DONE:
         return ""
+    if job.asked.get("methods"):
+        scores = shares_html(job.accuracies, job.choice.removeprefix("best: ").partition(" (")[0])
+        how = "Nothing was kept. To merge by one of them, choose it below."
+        said = notice(f"{job.choice}. {how}", "good")
+        return f'<div class="rm">{said}{scores}</div>'
     if job.url:
         page = esc(job.url.partition("/commit/")[0])
         what = "Opened a pull request" if job.asked.get("create_pr") else "Published"
         text = f'{what}: <a href="{page}" target="_blank" rel="noopener">{page}</a></b>'
         is_adapter = (job.asked.get("options") or {}).get("as") == "adapter"
         steps = _next_steps(job.asked, is_adapter=is_adapter)
-        steps += "" if ask_here or is_adapter else _evaluation(job.asked)
+        steps += "" if is_adapter else _evaluation(job.asked)
         text += "" if job.asked.get("create_pr") else steps
     else:
         text = "Merged. The files are below, also as one archive; they stay here for a day.</b>"
@@ -158,26 +159,40 @@ def result_html(job: Job, *, ask_here: bool = False) -> str:
     return f'<div class="rm"><div class="rm-note rm-good"><b>{text}</div>{bars}</div>'
 
 
+def files_html(files: Sequence[Download]) -> str:
+    """Return a finished job's files as links."""
+    if not files:
+        return ""
+    rows = [
+        (
+            f'<a href="{esc(file.path)}" download>{esc(file.name)}</a>',
+            "all of them" if file.nbytes is None else format_size(file.nbytes),
+        )
+        for file in files
+    ]
+    return f'<div class="rm">{table(("File", "Size"), rows, "Files to download")}</div>'
+
+
 def _next_steps(asked: Mapping[str, Any], *, is_adapter: bool) -> str:
     repo = str(asked.get("push_to"))
     gguf = "https://huggingface.co/spaces/ggml-org/gguf-my-repo"
     if is_adapter:
-        return (
-            f"<p>An adapter of the base: <code>PeftModel.from_pretrained(base, "
-            f'"{esc(repo)}")</code> puts it on. Its card says more.</p>'
+        base = str((asked.get("recipe") or {}).get("base_model"))
+        loading = (
+            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")\n'
+            f'model = PeftModel.from_pretrained(base, "{repo}")'
         )
-    return (
-        f'<p>Try it: <code>transformers chat {esc(repo)}</code></p><p><a href="{gguf}" '
-        f'target="_blank" rel="noopener">Make a GGUF of it</a>, quantised if you like: paste '
-        f"<code>{esc(repo)}</code> there.</p>"
+        return f"<p>Try it:</p>{code('Try it', loading)}"
+    loading = (
+        "from transformers import pipeline\n"
+        f'ask = pipeline("text-generation", "{repo}", dtype="auto")\n'
+        'print(ask("What is 12 + 30?", max_new_tokens=64)[0]["generated_text"])'
     )
-
-
-def can_be_asked(asked: Mapping[str, Any]) -> bool:
-    """Whether a Job can ask what was merged: a whole model at main, of models on the Hub."""
-    is_adapter = (asked.get("options") or {}).get("as") == "adapter"
-    return bool(models_on_hub(asked.get("recipe") or {})) and not (
-        is_adapter or asked.get("create_pr")
+    return (
+        f"<p>Try it, in Python:</p>{code('Try it', loading)}"
+        f'<p><a href="{gguf}" target="_blank" rel="noopener">Make a GGUF of it</a>, quantised if '
+        f"you like: paste <code>{esc(repo)}</code> there.</p>"
     )
 
 
@@ -189,35 +204,8 @@ def _evaluation(asked: Mapping[str, Any]) -> str:
     words = " ".join(shlex.quote(name) for name in (*models, repo))
     command = f"resmerge-stream evaluate {words} --tasks gsm8k --card {shlex.quote(repo)} --job"
     return (
-        "<p>Ask it what its parts are asked, as a Job on the Hub. You see the price first, and the "
-        f"results are a pull request: <code>{esc(command)}</code></p>"
-    )
-
-
-def offer_html(offer: Mapping[str, Any]) -> str:
-    """Return what a Job would ask, where, and what it costs."""
-    return (
-        f'<div class="rm"><p>{esc(offer["summary"].partition(": ")[2])}.</p>'
-        + facts(
-            [
-                ("Machine", esc(offer["flavor"])),
-                ("Time", f"about {duration(offer['seconds_estimate'])}"),
-                ("Price", f"about {dollars(offer['usd_estimate'])}"),
-                ("At most", dollars(offer["usd_at_most"])),
-            ]
-        )
-        + '<p class="rm-soft">The Hub bills it to your account. The results are a pull request on '
-        "the merge.</p></div>"
-    )
-
-
-def job_started_html(offer: Mapping[str, Any]) -> str:
-    """Return where an evaluation runs, and where its results will be."""
-    page = esc(offer["url"])
-    return (
-        f'<div class="rm"><div class="rm-note rm-good">It runs: <a href="{page}" target="_blank" '
-        f'rel="noopener">{page}</a>. Its results will be a pull request on the merge; once that '
-        "is merged, “Explore” shows them as bars.</div></div>"
+        "<p>Evaluate it beside its base and experts in a Hub Job. You see the price first; results "
+        f"arrive as a pull request:</p>{code('Evaluate it', command)}"
     )
 
 
@@ -235,7 +223,7 @@ def who_html(name: str, on_space: bool) -> str:
 def method_html(method: type[MergeMethod]) -> str:
     """Return what a method is in a sentence or two, and where it comes from."""
     summary = " ".join((method.__doc__ or "").partition("\n\n")[0].split()).rstrip(".")
-    why = f"<b>Recommended</b>: {_WHY}. " if method.name == RECOMMENDED else ""
+    why = f"<b>Recommended</b>: {_WHY}. " if method.name == DEFAULT_METHOD else ""
     return (
         f'<p class="rm-soft">{why}{esc(summary)}. <a href="{esc(method.url)}" target="_blank" '
         f'rel="noopener">{esc(sentence(method.paper))}</a></p>'

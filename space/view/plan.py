@@ -5,11 +5,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
+from resmerge_stream.methods import find_methods
 from resmerge_stream.report.words import rule_in_words
 from resmerge_stream.units import format_size
 
-from ..hardware import MODEL, Fit, Machine
+from ..hardware import MODEL, Hardware
 from .words import duration, esc, facts, sentence, table
+
+_CHOSEN_BY = {
+    "default": "the default; choose another under “Method”",
+    "recipe": "by the recipe",
+    "option": "chosen in the form",
+}
 
 
 def plan_html(
@@ -29,7 +36,7 @@ def plan_html(
         hindrance: why Merge would not start it for this visitor, and what to do.
         recipe: what the link to this recipe has in it.
     """
-    parts = []
+    parts = [_method(plan)] if plan["method"] else []
     if plan["problems"]:
         items = "".join(f"<li>{esc(sentence(text))}</li>" for text in plan["problems"])
         count = len(plan["problems"])
@@ -52,6 +59,36 @@ def plan_html(
         link = quote(json.dumps(recipe, separators=(",", ":")))
         parts.append(f'<p><a href="?recipe={link}">Share this recipe</a>: the form, as a link.</p>')
     return '<div class="rm">' + "".join(parts) + "</div>"
+
+
+def advice_html(advice: Mapping[str, Any]) -> str:
+    """Return which methods to compare for these experts, and on what evidence."""
+    methods = find_methods()
+    items = "".join(
+        f"<li><b>{esc(methods[one['method']].title)}</b>: {-one['points']:.1f} points behind the "
+        f"best of each group on average, {-one['worst']:.1f} where it was worst</li>"
+        for one in advice["candidates"]
+        if one["method"] in methods
+    )
+    return (
+        f'<div class="rm"><div class="rm-note"><b>Advice.</b> {esc(sentence(advice["reason"]))}'
+        f"<ul>{items}</ul></div></div>"
+    )
+
+
+def no_advice_html() -> str:
+    """Return how to get advice where the weights are not read here."""
+    command = "resmerge-stream plan recipe.yml --advice --sample 20%"
+    return (
+        '<p class="rm-soft">Which method suits these experts, their weights say, and a plan reads '
+        f"none: <code>{command}</code> does; or compare methods on your questions.</p>"
+    )
+
+
+def _method(plan: Mapping[str, Any]) -> str:
+    known = find_methods().get(plan["method"])
+    title = known.title if known else plan["method"]
+    return f'<p class="rm-soft">Method: <b>{esc(title)}</b>, {_CHOSEN_BY[plan["chosen_by"]]}.</p>'
 
 
 def _where(push_to: str, create_pr: bool) -> str:
@@ -111,23 +148,22 @@ def _sources(sources: Iterable[Mapping[str, Any]]) -> str:
     return table(head, rows, "What is read, and which commit")
 
 
-def hardware_html(fits: Sequence[Fit]) -> str:
+def hardware_html(found: Sequence[Hardware]) -> str:
     """Return the table of what a plan takes here and on other hardware."""
-    if not fits:
+    if not found:
         return ""
     rows = []
-    for fit in fits:
-        machine = fit.machine
-        gone = "–" if fit.lacks else ""
+    for one in found:
+        gone = "–" if one.lacks else ""
         rows.append(
             (
-                esc(fit.name),
-                str(machine.cores),
-                format_size(machine.memory),
-                format_size(machine.disk),
-                f'<span title="{esc(fit.lacks)}">✗ too small</span>' if fit.lacks else "✓ fits",
-                gone or duration(fit.seconds),
-                gone or ("–" if fit.cost is None else _dollars(fit.cost)),
+                esc(one.name),
+                str(one.cores),
+                format_size(one.memory),
+                format_size(one.disk),
+                f'<span title="{esc(one.lacks)}">✗ too small</span>' if one.lacks else "✓ fits",
+                gone or duration(one.seconds),
+                gone or ("–" if one.cost is None else _dollars(one.cost)),
             )
         )
     head = ("Hardware", "Cores", "Memory", "Disk", "Enough?", "Time", "Cost")
@@ -136,7 +172,7 @@ def hardware_html(fits: Sequence[Fit]) -> str:
     )
     return (
         "<details><summary>Here and on other hardware</summary>"
-        f"{here_html(fits[0].machine)}{shown}"
+        f"{here_html(found[0])}{shown}"
         f'<p class="rm-soft">{esc(MODEL)} Estimates, not promises.</p></details>'
     )
 
@@ -145,12 +181,12 @@ def _dollars(amount: float) -> str:
     return f"${amount:.2f}" if amount >= 0.01 else "under $0.01"
 
 
-def here_html(machine: Machine) -> str:
+def here_html(here: Hardware) -> str:
     """Return the plain statement of what this hardware can do."""
     return (
         '<p class="rm-soft">This runs on <b>'
-        f"{machine.cores} CPU cores with {format_size(machine.memory)} of free memory and "
-        f"{format_size(machine.disk)} of free disk</b>. Memory grows with a model's largest "
+        f"{here.cores} CPU cores with {format_size(here.memory)} of free memory and "
+        f"{format_size(here.disk)} of free disk</b>. Memory grows with a model's largest "
         "matrix, not with the model, and the network is what takes the time. A duplicate of this "
         "Space on paid hardware has no queue but your own.</p>"
     )

@@ -9,13 +9,35 @@ from resmerge_stream.units import format_size
 
 from ..explore import Opened
 from ..rows import Row, families, roles
-from .figures import heatmap
+from .figures import heatmap, report_html
 from .shares import evaluated, shares_html
-from .words import base_of, duration, esc, facts, table
+from .words import base_of, duration, esc, facts, method_title, table
+
+_UNEVALUATED = (
+    '<p class="rm-soft">Nobody has evaluated it, or its report does not say so: '
+    "<code>resmerge-stream evaluate</code> asks it and its models the same questions.</p>"
+)
 
 
-def summary_html(opened: Opened) -> str:
-    """Return what a report says as a whole: sources, numbers, medians by family."""
+def opened_html(opened: Opened) -> str:
+    """Return a report: its scores, what it is, and folded what was decided for each tensor."""
+    shares = evaluated(opened.report)
+    scores = shares_html(shares, next(reversed(shares), "")) or _UNEVALUATED
+    return (
+        f'<div class="rm"><h3>{esc(opened.name)}</h3>{scores}{_summary(opened)}</div>'
+        f"{decided_html(opened)}"
+    )
+
+
+def decided_html(opened: Opened) -> str:
+    """Return what was decided for each tensor, in words that fit the method, folded."""
+    gated = any("S_H" in row.numbers for row in opened.rows)
+    title = "What the gates decided" if gated else "What changed, tensor by tensor"
+    inner = f'<div class="rm">{_medians(opened.rows)}</div>{report_html(opened.rows)}'
+    return folded(title, inner)
+
+
+def _summary(opened: Opened) -> str:
     report = opened.report
     summary = report["summary"]
     method = _mapping(report.get("method"))
@@ -23,7 +45,7 @@ def summary_html(opened: Opened) -> str:
     models = [_mapping(item) for item in _list(report.get("sources"))]
     count = len(models) - (has_base and not takes_part and bool(models))
     pairs = [
-        ("Method", _short(method.get("name"))),
+        ("Method", method_title(_short(method.get("name")))),
         ("Models" if takes_part or not has_base else "Experts", str(count)),
         ("Tensors", f"{len(_list(report.get('tensors')) or opened.rows):,}"),
         ("Merging took", duration(_number(summary.get("seconds")))),
@@ -40,12 +62,8 @@ def summary_html(opened: Opened) -> str:
         sources.append(
             (part, f"<code>{esc(_short(item.get('id')))}</code>", f"<code>{esc(commit)}</code>")
         )
-    parts = [facts([(k, v) for k, v in pairs if v])]
-    shares = evaluated(report)
-    parts.append(shares_html(shares, next(reversed(shares), "")))
-    parts.append(table(("Part", "Model", "Commit"), sources, "Merged from"))
-    parts.append(_medians(opened.rows))
-    return f'<div class="rm"><h3>{esc(opened.name)}</h3>{"".join(parts)}</div>'
+    shown = facts([(k, v) for k, v in pairs if v])
+    return shown + table(("Part", "Model", "Commit"), sources, "Merged from")
 
 
 def folded(title: str, html: str) -> str:
@@ -66,7 +84,7 @@ def _medians(rows: Sequence[Row]) -> str:
 
 
 def compared_html(left: Opened, right: Opened) -> str:
-    """Return two reports beside each other: medians, the largest differences, heatmaps."""
+    """Return two reports beside each other: scores, settings, and folded what was decided."""
     lines = []
     for key in COLUMNS:
         if key == "c_R_floor":
@@ -84,6 +102,7 @@ def compared_html(left: Opened, right: Opened) -> str:
             )
     lines.sort(key=lambda line: line[-1] == "–")  # what both have stands first
     head = ("Median", esc(left.name), esc(right.name), "Difference")
+    scores = _scores(left, right)
     figures = "".join(
         figure
         for gate in GATES[:3]
@@ -91,10 +110,44 @@ def compared_html(left: Opened, right: Opened) -> str:
         if (figure := _named(opened, heatmap(opened.rows, gate, named=True)))
     )
     return (
-        f'<div class="rm"><h3>{esc(left.name)} and {esc(right.name)}</h3>'
-        f"{table(head, lines, 'Two merges beside each other')}{_furthest(left, right)}"
-        f'<div class="rm-figures">{figures}</div></div>'
+        f'<div class="rm"><h3>{esc(left.name)} and {esc(right.name)}</h3>{scores}'
+        f"{_settings(left, right)}</div>"
+        + folded(
+            "What was decided in each",
+            f"{table(head, lines, 'Two merges beside each other')}{_furthest(left, right)}"
+            f'<div class="rm-figures">{figures}</div>',
+        )
     )
+
+
+def _scores(left: Opened, right: Opened) -> str:
+    """Return the bars of both merges, where both were asked the same tasks."""
+    own = {}
+    for opened in (left, right):
+        shares = evaluated(opened.report)
+        if shares:
+            own[opened.name] = shares[next(reversed(shares))]
+    if len(own) == 2 and len({tuple(row) for row in own.values()}) == 1:
+        return shares_html(own, "")
+    return _UNEVALUATED
+
+
+def _settings(left: Opened, right: Opened) -> str:
+    """Return method and parameters of both, what differs first."""
+    found = []
+    for opened in (left, right):
+        report = opened.report
+        method = _mapping(report.get("method"))
+        own = {"method": method_title(_short(method.get("name")))}
+        own |= {str(k)[:60]: str(v)[:60] for k, v in _mapping(method.get("parameters")).items()}
+        own["kept after the cast"] = _share(_mapping(report["summary"]).get("kept_cosine"))
+        found.append(own)
+    first, second = found
+    keys = sorted(
+        dict.fromkeys([*first, *second]), key=lambda key: first.get(key) == second.get(key)
+    )
+    rows = [(esc(key), esc(first.get(key, "–")), esc(second.get(key, "–"))) for key in keys]
+    return table(("Setting", esc(left.name), esc(right.name)), rows, "Settings, what differs first")
 
 
 def _furthest(left: Opened, right: Opened) -> str:

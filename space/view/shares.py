@@ -1,5 +1,6 @@
 """Shares of right answers as bars, then task by task; of the example, and of any evaluation."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,9 +22,15 @@ def shares_html(found: Shares, own: str) -> str:
         return ""
     tasks = list(next(iter(found.values())))
     means = {model: sum(row[t][0] for t in tasks) / len(tasks) for model, row in found.items()}
+    halves = {
+        # Of a mean of tasks that are asked apart.
+        model: math.hypot(*((row[t][2] - row[t][1]) / 2 for t in tasks)) / len(tasks)
+        for model, row in found.items()
+    }
     bars = "".join(
         f"<li{' class=rm-own' * (model == own)}><span>{esc(model)}</span>"
-        f'<i><i style="width:{100 * mean:.0f}%"></i></i><b>{mean:.0%}</b></li>'
+        f'<i><i style="width:{100 * mean:.0f}%"></i></i>'
+        f"<b>{mean:.0%} <small>± {100 * halves[model]:.0f}</small></b></li>"
         for model, mean in means.items()
     )
     rows = [
@@ -35,8 +42,10 @@ def shares_html(found: Shares, own: str) -> str:
     caption = f"Right answers to {asked}questions a task, with 95 % intervals"
     shown = table(("Model", *(esc(task) for task in tasks)), rows, caption)
     of = "of one task" if len(tasks) == 1 else f"mean of {len(tasks)} tasks"
+    each = f"{asked}questions{' a task' if len(tasks) > 1 else ''}, " if asked else ""
     return (
         f"<h3>Right answers, {of}</h3>"
+        f'<p class="rm-soft">{each}95 % intervals</p>'
         f'<ul class="rm-bars">{bars}</ul>'
         f"<details><summary>Task by task</summary>{shown}</details>"
     )

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from resmerge_stream.errors import PublishError, RecipeError, StoppedError
+from resmerge_stream.experts.group import built_in_folders
 from resmerge_stream.methods import build_method, find_methods, parameter_fields
 from resmerge_stream.planning.plan import plan_merge
 from resmerge_stream.planning.recipe_file import recipe_from_dict
@@ -14,9 +15,9 @@ from resmerge_stream.planning.resolve import Resolver
 from resmerge_stream.run.engine import run_merge
 from space import identity
 from space.asked import needs_account, web_recipe, web_request
-from space.examples import built_in_folders, examples, is_built_in, web_names
+from space.examples import examples, is_built_in, web_names
+from space.explore import pinned_recipe
 from space.identity import Visitor, Visitors
-from space.jobs.downloads import pinned_recipe
 from space.jobs.planning import Allowance
 from space.page.fields import names
 from space.page.forms import document_of, field_name, form_of
@@ -33,7 +34,7 @@ def settings(tmp_path):
 @pytest.mark.parametrize(
     "name",
     ["/etc", "~/models", "../base", "./org/base", "org", "org/a/b", "resmerge_stream/methods",
-     "tests/loopback_hub", "https://x.y/z", "built-in/../base", "built-in/nothing", "a b/c", ""],
+     "loopback_hub", "https://x.y/z", "built-in/../base", "built-in/nothing", "a b/c", ""],
 )  # fmt: skip
 def test_no_path_is_accepted(name, settings):
     """A model is a repository id or a built-in one; folders are refused, even with such names."""
@@ -53,7 +54,7 @@ def test_no_path_is_accepted(name, settings):
     "document",
     [
         None, [], "a: [", "x" * 40_000, {"base_model": "o/b", "models": ["o/e"] * 4},
-        {"base_model": "o/b", "models": ["o/e"], "slices": []}, 
+        {"base_model": "o/b", "models": ["o/e"], "slices": [{}]}, 
         {"base_model": "o/b@..", "models": 1},
         {"base_model": "o/b", "models": [{"model": "o/e", "parameters": {"weight": "x"}}]},
         {"base_model": {1: 2}, "models": ["o/e"]}, {"base_model": "o/b", "models": [object()]},
@@ -378,3 +379,12 @@ def test_a_merged_models_report_has_the_recipe_that_fills_the_form(recipe, tmp_p
     assert [ref.id for ref in again.models] == [ref.id for ref in asked.models]
     assert Resolver(again).each(tensors) == Resolver(asked).each(tensors)
     assert again.base_listed == asked.base_listed
+
+
+def test_a_pattern_stands_for_no_more_models_than_a_recipe_may_name(settings):
+    """What is found behind it is counted where it is planned, with the Space's own limit."""
+    recipe = {"merge_method": "average", "models": [{"model": "org/run@step_*"}]}
+
+    request = web_request({"recipe": recipe}, settings)
+
+    assert request.options.max_experts == 3

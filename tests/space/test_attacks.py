@@ -9,20 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import psutil
 import pytest
-from gradio_client.exceptions import AppError
 
 from resmerge_stream.errors import RecipeError, VerificationError
 from space.asked import web_request
 from space.examples import examples
-from space.explore import MAX_BYTES, MAX_ROWS, open_report
+from space.explore import MAX_ROWS, MAX_VALUES, OWN_BYTES, STRANGERS_BYTES, opened, report_in
+from space.gate import A_SECOND, BURST, Pace
 from space.identity import network_of
 from space.jobs.jobs import Jobs
 from space.jobs.planning import Turns
-from space.pace import A_SECOND, BURST, Pace
 from space.settings import Settings
-from space.view.figures import report_html
-from space.view.report import compared_html, summary_html
+from space.view.report import compared_html, opened_html
 from tests.support.hub_runs import ROOT
 from tests.support.space_runs import Town, client_of, recipe, wait_for
 
@@ -196,34 +195,42 @@ def report_of(count: int) -> bytes:
 
 def test_a_large_report_makes_a_page_of_bounded_size():
     """Of 50,000 tensors a sample is drawn: no more nodes than a browser draws at once."""
-    opened = open_report(report_of(50_000), name="x/y")
+    report = report_in(report_of(50_000), name="x/y", max_bytes=OWN_BYTES)
+    shown = opened(report, name="x/y")
 
-    assert len(opened.rows) <= MAX_ROWS
-    html = summary_html(opened) + report_html(opened.rows)
+    assert len(shown.rows) <= MAX_ROWS
+    html = opened_html(shown)
     assert html.count("<") < 60_000
-    assert compared_html(opened, opened).count("<") < 60_000
+    assert compared_html(shown, shown).count("<") < 60_000
 
 
 def test_a_report_larger_than_any_is_refused():
     """It is not even parsed."""
     with pytest.raises(VerificationError, match="more than"):
-        open_report(b"{" + b" " * MAX_BYTES, name="x/y")
+        report_in(b"{" + b" " * OWN_BYTES, name="x/y", max_bytes=OWN_BYTES)
 
 
-def test_a_request_larger_than_any_form_is_refused(town: Town) -> None:
-    """A megabyte of JSON is answered with 413 before it is parsed."""
-    url = f"{town.space.url}/gradio_api/call/v2/plan"
+def test_a_report_that_grows_in_memory_is_refused():
+    """Three bytes a value, each of which takes twenty times that: what counts is how many."""
+    report = json.loads(report_of(1)) | {"x": [[]] * MAX_VALUES}
+    data = json.dumps(report).encode()
 
-    answer = httpx.post(url, content=b'{"recipe": "' + b"x" * 1_000_000 + b'"}', timeout=60)
+    assert len(data) < STRANGERS_BYTES
+    with pytest.raises(VerificationError, match="values"):
+        report_in(data, name="x/y", max_bytes=STRANGERS_BYTES)
 
-    assert answer.status_code == 413
 
+@pytest.mark.parametrize("nbytes", [STRANGERS_BYTES - 1000, STRANGERS_BYTES * 8])
+def test_a_strangers_report_does_not_grow_the_server(town: Town, nbytes: int) -> None:
+    """Endpoint, page and paste read it in another process: the server has what it had before."""
+    report = json.loads(report_of(1)) | {"x": [[]] * (nbytes // 3 - 400)}
+    data = json.dumps(report, separators=(",", ":")).encode()
+    town.hub.add_repo(f"alice/grows-{nbytes}", {"config.json": b"{}", "resmerge/report.json": data})
+    server = psutil.Process(town.space.process.pid)
+    call(town, "plan", recipe=BUILT_IN)
+    before = server.memory_info().rss
 
-def test_nothing_secret_is_in_the_configuration(town: Town) -> None:
-    """What everybody may read names no variable of the server, and no private endpoint."""
-    shown = httpx.get(f"{town.space.url}/config", timeout=60).text
+    answers = [call(town, "report", job_or_repo=f"alice/grows-{nbytes}") for _ in range(3)]
 
-    assert "OAUTH_CLIENT_SECRET" not in shown
-    assert "loopback-app-secret" not in shown
-    with client_of(town) as client, pytest.raises((AppError, ValueError)):
-        client.predict(api_name="/merge_1")
+    assert all("error" in answer for answer in answers)
+    assert server.memory_info().rss - before < 60_000_000

@@ -9,7 +9,6 @@ import pytest
 from playwright.sync_api import expect
 
 from space.page.ui import TICK_S
-from tests.loopback_hub.services import machine
 from tests.support.hub_runs import ROOT
 from tests.support.space_pages import Visit
 from tests.support.space_runs import Town, wait_for
@@ -33,7 +32,7 @@ def test_from_choosing_to_the_published_model(visit: Visitors, town: Town) -> No
 
     link = alice.page.get_by_role("link", name=f"{town.hub.endpoint}/alice/by-browser")
     expect(link).to_be_visible()
-    alice.page.get_by_text("What each tensor's gates decided").click()
+    alice.page.get_by_text("What the gates decided").click()
     expect(alice.page.get_by_role("img", name="How far the heads agree").first).to_be_visible()
     assert town.hub.repo("alice/by-browser").settings["private"] is True
     assert "resmerge/report.json" in town.hub.files("alice/by-browser")
@@ -153,7 +152,8 @@ def test_the_built_in_example_needs_no_account(visit: Visitors) -> None:
 
     expect(guest.page.get_by_role("listitem").filter(has_text="merged")).to_be_visible()
 
-    names = ("merged.zip", "model.safetensors", "config.json", "report.json", "recipe.yml")
+    made = ("resmerge/report.json", "resmerge/recipe.yml")
+    names = ("merged.zip", "model.safetensors", "config.json", *made)
     for name in names:
         expect(guest.file_row(name)).to_be_visible()
     with guest.page.expect_download() as download:
@@ -170,6 +170,7 @@ def test_a_published_report_can_be_explored(visit: Visitors, town: Town) -> None
     alice.expect_state("Done")
 
     shown = alice.explore("alice/explored")
+    shown.get_by_text("What the gates decided").click()
     expect(shown.get_by_text("How far the heads agree").first).to_be_visible()
     shown = alice.explore("alice/explored", "alice/nothing")
     expect(shown.get_by_text("alice/nothing")).to_be_visible()
@@ -179,34 +180,31 @@ def test_a_published_report_can_be_explored(visit: Visitors, town: Town) -> None
     alice.pick("Compare with (optional)", "alice/explored")
     alice.button("Open").click()
     shown = alice.page.get_by_role("tabpanel").filter(visible=True)
+    expect(shown.get_by_role("table", name="Settings, what differs first")).to_be_visible()
+    shown.get_by_text("What was decided in each").click()
     expect(shown.get_by_role("table", name="Two merges beside each other")).to_be_visible()
 
 
 @pytest.mark.slow
-def test_a_merge_is_asked_as_a_job_at_a_price(visit: Visitors, lone_town: Town) -> None:
-    """Below a published merge the price is asked for first; the button that names it starts it."""
-    gpu = machine("l4x1", 8, 30, 400, 0.0133, "L4 24 GB")
-    lone_town.hub.settings.hardware = [*lone_town.hub.settings.hardware, gpu]
-    scopes = lone_town.hub.space_env("alice/space")["OAUTH_SCOPES"]
-    lone_town.space.extra = {"OAUTH_SCOPES": f"{scopes} jobs"}
-    lone_town.space.restart()
-    alice = Visit(visit().page, lone_town).open().sign_in("alice")
-    alice.start("asked")
-    alice.expect_state("Done")
-    asking = alice.page.get_by_role("button", name="Evaluate it, as a Job on the Hub")
-    asking.click()
+def test_three_clicks_compare_methods_on_the_example(visit: Visitors) -> None:
+    """The recipe's place, the example, Compare: scores side by side, without an account. Then a new
+    merge begins with an open form and no name."""
+    guest = visit()
+    guest.example()
+    guest.page.get_by_role("textbox", name="Name of the result", exact=True).fill("used")
+    guest.button("Compare").click()
+    guest.expect_state("Done")
 
-    alice.button("What does that cost?").click()
-    start = alice.page.get_by_role("button", name=re.compile("^Start the Job for about"))
-    expect(start).to_be_visible()
-    expect(alice.page.get_by_text("The Hub bills it to your account")).to_be_visible()
-    alice.page.get_by_role("spinbutton", name="Questions a task").fill("100")
-    expect(start).to_be_hidden()
-    alice.button("What does that cost?").click()
-    start.click()
-
-    expect(alice.page.get_by_text("Its results will be a pull request")).to_be_visible()
-    assert len(lone_town.hub.recorded.jobs) == 1
+    bars = guest.page.locator("#follow .rm-bars")
+    for name in ("Head regression", "SWUDI", "TSV-Merge", "built-in/base"):
+        expect(bars.get_by_text(name, exact=True)).to_be_visible()
+    expect(guest.page.locator("#follow").get_by_text(re.compile("^Best: "))).to_be_visible()
+    expect(guest.button("Plan")).to_be_hidden()
+    guest.button("New merge").click()
+    expect(guest.button("Plan")).to_be_visible()
+    expect(guest.page.get_by_role("textbox", name="Name of the result", exact=True)).to_have_value(
+        ""
+    )
 
 
 @pytest.mark.slow
@@ -215,8 +213,7 @@ def test_the_form_is_kept(visit: Visitors, town: Town) -> None:
     changed under Advanced stands above it."""
     guest = visit()
     guest.fill("kept")
-    guest.page.get_by_role("combobox", name="Method", exact=True).click()
-    guest.page.get_by_role("option", name="TIES", exact=True).click()
+    guest.method("TIES")
     expect(guest.page.get_by_text("density", exact=True)).to_have_count(0)
     guest.advanced()
     seed = guest.page.get_by_role("spinbutton", name=re.compile("^Seed"))
@@ -230,8 +227,7 @@ def test_the_form_is_kept(visit: Visitors, town: Town) -> None:
         expect(base).to_have_value("alice/base")
         third = guest.page.get_by_role("combobox", name="Expert 3", exact=True)
         expect(third).to_have_value("alice/expert2")
-        method = guest.page.get_by_role("combobox", name="Method", exact=True)
-        expect(method).to_have_value("TIES")
+        expect(guest.all_methods()).to_have_value("TIES")
         expect(guest.page.get_by_text("Seed: 7", exact=True)).to_be_visible()
         if guest.page.get_by_text("Signed in as").count() == 0:
             guest.sign_in("alice")
@@ -250,7 +246,7 @@ def test_adapters_become_an_adapter(visit: Visitors, town: Town) -> None:
     alice.choose("Expert 2", "alice/page-lora-sort")
     alice.page.get_by_role("textbox", name="Name of the result", exact=True).fill("one-adapter")
     alice.advanced()
-    alice.page.get_by_role("radio", name="as adapter").check()
+    alice.pick("Output", "adapter")
     alice.plan()
     expect(alice.page.get_by_text("This can be merged into alice/one-adapter")).to_be_visible()
     alice.merge()
@@ -276,7 +272,7 @@ def test_a_recipe_is_a_link_or_a_file(visit: Visitors, tmp_path: Path) -> None:
     expect(base).to_have_value("built-in/base")
     file = tmp_path / "recipe.yml"
     file.write_text("base_model: org/base\nmodels: [org/math]\n")
-    other.advanced()
+    other.recipes()
     with other.page.expect_file_chooser() as chooser:
         other.button("Open a file").click()
     chooser.value.set_files(file)

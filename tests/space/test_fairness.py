@@ -1,83 +1,19 @@
-"""Nobody starves the Space: turns, the queue, what a request may carry, what a plan may take."""
+"""Nobody starves the Space: the queue, an address's place in it, limits of time and of results."""
 
-import os
 import subprocess
-import threading
+import sys
 from types import SimpleNamespace
 
 import pytest
-from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse
-from starlette.routing import Route
-from starlette.testclient import TestClient
 
 from resmerge_stream.errors import RecipeError
 from space.asked import web_request
 from space.examples import examples
-from space.identity import Visitor, address_of
-from space.jobs import downloads, planning
+from space.identity import address_of
 from space.jobs.jobs import Jobs
-from space.jobs.planning import Planners, Turns
-from space.limits import MAX_BODY_BYTES, Limits
+from space.jobs.records import DONE, RESUMABLE
 from space.settings import Settings
 from tests.support.space_runs import wait_for
-
-
-def test_whoever_asks_often_waits_behind_others():
-    """While one visitor's requests wait, another's is served next, and nobody has two turns."""
-    turns, served, first = Turns(2), [], threading.Event()
-    holding = threading.Event()
-
-    def ask(who, event):
-        with turns.turn(who):
-            served.append(who)
-            holding.set()
-            event.wait(30)
-
-    greedy = [threading.Thread(target=ask, args=("greedy", first)) for _ in range(4)]
-    for thread in greedy:
-        thread.start()
-    assert holding.wait(30)
-    other = threading.Thread(target=ask, args=("other", first))
-    other.start()
-    wait_for(lambda: "other" in served, "the other's turn")
-
-    assert served == ["greedy", "other"]
-    first.set()
-    for thread in [*greedy, other]:
-        thread.join(30)
-    assert served == ["greedy", "other", "greedy", "greedy", "greedy"]
-
-
-def test_who_has_many_waiting_hears_that_it_is_busy():
-    """A fifth request of one visitor is refused at once, and takes no place."""
-    turns, end = Turns(1), threading.Event()
-    started = threading.Barrier(2)
-
-    def hold():
-        with turns.turn("a"):
-            started.wait(30)
-            end.wait(30)
-
-    def wait():
-        with turns.turn("a"):
-            pass
-
-    threads = [threading.Thread(target=hold)]
-    threads[0].start()
-    started.wait(30)
-    threads += [threading.Thread(target=wait) for _ in range(4)]
-    for thread in threads[1:]:
-        thread.start()
-    wait_for(lambda: len(turns._waiting) == 4, "four to wait")
-
-    with pytest.raises(RecipeError, match="busy"), turns.turn("a"):
-        pass
-    end.set()
-    for thread in threads:
-        thread.join(30)
 
 
 @pytest.fixture
@@ -137,66 +73,41 @@ def test_an_address_is_what_the_proxy_says(monkeypatch, forwarded, address):
     assert address_of(asking) == address
 
 
-async def echo(request: Request) -> PlainTextResponse:
-    """Answer with the number of bytes."""
-    return PlainTextResponse(str(len(await request.body())))
+def test_results_together_have_a_limit(tmp_path, monkeypatch):
+    """Beyond it the oldest finished go first; what waits or runs keeps its own."""
+    jobs = Jobs(Settings(folder=tmp_path, result_bytes=2500))
+    monkeypatch.setattr(jobs, "_start_runners", lambda: None)
+    made = [submit(jobs, owner=f"visitor{n}") for n in range(4)]
+    for number, job in enumerate(made):
+        jobs.result(job).mkdir(parents=True)
+        (jobs.result(job) / "model.safetensors").write_bytes(b"x" * 1000)
+        job.updated = float(number)
+        if number:
+            job.state = DONE
+
+    jobs._make_room(made)
+
+    assert [jobs.result(job).exists() for job in made] == [True, False, True, True]
 
 
-@pytest.fixture
-def limited():
-    """Ask a server behind the limits."""
-    routes = [
-        Route(path, echo, methods=["POST"])
-        for path in ("/gradio_api/queue/join", "/gradio_api/upload")
-    ]
-    return TestClient(Starlette(routes=routes, middleware=[Middleware(Limits)]))
+@pytest.mark.parametrize("owner", ["", "alice"])
+def test_a_merge_has_a_limit_of_time(tmp_path, monkeypatch, owner):
+    """A merge that takes longer is stopped, its job says how long it may take, and it can go on."""
+    seconds = {"merge_seconds": 0.2, "anonymous_merge_seconds": 0.2}
+    jobs = Jobs(Settings(folder=tmp_path, **seconds))
+    code = "import sys; sys.stdin.read()"
 
+    def start(settings):
+        return subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
-def test_a_body_has_a_limit(limited):
-    """A recipe passes; more than the limit does not, whether its length is declared or not."""
-    path = "/gradio_api/queue/join"
+    monkeypatch.setattr("space.jobs.jobs.start_worker", start)
+    job = submit(jobs, owner=owner)
 
-    assert limited.post(path, content=b"x" * MAX_BODY_BYTES).status_code == 200
-    assert limited.post(path, content=b"x" * (MAX_BODY_BYTES + 1)).status_code == 413
-    parts = iter([b"x" * MAX_BODY_BYTES, b"x"])
-    assert limited.post(path, content=parts).status_code == 413
-
-
-def test_uploads_are_closed(limited):
-    """A single byte is refused: nothing here takes files."""
-    assert limited.post("/gradio_api/upload", content=b"x").status_code == 403
-
-
-def test_a_plan_that_takes_too_long_is_ended(tmp_path, monkeypatch):
-    """Its process is killed, the visitor hears why, and the next plan is made by another."""
-    planners = Planners(Settings(folder=tmp_path, plan_seconds=3))
-    stuck = subprocess.Popen(
-        ["sleep", "60"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    monkeypatch.setattr(planning, "start_worker", lambda settings, module: stuck)
-    asked = web_request({"recipe": examples()[0].recipe}, planners._settings)
-
-    with pytest.raises(RecipeError, match="took more than 3 s"):
-        planners.plan(asked, Visitor(), "192.0.2.1")
-
-    assert stuck.poll() is not None
-    assert planners._idle == []
-    planners.close()
-
-
-def test_copies_of_servers_that_have_ended_are_removed(tmp_path, monkeypatch):
-    """At the start those of the dead go, those of the living stay; at the end one's own goes."""
-    monkeypatch.setattr(downloads.tempfile, "gettempdir", lambda: str(tmp_path))
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    dead, alive = (tmp_path / f"resmerge-space-{pid}" for pid in (ended.pid, os.getpid()))
-    for folder in (dead, alive):
-        folder.mkdir()
-
-    downloads.remove_downloads()
-    assert [dead.exists(), alive.exists()] == [False, True]
-    downloads.remove_downloads(mine=True)
-    assert not alive.exists()
+    wait_for(lambda: job.state == RESUMABLE, "the merge to be stopped")
+    assert "may take 0 min" in job.message
+    jobs.close()
 
 
 def test_a_record_says_nothing_of_an_address(queue, tmp_path):

@@ -9,7 +9,7 @@ import sys
 import pytest
 import yaml
 
-from resmerge_stream.cli.main import _parser
+from resmerge_stream.cli.main import _parser, main
 from resmerge_stream.cli.options import request_of
 from space.examples import examples
 from space.page.texts import from_code
@@ -26,7 +26,7 @@ OFFERED = {
 def shown(url: str, asked: dict, *, key: bool = False) -> dict[str, str]:
     """The blocks of code by their titles."""
     page = from_code(url, asked, key=key)
-    found = re.findall(r"<h2>(.*?)</h2><pre[^>]*><code>(.*?)</code>", page, re.DOTALL)
+    found = re.findall(r"<h2>(.*?)</h2>.*?<pre[^>]*><code>(.*?)</code>", page, re.DOTALL)
     return {title: html.unescape(text) for title, text in found}
 
 
@@ -60,6 +60,18 @@ def test_the_configuration_of_mcp_is_one(key: bool) -> None:
 
     assert server["url"] == "http://x/gradio_api/mcp/"
     assert ("x-resmerge-key" in server["headers"]) is key
+
+
+def test_the_command_of_the_example_is_one(tmp_path, monkeypatch, capsys) -> None:
+    """Copied into a shell without a network, it merges the built-in models, by their names."""
+    text = shown("http://x", FILES)["Terminal"]
+    recipe, _, command = text.partition("\nEND\n")
+    (tmp_path / "recipe.yml").write_text(recipe.partition("\n")[2])
+    monkeypatch.chdir(tmp_path)
+
+    assert command == "resmerge-stream merge recipe.yml --out merged"
+    assert main(["plan", *command.split()[2:]]) == 0
+    assert "ready to merge" in capsys.readouterr().out
 
 
 def test_the_command_asks_for_the_same(tmp_path, monkeypatch) -> None:

@@ -1,21 +1,26 @@
 """Jobs of the Space, as plain functions, with real merges in real processes."""
 
+import io
 import json
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from types import SimpleNamespace
 
 import pytest
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 import space.jobs.jobs
+from loopback_hub import Hook, LoopbackHub
 from resmerge_stream.errors import PublishError, RecipeError
-from resmerge_stream.sinks.hub.unfinished import Unfinished
+from resmerge_stream.sinks.hub.leftovers import Unfinished
 from space.asked import web_request
 from space.examples import examples
 from space.identity import Visitor, Visitors
-from space.jobs.downloads import downloads
+from space.jobs.downloads import Downloads
 from space.jobs.jobs import Jobs
 from space.jobs.planning import Planners
 from space.jobs.process import let_end
@@ -23,7 +28,6 @@ from space.jobs.records import ACTIVE, Records, new_job
 from space.search import Search
 from space.service import NO_JOB, Service
 from space.settings import Settings
-from tests.loopback_hub import Hook, LoopbackHub
 from tests.support.checkpoints import run_python
 from tests.support.hub_runs import make_bench
 
@@ -90,9 +94,10 @@ def test_a_merge_runs_by_itself_and_leaves_files(jobs):
 
     assert ended(job) == "done", job.log
     report = json.loads(jobs.report(job))
-    found = downloads(job, jobs.result(job), report)
-    names = {path.name for path in found}
-    assert {"config.json", "README.md", "report.json", "recipe.yml"} <= names
+    files = Downloads(jobs)
+    names = {file.name for file in files.of(job)}
+    assert {"config.json", "README.md", "resmerge/report.json", "resmerge/recipe.yml"} <= names
+    assert_all_arrive(jobs, job, files)
     assert any(name.endswith(".safetensors") for name in names)
     assert job.progress == 1.0
     assert job.tensors_done == len(report["tensors"]) == len(jobs.live(job).rows)
@@ -123,6 +128,27 @@ def test_a_job_that_runs_says_so_and_keeps_to_its_memory(jobs, monkeypatch):
     assert seen[-1][:2] == ("finished", "running")
     assert not [message for _, _, message, _ in seen if "Done" in message]
     assert all(within for *_, within in seen)
+
+
+def assert_all_arrive(jobs, job, files):
+    """Each address gives the bytes of its file, the archive all of them; a guessed one nothing."""
+    browser = TestClient(Starlette(routes=[files.route()]))
+    result = jobs.result(job)
+    written = {path.relative_to(result).as_posix(): path.read_bytes()
+               for path in result.rglob("*") if path.is_file()}  # fmt: skip
+
+    got = {file.name: browser.get(file.path) for file in files.of(job)}
+
+    assert {answer.status_code for answer in got.values()} == {200}
+    archive = zipfile.ZipFile(io.BytesIO(got.pop("merged.zip").content))
+    assert archive.testzip() is None
+    assert {name: archive.read(name) for name in archive.namelist()} == written
+    assert {name: answer.content for name, answer in got.items()} == written
+    some = files.of(job)[1].path
+    for guessed in (some.partition("?")[0], some[:-1] + "x", f"/files/{job.id}/%2e%2e/x?key=1"):
+        assert browser.get(guessed).status_code == 404
+    # Nothing was copied for it.
+    assert not list(jobs.settings.folder.rglob("*.zip"))
 
 
 @pytest.mark.slow
@@ -256,7 +282,7 @@ def _unfinished(town):
     """Return what the library finds of unfinished merges, asked in a process with that Hub."""
     code = (
         "import json, dataclasses, sys\n"
-        "from resmerge_stream.sinks.hub.unfinished import unfinished_merges\n"
+        "from resmerge_stream.sinks.hub.leftovers import unfinished_merges\n"
         "found = unfinished_merges(sys.argv[1])\n"
         "print(json.dumps([dataclasses.asdict(item) for item in found]))"
     )

@@ -44,19 +44,12 @@ def test_a_wrong_question_is_named(text: str, says: str) -> None:
         parse_questions(text)
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"options": {"as": "adapter", "adapter_rank": "8"}, "push_to": "me/a"},
-        {"push_to": "me/a", "create_pr": True},
-    ],
-)
-def test_what_cannot_answer_is_not_asked(more: dict[str, object]) -> None:
-    """An adapter, and a merge that is only proposed, are refused questions before the merge."""
-    asked = web_request({"recipe": RECIPE, **more}, SETTINGS)
+def test_what_cannot_answer_is_not_asked() -> None:
+    """A merge that is only proposed is refused questions before the merge."""
+    asked = web_request({"recipe": RECIPE, "push_to": "me/a", "create_pr": True}, SETTINGS)
 
     check_questions("", asked)
-    with pytest.raises(RecipeError, match="Leave them out"):
+    with pytest.raises(RecipeError, match="Remove them"):
         check_questions(lines(1), asked)
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from tests.loopback_hub import LoopbackHub
+from loopback_hub import LoopbackHub
 from tests.support.checkpoints import run_python
 
 # In a process of its own: the client reads once where the Hub is.

@@ -2,13 +2,17 @@
 
 import io
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
 from gradio_client.exceptions import AppError
 
+from tests.support.space_pages import Visit
 from tests.support.space_runs import (
     ROOT,
     Town,
@@ -159,3 +163,69 @@ def test_a_token_that_ends_leaves_a_resumable_job(town: Town) -> None:
 
     assert last["state"] == "resumable", last
     assert "sign in" in last["message"].lower()
+
+
+_ATTACK = """
+<script>
+const recipe = {base_model: "built-in/base", models: ["built-in/rl-add"]};
+const body = {recipe, push_to: "alice/stolen"};
+const ask = (mode, type) => fetch("%s/gradio_api/call/v2/merge", {
+  method: "POST", credentials: "include", mode, headers: {"content-type": type},
+  body: JSON.stringify(body)}).then((answer) => answer.type + answer.status, () => "refused");
+Promise.all([ask("no-cors", "text/plain"), ask("cors", "application/json")]).then(
+  (answers) => { document.title = answers.join(" ") });
+</script>
+"""
+
+
+@contextmanager
+def elsewhere(page: str) -> Iterator[str]:
+    """Another site, as a browser sees it: the same machine under another name."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("content-type", "text/html")
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://localhost:{server.server_port}/"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.slow
+def test_another_sites_page_does_nothing_in_a_visitors_name(
+    visit: Callable[..., Visit], town: Town
+) -> None:
+    """A page elsewhere asks with a visitor's cookies, as some browsers allow: nothing starts."""
+    alice = visit("alice")
+    cookies = alice.page.context.cookies()
+    # As a browser that allows third-party cookies has them.
+    alice.page.context.add_cookies([{**one, "sameSite": "None", "secure": True} for one in cookies])
+    evil = alice.page.context.new_page()
+    evil.route(lambda url: url.startswith("http://localhost:"), lambda route: route.continue_())
+
+    with elsewhere(_ATTACK % town.space.url) as address:
+        evil.goto(address)
+        evil.wait_for_function("document.title != ''")
+
+    jar = {one["name"]: one["value"] for one in cookies}
+    asked = httpx.post(
+        f"{town.space.url}/gradio_api/call/v2/merge",
+        json={"recipe": recipe(), "push_to": "alice/stolen"},
+        headers={"origin": "https://evil.example"},
+        cookies=jar,
+    )
+    assert asked.status_code == 403
+    # Whether its page may read the answer or not: what it reads is that it was refused.
+    assert evil.title() == "opaque0 cors403"
+    with client_of(town, town.alice) as client:
+        assert "alice/stolen" not in [job["push_to"] for job in client.predict(api_name="/jobs")]

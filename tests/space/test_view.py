@@ -4,20 +4,20 @@ import re
 
 import pytest
 
-from resmerge_stream.methods import RECOMMENDED, find_methods
-from resmerge_stream.report import words
+from resmerge_stream.methods import find_methods
+from resmerge_stream.recipe import DEFAULT_METHOD
 from resmerge_stream.run.events import Progressed
 from resmerge_stream.studies.advice import evidence
 from space.explore import Opened
-from space.hardware import MODEL, Fit, Machine
+from space.hardware import MODEL, Hardware
 from space.jobs.estimates import expected_seconds
 from space.jobs.progress import Live, apply
 from space.jobs.records import Job
-from space.rows import row_of
-from space.view import figures
+from space.page.fields import SHORT
 from space.view import jobs as view
 from space.view import plan as view_plan
 from space.view import report as view_report
+from space.view.words import code, table
 
 
 def plan(**values):
@@ -26,7 +26,7 @@ def plan(**values):
         "refused": False, "problems": [], "warnings": [], "tensors": 3,
         "by_rule": {"mean": 1, "resmerge": 2}, "shards": [{"name": "a", "bytes": 5, "tensors": 3}],
         "read_bytes": 61e9, "write_bytes": 15e9, "peak_memory_bytes": 2e9, "peak_disk_bytes": 1e10,
-        "seconds_estimate": 1220.0, "plan_hash": "0",
+        "method": "ties", "chosen_by": "recipe", "seconds_estimate": 1220.0, "plan_hash": "0",
         "sources": [
             {"part": "base", "id": "org/base", "revision": "0123456789abcdef", "bytes": 15e9,
              "license": "apache-2.0", "gated": False},
@@ -53,17 +53,17 @@ def test_a_plan_says_what_it_takes():
 
     for text in ("61 GB", "15 GB", "2 GB", "10 GB", "20 min", "0123456789", "apache-2.0"):
         assert text in html
-    assert re.findall(r"<td>(yes|no)</td>", html) == ["no", "yes"]
+    assert re.findall(r">(yes|no)</td>", html) == ["no", "yes"]
     assert "org/&lt;b&gt;" in html
 
 
 def test_the_table_of_hardware_says_what_is_too_small():
     """A machine without enough says so and has no time; a fitting one has time and price."""
-    machine = Machine(2, int(16e9), int(50e9))
+    has = (2, int(16e9), int(50e9))
     found = [
-        Fit("this machine", machine, 8.0, None, ""),
-        Fit("small", machine, 1220.0, 0.002, "the merge needs <20 GB>"),
-        Fit("large", machine, 1220.0, 0.85, ""),
+        Hardware("this machine", *has, 8.0),
+        Hardware("small", *has, 1220.0, 0.002, "the merge needs <20 GB>"),
+        Hardware("large", *has, 1220.0, 0.85),
     ]
 
     html = view_plan.hardware_html(found)
@@ -105,25 +105,6 @@ def test_a_published_merge_can_be_asked_as_a_job():
     assert "--job" not in built_in
 
 
-def evaluation(**models):
-    """Return a report's evaluation on one task, with its mean."""
-    rows = {
-        name: {"maths": {"accuracy": share, "low": share, "high": share, "n": 20}, "mean": {}}
-        for name, share in models.items()
-    }
-    return {"evaluation": {"version": 1, "models": rows, "differences": []}}
-
-
-def test_an_evaluation_that_was_made_is_drawn():
-    """The base, the experts and the merge are bars, and the merge, the last, stands out."""
-    report = {"summary": {}, **evaluation(base=0.25, expert=0.5, merge=0.75)}
-
-    html = view_report.summary_html(Opened("x/y", report, []))
-
-    assert re.findall(r"width:(\d+)%", html) == ["25", "50", "75"]
-    assert "<li class=rm-own><span>merge</span>" in html
-
-
 @pytest.mark.parametrize(
     ("method", "base", "models", "sources", "counted", "title", "parts"),
     [
@@ -144,33 +125,11 @@ def test_models_are_counted_as_they_take_part(method, base, models, sources, cou
     recipe |= {"base_model": base} if base else {}
     report = {"summary": {}, "recipe": recipe, "sources": [{"id": "o/x"}] * sources}
 
-    html = view_report.summary_html(Opened("x/y", report, []))
+    html = view_report.opened_html(Opened("x/y", report, []))
 
     assert counted in html
     assert re.findall(r'<th scope="row">(base|expert \d)</th>', html) == parts
     assert view.title_of({"recipe": recipe, "push_to": "me/m"}).startswith(title)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"evaluation": 5},
-        {"evaluation": {"models": {"a": {"t": {"accuracy": 2, "low": 0, "high": 1, "n": 1}}}}},
-        {"evaluation": {"models": {"a": {"t": {"accuracy": "<b>", "low": 0, "high": 1, "n": 1}}}}},
-        {"evaluation": {"models": {"a": [], "b": {"mean": {}}}}},
-    ],
-)
-def test_a_strangers_evaluation_is_no_bar(wrong):
-    """What is no share of right answers is left out; nothing fails."""
-    assert "rm-bars" not in view_report.summary_html(Opened("x/y", {"summary": {}, **wrong}, []))
-
-
-def test_tensors_are_folded_by_layer():
-    """Each layer is closed until it is opened, and has its tensors with their gates."""
-    html = figures.report_html(gates(layers=3))
-
-    assert re.findall(r"<summary>(Layer \d), 2 tensors", html) == ["Layer 0", "Layer 1", "Layer 2"]
-    assert "model.layers.2.up_proj.weight" in html.partition("<summary>Layer 2")[2]
 
 
 @pytest.mark.parametrize(
@@ -248,90 +207,8 @@ def test_a_stopped_job_says_what_remains():
     assert "Continue" in view.status_html(stopped, place=0)
 
 
-STRANGER = {
-    "name": "model.layers.0.<script>alert(1)</script>.weight", "role": ["x"], "rule": {"a": 1},
-    "shape": [2, 2], "S_H": "9e9", "c_R": True, "c_R_floor": None, "alpha_R": 1e300,
-    "head_energy": [None, "x", 0.5], "warnings": ["<img src=x onerror=alert(1)>", 7, None],
-    "branch": {"b": 1}, "kept_cosine": 0.1, "slices": None,
-}  # fmt: skip
-
-
-def test_a_strangers_report_is_drawn_safely():
-    """Whatever a report from the web holds, nothing of it becomes markup, and all is drawn."""
-    rows = [row_of(STRANGER), row_of({"name": "a", "rule": "mean", "shape": []})]
-    opened = Opened("x/<y>", {"summary": {"seconds": [], "bytes_read": "<b>"}, "sources": 5,
-                              "method": "m"}, rows)  # fmt: skip
-
-    html = view_report.summary_html(opened) + figures.report_html(rows)
-    html += view_report.compared_html(opened, opened)
-
-    assert not re.search(r"<script|<img|onerror=[^&]*alert\(1\)>", html)
-    assert "&lt;img src=x" in html
-    assert "x/&lt;y&gt;" in html
-
-
-def gates(layers=4, modules=("q_proj", "up_proj")):
-    """Return rows with gates, as of a small model."""
-    return [
-        row_of(
-            {
-                "name": f"model.layers.{layer}.{m}.weight",
-                "role": "ffn" if m == "up_proj" else "attention", "rule": "resmerge",
-                "shape": [8, 8], "S_H": 0.1 * layer, "c_R": 0.6, "c_R_floor": 0.577,
-                "alpha_R": 0.8, "head_energy": [0.1, 0.3], "kept_norm": 1.0, "kept_cosine": 0.9,
-                "changed_fraction": 0.4, "update_norm": 1.0, "warnings": [],
-            }
-        )
-        for layer in range(layers)
-        for m in modules
-    ]  # fmt: skip
-
-
-def test_a_heatmap_tells_every_cell():
-    """Each module and layer is a cell whose value a pointer reads, and the whole is described."""
-    html = figures.heatmap(gates(), words.GATES[0], named=True)
-
-    assert html.count("<title>") == 8
-    assert "q_proj, layer 3: 0.3" in html
-    assert 'role="img"' in html
-    assert "median 0.15 over 8 cells" in html
-
-
-def test_the_running_picture_is_small():
-    """What is sent again and again takes less than 20 kB for a 7B model's 28 layers."""
-    modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-    assert len(figures.live_html(gates(28, modules))) < 20_000
-
-
-def test_two_reports_are_set_side_by_side():
-    """The comparison has both medians, their difference, and the tensors that differ most."""
-    left = Opened("me/a", {"summary": {}}, gates())
-    right = Opened("me/b", {"summary": {}}, [row_of({**STRANGER, "name": r.name}) for r in gates()])
-
-    html = view_report.compared_html(left, Opened("me/c", {"summary": {}}, gates(4)))
-
-    assert "me/a" in html
-    assert "+0.000" in html
-    assert "model.layers.0.q_proj.weight" in html
-    assert view_report.compared_html(left, right)
-
-
-def test_unusual_tensors_are_named_by_reason():
-    """Lost updates and warnings are listed, the most frequent first."""
-    rows = [
-        row_of({"name": f"t{i}", "rule": "mean", "shape": [2], "warnings": ["rank too low"]})
-        for i in range(7)
-    ]
-
-    html = figures.unusual_html([*rows, row_of({"name": "x", "rule": "copy", "shape": [2]})])
-
-    assert html.index("rank too low") < html.index("no expert changed it")
-    assert "and 2 more" in html
-
-
 def test_a_published_result_leads_with_what_a_person_came_for():
-    """The model's link, then a command to try it, then the GGUF's Space, then an evaluation."""
+    """The model's link, then lines to try it, then the GGUF's Space, then an evaluation."""
     recipe = {"base_model": "org/base", "models": [{"model": "org/a"}]}
     done = job(state="done", url="https://h.co/me/m/commit/abc")
     done.asked["recipe"] = recipe
@@ -339,7 +216,7 @@ def test_a_published_result_leads_with_what_a_person_came_for():
     html = view.result_html(done)
 
     steps = [
-        'href="https://h.co/me/m"', "transformers chat me/m", "ggml-org/gguf-my-repo",
+        'href="https://h.co/me/m"', "pipeline(", "ggml-org/gguf-my-repo",
         "evaluate org/base org/a me/m",
     ]  # fmt: skip
     places = [html.index(step) for step in steps]
@@ -353,7 +230,7 @@ def test_an_adapter_says_what_it_holds_and_how_it_is_loaded():
     done = job(state="done", url="https://h.co/me/m/commit/main")
     done.asked["options"] = {"as": "adapter"}
 
-    assert "35 modules, rank 16, holds 87.83%" in view_report.summary_html(opened)
+    assert "35 modules, rank 16, holds 87.83%" in view_report.opened_html(opened)
     assert "PeftModel" in view.result_html(done)
     assert "PeftModel" not in view.result_html(job(state="done", url="https://h.co/me/m"))
 
@@ -361,11 +238,41 @@ def test_an_adapter_says_what_it_holds_and_how_it_is_loaded():
 def test_the_recommended_method_says_why():
     """The page's reason is what the evidence counts; no other method is recommended."""
     cases = evidence()["cases"]
-    near = sum(case["points"][RECOMMENDED][0] >= -1 for case in cases)
+    near = sum(case["points"][DEFAULT_METHOD][0] >= -1 for case in cases)
     methods = find_methods()
 
-    assert f"in {near} of {len(cases)} groups" in view.method_html(methods[RECOMMENDED])
+    assert f"in {near} of {len(cases)} groups" in view.method_html(methods[DEFAULT_METHOD])
     assert near == max(
         sum(case["points"][method][0] >= -1 for case in cases) for method in cases[0]["points"]
     )
     assert "Recommended" not in view.method_html(methods["resmerge"])
+
+
+def test_the_short_list_says_what_the_evidence_does():
+    """The counts and the distance beside the recommended methods are those of the evidence."""
+    cases = [case["points"] for case in evidence()["cases"]]
+    near = {name: sum(case[name][0] >= -1 for case in cases) for name in SHORT}
+    behind = sum(case["tsv_m"][0] for case in cases) / len(cases)
+
+    assert f"in {near['head_regression']} of {len(cases)}" in SHORT["head_regression"]
+    assert f"in {near['swudi']} of {len(cases)}" in SHORT["swudi"]
+    assert SHORT["tsv_m"].startswith(f"{-behind:.0f} points behind")
+
+
+def test_a_block_of_code_can_be_copied():
+    """Each has a button with a name of its own, and its text is text."""
+    html = code("Try it", "<b>1 & 2</b>")
+
+    assert 'aria-label="Copy: Try it"' in html
+    assert "&lt;b&gt;1 &amp; 2&lt;/b&gt;" in html
+
+
+def test_a_wide_table_names_each_cell_for_a_narrow_window():
+    """Of six columns each cell carries its heading, which the style shows in stacked rows."""
+    rows = [("a", "b", "c", "d", "e", "f")]
+    wide = table(("A", "B", "C", "D", "E", "F&lt;"), rows, "six")
+    narrow = table(("A", "B"), [("a", "b")], "two")
+
+    assert 'class="rm-wide"' in wide
+    assert re.findall(r'data-label="([^"]*)"', wide) == ["B", "C", "D", "E", "F&lt;"]
+    assert "rm-wide" not in narrow

@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import itertools
 import json
 from typing import Any
 
@@ -11,6 +12,7 @@ from gradio_client.exceptions import AppError
 from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 
+from resmerge_stream.recipe import DEFAULT_METHOD
 from tests.support.hub_runs import MODELS
 from tests.support.space_runs import Town, client_of, ended, recipe, status, wait_for
 
@@ -185,6 +187,27 @@ def test_a_wrong_parameter_is_a_400_that_says_which(town: Town, body: dict[str, 
     assert ("recipe" if not body else "none_such") in answer.text
 
 
+KINDS = [None, 5, 0.5, True, "x", [], {}, [{"a": []}], {"b": None}]
+
+
+def test_an_argument_of_another_kind_is_told_by_name(town: Town) -> None:
+    """Whatever stands for an argument, an endpoint answers in words or does what it is asked."""
+    info = httpx.get(f"{town.space.url}/gradio_api/info").json()["named_endpoints"]
+    given: dict[str, Any] = {"recipe": recipe(), "job": "x" * 43, "job_or_repo": "alice/none"}
+    wrong, named = [], []
+    for endpoint in sorted(ENDPOINTS):
+        names = [parameter["parameter_name"] for parameter in info[endpoint]["parameters"]]
+        for name, value in itertools.product(names, KINDS):
+            asked = {key: given[key] for key in names if key in given} | {name: value}
+            kind, answer = call(town, endpoint.strip("/"), asked)
+            if kind == "error":
+                named += [name] if f"{name} must be" in str(answer) else []
+                wrong += [] if answer.get("error") else [(endpoint, name, value)]
+
+    assert not wrong
+    assert {"push_to", "update", "job", "limit", "pay_up_to"} <= set(named)
+
+
 async def tools_of(town: Town, token: str | None, *calls: tuple[str, dict[str, Any]]) -> list[Any]:
     """The MCP tools, then the answers to some calls."""
     headers = {} if token is None else {"x-hf-token": token}
@@ -210,7 +233,8 @@ def said(answer: Any) -> Any:
 
 def test_the_same_functions_are_mcp_tools(town: Town) -> None:
     """An agent finds the endpoints as tools; its token travels in a header only."""
-    tools, planned = asyncio.run(tools_of(town, town.alice, ("plan", {"recipe": recipe()})))
+    bare = {key: value for key, value in recipe().items() if key != "merge_method"}
+    tools, planned = asyncio.run(tools_of(town, town.alice, ("plan", {"recipe": bare})))
 
     # In a Space gradio puts the Space's name before each.
     names = {tool.name.removeprefix("space_") for tool in tools}
@@ -222,10 +246,13 @@ def test_the_same_functions_are_mcp_tools(town: Town) -> None:
     assert not any("token" in json.dumps(tool.inputSchema.get("required", [])) for tool in ours)
     # gradio drops what follows the first line of a parameter's description.
     by_name = {tool.name: tool for tool in ours}
-    assert "merge_method (default resmerge)" in json.dumps(by_name["space_plan"].inputSchema)
+    assert f"merge_method (default {DEFAULT_METHOD})" in json.dumps(
+        by_name["space_plan"].inputSchema
+    )
     assert ",," not in json.dumps([tool.description for tool in ours])
     assert not planned.isError, planned
     assert said(planned)["refused"] is False
+    assert (said(planned)["method"], said(planned)["chosen_by"]) == (DEFAULT_METHOD, "default")
 
 
 @pytest.mark.slow
