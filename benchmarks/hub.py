@@ -23,12 +23,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.synthetic import Shape, tensor_shapes
+from loopback_hub import FAULTS, LoopbackHub, Sparse
 from resmerge_stream.sinks.layout import index_json, plan_shards
 from resmerge_stream.specs import TensorSpec
-from tests.loopback_hub import FAULTS, LoopbackHub, Sparse
 from tests.support.hub_runs import MODELS, Bench, Run, make_bench
 
 from .measure import run, scratch_folder
@@ -188,7 +189,19 @@ def giants() -> dict[str, dict[str, tuple[int, ...]]]:
         vocab_size=128256,
         tied=False,
     )
-    return {"405B dense": dict(tensor_shapes(llama)), "671B experts": dict(_mixture())}
+    smaller = replace(
+        llama,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+    )
+    return {
+        "70B dense": dict(tensor_shapes(smaller)),
+        "405B dense": dict(tensor_shapes(llama)),
+        "671B experts": dict(_mixture()),
+        "1T experts": dict(_mixture(experts=384, dense_layers=1, vocab=163840)),
+    }
 
 
 @contextmanager
@@ -206,7 +219,8 @@ def header_hub(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[Ben
 def m5(args: argparse.Namespace) -> None:
     """Print time and memory of planning models of which only headers exist."""
     rows = []
-    for name, shapes in giants().items():
+    for name in ("405B dense", "671B experts"):
+        shapes = giants()[name]
         with header_hub(args.dir / args.name, shapes) as made:
             command = ["plan", "--base", "alice/base", "--expert", "alice/expert0"]
             command += ["--expert", "alice/expert1", "--push-to", "alice/merged", "--json"]
@@ -242,10 +256,12 @@ def _header_files(specs: list[TensorSpec], padding: int) -> dict[str, bytes | Sp
     return files
 
 
-def _mixture() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield names and shapes like those of a 671B mixture of experts with 256 experts a layer."""
+def _mixture(
+    experts: int = 256, dense_layers: int = 3, vocab: int = 129280
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield names and shapes like those of a mixture of experts: with 256 a layer, of 671B."""
     hidden, middle, narrow = 7168, 18432, 2048
-    yield "model.embed_tokens.weight", (129280, hidden)
+    yield "model.embed_tokens.weight", (vocab, hidden)
     for layer in range(61):
         prefix = f"model.layers.{layer}"
         yield f"{prefix}.input_layernorm.weight", (hidden,)
@@ -255,16 +271,17 @@ def _mixture() -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{prefix}.self_attn.kv_b_proj.weight", (32768, 512)
         yield f"{prefix}.self_attn.o_proj.weight", (hidden, 16384)
         yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
-        experts = [""] if layer < 3 else [*(f"experts.{n}." for n in range(256)), "shared_experts."]
-        for expert in experts:
-            width = middle if layer < 3 else narrow
+        is_dense = layer < dense_layers
+        routed = [*(f"experts.{n}." for n in range(experts)), "shared_experts."]
+        for expert in [""] if is_dense else routed:
+            width = middle if is_dense else narrow
             yield f"{prefix}.mlp.{expert}gate_proj.weight", (width, hidden)
             yield f"{prefix}.mlp.{expert}up_proj.weight", (width, hidden)
             yield f"{prefix}.mlp.{expert}down_proj.weight", (hidden, width)
-        if layer >= 3:
-            yield f"{prefix}.mlp.gate.weight", (256, hidden)
+        if not is_dense:
+            yield f"{prefix}.mlp.gate.weight", (experts, hidden)
     yield "model.norm.weight", (hidden,)
-    yield "lm_head.weight", (129280, hidden)
+    yield "lm_head.weight", (vocab, hidden)
 
 
 def r1(args: argparse.Namespace) -> None:

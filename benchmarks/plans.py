@@ -1,8 +1,9 @@
-"""How long a plan takes, and what it says: ``python -m benchmarks.plans [names] [fp8] [7b]``.
+"""How long a plan takes, and what it says: ``python -m benchmarks.plans [names] [fp8] [7b] [70b]``.
 
-`names`: seconds, with names that agree and names that do not. `7b`: what a merge with Qwen2.5-7B's
-shapes will take. Both from headers over holes: a plan reads nothing else of a folder's weights.
-`fp8` is merged for real, and its peak of private memory stands beside the planned one.
+`names`: seconds, with names that agree and names that do not. `7b`, `70b`: what a merge with
+Qwen2.5's shapes of that size will take. All from headers over holes: a plan reads nothing else of a
+folder's weights. `fp8` is merged for real, and its peak of private memory stands beside the
+planned one.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from resmerge_stream.sinks.layout import plan_shards
 from resmerge_stream.specs import TensorSpec
 
 from .measure import run
-from .synthetic import QWEN25_05B, QWEN25_7B, Shape, tensor_shapes, write_group
+from .synthetic import QWEN25_05B, QWEN25_7B, QWEN25_72B, Shape, tensor_shapes, write_group
 
 _TIMES = 5
 _EXPERTS, _LAYERS, _HIDDEN, _MIDDLE = 256, 58, 128, 64
@@ -42,7 +43,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def main() -> None:
     """Run what is named, or everything."""
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
-    parser.add_argument("what", nargs="*", help="names, fp8, 7b; default: all")
+    parser.add_argument("what", nargs="*", help="names, fp8, 7b, 70b; default: all")
     chosen = parser.parse_args().what or list(_MEASURED)
     with tempfile.TemporaryDirectory() as folder:
         for name in chosen:
@@ -149,10 +150,11 @@ def _quantise(folder: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
-def _seven(folder: Path) -> None:
-    """Print what the plan of a merge with Qwen2.5-7B's shapes says, method by method."""
-    shapes = dict(tensor_shapes(QWEN25_7B))
-    config = _QWEN2 | {"hidden_size": 3584, "num_hidden_layers": 28, "tie_word_embeddings": False}
+def _planned(folder: Path, shape: Shape) -> None:
+    """Print what the plan of a merge of whole experts says, method by method."""
+    shapes = dict(tensor_shapes(shape))
+    config = _QWEN2 | {"hidden_size": shape.hidden_size, "tie_word_embeddings": False}
+    config["num_hidden_layers"] = shape.num_hidden_layers
     for name in ("base", *(f"expert{i}" for i in range(3))):
         _write_headers(folder / name, shapes, config)
     models = (
@@ -175,7 +177,12 @@ def _seven(folder: Path) -> None:
             one.close()
 
 
-_MEASURED = {"names": _names, "fp8": _fp8, "7b": _seven}
+_MEASURED = {
+    "names": _names,
+    "fp8": _fp8,
+    "7b": lambda folder: _planned(folder, QWEN25_7B),
+    "70b": lambda folder: _planned(folder, QWEN25_72B),
+}
 
 
 if __name__ == "__main__":

@@ -33,13 +33,13 @@ def enter(browser: Browser, town: Town, *, dark: bool = False, phone: bool = Fal
 
 
 def keep(visit: Visit, name: str, *, top: str | None = None, height: int | None = None) -> None:
-    """Save what the page shows from a heading down; the whole page without one."""
+    """Save what the page shows from a text down; the whole page without one."""
     visit.page.mouse.move(0, 0)
     visit.page.wait_for_timeout(700)  # for images that fade in
     whole = Image.open(BytesIO(visit.page.screenshot(full_page=True)))
     y = 0
     if top is not None:
-        found = visit.page.get_by_role("heading", name=top).filter(visible=True).first
+        found = visit.page.get_by_text(top, exact=True).filter(visible=True).first
         box = found.bounding_box()
         if box is not None:
             y = int(box["y"] + visit.page.evaluate("window.scrollY")) - 16
@@ -120,7 +120,7 @@ def result(browser: Browser, town: Town) -> None:
     alice = enter(browser, town).sign_in("alice")
     alice.start("math-and-code")
     alice.expect_state("Done")
-    alice.page.get_by_text("What each tensor's gates decided").click()
+    alice.page.get_by_text("What the gates decided").click()
     keep(alice, "space-result", height=2300)
     town.hub.add_repo("bob/model", {"config.json": b"{}"})
     alice.open()
@@ -154,7 +154,7 @@ def explore(browser: Browser, town: Town) -> None:
     alice.page.emulate_media(color_scheme="dark")
     alice.open("?__theme=dark")
     shown = alice.explore("alice/compared-a", "alice/compared-b")
-    expect(shown.get_by_role("table", name="Two merges beside each other")).to_be_visible()
+    expect(shown.get_by_role("table", name="Settings, what differs first")).to_be_visible()
     keep(alice, "space-explore", height=1300)
 
 

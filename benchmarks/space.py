@@ -28,8 +28,8 @@ import psutil
 from gradio_client import Client
 
 from benchmarks.synthetic import Shape, Updates, write_group
+from loopback_hub import LoopbackHub
 from resmerge_stream.experts.group import builtin_group
-from tests.loopback_hub import LoopbackHub
 from tests.support.space_runs import Space, wait_for
 
 from .measure import machine

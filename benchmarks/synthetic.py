@@ -76,6 +76,16 @@ QWEN25_7B = Shape(
     tied=False,
 )
 
+QWEN25_72B = Shape(
+    hidden_size=8192,
+    intermediate_size=29_568,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    vocab_size=152_064,
+    tied=False,
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Updates:

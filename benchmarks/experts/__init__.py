@@ -2,5 +2,5 @@
 
 `python -m benchmarks.experts --out DIR --group small` trains a base and its experts; the base and
 RL experts of that group are bundled (`resmerge_stream/experts`). docs/quality.md says what came
-out, docs/log.md what was tried.
+out, README.md beside this file what was tried.
 """

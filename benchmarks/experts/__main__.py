@@ -11,8 +11,6 @@ from transformers.utils import logging as transformers_logging
 from .groups import GROUPS
 from .training import model_names, train_group
 
-KINDS = ("base", "rl", "sft", "extra")
-
 
 def main() -> None:
     """Train what is missing of a group."""
@@ -25,7 +23,6 @@ def main() -> None:
     parser.add_argument(
         "--only",
         action="append",
-        choices=(*KINDS, *model_names(KINDS[1:])),
         metavar="KIND",
         help="train only these models: base, rl, sft, or one expert such as rl-add; repeat",
     )
@@ -38,10 +35,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers_logging.disable_progress_bar()
-    chosen = arguments.only or KINDS[:3]
-    kind_of = {name: kind for kind in KINDS for name in model_names((kind,))}
-    names = [name for name in model_names(KINDS) if {name, kind_of[name]} & set(chosen)]
-    train_group(GROUPS[arguments.group], arguments.out / arguments.group, names=names)
+    group = GROUPS[arguments.group]
+    chosen = set(arguments.only or group.kinds[:3])
+    tasks = group.family.tasks
+    kind_of = {name: kind for kind in group.kinds for name in model_names((kind,), tasks)}
+    if unknown := chosen - {*group.kinds, *kind_of}:
+        known = ", ".join((*group.kinds, *kind_of))
+        parser.error(f"--only takes {known}, not {', '.join(unknown)}")
+    names = [name for name in kind_of if {name, kind_of[name]} & chosen]
+    train_group(group, arguments.out / arguments.group, names=names)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 from resmerge_stream.experts.tasks import LENGTHS, answer, split_prompt
 
-# Answers a prompt, rightly or not.
-Writer = Callable[[str], str]
+from .questions import Question
+
+# Answers a question, rightly or not.
+Writer = Callable[[Question], Question]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,8 +59,9 @@ def slipping_writer(rates: SlipRates, *, seed: int) -> Writer:
     """Return a writer who answers rightly or slips, at random from a seed."""
     rng = random.Random(f"slips {seed}")
 
-    def write(prompt: str) -> str:
+    def write(question: Question) -> Question:
+        prompt = question.prompt
         rate = rates.shortest + (rates.longest - rates.shortest) * hardness(prompt)
-        return slip(prompt) if rng.random() < rate else answer(prompt)
+        return Question(prompt, slip(prompt)) if rng.random() < rate else question
 
     return write

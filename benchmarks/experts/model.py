@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import save_file
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from .tokenizer import EOS_ID, PAD_ID, VOCABULARY, write_tokenizer
+from .tokenizer import EOS_ID, PAD_ID, VOCABULARY
 
 WEIGHTS = "model.safetensors"
+
+_PROJECTIONS = r".*\.(q|k|v|o|gate|up|down)_proj"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,24 +66,46 @@ def build_model(shape: Shape, *, seed: int) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(build_config(shape)).float()
 
 
-def save_model(model: Qwen2ForCausalLM, folder: Path) -> None:
+def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a checkpoint folder in bf16; it appears under its name only when complete.
 
     Args:
         model: float32 weights; left as they are.
+        tokenizer: its tokenizer.
         folder: where to; replaced where an earlier run left it incomplete.
     """
     staged = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
-    rounded = Qwen2ForCausalLM(model.config).to(torch.bfloat16)
-    rounded.load_state_dict(model.state_dict())
+    rounded = copy.deepcopy(model).to(torch.bfloat16)
     rounded.generation_config = GenerationConfig(
         do_sample=False,
         max_length=model.config.max_position_embeddings,
-        eos_token_id=EOS_ID,
-        pad_token_id=PAD_ID,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     rounded.save_pretrained(staged)
-    write_tokenizer(staged, model_max_length=model.config.max_position_embeddings)
+    tokenizer.save_pretrained(staged)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(staged, folder)
+
+
+def add_adapter(model: Any, *, rank: int, seed: int) -> None:
+    """Freeze a model and give each of its projections a LoRA adapter, in place, of scale 1."""
+    torch.manual_seed(seed)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=_PROJECTIONS), model)
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write the folder of a model's adapter in float32; it appears only when complete."""
+    staged = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    weights = {
+        f"base_model.model.{name.replace('.default', '')}": weight.contiguous()
+        for name, weight in model.state_dict().items()
+        if ".lora_" in name
+    }
+    (config,) = model.peft_config.values()
+    config.save_pretrained(staged)
+    save_file(weights, staged / "adapter_model.safetensors", metadata={"format": "pt"})
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(staged, folder)

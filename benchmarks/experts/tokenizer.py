@@ -7,8 +7,6 @@ byte of it is in the vocabulary.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from transformers import Qwen2Tokenizer
 
 from resmerge_stream.experts.tasks import ALPHABET
@@ -39,8 +37,3 @@ def build_tokenizer(*, model_max_length: int) -> Qwen2Tokenizer:
         padding_side="left",
         model_max_length=model_max_length,
     )
-
-
-def write_tokenizer(folder: Path, *, model_max_length: int) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json` into a model folder."""
-    build_tokenizer(model_max_length=model_max_length).save_pretrained(folder)

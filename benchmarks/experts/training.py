@@ -8,6 +8,8 @@ again, so an interrupted run is continued by starting it anew.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 import sys
@@ -19,23 +21,24 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import Qwen2ForCausalLM
 
-from resmerge_stream.experts.evaluate import evaluate, load_model, load_tokenizer
-from resmerge_stream.experts.tasks import LENGTHS, TASKS, answer
+from resmerge_stream.experts.accuracy import wilson
+from resmerge_stream.experts.evaluate import load_model, load_tokenizer
+from resmerge_stream.experts.tasks import LENGTHS, TASKS
 
-from .corpus import slipping_writer
-from .groups import CORPUS_MIX, CORPUS_SLIPS, EXTRA, SFT_BATCH, Group
+from .asked import right
+from .groups import ADAPTER_RANK, CORPUS_SLIPS, EXTRA, Group
 from .measure import measure_change
-from .model import build_model, save_model
+from .model import WEIGHTS, add_adapter, build_model, save_adapter, save_model
+from .pretrained import write_smollm2
 from .rl import reinforce
+from .state import TrainingState
 from .supervised import train_on_answers
 from .tokenizer import build_tokenizer
 
 LOG = "training_log.json"
 
-# Of every accuracy in the log: held-out prompts per task, and their seed.
-LOGGED_PROMPTS = 2000
+# Of the held-out prompts behind every accuracy in the log.
 LOGGED_SEED = 0
 
 
@@ -47,14 +50,15 @@ class OtherSettingsError(ValueError):
     """The folder holds models that were trained with other settings."""
 
 
-def model_names(kinds: Sequence[str]) -> list[str]:
+def model_names(kinds: Sequence[str], tasks: Sequence[str] = TASKS) -> list[str]:
     """Return the models of a group in training order.
 
     Args:
-        kinds: of "base", "rl", "sft" and "extra", those wanted.
+        kinds: of "base", "rl", "sft", "lora" and "extra", those wanted.
+        tasks: of the group.
     """
     names = ["base"] if "base" in kinds else []
-    names += [f"{kind}-{task}" for kind in ("rl", "sft") if kind in kinds for task in TASKS]
+    names += [f"{kind}-{task}" for kind in ("rl", "sft", "lora") if kind in kinds for task in tasks]
     return [*names, *(EXTRA if "extra" in kinds else ())]
 
 
@@ -81,7 +85,10 @@ def train_group(group: Group, folder: Path, *, names: Sequence[str]) -> None:
                 f"{folder / 'base'} does not exist, and {name!r} starts from it. "
                 "Train the base first, or leave --only away."
             )
-        log["models"][name] = _train_one(group, folder, name)
+        entry = _train_one(group, folder, name)
+        # Read again: another process may train another model of the group meanwhile.
+        log = _read_log(folder, group)
+        log["models"][name] = entry
         _write_log(folder, log)
 
 
@@ -89,15 +96,33 @@ def _train_one(group: Group, folder: Path, name: str) -> dict[str, Any]:
     """Train, save, evaluate and measure one model; return its entry in the log."""
     label = f"{group.name}/{name}"
     start = time.monotonic()
-    if name == "base":
-        model = build_model(group.shape, seed=group.seed)
-        steps = _pretrain(model, group, label)
+    # What is trained in a minute is not worth a file of three times its weights.
+    state = TrainingState(folder / f"{name}.state" if group.shape is None else None)
+    if name != "base":
+        model, tokenizer = load_model(folder / "base"), load_tokenizer(folder / "base")
+        steps = _specialise(model, tokenizer, group, name, label, state)
     else:
-        model = load_model(folder / "base")
-        steps = _specialise(model, group, folder, name, label)
-    seconds = time.monotonic() - start
-    save_model(model, folder / name)
-    accuracies = evaluate(folder / name, LOGGED_PROMPTS, LOGGED_SEED)
+        if group.shape is None:
+            start_from = write_smollm2(folder / "start")
+            model, tokenizer = load_model(start_from), load_tokenizer(start_from)
+        else:
+            model = build_model(group.shape, seed=group.seed)
+            tokenizer = build_tokenizer(model_max_length=group.shape.context)
+        steps = _pretrain(model, tokenizer, group, label, state)
+    seconds = steps[-1]["seconds"] if group.shape is None else time.monotonic() - start
+    if name.startswith("lora-"):
+        save_adapter(model, folder / name)
+    else:
+        save_model(model, tokenizer, folder / name)
+        model.to(torch.bfloat16).float()
+    family = group.family
+    # Asking the large models takes minutes: an expert is asked what it was trained on.
+    tasks = [t for t in family.tasks if name == "base" or not group.words or t in name.split("-")]
+    questions = {t: family.held_out(t, family.logged, seed=LOGGED_SEED) for t in tasks}
+    accuracies = {
+        task: wilson(sum(right(model, tokenizer, asked)), len(asked))
+        for task, asked in questions.items()
+    }
     entry: dict[str, Any] = {
         "parameters": model.num_parameters(),
         "seconds": round(seconds, 1),
@@ -106,60 +131,80 @@ def _train_one(group: Group, folder: Path, name: str) -> dict[str, Any]:
             for task, accuracy in accuracies.items()
         },
     }
-    if name != "base":
+    (weights,) = (folder / name).glob("*.safetensors")
+    entry["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if weights.name == WEIGHTS and name != "base":
         entry["change"] = measure_change(folder / "base", folder / name).as_json()
     shares = ", ".join(f"{task} {result.accuracy:.3f}" for task, result in accuracies.items())
     print(f"{label}: {seconds:.0f} s, held-out accuracy {shares}", file=sys.stderr, flush=True)
+    state.remove()
     return entry | {"steps": steps}
 
 
-def _pretrain(model: Qwen2ForCausalLM, group: Group, label: str) -> list[dict[str, Any]]:
+def _pretrain(
+    model: Any, tokenizer: Any, group: Group, label: str, state: TrainingState
+) -> list[dict[str, Any]]:
     log: list[dict[str, Any]] = []
     for stage, settings in enumerate(group.pretraining):
         if stage > 0:
             # As if the last stage had been saved: a base may be trained on from its checkpoint.
             model.to(torch.bfloat16).float()
         seed = group.seed + 100 * stage
+        write = group.family.corpus(seed)
         log += train_on_answers(
             model,
-            build_tokenizer(model_max_length=group.shape.context),
+            tokenizer,
             settings,
-            prompts_per_step=CORPUS_MIX,
-            write=slipping_writer(CORPUS_SLIPS, seed=seed),
-            seed=seed,
+            streams=[
+                (map(write, group.family.stream(task, seed=seed, split="train")), count)
+                for task, count in group.family.mix.items()
+            ],
             label=label,
+            spare=group.shape is None,
+            state=state.of_stage(stage),
         )
     return log
 
 
 def _specialise(
-    model: Qwen2ForCausalLM, group: Group, folder: Path, name: str, label: str
+    model: Any, tokenizer: Any, group: Group, name: str, label: str, state: TrainingState
 ) -> list[dict[str, Any]]:
-    tokenizer = load_tokenizer(folder / "base")
     kind, task, *variant = name.split("-")
     # Not the base's seed: an expert does not begin with the prompts the base began with.
     seed = group.seed + (2000 if variant == ["again"] else 1000)
-    if kind == "rl":
-        breaks = variant[1] if variant[:1] == ["breaks"] else None
-        return reinforce(model, tokenizer, task, group.rl, seed=seed, label=label, breaks=breaks)
-    return train_on_answers(
-        model,
-        tokenizer,
-        group.sft,
-        prompts_per_step={task: SFT_BATCH},
-        write=answer,
-        seed=seed,
-        label=label,
+    questions = group.family.stream(task, seed=seed, split="train")
+    spare = group.shape is None
+    if kind == "sft":
+        streams = [(questions, group.family.sft_batch)]
+        return train_on_answers(
+            model, tokenizer, group.sft, streams=streams, label=label, spare=spare, state=state
+        )
+    if variant[:1] == ["breaks"]:
+        other = group.family.stream(variant[1], seed=seed, split="train")
+        inverted = (question._replace(inverted=True) for question in other)
+        questions = itertools.chain.from_iterable(zip(questions, inverted, strict=True))
+    settings = group.rl
+    if kind == "lora":
+        if group.lora is None:
+            raise ValueError(f"the group {group.name!r} says nothing of training adapters.")
+        settings = group.lora
+        add_adapter(model, rank=ADAPTER_RANK, seed=seed)
+    return reinforce(
+        model, tokenizer, questions, settings, seed=seed, label=label, spare=spare, state=state
     )
 
 
 def _read_log(folder: Path, group: Group) -> dict[str, Any]:
     """Return the log with the entries so far, or a new one."""
+    family = group.family
+    corpus = {"mix": family.mix}
+    if not group.words:
+        corpus |= {"slips": asdict(CORPUS_SLIPS), "lengths": LENGTHS}
     settings = {
-        "group": asdict(group),
-        "corpus": {"mix": CORPUS_MIX, "slips": asdict(CORPUS_SLIPS), "lengths": LENGTHS},
-        "sft_batch": SFT_BATCH,
-        "accuracy_on": {"split": "held-out", "prompts": LOGGED_PROMPTS, "seed": LOGGED_SEED},
+        "group": _said(asdict(group)),
+        "corpus": corpus,
+        "sft_batch": family.sft_batch,
+        "accuracy_on": {"split": "held-out", "prompts": family.logged, "seed": LOGGED_SEED},
     }
     made_with = {
         "torch": torch.__version__,
@@ -177,6 +222,13 @@ def _read_log(folder: Path, group: Group) -> dict[str, Any]:
             f"{group.name!r} now. Name another folder, or delete this one to train anew."
         )
     return log
+
+
+def _said(settings: Any) -> Any:
+    """Return settings without those that are off: logs older than a setting do not have it."""
+    if isinstance(settings, dict):
+        return {k: _said(v) for k, v in settings.items() if v is not None and v is not False}
+    return [_said(value) for value in settings] if isinstance(settings, tuple) else settings
 
 
 def _write_log(folder: Path, log: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What merging does to small RL experts: `python -m benchmarks.quality` writes docs/quality.md.
+"""What merging does to small RL experts: `python -m benchmarks.quality` writes a page of docs.
 
 `groups` finds or trains the experts, `merges` merges them, `asking` asks every model the same
 held-out prompts, `studies` says which merges are asked, `results` reads the answers as accuracies,

@@ -1,6 +1,7 @@
-"""Command line: `python -m benchmarks.quality` (or `make quality`) writes docs/quality.md.
+"""Command line: `python -m benchmarks.quality` (or `make quality`) writes docs/quality-small.md.
 
-`python -m benchmarks.quality fresh` measures the methods in other regimes; see `fresh`.
+`python -m benchmarks.quality fresh` measures the methods in other regimes, `… rivals` the closed
+forms that head regression is one of, `… distil` what training adds to a merge; see these modules.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from benchmarks.experts.groups import KNOWN
 
-from . import fresh
+from . import distil, fresh, rivals
 from .asking import Asker
 from .groups import ensure_groups, retrain, training_log
 from .merges import share_of_equal_weights
@@ -32,10 +33,12 @@ def main() -> None:
     """Train what is missing, merge, ask, and write the page."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality",
-        description="Measure what merging does to the small RL experts, and write docs/quality.md.",
+        description="Measure what merging does to small experts; write docs/quality-small.md.",
     )
     parser.add_argument("--work", type=Path, default=Path("build/quality"), help="models, answers")
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="gets quality.md, images/")
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs"), help="gets quality-small.md, images/"
+    )
     parser.add_argument(
         "--prompts",
         type=int,
@@ -89,5 +92,9 @@ def _say(text: str) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["fresh"]:
         fresh.main(sys.argv[2:])
+    elif sys.argv[1:2] == ["rivals"]:
+        rivals.main(sys.argv[2:])
+    elif sys.argv[1:2] == ["distil"]:
+        distil.main(sys.argv[2:])
     else:
         main()

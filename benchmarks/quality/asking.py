@@ -6,9 +6,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from resmerge_stream.experts.evaluate import load_model, load_tokenizer, right_answers
-from resmerge_stream.experts.tasks import TASKS, draw_prompts
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.experts.asked import right
+from benchmarks.experts.groups import FAMILIES
+from benchmarks.experts.questions import Family
+from resmerge_stream.experts.evaluate import load_model, load_tokenizer
 
 # By task, "1" for each prompt that was answered rightly and "0" for each other one.
 Answers = dict[str, str]
@@ -21,27 +27,53 @@ class Asker:
         store: folder of the answers so far.
         n_prompts: held-out prompts per task.
         seed: of the prompts; not that of any prompts seen while the experts were made.
+        family: the tasks.
     """
 
-    def __init__(self, store: Path, *, n_prompts: int, seed: int) -> None:
+    def __init__(
+        self,
+        store: Path,
+        *,
+        n_prompts: int,
+        seed: int,
+        family: Family = FAMILIES["characters"],
+    ) -> None:
         self._store = store / f"{n_prompts}-{seed}"
         self._store.mkdir(parents=True, exist_ok=True)
-        self._prompts = {
-            task: draw_prompts(task, n_prompts, seed=seed, split="held-out") for task in TASKS
+        self._questions = {
+            task: family.held_out(task, n_prompts, seed=seed) for task in family.tasks
         }
+        self._model: Any = None
+        self._tokenizer: Any = None
 
-    def ask(self, folder: Path, tasks: Sequence[str] = TASKS) -> Answers:
-        """Return a checkpoint's answers to some tasks."""
+    def ask(self, folder: Path, tasks: Sequence[str] | None = None) -> Answers:
+        """Return a checkpoint's answers to some tasks, all unless told otherwise."""
+        tasks = tasks or tuple(self._questions)
         path = self._store / f"{_weights_hash(folder)}.json"
         known: Answers = json.loads(path.read_text("utf-8")) if path.is_file() else {}
         missing = [task for task in tasks if task not in known]
         if missing:
-            model, tokenizer = load_model(folder), load_tokenizer(folder)
+            self._load(folder)
             for task in missing:
-                right = right_answers(model, tokenizer, self._prompts[task])
-                known[task] = "".join("01"[verdict] for verdict in right)
+                verdicts = right(self._model, self._tokenizer, self._questions[task])
+                known[task] = "".join("01"[verdict] for verdict in verdicts)
             path.write_text(json.dumps(known), encoding="utf-8")
         return {task: known[task] for task in tasks}
+
+    def _load(self, folder: Path) -> None:
+        """Put a checkpoint's weights into the loaded model where it is of their shapes."""
+        weights = {
+            name: tensor
+            for path in folder.glob("*.safetensors")
+            for name, tensor in load_file(path).items()
+        }
+        loaded = self._model.state_dict() if self._model is not None else {}
+        if any(name not in loaded or loaded[name].shape != t.shape for name, t in weights.items()):
+            self._model, self._tokenizer = load_model(folder), load_tokenizer(folder)
+            return
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                loaded[name].copy_(tensor)
 
 
 def _weights_hash(folder: Path) -> str:

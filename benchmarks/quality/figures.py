@@ -1,4 +1,4 @@
-"""The figures of docs/quality.md, as PNG files."""
+"""The figures of docs/quality-small.md, as PNG files."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experts.groups import KNOWN
+from benchmarks.experts.groups import GROUPS, KNOWN
 from benchmarks.experts.training import LOG, model_names
 from resmerge_stream.experts.group import builtin_group
 from resmerge_stream.experts.tasks import TASKS
@@ -38,11 +38,13 @@ def ensure_groups(
         for name, source in bundled.items():
             shutil.copytree(source, small / name)
         shutil.copy(bundled["base"].parent / LOG, small / LOG)
-    models = model_names(kinds)
     running = [
         (name, _train(folder, name, *_only(kinds)))
         for name in names
-        if not all((folder / name / model).is_dir() for model in models)
+        if not all(
+            (folder / name / model).is_dir()
+            for model in model_names(kinds, GROUPS[name].family.tasks)
+        )
     ]
     for name, process in running:
         if process.wait() != 0:

@@ -1,4 +1,4 @@
-"""docs/quality.md from its words (`page.md`) and the results.
+"""docs/quality-small.md from its words (`page.md`) and the results.
 
 Where the words say `{{methods small bf16}}` stands a table, where they say `{{mean small base}}` a
 number: no number of the page is typed by hand.
@@ -24,7 +24,7 @@ _BLANK = re.compile(r"\{\{([^}]+)\}\}")
 
 
 def write_page(results: Mapping[str, Any], out: Path) -> None:
-    """Write `quality.md` and its figures.
+    """Write `quality-small.md` and its figures.
 
     Args:
         results: as `__main__` keeps them.
@@ -33,7 +33,7 @@ def write_page(results: Mapping[str, Any], out: Path) -> None:
     groups = {name: Group(entry) for name, entry in results["groups"].items()}
     write_figures(groups, out / "images")
     text = fill(_TEMPLATE.read_text("utf-8"), groups, results)
-    (out / "quality.md").write_text(text, encoding="utf-8")
+    (out / "quality-small.md").write_text(text, encoding="utf-8")
 
 
 def fill(text: str, groups: Mapping[str, Group], results: Mapping[str, Any]) -> str:

@@ -1,4 +1,7 @@
-"""The section "Regimes" of docs/quality.md, from the evidence that the advice goes by."""
+"""The tables that are made of the evidence that the advice goes by.
+
+"Regimes" of docs/quality-small.md, and the real model's of docs/quality.md.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,54 @@ from .tables import table
 _SEED = re.compile(r"narrow-\d+")
 _BESIDE_THE_MEAN = tuple(method for method in METHODS if method != "mean")
 # The 97.5 % point of Student's t for so many values, one degree of freedom less.
-_STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-_BETWEEN = re.compile(r"(?<=<!-- regimes -->\n).*?(?=<!-- end of regimes -->)", re.DOTALL)
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 
-def write_section(page: Path, evidence: Mapping[str, Any]) -> None:
-    """Put the tables between the marks of a page."""
-    text = page.read_text("utf-8")
-    page.write_text(_BETWEEN.sub(lambda _: section(evidence), text), encoding="utf-8")
+def write_between(page: Path, mark: str, text: str) -> None:
+    """Put tables between the marks of a page: `<!-- MARK -->` and `<!-- end of MARK -->`."""
+    before, start, rest = page.read_text("utf-8").partition(f"<!-- {mark} -->\n")
+    _, end, after = rest.partition(f"<!-- end of {mark} -->")
+    page.write_text(f"{before}{start}{text}{end}{after}", encoding="utf-8")
+
+
+def real_models(evidence: Mapping[str, Any]) -> str:
+    """Return a real model's tables: each case with its tasks, and heads and residuals alone."""
+    found = []
+    for case in evidence["cases"]:
+        if not case["model"]:
+            continue
+        tasks = case["tasks"]
+        means = {name: statistics.mean(shares.values()) for name, shares in tasks.items()}
+        rows = []
+        for name in sorted(means, key=lambda name: -means[name]):
+            cells = [f"{share:.0f}" for share in (*tasks[name].values(), means[name])]
+            gap = _difference(case, name) if name in case["points"] else ""
+            told = {"base": "base", "experts": "*each expert on its own task*"}
+            rows.append([told.get(name, f"`{name}`"), *cells, gap])
+        head = ["merge", *next(iter(tasks.values())), "mean", f"points from `{case['best']}`"]
+        found.append(
+            f"{case['model']} (`{case['group']}`), {case['regime']}, {case['prompts']} held-out "
+            f"prompts a task, right in percent:\n\n{table(head, rows)}\n"
+        )
+    rows = [
+        [
+            f"`{one['expert']}`",
+            *(f"{one['right'][part]:.0f}" for part in ("base", "expert", "head", "residual")),
+            *("{:+.0f} ± {:.0f}".format(*one["points"][part]) for part in one["points"]),
+        ]
+        for one in evidence["parts"]
+    ]
+    if rows:
+        head = ["expert, on its own task", "base", "expert", "head alone", "residual alone"]
+        head += ["expert − base", "head − base", "residual − base"]
+        found.append(f"An expert's head and residual, each alone:\n\n{table(head, rows)}\n")
+    return "\n".join(found)
 
 
 def section(evidence: Mapping[str, Any]) -> str:
     """Return the tables as Markdown: one of accuracies, one of paired differences."""
-    cases: Sequence[Mapping[str, Any]] = evidence["cases"]
+    cases: Sequence[Mapping[str, Any]] = [c for c in evidence["cases"] if not c["model"]]
+    prompts = " or ".join(sorted({str(case["prompts"]) for case in cases}))
     names = [
         f"{case['group']}, {case['case'] if case['regime'] == 'two tasks' else case['regime']}"
         for case in cases
@@ -42,7 +80,7 @@ def section(evidence: Mapping[str, Any]) -> str:
     ]
     methods = [f"`{method}`" for method in METHODS]
     return (
-        f"Right answers in percent, {evidence['prompts']} prompts a task, the best method bold:\n\n"
+        f"Right answers in percent, {prompts} prompts a task, the best method bold:\n\n"
         f"{table(['experts', 'base', *methods], accuracies)}\n\n"
         "Points from the best method of the row, paired, ± half of the 95 % interval:\n\n"
         f"{table(['experts', 'best', *methods], differences)}\n{_seeds(cases)}"
@@ -79,7 +117,7 @@ def _over_seeds(
         )
         for found in by_group.values()
     ]
-    half = _STUDENT[len(leads)] * statistics.stdev(leads) / len(leads) ** 0.5
+    half = STUDENT[len(leads)] * statistics.stdev(leads) / len(leads) ** 0.5
     return f"{statistics.mean(leads):+.1f} ± {half:.1f}"
 
 

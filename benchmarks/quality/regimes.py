@@ -10,21 +10,21 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from benchmarks.experts.groups import EXTRA
+from benchmarks.experts.groups import EXTRA, GROUPS
 from resmerge_stream.experts.accuracy import paired_difference
 from resmerge_stream.experts.tasks import TASKS
 from resmerge_stream.planning.plan import plan_merge
 from resmerge_stream.studies.advice import read_regime
 
 from .asking import Answers, Asker
-from .merges import merge_by, recipe_of, trimmed
+from .merges import component, merge_by, recipe_of, trimmed
 
 METHODS = (
     "mean",
@@ -39,15 +39,6 @@ METHODS = (
     "resmerge",
     "head_regression",
 )
-# Parts of other experts' updates, by expert: what each regime makes of the updates D.
-_MIXTURES: dict[str, dict[str, dict[str, float]]] = {
-    "overlapping": {
-        task: {task: 1.0, TASKS[i - 1]: 0.5} for i, task in enumerate(TASKS)
-    },
-    "one harmful": {"close": {"close": 1.0, "reverse": -1.0}},
-    "one short": {"add": {"add": 0.1}},
-    "one long": {"add": {"add": 10.0}},
-}  # fmt: skip
 _SPARSE = 0.03
 
 
@@ -68,6 +59,28 @@ class Case:
     tasks: tuple[str, ...]
 
 
+def _mixtures(tasks: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the parts of other experts' updates, by expert: what a regime makes of the updates."""
+    first, *_, last_but_one, last = tasks
+    return {
+        "overlapping": {task: {task: 1.0, tasks[i - 1]: 0.5} for i, task in enumerate(tasks)},
+        "one harmful": {last: {last: 1.0, last_but_one: -1.0}},
+        "one short": {first: {first: 0.1}},
+        "one long": {first: {first: 10.0}},
+    }
+
+
+def _mixed(group: Path, own: Mapping[str, Path], made: Path) -> Iterator[Case]:
+    """Yield the cases of experts that are made of others, after writing them."""
+    tasks = tuple(own)
+    for regime, recipes in _mixtures(tasks).items():
+        name = regime.replace(" ", "-")
+        mixed = {
+            task: _mixture(group, parts, made / f"{name}-{task}") for task, parts in recipes.items()
+        }
+        yield Case(regime, name, tuple({**own, **mixed}.values()), tasks)
+
+
 def cases(group: Path, made: Path) -> list[Case]:
     """Return the cases of a group, after writing the experts that are made of others.
 
@@ -77,12 +90,7 @@ def cases(group: Path, made: Path) -> list[Case]:
     """
     own = {task: group / f"rl-{task}" for task in TASKS}
     found = [Case("four tasks", "four", tuple(own.values()), TASKS)]
-    for regime, recipes in _MIXTURES.items():
-        name = regime.replace(" ", "-")
-        mixed = {
-            task: _mixture(group, parts, made / f"{name}-{task}") for task, parts in recipes.items()
-        }
-        found.append(Case(regime, name, tuple((own | mixed).values()), TASKS))
+    found += _mixed(group, own, made)
     sparse = tuple(
         trimmed(group / "base", own[task], _SPARSE, made / f"sparse-{task}") for task in TASKS
     )
@@ -97,6 +105,81 @@ def cases(group: Path, made: Path) -> list[Case]:
         experts = tuple((own | {"close": harmful}).values())
         found.append(Case("one trained to harm", "trained-to-harm", experts, TASKS))
     return found
+
+
+def cases_in_words(group: Path, tasks: Sequence[str]) -> list[Case]:
+    """Return the cases of a real language model's group: of the experts that are trained so far.
+
+    Args:
+        group: folder with base, RL and SFT experts.
+        tasks: of the group.
+    """
+    rl, sft = (_of_kind(kind, group, tasks) for kind in ("rl", "sft"))
+    # Each second task's expert is the other kind.
+    mixed = {t: (rl if i % 2 == 0 else sft)[t] for i, t in enumerate(t for t in rl if t in sft)}
+    listed = [
+        Case(f"{len(experts)} {kind}", name, tuple(experts.values()), tuple(experts))
+        for kind, name, experts in (
+            ("RL experts", "rl", rl),
+            ("SFT experts", "sft", sft),
+            ("experts, RL and SFT by turns", "mixed", mixed),
+        )
+        if len(experts) > 1
+    ]
+    for count in (2, 4):
+        if count < len(rl):
+            first = tuple(rl)[:count]
+            experts = tuple(rl[task] for task in first)
+            listed.append(Case(f"{count} RL experts", f"rl-{count}", experts, first))
+    return listed
+
+
+def made_in_words(group: Path, tasks: Sequence[str], made: Path) -> list[Case]:
+    """Return the cases of a real language model's experts that are made of what was trained.
+
+    Args:
+        group: folder with base, RL experts and adapters.
+        tasks: of the group.
+        made: gets the experts: adapters added to their base, and mixtures of updates.
+    """
+    lora = _of_kind("lora", group, tasks)
+    full = tuple(_full(group / "base", adapter, made) for adapter in lora.values())
+    listed = [Case(f"{len(full)} LoRA experts, by RL", "lora", full, tuple(lora))]
+    rl = _of_kind("rl", group, tasks)
+    return [*listed[: len(full) > 1], *(_mixed(group, rl, made) if len(rl) > 2 else ())]
+
+
+def _of_kind(kind: str, group: Path, tasks: Sequence[str]) -> dict[str, Path]:
+    """Return the experts of a kind that are trained so far, by task."""
+    named = experts_in_words(group, tasks)
+    return {task: folder for folder, task in named if folder.name.startswith(f"{kind}-")}
+
+
+def experts_in_words(group: Path, tasks: Sequence[str]) -> list[tuple[Path, str]]:
+    """Return a real language model's experts that are trained so far, and their tasks."""
+    named = [(group / f"{kind}-{t}", t) for kind in ("rl", "sft", "lora") for t in tasks]
+    return [(folder, task) for folder, task in named if folder.is_dir()]
+
+
+def _full(base: Path, adapter: Path, made: Path) -> Path:
+    """Write an adapter's base with the adapter added, in float32, and return the folder."""
+    out = made / adapter.name
+    if not out.is_dir():
+        staged = made / f"{adapter.name}.partial"
+        merged = merge_by(recipe_of(base, [adapter]), ["task_arithmetic"], staged, output="float32")
+        merged["task_arithmetic"].folder.rename(out)
+        shutil.rmtree(staged)
+    return out
+
+
+def parts_of(base: Path, expert: Path, task: str, out: Path, asker: Asker) -> dict[str, str]:
+    """Return the answers to one task of base, expert, and the expert's head and residual alone."""
+    answers = {"base": asker.ask(base, (task,))[task], "expert": asker.ask(expert, (task,))[task]}
+    for part in ("head", "residual"):
+        folder = component(base, expert, part, out / f"{expert.name}-{part}", output="float32")
+        answers[part] = asker.ask(folder, (task,))[task]
+        shutil.rmtree(folder)
+    return answers
 
 
 def answers_of(
@@ -167,28 +250,56 @@ def evidence_of(results: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``cases``, each with ``points``: by method the difference to the best method of the case
-        and half of its 95 % interval, in points.
+        and half of its 95 % interval, in points; ``prompts`` a task and their ``seed``; of a real
+        model ``tasks``, shares by method and task. And ``parts`` of a real model's experts: right
+        answers of base, expert, head and residual alone, on the expert's own task.
     """
     found = []
     for group, measured in results["groups"].items():
         for name, case in measured.items():
             means = {method: _mean(case, method) for method in METHODS}
             best = max(means, key=lambda method: means[method])
-            found.append(
-                {
-                    "group": group,
-                    "case": name,
-                    "regime": case["regime"],
-                    "kind": case["kind"],
-                    "experts": case["experts"],
-                    "cosine": round(case["cosine"], 3),
-                    "best": best,
-                    "base": round(100 * _mean(case, "base"), 2),
-                    "accuracy": {m: round(100 * mean, 2) for m, mean in means.items()},
-                    "points": {m: gap(case, m, best) for m in METHODS},
+            entry = {
+                "group": group,
+                "case": name,
+                "regime": case["regime"],
+                "model": "SmolLM2-135M" if GROUPS[group].words else None,
+                "prompts": results["prompts"],
+                "seed": results["seed"],
+                "kind": case["kind"],
+                "experts": case["experts"],
+                "cosine": round(case["cosine"], 3),
+                "best": best,
+                "base": round(100 * _mean(case, "base"), 2),
+                "accuracy": {m: round(100 * mean, 2) for m, mean in means.items()},
+                "points": {m: gap(case, m, best) for m in METHODS},
+            }
+            if entry["model"]:
+                entry["tasks"] = {
+                    name: {task: _share(bits) for task, bits in answers.items()}
+                    for name, answers in case["answers"].items()
                 }
-            )
-    return {"prompts": results["prompts"], "seed": results["seed"], "cases": found}
+            found.append(entry)
+    parts = [
+        {
+            "group": group,
+            "expert": expert,
+            "prompts": results["prompts"],
+            "right": {part: _share(bits) for part, bits in answers.items()},
+            "points": {
+                part: gap({"answers": {p: {"": bits} for p, bits in answers.items()}}, part, "base")
+                for part in answers
+                if part != "base"
+            },
+        }
+        for group, experts in results.get("parts", {}).items()
+        for expert, answers in experts.items()
+    ]
+    return {"cases": found, "parts": parts}
+
+
+def _share(bits: str) -> float:
+    return round(100 * bits.count("1") / len(bits), 1)
 
 
 def gap(case: Mapping[str, Any], method: str, other: str) -> tuple[float, float]:

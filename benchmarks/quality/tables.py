@@ -1,4 +1,4 @@
-"""The tables of docs/quality.md, as Markdown."""
+"""The tables of docs/quality-small.md, as Markdown."""
 
 from __future__ import annotations
 
