@@ -2,10 +2,13 @@
 
 import atexit
 import os
+import random
 import shutil
 import signal
+import sys
 import tempfile
 import threading
+import zlib
 
 # Set before huggingface_hub, transformers or the library are imported: they read these once.
 _CACHE = tempfile.mkdtemp(prefix="resmerge-tests-")
@@ -22,18 +25,33 @@ os.environ.pop("HF_TOKEN", None)
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from hypothesis.internal.conjecture import providers  # noqa: E402
+from hypothesis.internal.constants_ast import Constants  # noqa: E402
 
 from tests.support.checkpoints import Group, make_group  # noqa: E402
 
 # The same examples in every run, and no deadline: a shared machine is sometimes slow.
 settings.register_profile("tests", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("tests")
+# Hypothesis also draws words and numbers that stand in the modules that happen to be imported, so
+# that a test's examples would depend on which tests ran before it. It has no setting for this.
+providers._get_local_constants = Constants
 
 
 def pytest_configure():
     """Let Ctrl-C reach what the tests start: a shell ignores it for all that runs behind it."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Seed what a test draws without a seed of its own, by the test's name."""
+    seed = zlib.crc32(item.nodeid.encode())
+    random.seed(seed)
+    for module, name in (("torch", "manual_seed"), ("numpy.random", "seed")):
+        if module in sys.modules:  # what is imported later begins with a seed of its own
+            getattr(sys.modules[module], name)(seed)
 
 
 @pytest.fixture

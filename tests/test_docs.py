@@ -13,11 +13,9 @@ from resmerge_stream.cli.main import _parser
 from tests.support.checkpoints import ROOT
 
 PAGES = [
-    "README.md", "CONTRIBUTING.md", "CHANGELOG.md",
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "llms.txt", "docs/skill/SKILL.md",
     *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
 ]  # fmt: skip
-# The log tells what was; it may name what is gone.
-PRESENT = [page for page in PAGES if page != "docs/log.md"]
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 SPAN = re.compile(r"`([^`\n]+)`")
 PATH = re.compile(r"(?:[\w.-]+/)*[\w-]+\.(?:py|md|js|css|toml|yml)|(?:[\w.-]+/)+")
@@ -67,7 +65,7 @@ def members(node):
                 yield ast.unparse(target).removeprefix("self.")
 
 
-@pytest.mark.parametrize("page", PRESENT)
+@pytest.mark.parametrize("page", PAGES)
 def test_every_file_that_a_page_names_exists(page):
     """A path in backticks is that of a file here, or its end."""
     spans = SPAN.findall(FENCE.sub("", (ROOT / page).read_text()))
@@ -76,7 +74,7 @@ def test_every_file_that_a_page_names_exists(page):
     assert not [path for path in named if not any(f"/{f}".endswith(f"/{path}") for f in files())]
 
 
-@pytest.mark.parametrize("page", PRESENT)
+@pytest.mark.parametrize("page", PAGES)
 def test_every_name_of_the_code_that_a_page_names_exists(page):
     """`Class.member` in backticks is in the code; classes of other libraries are not looked for."""
     spans = SPAN.findall(FENCE.sub("", (ROOT / page).read_text()))
@@ -85,7 +83,7 @@ def test_every_name_of_the_code_that_a_page_names_exists(page):
     assert not [(a, b) for a, b in pairs if a in names() and b not in names()[a]]
 
 
-@pytest.mark.parametrize("page", PRESENT)
+@pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_finds_in_a_file_is_there(page):
     """Where a page says "`file.py`: `name`, `name`", that file has those names."""
     for path, spans in re.findall(
@@ -98,7 +96,16 @@ def test_what_a_page_finds_in_a_file_is_there(page):
             assert re.search(rf"\b{re.escape(name.split('.')[-1])}\b", text), (path, name)
 
 
-@pytest.mark.parametrize("page", PRESENT)
+def test_every_promise_names_a_test_that_would_fail():
+    """Each row of docs/guarantees.md has a test by name; that it exists is seen above."""
+    text = (ROOT / "docs/guarantees.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| **")]
+
+    assert len(rows) > 20
+    assert not [row for row in rows if not re.search(r"`tests/[\w/]+\.py`: `test_\w+`", row)]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_every_link_of_a_page_leads_somewhere(page):
     """A link that is no address names a file from where the page lies."""
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", FENCE.sub("", (ROOT / page).read_text()))
@@ -115,7 +122,7 @@ def commands(page):
     yield from SPAN.findall(FENCE.sub("", text))
 
 
-@pytest.mark.parametrize("page", PRESENT)
+@pytest.mark.parametrize("page", PAGES)
 def test_every_command_that_a_page_shows_is_there(page):
     """Commands of this tool and their options, programs of this repository, targets of make."""
     options = {name: set(parser._option_string_actions) for name, parser in _subcommands().items()}

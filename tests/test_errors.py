@@ -2,7 +2,9 @@
 
 import ast
 import copy
+import errno
 import json
+import os
 import pickle
 import re
 import string
@@ -107,13 +109,37 @@ def test_others_word_the_same_notice():
     )
 
 
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.EACCES, 2), (errno.ENAMETOOLONG, 2), (errno.EIO, 3), (errno.ENOSPC, 3)],
+)
+def test_what_the_system_says_of_a_file_becomes_a_message(number, code):
+    """A path that cannot be used is bad input; a disk that fails is a stop, and can go on."""
+    with pytest.raises(ResMergeError, match=os.strerror(number)) as told, errors.system_errors():
+        raise OSError(number, os.strerror(number), "a/b")
+
+    assert told.value.exit_code == code
+    assert "'a/b'" in str(told.value)
+
+
+def test_only_errors_of_files_are_translated():
+    """A pipe that broke says nothing of a file; an error of the tree stays what it is."""
+    for error in (BrokenPipeError(errno.EPIPE, "Broken pipe"), CheckpointNotFoundError("gone")):
+        with pytest.raises(type(error)) as told, errors.system_errors():
+            raise error
+
+        assert told.value is error
+
+
 ROOT = Path(__file__).resolve().parents[1]
 OPTION = re.compile(r"(?<![\w-])--[a-z]|same command|hf auth|HF_TOKEN|[Rr]un this again")
-# The command line speaks of its own options; the card and the page's "From code" show commands;
-# who runs the page on their own machine is told of HF_TOKEN.
+# The command line speaks of its own options; the card, the page's "From code" and a plan without
+# advice show commands;
+# who runs the page on their own machine is told of HF_TOKEN; trainers' leavings need converters.
 NAMES_OPTIONS = {
     "resmerge_stream/errors.py", "resmerge_stream/report/card.py", "space/page/texts.py",
-    "space/page/handlers.py", "space/view/jobs.py",
+    "space/page/handlers.py", "space/view/jobs.py", "space/view/plan.py",
+    "resmerge_stream/sources/trainers.py", "resmerge_stream/jobs/slurm.py",
 }  # fmt: skip
 
 
@@ -181,7 +207,7 @@ def test_no_remedy_is_left_without_a_use():
 @pytest.mark.parametrize("remedy", Remedy)
 def test_every_error_is_worded_for_terminal_and_page(kind, remedy):
     """Both say the error; the terminal names no button, and the page no option."""
-    error = kind("it failed", remedy, needed="800MB")
+    error = kind("it failed", remedy, needed="800MB", model="org/x")
     terminal, page = str(error), said(error)
 
     assert "“" not in terminal

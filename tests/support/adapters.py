@@ -1,6 +1,7 @@
 """Small models of several architectures, and LoRA adapters on them, made by PEFT itself."""
 
 import contextlib
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,8 +11,17 @@ from typing import Any
 import peft
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from resmerge_stream.maths.task_vectors import TaskVectors, Workspace
+from resmerge_stream.methods import build_method
+from resmerge_stream.planning.plan import PlannedTensor
+from resmerge_stream.recipe import ModelRef
+from resmerge_stream.run.changes import change_of
+from resmerge_stream.run.pieces import Piece
+from resmerge_stream.sources import open_checkpoint
+from resmerge_stream.sources.adapter import Adapter
 
 SMALL = {
     "vocab_size": 48,
@@ -203,3 +213,48 @@ def whole(base: Path, adapter: Path, folder: Path) -> Path:
 def weights(folder: Path) -> dict[str, Tensor]:
     """Return the weights of a folder with one file of them."""
     return load_file(folder / "model.safetensors")
+
+
+def deltas(base_folder: Path, adapter_folder: Path) -> dict[str, Tensor]:
+    """Return ΔW of every tensor that an adapter changes, as it is read."""
+    base = opened(base_folder)
+    adapter = Adapter.of(opened(adapter_folder), base)
+    method = build_method("mean", {})
+    found = {}
+    before = weights(base_folder)
+    for name, edit in adapter.edits.items():
+        rule = method.rule_for(edit.spec, 1)
+        rows, columns = edit.spec.matrix_shape
+        piece = Piece(PlannedTensor(edit.spec, rule, method), slice(0, rows), None, True, [])
+        change = change_of(adapter.read_edit(name), piece, base, lambda tensor: tensor)
+        W0 = before[name].reshape(rows, columns)
+        vectors = TaskVectors(W0, [change], Workspace(torch.device("cpu")), resident=False)
+        found[name] = vectors.matrix(0).clone().reshape(edit.spec.shape)
+        adapter.done_with(name)
+    return found
+
+
+def opened(folder: Path) -> Any:
+    """Return a folder as a merge opens it."""
+    return open_checkpoint(ModelRef(str(folder)))
+
+
+def written(folder: Path, factors: Mapping[str, Tensor], **config: Any) -> Path:
+    """Write an adapter by hand: what no trainer here would write."""
+    folder.mkdir()
+    kept = {key: tensor.contiguous() for key, tensor in factors.items()}
+    save_file(kept, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
+    return folder
+
+
+def changed(
+    folder: Path, adapter: Path, *, config: Mapping[str, Any] | None = None, rename: Any = None
+) -> Path:
+    """Write an adapter with other settings, or under other keys."""
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    stored = load_file(adapter / "adapter_model.safetensors")
+    keys = {key: rename(key) if rename else key for key in stored}
+    return written(
+        folder, {new: stored[key] for key, new in keys.items()}, **{**settings, **(config or {})}
+    )

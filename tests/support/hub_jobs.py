@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.loopback_hub import Hook
-from tests.loopback_hub.job_runner import JobRecord
+from loopback_hub import Hook
+from loopback_hub.job_runner import JobRecord
 from tests.support.hub_runs import Bench
 
 JOB_ENVIRONMENT = {

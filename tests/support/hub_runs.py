@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.synthetic import Shape, Updates, write_group
-from tests.loopback_hub import LoopbackHub
+from loopback_hub import LoopbackHub
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = Shape(hidden_size=64, intermediate_size=160, num_hidden_layers=4, vocab_size=512)

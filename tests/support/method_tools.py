@@ -27,7 +27,7 @@ def made_up(m, n, count, *, seed=0, share=0.0, scale=1e-3):
     for _ in range(count):
         delta = scale * (normal(m, n) + common + torch.outer(normal(m), normal(n)))
         delta[torch.rand(m, n, generator=generator) < share] = 0
-        # Stored weights are rounded; keep what is really the difference between them.
+        # Dense weights are rounded; keep what is really the difference between them.
         deltas.append((base + delta) - base)
     return base, deltas
 
@@ -65,3 +65,21 @@ def relative(got, expected):
     """Return ‖got − expected‖ / ‖expected‖ in float64."""
     got, expected = got.double(), expected.double()
     return float((got - expected).norm() / expected.norm().clamp_min(1e-300))
+
+
+def vectors_of(base, deltas):
+    """Return the task vectors of float32 experts."""
+    workspace = Workspace(torch.device("cpu"))
+    return TaskVectors(base, experts_of(base, deltas), workspace, resident=False)
+
+
+def ties64(deltas, thresholds):
+    """Return elected and averaged entries, float64."""
+    kept = [
+        torch.where((d.abs() >= t) & (d != 0), d.double(), 0.0)
+        for d, t in zip(deltas, thresholds, strict=True)
+    ]
+    sign = torch.where(sum(kept) >= 0, 1.0, -1.0)
+    agree = [(k * sign > 0).double() for k in kept]
+    total = sum(k * a for k, a in zip(kept, agree, strict=True))
+    return total / sum(agree).clamp_min(1)

@@ -66,6 +66,8 @@ class Visit:
 
     def fill(self, name: str, *, namespace: str = "alice") -> None:
         """Write the group's models and the result's name into the form; ResMerge, for its gates."""
+        if not self.page.get_by_role("combobox", name="Base model", exact=True).is_visible():
+            self.page.get_by_role("button", name=re.compile("^Merge your own")).click()
         base, *experts = MODELS
         self.choose("Base model", f"{namespace}/{base}")
         for number, expert in enumerate(experts, 1):
@@ -73,7 +75,23 @@ class Visit:
                 self.button("Add an expert").click()
             self.choose(f"Expert {number}", f"{namespace}/{expert}")
         self.page.get_by_role("textbox", name="Name of the result", exact=True).fill(name)
-        self.pick("Method", "ResMerge")
+        self.method("ResMerge")
+
+    def method(self, title: str) -> None:
+        """Choose one of all methods."""
+        self.all_methods()
+        self.pick("Method", title)
+
+    def all_methods(self) -> Locator:
+        """Show the list of all methods, and return it."""
+        field = self.page.get_by_role("combobox", name="Method", exact=True)
+        if not field.is_visible():
+            self.page.get_by_role("button", name=re.compile(r"^All \d+ methods")).click()
+        return field
+
+    def recipes(self) -> None:
+        """Open or close where a recipe is pasted, or an example taken."""
+        self.page.get_by_role("button", name=re.compile("^Or paste a recipe")).click()
 
     def advanced(self) -> None:
         """Open or close what is seldom needed."""
@@ -86,7 +104,7 @@ class Visit:
 
     def example(self) -> None:
         """Fill the form with the built-in models."""
-        self.advanced()
+        self.recipes()
         self.button("Built-in experts").click()
         field = self.page.get_by_role("combobox", name="Base model", exact=True)
         expect(field).to_have_value("built-in/base")
@@ -141,7 +159,8 @@ class Visit:
 
     def file_row(self, name: str) -> Locator:
         """The line of a file among the downloads."""
-        return self.page.get_by_role("row", name=re.compile(f"^{re.escape(name)} "))
+        link = self.page.get_by_role("link", name=name, exact=True)
+        return self.page.get_by_role("row").filter(has=link)
 
     def unnamed_controls(self) -> list[str]:
         """What can be acted on but has no name for a screen reader."""

@@ -17,8 +17,8 @@ import httpx
 from gradio_client import Client
 
 from benchmarks.synthetic import Shape, Updates, write_group
-from tests.loopback_hub import Hook, LoopbackHub, Reset
-from tests.loopback_hub.faults import Rule
+from loopback_hub import Hook, LoopbackHub, Reset
+from loopback_hub.faults import Rule
 from tests.support.hub_runs import MODELS, ROOT
 
 SHAPE = Shape(hidden_size=64, intermediate_size=160, num_hidden_layers=4, vocab_size=512)

@@ -74,7 +74,7 @@ OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # Architectures that are not built here, with the reason: their own checks or defaults refuse a
 # config whose sizes are cut, or they need a package of pictures that nothing else here needs.
-# tests/planning/test_roles.py fails as soon as one of them can be built.
+# tests/test_roles.py fails as soon as one of them can be built.
 UNBUILT: dict[str, str] = {
     **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), "its vision tower needs timm"),
     **dict.fromkeys(("musicgen", "musicgen_melody", "evolla"), "its config alone builds none"),
