@@ -296,8 +296,9 @@ class _Running:
     def _look_at_disk(self) -> None:
         sizes = []
         for path in (self.bench.folder / "work").rglob("*.safetensors*"):
-            with contextlib.suppress(OSError):
-                sizes.append(path.stat().st_size)
+            if path.suffix != ".json":  # of the journal
+                with contextlib.suppress(OSError):
+                    sizes.append(path.stat().st_size)
         self.disk = max(self.disk, sum(sizes))
 
     def _allowed(self, number: int) -> set[int]:
