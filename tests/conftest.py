@@ -161,3 +161,12 @@ def visit(town, browser):
     yield enter
     for context in contexts:
         context.close()
+
+
+@pytest.fixture
+def default_signals():
+    """Have what ends from outside end: nohup ignores SIGHUP, and a process that is ending both."""
+    before = {one: signal.signal(one, signal.SIG_DFL) for one in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for one, handler in before.items():
+        signal.signal(one, handler)

@@ -53,6 +53,7 @@ class Group:
     Attributes:
         is_over: whether this or another process failed, so that the run ends.
         is_ended: whether the launcher ended this process; `check` says so as often as it is asked.
+        is_telling: whether the run stands still since an event is told; its end waits for `check`.
 
     Every wait ends with an error when another process fails or is gone.
     """
@@ -66,7 +67,7 @@ class Group:
         self._silent_s = silent_s
         self._heard: dict[int, tuple[bytes, float]] = {}
         self._looked = time.monotonic()
-        self.is_over = self.is_ended = False
+        self.is_over = self.is_ended = self.is_telling = False
         self._sent = 0
         self._received = dict.fromkeys(range(1, size), 0)
         self._closed = threading.Event()

@@ -240,7 +240,12 @@ class Processes:
             yield from own
         elif self.is_main:
             try:
-                yield from self._lead(self._group, own, branch, progress)
+                for event in self._lead(self._group, own, branch, progress):
+                    # An end that came while the event is told would not pass by here.
+                    self._group.is_telling = True
+                    yield event
+                    self._group.is_telling = False
+                    self._group.check()
             except StoppedError as exc:
                 missing = [s.name for s in branch.plan.shards if s.name not in branch.files]
                 left = f"missing: {listed(missing)}" if missing else "all are merged, not published"
@@ -338,7 +343,8 @@ def _ended_in_words(group: Group) -> Iterator[None]:
             return  # a process that failed is ended with all others; why is being said already
         group.is_over = group.is_ended = True
         # Raised again later: an error in the middle of a finalizer is only printed.
-        group.check()
+        if not group.is_telling:
+            group.check()
 
     before = at_end(stop)
     try:

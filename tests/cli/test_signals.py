@@ -9,7 +9,7 @@ from loopback_hub import Answer, Hook
 from resmerge_stream.cli.commands import _GRACE_S
 from tests.support.hub_runs import Bench
 
-pytestmark = pytest.mark.usefixtures("clean_hub")
+pytestmark = pytest.mark.usefixtures("clean_hub", "default_signals")
 
 
 @pytest.mark.slow

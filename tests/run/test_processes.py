@@ -4,10 +4,13 @@ Whole processes under a real launcher: `tests/run/test_launchers.py`.
 """
 
 import itertools
+import os
 import shutil
+import signal
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed import HashStore
@@ -15,9 +18,10 @@ from torch.distributed import HashStore
 from resmerge_stream import run_merge
 from resmerge_stream.errors import NonFiniteError, PlanRefusedError, StoppedError
 from resmerge_stream.planning.plan import Options
-from resmerge_stream.run.events import Event
+from resmerge_stream.run.events import Event, Progressed
 from resmerge_stream.run.group import Group, OthersStoppedError, launched
-from resmerge_stream.run.processes import Processes, WorkList
+from resmerge_stream.run.processes import Processes, WorkList, _ended_in_words
+from resmerge_stream.run.progress import Progress
 from tests.support.checkpoints import Group as Models
 from tests.support.checkpoints import edit_tensors, file_bytes, make_group, merge, plan_group
 
@@ -212,6 +216,27 @@ def test_an_end_by_the_launcher_is_not_forgotten():
     for _ in range(2):
         with pytest.raises(StoppedError, match="the launcher ended this run"):
             main.check()
+
+    main.close()
+
+
+@pytest.mark.usefixtures("default_signals")
+@pytest.mark.parametrize("told", [True, False])
+def test_an_end_by_the_launcher_says_what_is_missing(told):
+    """SIGTERM names the shards, whether it comes while the run works or while an event is told."""
+    main = Group(HashStore, 0, 2).open()
+    branch = SimpleNamespace(plan=SimpleNamespace(shards=[SimpleNamespace(name="one")]), files={})
+
+    def own():
+        yield Progressed()
+        if not told:
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield Progressed()
+
+    with pytest.raises(StoppedError, match="missing: 'one'"), _ended_in_words(main):
+        for _ in Processes(main).everyones(own(), branch, Progress(lambda: 0)):
+            if told:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     main.close()
 
