@@ -33,7 +33,7 @@ from benchmarks.experts.optimizers import MAX_GRADIENT_NORM, build_optimizer
 from benchmarks.experts.questions import Question
 from resmerge_stream.experts.evaluate import load_model, load_tokenizer
 
-from .groups import ensure_groups
+from .groups import rl_experts
 from .merges import merge_by, recipe_of
 from .regime_page import STUDENT
 from .tables import table
@@ -213,23 +213,20 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     group = GROUPS[arguments.group]
-    folder = arguments.work / "experts" / group.name
-    if not group.words:
-        ensure_groups(arguments.work / "experts", (group.name,), ("base", "rl"))
-    experts = {t: folder / f"rl-{t}" for t in group.family.tasks if (folder / f"rl-{t}").is_dir()}
+    base, experts = rl_experts(arguments.work / "experts", group)
     store = arguments.work / f"distil-{group.name}.json"
     found: dict[str, dict[str, list[str]]] = (
         json.loads(store.read_text("utf-8")) if store.is_file() else {}
     )
     work = arguments.work / "distil" / group.name
-    merged = merge_by(recipe_of(folder / "base", tuple(experts.values())), STARTS[:2], work)
-    starts = {name: merge.folder for name, merge in merged.items()} | {"base": folder / "base"}
+    merged = merge_by(recipe_of(base, tuple(experts.values())), STARTS[:2], work)
+    starts = {name: merge.folder for name, merge in merged.items()} | {"base": base}
 
     def run(setting: Setting, held_out: int) -> dict[str, list[str]]:
         """Return by step the answers to each task's questions, "1" for each right one."""
         key = f"{setting} {held_out}"
         if key not in found:
-            tokenizer = load_tokenizer(folder / "base")
+            tokenizer = load_tokenizer(base)
             questions = [group.family.held_out(t, arguments.asked, seed=held_out) for t in experts]
             found[key] = {
                 str(step): [

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experts.groups import GROUPS, KNOWN
+from benchmarks.experts.groups import GROUPS, KNOWN, Group
 from benchmarks.experts.training import LOG, model_names
 from resmerge_stream.experts.group import builtin_group
 from resmerge_stream.experts.tasks import TASKS
@@ -50,6 +50,24 @@ def ensure_groups(
         if process.wait() != 0:
             raise RuntimeError(f"training the group {name!r} failed; its messages are above.")
     return {name: folder / name for name in names}
+
+
+def rl_experts(folder: Path, group: Group) -> tuple[Path, dict[str, Path]]:
+    """Return a group's base and its RL experts by task, after training the small ones.
+
+    Args:
+        folder: has one folder a group. Experts of a real language model take hours: those that are
+            there are taken.
+        group: whose they are.
+
+    Raises:
+        RuntimeError: a training failed.
+    """
+    if not group.words:
+        ensure_groups(folder, (group.name,), ("base", "rl"))
+    models = {task: folder / group.name / f"rl-{task}" for task in group.family.tasks}
+    trained = {task: expert for task, expert in models.items() if expert.is_dir()}
+    return folder / group.name / "base", trained
 
 
 def retrain(folder: Path, group: Path, name: str) -> Path:

@@ -34,7 +34,7 @@ from resmerge_stream.experts.accuracy import paired_difference
 from resmerge_stream.experts.evaluate import encode_answers, load_model, load_tokenizer
 
 from .asking import Answers, Asker
-from .groups import ensure_groups
+from .groups import rl_experts
 from .merges import merge_by, recipe_of
 from .tables import table
 
@@ -194,12 +194,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     group = GROUPS[arguments.group]
-    folder = arguments.work / "experts" / group.name
-    if not group.words:
-        folder = ensure_groups(arguments.work / "experts", (group.name,), ("base", "rl"))[
-            group.name
-        ]
-    experts = {t: folder / f"rl-{t}" for t in group.family.tasks if (folder / f"rl-{t}").is_dir()}
+    base, experts = rl_experts(arguments.work / "experts", group)
     asker = Asker(
         arguments.work / "answers",
         n_prompts=arguments.prompts,
@@ -207,12 +202,12 @@ def main(argv: Sequence[str]) -> None:
         family=group.family,
     )
     work = arguments.work / "rivals" / group.name
-    recipe = recipe_of(folder / "base", tuple(experts.values()))
+    recipe = recipe_of(base, tuple(experts.values()))
     exact = merge_by(recipe, MERGED, work / "float32", output="float32")
     merged = {method: found.folder for method, found in exact.items()}
     stored = merge_by(recipe, MERGED, work / "bf16")
     tasks = tuple(experts)
-    answers: dict[str, Answers] = {"base": asker.ask(folder / "base", tasks)}
+    answers: dict[str, Answers] = {"base": asker.ask(base, tasks)}
     answers["experts"] = {t: asker.ask(expert, (t,))[t] for t, expert in experts.items()}
     answers |= {method: asker.ask(found.folder, tasks) for method, found in stored.items()}
     inputs: dict[int, list[dict[str, Tensor]]] = {}
@@ -223,7 +218,7 @@ def main(argv: Sequence[str]) -> None:
                 prompts: [input_grams(e, group.family, t, prompts) for t, e in experts.items()]
             }
         out = merge_by_regression(
-            folder / "base", list(experts.values()), merged, rival, inputs[prompts], work / "rival"
+            base, list(experts.values()), merged, rival, inputs[prompts], work / "rival"
         )
         answers[label] = asker.ask(out, tasks)
         print(f"{group.name}: {label} asked", file=sys.stderr, flush=True)
