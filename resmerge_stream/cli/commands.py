@@ -29,7 +29,7 @@ from .evaluate import evaluate
 from .extract import extract
 from .init import init
 from .lasting_imports import lasting_imports
-from .options import publication_of, request_of
+from .options import plan_of, publication_of
 from .studies import advise, analyse, compare, show_advice
 
 # How long an end by a signal may take.
@@ -132,20 +132,8 @@ def _ended_in_words(goes_on: str) -> Iterator[None]:
         restore(before)
 
 
-def _plan_of(args: argparse.Namespace) -> Plan | RefusedPlan:
-    asked = request_of(args)
-    return plan_merge(
-        asked.recipe,
-        asked.options,
-        out=args.out,
-        publication=asked.publication,
-        work_dir=args.work_dir,
-        update=args.update,
-    )
-
-
 def _plan(args: argparse.Namespace) -> int:
-    plan = _plan_of(args)
+    plan = plan_of(args)
     advice = advise(plan, args.sample) if args.advice and isinstance(plan, Plan) else None
     if args.json:
         print(json.dumps(plan.to_dict() | ({"advice": advice} if advice else {})))
@@ -175,7 +163,7 @@ def _merge(args: argparse.Namespace) -> int:
                     console.discarded(
                         discard_unfinished(args.out, publication_of(args), args.work_dir)
                     )
-        return _run(_plan_of(args), args.out, args.work_dir, as_json=args.json, processes=processes)
+        return _run(plan_of(args), args.out, args.work_dir, as_json=args.json, processes=processes)
 
 
 def _average(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import shlex
 from ..errors import RecipeError, Remedy
 from ..experts.group import on_this_machine
 from ..planning.options import Options
+from ..planning.plan import Plan, RefusedPlan, plan_merge
 from ..planning.recipe_places import recipe_at
 from ..planning.request import Request
 from ..planning.tokenizer_keys import chat_template_of
@@ -54,6 +55,19 @@ def request_of(args: argparse.Namespace) -> Request:
     """Return the merge that the arguments ask for."""
     return Request(
         recipe=recipe_of(args), options=options_of(args), publication=publication_of(args)
+    )
+
+
+def plan_of(args: argparse.Namespace) -> Plan | RefusedPlan:
+    """Return the plan of what the arguments ask for."""
+    asked = request_of(args)
+    return plan_merge(
+        asked.recipe,
+        asked.options,
+        out=args.out,
+        publication=asked.publication,
+        work_dir=args.work_dir,
+        update=args.update,
     )
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from ..errors import RecipeError, Remedy
 from ..jobs.slurm import Batch, batch_file
-from ..planning.plan import plan_merge
 from . import console
-from .options import request_of
+from .options import plan_of, publication_of
 
 # Of what says what to merge: the attributes that are flags with one value.
 _FLAGS = ("base", "method", "dtype", "tokenizer_source", "chat_template", "generation_config")
@@ -29,15 +28,7 @@ def write_batch(args: argparse.Namespace) -> int:
         raise RecipeError(
             "the parts of an array share no network: give --array, or --nodes and --processes."
         )
-    asked = request_of(args)
-    plan = plan_merge(
-        asked.recipe,
-        asked.options,
-        out=args.out,
-        publication=asked.publication,
-        work_dir=args.work_dir,
-        update=args.update,
-    ).accepted()
+    plan = plan_of(args).accepted()
     try:
         text = batch_file(plan, batch, _words(args, plan.request.options.words()))
         for warning in plan.warnings:
@@ -66,7 +57,7 @@ def _words(args: argparse.Namespace, options: list[str]) -> list[str]:
     words += [word for expert in args.expert for word in ("--expert", _absolute(expert))]
     words += [word for setting in args.set for word in ("--set", setting)]
     words += options
-    publication = request_of(args).publication
+    publication = publication_of(args)
     words += publication.words() if publication is not None else []
     for name in ("out", "work_dir"):
         if getattr(args, name):
