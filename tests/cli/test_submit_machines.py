@@ -7,7 +7,8 @@ address and a port of its own.
 import json
 import os
 import signal
-import time
+import subprocess
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -42,14 +43,26 @@ def stages(bench: Bench) -> list[str]:
 
 
 def first_ends(bench: Bench, *lines: str, stage: str = "COMPLETED") -> None:
-    """Let the first Job say these lines and end, when its log is asked for."""
+    """Let the first Job say these lines and end, when its log is asked for; all, if it is done."""
 
     def call() -> None:
         for line in lines:
             jobs(bench)[0].say(line)
+        for job in jobs(bench)[1:] if stage == "COMPLETED" else []:
+            job.end(stage)
         jobs(bench)[0].end(stage)
 
     bench.hub.faults.add(Hook(call=call), path="/logs", times=1)
+
+
+def followed(bench: Bench, command: list[str]) -> subprocess.Popen[str]:
+    """Start a command, and return when it follows the Jobs that it started."""
+    asked = threading.Event()
+    bench.hub.faults.add(Hook(call=asked.set), path="/logs", times=1)
+    process = bench.start(command)
+    while not asked.wait(0.05):
+        assert process.poll() is None, process.communicate()
+    return process
 
 
 @pytest.mark.slow
@@ -243,10 +256,7 @@ def test_what_cannot_be_cancelled_is_named(bench: Bench) -> None:
 def test_ctrl_c_leaves_all_running_and_the_same_command_finds_them(bench: Bench) -> None:
     """Who stops following ends nothing; the same command follows the first of the three again."""
     command = words(bench, "alice/left3", "--machines", "3", "--yes")
-    following = bench.start(command)
-    while len(jobs(bench)) < 3 or not bench.hub.log.find(path="/logs"):
-        assert following.poll() is None, following.communicate()
-        time.sleep(0.05)
+    following = followed(bench, command)
 
     following.send_signal(signal.SIGINT)
     _, err = following.communicate(timeout=300)
@@ -255,8 +265,6 @@ def test_ctrl_c_leaves_all_running_and_the_same_command_finds_them(bench: Bench)
     assert stages(bench) == ["RUNNING"] * 3
     first = jobs(bench)[0].answer["id"]
     assert f"submit --attach alice/{first}" in err
-    for job in jobs(bench)[1:]:
-        job.end("COMPLETED")
     first_ends(bench, "said by the first", "resmerge-stream job: exit code 0")
     again = bench.run(*command)
     assert again.code == 0, again.err
@@ -279,10 +287,7 @@ def test_the_others_end_with_the_first(bench: Bench) -> None:
 def test_what_a_lost_first_machine_left_is_cancelled_before_a_new_start(bench: Bench) -> None:
     """The same command does not follow machines whose first is gone: it ends them, and begins."""
     command = words(bench, "alice/rest3", "--machines", "2", "--yes")
-    following = bench.start(command)
-    while len(jobs(bench)) < 2 or not bench.hub.log.find(path="/logs"):
-        assert following.poll() is None, following.communicate()
-        time.sleep(0.05)
+    following = followed(bench, command)
     os.kill(following.pid, signal.SIGKILL)
     following.communicate()
     jobs(bench)[0].end("ERROR")

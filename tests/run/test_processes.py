@@ -233,10 +233,13 @@ def test_an_end_by_the_launcher_says_what_is_missing(told):
             os.kill(os.getpid(), signal.SIGTERM)
         yield Progressed()
 
-    with pytest.raises(StoppedError, match="missing: 'one'"), _ended_in_words(main):
+    def run():
         for _ in Processes(main).everyones(own(), branch, Progress(lambda: 0)):
             if told:
                 os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(StoppedError, match="missing: 'one'"), _ended_in_words(main):
+        run()
 
     main.close()
 
