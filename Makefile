@@ -25,9 +25,11 @@ demo: setup
 space: setup
 	$(BIN)/python app.py
 
-# A worker a core; more than eight gain nothing. Each begins with a row of neighbours, so that a Hub
-# or a Space is mostly made once, and takes from the others when it is done.
-SIDE_BY_SIDE := -n logical --maxprocesses 8 --dist worksteal
+# Three workers for two cores, as half of the tests wait for processes; more than eight gain nothing.
+# Each begins with a row of neighbours, so that a Hub or a Space is mostly made once, and takes from
+# the others when it is done.
+WORKERS = $(shell $(PYTHON) -c 'import os; print(min(8, 3 * (os.cpu_count() or 1) // 2))')
+SIDE_BY_SIDE = -n $(WORKERS) --dist worksteal
 
 test: setup
 	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) --durations 10

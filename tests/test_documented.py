@@ -41,6 +41,8 @@ NOT_HERE = {
     r"python -m loopback_hub|^python app\.py|HF_ENDPOINT=|^unset":
         "servers that do not end; this test starts its own",
     r"^hf upload|^git archive": "publishes a Space to an account",
+    r"--group smollm2": "experts of a real language model, which take hours; tests/experts/ trains "
+        "tiny ones",
     r"public-groups/": "public repositories; tests/planning/test_public_groups.py plans them",
     r"uv tool run": "what a Job runs, abridged; tests/cli/test_submit.py runs it",
     r"demo/": "the Hub of that page; loopback_hub has its own tests",

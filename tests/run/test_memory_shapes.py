@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def drawn(kind: str, draw: random.Random) -> tuple[int, ...]:
     }[kind]
 
 
+BUDGETS = ("default", "least")
 KINDS = ("wide", "tall", "square", "stack", "tiny rows", "one row")
 
 
@@ -85,12 +87,16 @@ def peak_of(arguments: list[str], said: Path) -> tuple[int, list[dict]]:
 
 
 def check(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, shape: tuple[int, ...]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+    shape: tuple[int, ...],
+    budgets: Sequence[str] = BUDGETS,
 ) -> list[tuple[int, int]]:
     """Merge with the default and the least budget, and compare with what was planned.
 
     Returns:
-        of both: the peak, as seen from outside, and as the report says.
+        of each: the peak, as seen from outside, and as the report says.
     """
     kind = find_methods()[method]
     count = min(kind.models[1] or 2, 2)
@@ -103,8 +109,9 @@ def check(
     assert least, refused["problems"]
 
     found = []
-    for number, budget in enumerate(([], ["--memory-budget", least[1]])):
-        out = str(tmp_path / f"out{number}")
+    for name in budgets:
+        budget = ["--memory-budget", least[1]] if name == "least" else []
+        out = str(tmp_path / f"out-{name}")
         peak, events = peak_of(["merge", *merge, *budget, "--out", out], tmp_path / "said")
         planned = events[0]["plan"]["peak_memory_bytes"]
 
@@ -129,12 +136,13 @@ def test_what_is_looked_at_before_a_merge_counts(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(find_methods().keys() - {"passthrough"}))
 def test_every_method_takes_what_is_planned(method, tmp_path, capsys):
-    """A shape that the method's name draws, or one of each kind."""
+    """A shape and a budget that the method's name draws, or a shape of each kind and both."""
     draw = random.Random(method)
     kinds = KINDS if EVERY else [draw.choice(KINDS)]
 
     for kind in kinds:
-        check(tmp_path / kind, capsys, method, drawn(kind, draw))
+        budgets = BUDGETS if EVERY else [draw.choice(BUDGETS)]
+        check(tmp_path / kind, capsys, method, drawn(kind, draw), budgets)
 
 
 @pytest.mark.slow
