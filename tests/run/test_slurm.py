@@ -99,23 +99,36 @@ def test_an_array_merges_in_parts(cluster, group, expected, env, tmp_path):
     assert "already holds the finished result" in log_of(tmp_path)
 
 
-def test_a_requeued_job_continues(cluster, group, expected, env, tmp_path):
+@pytest.fixture
+def stopping(env, tmp_path):
+    """An environment in which a job's first start stops after its first shard, on some nodes."""
+
+    def on(*nodes):
+        site = tmp_path / "site"
+        site.mkdir()
+        (site / "sitecustomize.py").write_text(STOPPED_ONCE)
+        return {
+            **env, "PYTHONPATH": f"{site}:{env['PYTHONPATH']}", "STOPS_ON": " ".join(nodes),
+            "STOPPED_AT": str(tmp_path / "stopped"),
+        }  # fmt: skip
+
+    return on
+
+
+def stopped(tmp_path):
+    """Return the nodes that have stopped."""
+    return [path.name for path in tmp_path.glob("stopped-*")]
+
+
+def test_a_requeued_job_continues(cluster, group, expected, env, stopping, tmp_path):
     """`scontrol requeue` after the first shard: it starts again, keeps the shard, same bytes."""
     script = written(group, tmp_path, env, "--nodes", "2")
-    (tmp_path / "once.py").write_text(STOPPED_ONCE)
-    # The first start stops within the merge until SLURM ends it; the next one does not.
-    stopping = {**env, "PYTHONPATH": f"{tmp_path / 'site'}:{env['PYTHONPATH']}"}
-    (tmp_path / "site").mkdir()
-    (tmp_path / "once.py").rename(tmp_path / "site" / "sitecustomize.py")
-    stopping["STOPPED_AT"] = str(tmp_path / "stopped")
-    job = cluster.submit(script, stopping)
-    cluster.wait(lambda: len(list(tmp_path.glob("stopped-*"))) == 2, "two shards are made", 300)
+    job = cluster.submit(script, stopping("one", "two"))
+    cluster.wait(lambda: len(stopped(tmp_path)) == 2, "two shards are made", 300)
     kept = {path.name: path.stat().st_ino for path in (tmp_path / "out").glob("*.part")}
 
     cluster.run("scontrol", "requeue", job)
-    cluster.wait(lambda: cluster.states(job) == {"PENDING"}, "the job waits again")
-    # SLURM lets two minutes pass before it starts a job again.
-    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    cluster.start_again(job)
 
     assert cluster.finish(job) == {"COMPLETED"}, log_of(tmp_path)
     assert file_bytes(tmp_path / "out") == expected
@@ -124,18 +137,41 @@ def test_a_requeued_job_continues(cluster, group, expected, env, tmp_path):
         assert (tmp_path / "out" / name.removesuffix(".part")).stat().st_ino == number
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("--array", "2"), ("--nodes", "2")], ids=["array", "nodes"])
+def test_a_killed_node_is_got_over(options, cluster, group, expected, env, stopping, tmp_path):
+    """An array's task goes to the other node, a job waits until the node is back; same bytes."""
+    script = written(group, tmp_path, env, *options)
+    exclusive = ["--exclusive"] if options[0] == "--array" else []
+    job = cluster.submit(script, stopping("two"), *exclusive)
+    cluster.wait(lambda: stopped(tmp_path), "a shard is made on the second node", 300)
+
+    cluster.kill_node("two")
+    try:
+        cluster.start_again(job)
+        if exclusive:
+            assert cluster.finish(job) == {"COMPLETED"}, log_of(tmp_path)
+    finally:
+        cluster.start_node("two")
+
+    assert cluster.finish(job) == {"COMPLETED"}, log_of(tmp_path)
+    assert file_bytes(tmp_path / "out") == expected
+
+
 STOPPED_ONCE = '''
-"""Has the first start of a job stop after its first shard."""
+"""Has the first start of a job stop after its first shard, on the nodes that are named."""
 import os, sys, time
 
-if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and "RANK" in os.environ:
+is_first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+node = os.environ.get("SLURMD_NODENAME")
+if is_first and node in os.environ["STOPS_ON"].split() and "-m" in sys.orig_argv:
     from resmerge_stream.sinks.folder import FolderSink
 
     keep = FolderSink.keep
 
     def kept(self, shard, entry):
         keep(self, shard, entry)
-        open(os.environ["STOPPED_AT"] + "-" + os.environ["RANK"], "w").close()
+        open(os.environ["STOPPED_AT"] + "-" + node, "w").close()
         while True:
             time.sleep(1)
 

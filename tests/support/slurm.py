@@ -3,9 +3,11 @@
 Nothing of the system's is used or touched: key, sockets, ports, state and logs are in one folder.
 """
 
+import contextlib
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -79,6 +81,26 @@ class Cluster:
     def start_node(self, node: str) -> None:
         """Start a node's daemon."""
         self._start(node, "slurmd", "-D", "-N", node)
+
+    def kill_node(self, node: str) -> None:
+        """End a node as a loss of power does: its daemon, what runs there, and who watches that."""
+        daemon = self._daemons.pop(node)
+        daemon.kill()
+        daemon.wait()
+        tasks = [one for one in Path("/proc").glob("[0-9]*") if _is_of(one, node)]
+        steps = {one for one in map(_parent, tasks) if b"slurmstepd" in _read(one / "cmdline")}
+        # The watchers first, which would report the end of what they watch.
+        for process in (*steps, *tasks):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(process.name), signal.SIGKILL)
+
+    def start_again(self, job: str) -> None:
+        """Wait until a job, or one of its array, waits again; have it start, without its delay."""
+        waiting = ["squeue", "-h", "-o", "%i", "-t", "PENDING", "-j", job]
+        self.wait(lambda: self.run(*waiting), f"job {job} waits again")
+        for one in self.run(*waiting).split():
+            # SLURM lets two minutes pass before it starts a job again.
+            self.run("scontrol", "update", f"JobId={one}", "StartTime=now")
 
     def run(self, *words: str) -> str:
         """Run one of SLURM's commands, and return what it printed."""
@@ -187,11 +209,30 @@ SelectTypeParameters=CR_CPU
 MpiDefault=none
 ReturnToService=2
 KillWait=5
+SlurmdTimeout=20
 MinJobAge=3600
 SchedulerParameters=sched_interval=1,sched_min_interval=0
 {nodes}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+
+
+def _read(path: Path) -> bytes:
+    """Return what a process's file says; nothing where the process has ended."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _is_of(process: Path, node: str) -> bool:
+    return b"SLURMD_NODENAME=%s" % node.encode() in _read(process / "environ").split(b"\0")
+
+
+def _parent(process: Path) -> Path:
+    # The name in brackets may hold anything; what follows is the state and the parent's number.
+    fields = _read(process / "stat").rpartition(b")")[2].split()
+    return Path("/proc", fields[1].decode() if fields else "0")
 
 
 def _free_port() -> int:
