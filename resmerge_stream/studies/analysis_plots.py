@@ -22,12 +22,15 @@ def spectra_png(document: Mapping[str, Any]) -> bytes:
             body = energy.violinplot([values], [i], widths=0.8, showmedians=True)
             for part in body["bodies"]:
                 part.set_facecolor(_COLOURS[expert["group"]])
+            for name in ("cbars", "cmins", "cmaxes", "cmedians"):
+                body[name].set_color(_COLOURS[expert["group"]])
     energy.set_xticks(
         range(len(experts)),
         [e["id"].rstrip("/").rsplit("/", 1)[-1][:24].replace("$", r"\$") for e in experts],
         rotation=20,
     )
     energy.set_title("Share of energy in the head")
+    energy.set_ylabel("share of the squared norm")
     for group in dict.fromkeys(e["group"] for e in experts):
         points = [
             (int(layer), rows[group]["head_energy"])
@@ -37,7 +40,8 @@ def spectra_png(document: Mapping[str, Any]) -> bytes:
         points.sort()
         layers.plot(*_columns(points), marker=".", color=_COLOURS[group], label=group)
     layers.set_title("Head energy by layer (median)")
-    layers.set_xlabel("layer")
+    _by_layer(layers)
+    layers.set_ylabel("share of the squared norm")
     layers.legend()
     _ranks(ranks, document)
     return _png(figure)
@@ -65,7 +69,8 @@ def coherence_png(document: Mapping[str, Any]) -> bytes:
                     label = f"{key} ({group})"
                     ax.plot(*_columns(points), style, marker=".", color=colour, label=label)
         ax.set_title(title)
-        ax.set_xlabel("layer")
+        _by_layer(ax)
+        ax.set_ylabel("median over matrices")
     floors = {rows[g]["c_R_floor"] for rows in document["layers"].values() for g in groups}
     for floor in sorted(f for f in floors if f is not None):
         axes[0].axhline(floor, color=_GREY, linestyle=":", label="1/√N: unrelated residuals")
@@ -82,22 +87,27 @@ def cosines_png(document: Mapping[str, Any]) -> bytes:
     figure = _figure(6.5 * len(groups), 4.2)
     for number, group in enumerate(groups, start=1):
         ax = figure.add_subplot(1, len(groups), number)
-        for key, name, colour in (
-            ("pair_cosines_H", "heads", _HEAD),
-            ("pair_cosines_R", "residuals", _RESIDUAL),
-        ):
-            values = [
+        found = {
+            key: [
                 cosine
                 for entry in document["tensors"]
                 for cosine in entry.get("groups", {}).get(group, {}).get(key) or []
             ]
+            for key in ("pair_cosines_H", "pair_cosines_R")
+        }
+        reach = max((abs(cosine) for values in found.values() for cosine in values), default=1.0)
+        sides = (-max(reach, 0.05), max(reach, 0.05))
+        for (name, colour), values in zip(
+            (("heads", _HEAD), ("residuals", _RESIDUAL)), found.values(), strict=True
+        ):
             if values:
                 mean = sum(values) / len(values)
                 label = f"{name}: mean {mean:.3f}"
-                ax.hist(values, bins=40, range=(-1, 1), color=colour, alpha=0.6, label=label)
+                ax.hist(values, bins=40, range=sides, color=colour, alpha=0.6, label=label)
                 ax.axvline(mean, color=colour)
         ax.set_title(f"Pairwise cosines, {group} experts")
         ax.set_xlabel("cosine")
+        ax.set_ylabel("pairs of matrices")
         if ax.get_legend_handles_labels()[0]:
             ax.legend()
     return _png(figure)
@@ -140,8 +150,16 @@ def comparison_png(table: Mapping[str, Any]) -> bytes:
     return _png(figure)
 
 
+def _by_layer(ax: Any) -> None:
+    """Number the horizontal axis by layers."""
+    ax.set_xlabel("layer")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+
+
 def _ranks(ax: Any, document: Mapping[str, Any]) -> None:
     """Draw the medians of stable and effective rank, with and without the head."""
+    from matplotlib.ticker import ScalarFormatter
+
     groups = list(dict.fromkeys(e["group"] for e in document["experts"]))
     kinds = ("stable_rank", "effective_rank")
     ticks, place = [], 0
@@ -157,6 +175,9 @@ def _ranks(ax: Any, document: Mapping[str, Any]) -> None:
             place += 1
     ax.set_xticks([x for x, _ in ticks], [text for _, text in ticks])
     ax.set_yscale("log")
+    for axis_ticks in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+        axis_ticks(ScalarFormatter())
+    ax.set_ylabel("median rank")
     ax.set_title("Rank with the head (pale) and without")
 
 
