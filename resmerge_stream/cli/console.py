@@ -98,8 +98,9 @@ def show_plan(plan: Plan | RefusedPlan) -> None:
         experts = f"{len(plan.experts)} expert(s){adapters}"
         print(f"sources:  {format_size(plan.read_bytes)} to read, {experts}")
         print(f"output:   {format_size(plan.write_bytes)} in {len(plan.shards)} file(s)")
-        peak, budget = format_size(plan.peak_memory_bytes), format_size(plan.memory_budget)
-        print(f"memory:   at most {peak} private, of a budget of {budget}")
+        if plan.memory_budget:
+            peak, budget = format_size(plan.peak_memory_bytes), format_size(plan.memory_budget)
+            print(f"memory:   at most {peak} private, of a budget of {budget}")
         if plan.target is not None:
             kind = "public" if plan.target.ends_public else "private"
             disk = format_size(plan.peak_disk_bytes)

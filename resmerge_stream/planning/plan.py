@@ -325,6 +325,7 @@ def _opened(
         plan,
         base=None if recipe.base is None else sources[0],
         experts=tuple(expert for expert in experts if expert is not None),
+        numbers=tuple(n for n, expert in enumerate(experts, 1) if expert is not None),
         tokenizer=None if other is None else sources[len(recipe.models)],
         speaker=None if talks is None else sources[-1],
     )

@@ -210,6 +210,7 @@ class Draft:
     plan_hash: str = ""
     base: Checkpoint | None = None
     experts: tuple[Checkpoint, ...] = ()
+    numbers: tuple[int, ...] = ()  # of the experts, from 1; of a refused plan some may be missing
     tokenizer: Checkpoint | None = None
     speaker: Checkpoint | None = None  # opened for its generation config
     token_files: TokenFiles | None = None
@@ -256,7 +257,7 @@ class Draft:
     @property
     def parts(self) -> list[str]:
         """What each of the checkpoints is to the merge: ``base``, ``expert 1``, …"""
-        experts = [f"expert {number}" for number in range(1, len(self.experts) + 1)]
+        experts = [f"expert {number}" for number in self.numbers]
         return experts if self.base is None else ["base", *experts]
 
     @property

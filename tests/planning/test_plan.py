@@ -153,6 +153,18 @@ def test_a_refused_plan_does_not_run(group, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_expert_that_is_missing_leaves_the_others_their_numbers(group, tmp_path, capsys):
+    """What is left of a refused plan is told under the numbers that were asked for."""
+    first, second = (ModelRef(str(folder)) for folder in (tmp_path / "none", group.experts[1]))
+
+    plan = plan_merge(Recipe(ModelRef(str(group.base)), (first, second), "mean"), Options())
+
+    assert plan.refused
+    assert plan.parts == ["base", "expert 2"]
+    show_plan(plan)
+    assert "budget" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["missing", "an empty folder", "a file"])
 def test_a_source_that_is_no_model_is_a_problem(name, group, tmp_path):
     """A folder that is missing, empty, or a file is said to be so, by name."""
