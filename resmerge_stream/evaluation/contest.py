@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ..documents import load_json
 from ..errors import CheckpointError, PlanRefusedError, RecipeError
+from ..experts.group import name_of
 from ..planning.plan import Plan
 from ..run.engine import run_merge
 from ..run.events import Event, Finished
@@ -100,21 +101,22 @@ def models_of(plan: Plan) -> list[str]:
 
 
 def _sources_asked(
-    names: Sequence[str], examination: Examination
+    models: Sequence[str], examination: Examination
 ) -> tuple[_Verdicts, dict[str, str]]:
     """Ask base and experts; return their verdicts, and why an expert could not be asked."""
     verdicts: _Verdicts = {}
     unasked: dict[str, str] = {}
-    places = {name: name for name in names}
+    places = {name_of(place): place for place in models}
+    base = next(iter(places))
     with contextlib.ExitStack() as stack:
         opened: dict[str, Checkpoint] = {}
-        for name in names:
+        for name, place in places.items():
             try:
-                checkpoint = examination.open(name, opened.get(names[0]))
+                checkpoint = examination.open(place, opened.get(base))
                 opened[name] = stack.enter_context(contextlib.closing(checkpoint))
                 verdicts[name] = examination.verdicts(name, opened, places)
             except CheckpointError as exc:
-                if name == names[0]:
+                if name == base:
                     raise
                 unasked[name] = str(exc)
     return verdicts, unasked

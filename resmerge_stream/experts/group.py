@@ -51,6 +51,11 @@ def built_in_folders() -> dict[str, str]:
     return {PREFIX + name: str(folder) for name, folder in every.items()}
 
 
+def name_of(place: str) -> str:
+    """Return the built-in name of a folder of the group; any other place as it is."""
+    return {folder: name for name, folder in built_in_folders().items()}.get(place, place)
+
+
 def on_this_machine(recipe: Recipe) -> Recipe:
     """Return a recipe with the built-in names replaced by their folders; others as they are."""
     if not any(ref.id.startswith(PREFIX) for ref in recipe.models):

@@ -21,6 +21,7 @@ from resmerge_stream.studies.compare_plan import plan_comparison
 
 GROUP = {name: str(folder) for name, folder in builtin_group().items()}
 MODELS = [GROUP["base"], GROUP["rl-sort"], GROUP["rl-add"]]
+NAMES = ["built-in/base", "built-in/rl-sort", "built-in/rl-add"]
 RECIPE = Recipe(ModelRef(MODELS[0]), tuple(ModelRef(text) for text in MODELS[1:]))
 METHODS = ["consensus", "task_arithmetic"]
 
@@ -52,7 +53,7 @@ def test_a_contest_asks_every_model_what_evaluate_asks(tmp_path):
         [*MODELS, *folders], Examination(["sort", "add"], out=tmp_path / "alone", limit=20)
     )
     found = last.report["evaluation"]["models"]
-    assert list(found) == [*MODELS, *METHODS]
+    assert list(found) == [*NAMES, *METHODS]
     assert list(found.values()) == list(alone["models"].values())
     means = {label: found[label]["mean"]["accuracy"] for label in METHODS}
     assert means[last.report["best"]] == max(means.values())
@@ -123,7 +124,7 @@ def test_a_contest_goes_on_where_it_was_stopped(tmp_path, monkeypatch, place, re
     best = contest(tmp_path, "best").report["best"]
     contest(tmp_path, "best")
 
-    assert asked == [*MODELS, METHODS[0], METHODS[1], METHODS[1], best]
+    assert asked == [*NAMES, METHODS[0], METHODS[1], METHODS[1], best]
 
 
 def test_eight_candidates_cost_less_than_twice_one(tmp_path, monkeypatch):
@@ -231,9 +232,11 @@ def test_an_expert_that_cannot_be_asked_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Examination, "open", open_but_one)
     document = contest(tmp_path, "best", recipe=recipe).report["evaluation"]
 
-    assert loras[0] in document["models"]
-    assert document["unasked"] == {loras[1]: "it has other rows."}
-    assert f"Not asked: `{loras[1]}`. it has" in (tmp_path / "out" / "evaluation.md").read_text()
+    assert "built-in/lora-sort" in document["models"]
+    assert document["unasked"] == {"built-in/lora-add": "it has other rows."}
+    assert (
+        "Not asked: `built-in/lora-add`. it has" in (tmp_path / "out" / "evaluation.md").read_text()
+    )
 
 
 @pytest.mark.slow
