@@ -5,7 +5,7 @@ import os
 import shlex
 
 from ..errors import RecipeError, Remedy
-from ..experts.group import on_this_machine
+from ..experts.group import built_in_folders, on_this_machine
 from ..planning.options import Options
 from ..planning.plan import Plan, RefusedPlan, plan_merge
 from ..planning.recipe_places import recipe_at
@@ -23,6 +23,11 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
         if not equals or not key:
             raise RecipeError(f"--set {text!r} must be KEY=VALUE, such as --set rank=2.")
         parameters[key] = value
+    if args.recipe in built_in_folders():
+        raise RecipeError(
+            f"{args.recipe!r} is a model, and stands where a recipe would. If it is an expert, "
+            f"write --expert {args.recipe}."
+        )
     try:
         begun = recipe_at(args.recipe) if args.recipe else None
     except RecipeError as exc:

@@ -173,6 +173,7 @@ class TestTypos:
             (("plan", "nowhere.yml"), ["nowhere.yml", "--base"]),
             (("plan", "--base", "x"), ["--expert"]),
             (("verify", "nowhere"), ["no folder", "nowhere"]),
+            (("plan", "--expert", "x", "built-in/rl-add"), ["--expert built-in/rl-add"]),
         ],
     )
     def test_a_wrong_command_line_is_refused_with_a_hint(self, args, words, capsys):
