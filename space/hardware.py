@@ -13,8 +13,8 @@ SHOWN = (
 )  # fmt: skip
 MODEL = (
     "Time: the start of the machine, and the longer of arithmetic and transfer. Arithmetic as "
-    "measured on two cores, in proportion to the cores; how much faster a GPU is was not measured "
-    "and is not counted. Transfer at 50 MB/s each way, at the same time."
+    "measured on two cores, in proportion to the cores; the Hub's GPUs were not measured "
+    "and are not counted. Transfer at 50 MB/s each way, at the same time."
 )
 
 

@@ -42,7 +42,7 @@ PAGE_WORDS: Mapping[Remedy, str] = {
     Remedy.FEWER_PROCESSES: "",
     Remedy.RUN_PARTS: "",
     Remedy.MERGE_UNRELATED: "choose “Experts of another base: merge” under Advanced",
-    Remedy.AS_ADAPTER: "choose “Output: adapter”",
+    Remedy.AS_ADAPTER: "choose “as adapter” under Output",
     Remedy.AS_MODEL: "choose “whole model” under Output",
     Remedy.ADAPTER_RANK: "choose an adapter's rank",
     Remedy.MISSING_BASE: "choose “Tensors that some lack: base”",

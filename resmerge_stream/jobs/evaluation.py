@@ -76,6 +76,8 @@ def evaluation_job(
     device = "auto" if plan is not None else device
     taken = plan.unsent_bytes if plan is not None else 0
     cost = EvaluationCost.of([*stored, *merged], tasks, limit, device, taken)
+    on_cpu = device == "cpu"
+    needed = format_size(4 * cost.numel if on_cpu else cost.gpu_bytes)
     files: dict[str, bytes] = {}
     words = [
         *("evaluate", *models),
@@ -89,7 +91,7 @@ def evaluation_job(
         what="evaluation",
         summary=f"evaluation: {len(models)} models are asked {', '.join(names)}; "
         f"{format_size(cost.stored_bytes)} to read, "
-        f"the largest takes {format_size(cost.gpu_bytes)} on a GPU",
+        f"the largest takes {needed} {'of memory' if on_cpu else 'on a GPU'}",
         told={"models": list(models)},
         labels={
             **labels_of("evaluate", card),

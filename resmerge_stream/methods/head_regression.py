@@ -46,7 +46,7 @@ class HeadRegression(SpectralMethod):
 
     name: ClassVar[str] = "head_regression"
     title: ClassVar[str] = "Head regression"
-    paper: ClassVar[str] = "this project; a relative of RegMean, WUDI and SWUDI"
+    paper: ClassVar[str] = "this project, after RegMean, SWUDI and WUDI-Merging"
     url: ClassVar[str] = "https://arxiv.org/abs/2503.08099"
     low_rank: ClassVar[bool] = True
     earlier: ClassVar[Mapping[str, Any]] = {"steps": EXACT}

@@ -150,7 +150,7 @@ def result_html(job: Job) -> str:
         text = f'{what}: <a href="{page}" target="_blank" rel="noopener">{page}</a></b>'
         is_adapter = (job.asked.get("options") or {}).get("as") == "adapter"
         steps = _next_steps(job.asked, is_adapter=is_adapter)
-        steps += "" if is_adapter else _evaluation(job.asked)
+        steps += _evaluation(job.asked, is_adapter=is_adapter)
         text += "" if job.asked.get("create_pr") else steps
     else:
         text = "Merged. The files are below, also as one archive; they stay here for a day.</b>"
@@ -196,13 +196,24 @@ def _next_steps(asked: Mapping[str, Any], *, is_adapter: bool) -> str:
     )
 
 
-def _evaluation(asked: Mapping[str, Any]) -> str:
-    """Return the command that asks the merge and its models as a Job, where all are on the Hub."""
+def _evaluation(asked: Mapping[str, Any], *, is_adapter: bool) -> str:
+    """Return the command that asks the merge and its models, where all are on the Hub.
+
+    Args:
+        asked: what the job was asked for.
+        is_adapter: whether the merge is an adapter, which is asked here and not in a Job.
+    """
     models, repo = models_on_hub(asked.get("recipe") or {}), str(asked.get("push_to"))
     if not models:
         return ""
     words = " ".join(shlex.quote(name) for name in (*models, repo))
-    command = f"resmerge-stream evaluate {words} --tasks gsm8k --card {shlex.quote(repo)} --job"
+    command = f"resmerge-stream evaluate {words} --tasks gsm8k"
+    if is_adapter:
+        return (
+            "<p>Evaluate it beside its base and experts, on a machine of yours:</p>"
+            f"{code('Evaluate it', f'{command} --out answers')}"
+        )
+    command += f" --card {shlex.quote(repo)} --job"
     return (
         "<p>Evaluate it beside its base and experts in a Hub Job. You see the price first; results "
         f"arrive as a pull request:</p>{code('Evaluate it', command)}"

@@ -134,9 +134,10 @@ def _sources(sources: Iterable[Mapping[str, Any]]) -> str:
     rows = []
     for source in sources:
         name, commit = esc(source["id"]), source.get("revision")
+        rank = source.get("adapter_rank")
         rows.append(
             (
-                source["part"],
+                source["part"] + (f", LoRA of rank {rank}" if rank else ""),
                 f"<code>{name}</code>",
                 f"<code>{esc(str(commit)[:10])}</code>" if commit else "comes with this app",
                 format_size(source["bytes"]),

@@ -98,10 +98,10 @@ def compared_html(left: Opened, right: Opened) -> str:
                 else "–"
             )
             lines.append(
-                (f"{esc(NAMES[key])}, {esc(name)}", _spread(first), _spread(second), change)
+                (f"{esc(NAMES[key])}, {esc(name)}", change, _spread(first), _spread(second))
             )
-    lines.sort(key=lambda line: line[-1] == "–")  # what both have stands first
-    head = ("Median", esc(left.name), esc(right.name), "Difference")
+    lines.sort(key=lambda line: line[1] == "–")  # what both have stands first
+    head = ("Median", "Difference", esc(left.name), esc(right.name))
     scores = _scores(left, right)
     figures = "".join(
         figure
