@@ -154,10 +154,19 @@ def _name_of(leaf: Source) -> str:
     return name if isinstance(name, str) else ""
 
 
+# Parts at the end of two names, such as ``dense.weight``, that two layers may have in common.
+_ALIKE = 2
+
+
 def _pairs(
     base: Checkpoint, expert: Checkpoint, missing: Sequence[str], extra: Sequence[str]
 ) -> list[tuple[str, str]]:
-    """Return tensors without a counterpart on both sides that have one module and one shape."""
+    """Return tensors without a counterpart on both sides that may be one under two names.
+
+    They have one module and one shape. Where most tensors have their counterpart and the modules
+    around these are others, they are other layers: a pooler's ``dense`` is no head's.
+    """
+    is_most = 2 * len(missing) < len(base.tensors)
     waiting: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name in extra:
         key = (module_of(name), expert.tensors[name].spec.shape)
@@ -166,6 +175,16 @@ def _pairs(
     for name in missing:
         spec = base.tensors[name].spec
         others = waiting.get((module_of(name), spec.shape))
-        if others and spec.shape:
+        if others and spec.shape and not (is_most and _is_elsewhere(name, others[0])):
             pairs.append((name, others.pop(0)))
     return pairs
+
+
+def _is_elsewhere(name: str, other: str) -> bool:
+    """Return whether two names have a module each around what they have in common."""
+    ours, theirs = name.split("."), other.split(".")
+    while ours and theirs and ours[-1] == theirs[-1]:
+        ours.pop()
+        theirs.pop()
+    common = name.count(".") + 1 - len(ours)
+    return bool(ours and theirs) and common <= _ALIKE
