@@ -216,6 +216,7 @@ def parse_json(data: bytes, *, where: str, what: str, must_start: bytes = b"") -
     Raises:
         CheckpointFormatError: the bytes are not such an object.
     """
+    refuse_pointer(data, where=where)
     if must_start and not data.startswith(must_start):
         _refuse(where, f"has a {what} that does not start with '{{'")
     try:

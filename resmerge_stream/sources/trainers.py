@@ -62,14 +62,17 @@ _TABLE = (
         of_states,
     ),
     Leavings(
-        re.compile(r"(.*?)(?:global_step\d+/)?mp_rank_\d+_model_states\.pt$"),
+        re.compile(r"((?:.*?/)??)(?:global_step\d+/)?mp_rank_\d+_model_states\.pt$"),
         "a checkpoint of DeepSpeed's ZeRO",
         _ZERO,
         re.compile(r"(?:global_step\d+/)?mp_rank_\d+_model_states\.pt"),
         of_states,
     ),
     Leavings(
-        re.compile(r"(.*?)(?:zero_to_fp32\.py|(?:global_step\d+/)?[\w.]*mp_rank_\d+_\w+_states\.pt)$"),
+        re.compile(
+            r"((?:.*?/)??)"
+            r"(?:zero_to_fp32\.py|(?:global_step\d+/)?[\w.]*mp_rank_\d+_\w+_states\.pt)$"
+        ),
         "a checkpoint of DeepSpeed's ZeRO",
         _ZERO,
     ),
