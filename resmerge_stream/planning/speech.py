@@ -24,7 +24,10 @@ from .vocabulary import GENERATION, with_numbers
 FROM_EXPERTS = "talks-as-experts"
 # Special tokens that configs name by number.
 NUMBERED = ("bos", "eos", "pad")
-_BOOKKEEPING = ("_from_model_config", "transformers_version")
+_BOOKKEEPING = (
+    "_from_model_config", "transformers_version",
+    "output_attentions", "output_hidden_states", "use_cache",  # how it is run, not what it says
+)  # fmt: skip
 
 
 def with_speech(plan: Plan, found: Findings) -> Plan:

@@ -524,7 +524,7 @@ def _config(
 def with_numbers(
     config: Mapping[str, Any], old: Mapping[str, int], new: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Return a config whose ``…_token_id`` name the same tokens as before.
+    """Return a config whose ``…_token_id`` name the same tokens as before; what is gone, none.
 
     Args:
         config: as it is said; its part for text too.
@@ -535,10 +535,10 @@ def with_numbers(
 
     def moved(value: Any) -> Any:
         if isinstance(value, list):
-            return [moved(item) for item in value]
+            return [now for item in value if (now := moved(item)) is not None] or None
         if type(value) is not int or value not in tokens:
             return value
-        return new.get(tokens[value], value)
+        return new.get(tokens[value])
 
     return {
         key: moved(value)

@@ -11,6 +11,7 @@ from resmerge_stream.errors import CheckpointFormatError
 from resmerge_stream.planning.options import Options
 from resmerge_stream.planning.plan import plan_merge
 from resmerge_stream.planning.tokens import read_tokens
+from resmerge_stream.planning.vocabulary import with_numbers
 from resmerge_stream.recipe import ModelRef, Tokenizer
 from resmerge_stream.run.engine import run_merge
 from resmerge_stream.sources import open_checkpoint
@@ -314,3 +315,12 @@ def test_a_tokenizer_that_is_none_is_refused(tmp_path):
 
     with pytest.raises(CheckpointFormatError, match="no vocabulary"):
         tokens_in(group.base)
+
+
+def test_a_number_whose_token_is_gone_names_no_other():
+    """What ends a turn is told by token: where the merge lacks it, its old number is another's."""
+    said = {"eos_token_id": [301, 0], "pad_token_id": 301, "bos_token_id": 999, "top_k": 301}
+
+    now = with_numbers(said, {"<end>": 0, "<turn>": 301}, {"<think>": 301, "<end>": 5})
+
+    assert now == {"eos_token_id": [5], "pad_token_id": None, "bos_token_id": 999, "top_k": 301}
