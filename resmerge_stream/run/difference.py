@@ -63,8 +63,7 @@ def refused_if_equal(plan: Plan, planned: Planned) -> Generator[Event, None, boo
     if not tensors:
         return False  # one model alone
     merger = Merger(plan, torch.device("cpu"))
-    if plan.base is not None and plan.method.base == "required":
-        _refuse_unrelated(plan, merger, tensors)
+    refuse_unrelated(plan, merger, tensors)
     # A union has rows that only some of the models have: it differs from the base.
     has_more_rows = bool(plan.recipe.tokenizer and plan.recipe.tokenizer.source == "union")
     is_told = has_more_rows or any(_differs(merger, rows) for rows in _samples(tensors))
@@ -84,11 +83,16 @@ def refused_if_equal(plan: Plan, planned: Planned) -> Generator[Event, None, boo
     )
 
 
-def _refuse_unrelated(plan: Plan, merger: Merger, tensors: list[PlannedTensor]) -> None:
-    """Refuse experts whose matrices point nowhere near the base's.
+def refuse_unrelated(plan: Plan, merger: Merger, tensors: list[PlannedTensor]) -> None:
+    """Refuse experts whose matrices point nowhere near the base's, or the first model's.
+
+    Args:
+        plan: without problems.
+        merger: reads its tensors.
+        tensors: those that experts take part in.
 
     Raises:
-        PlanRefusedError: there is one.
+        PlanRefusedError: there is one, and nobody said that it is to be merged all the same.
     """
     if plan.options.unrelated == "merge":
         return
@@ -106,11 +110,16 @@ def _refuse_unrelated(plan: Plan, merger: Merger, tensors: list[PlannedTensor]) 
         for number, found in sorted(cosines.items())
         if median(found) < _UNRELATED
     ]
+    whose = (
+        "the base's, so that its difference to the base is longer than the base itself. Give "
+        "experts of this base, or their base"
+        if plan.base is not None
+        else "that one's. Give models that were trained from one base"
+    )
     if strangers:
         raise PlanRefusedError(
             f"{', '.join(strangers)}: not trained from {plan.layout.id}. Its matrices have the "
-            "same shapes, but nothing in common with the base's, so that its difference to the "
-            "base is longer than the base itself. Give experts of this base, or their base.",
+            f"same shapes, but nothing in common with {whose}.",
             Remedy.MERGE_UNRELATED,
             kind=UNRELATED,
         )

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..device import choose_device
 from ..planning.plan import Plan
+from ..run.difference import refuse_unrelated
 from ..run.merging import Merger
 from ..run.pieces import Piece
 from ..specs import DTYPES
@@ -126,12 +127,14 @@ def read_regime(plan: Plan, share: float = 1.0) -> Iterator[tuple[str, int, Regi
 
     Raises:
         NonFiniteError: a weight is NaN or infinite.
+        PlanRefusedError: an expert was not trained from the base.
 
     Memory: as a merge by ``mean``, a few row blocks beside the stored bytes.
     """
     tensors = [tensor for tensor in plan.tensors.values() if tensor.rule]
     chosen = sampled(tensors, share)
     merger = Merger(plan, choose_device(plan.options.device))
+    refuse_unrelated(plan, merger, tensors)
     total, nbytes = Pairs(len(plan.experts)), 0
     measured = merger.each(chosen, lambda piece: pairs_of(merger, piece, len(plan.experts)))
     with contextlib.closing(measured):

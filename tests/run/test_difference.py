@@ -10,10 +10,11 @@ from resmerge_stream.cli.main import main
 from resmerge_stream.errors import PlanRefusedError
 from resmerge_stream.planning.compat import IDLE, NOTHING_DIFFERS, UNRELATED
 from resmerge_stream.planning.plan import Options, plan_merge
-from resmerge_stream.recipe import Tokenizer
+from resmerge_stream.recipe import ModelRef, Recipe, Tokenizer
 from resmerge_stream.run.difference import is_begun, refused_if_equal
 from resmerge_stream.run.engine import run_merge
 from resmerge_stream.run.events import Planned, Progressed
+from resmerge_stream.studies.advice import read_regime
 from resmerge_stream.studies.compare import run_comparison
 from resmerge_stream.studies.compare_plan import plan_comparison
 from tests.support.adapters import written
@@ -141,7 +142,7 @@ def strangers(tmp_path):
     return Group(group.base, (*group.experts, other))
 
 
-@pytest.mark.parametrize("method", ["ties", "head_regression", "resmerge"])
+@pytest.mark.parametrize("method", ["ties", "head_regression", "resmerge", "linear", "karcher"])
 def test_an_expert_of_another_base_is_refused(strangers, tmp_path, method):
     """Shapes alone say nothing: its matrices have no direction in common with the base's."""
     out = tmp_path / "out"
@@ -151,6 +152,21 @@ def test_an_expert_of_another_base_is_refused(strangers, tmp_path, method):
 
     assert refused.value.notices[0].kind == UNRELATED
     assert not out.exists()
+
+
+def test_without_a_base_models_are_compared_with_the_first(strangers, tmp_path):
+    """An average of models that began apart is none: refused, with the same way out."""
+    models = tuple(ModelRef(str(folder)) for folder in strangers.experts)
+    plan = plan_merge(Recipe(None, models, "linear"), out=tmp_path / "out")
+
+    with pytest.raises(PlanRefusedError, match=r"other/base: not trained from .*trained from one"):
+        list(run_merge(plan, out=tmp_path / "out"))
+
+
+def test_no_advice_is_given_on_an_expert_of_another_base(strangers):
+    """Advice on a merge that would be refused is refused."""
+    with pytest.raises(PlanRefusedError, match=r"other/base: not trained from"):
+        list(read_regime(plan_group(strangers, method="ties")))
 
 
 def test_tokens_matched_by_union_hide_no_stranger(strangers, tmp_path):
