@@ -19,6 +19,13 @@ from .compat import readable
 def check_named_bases(recipe: Recipe, found: Findings) -> None:
     """Refuse ``base+adapter`` where that base is not the recipe's, or is the merge's base."""
     base = recipe.base
+    if base is not None and base.on is not None:
+        found.problem(
+            f"base_model cannot be a model with an adapter, as {base} is. Merge the adapter first, "
+            f"by a recipe with merge_method: passthrough and {base} as its one model, and name "
+            "that merge's folder here."
+        )
+        return
     for ref in recipe.models:
         if ref.on is None or (base is not None and ModelRef.parse(ref.on).place == base.place):
             continue

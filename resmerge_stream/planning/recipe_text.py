@@ -12,6 +12,7 @@ _FENCE = re.compile(
     r"^ {0,3}(```+|~~~+)[^\n]*\n(.*?)^ {0,3}\1[`~]*[ \t]*$", re.MULTILINE | re.DOTALL
 )
 _ALONE = re.compile(r"\s*(```+|~~~+)[^\n]*\n(.*?)(?:\n[ \t]*\1[`~]*)?\s*", re.DOTALL)
+_END = re.compile(r"\n---\s*\Z")
 _IS_RECIPE = re.compile(r"^merge_method\s*:", re.MULTILINE)
 
 
@@ -33,7 +34,8 @@ def document_of(data: bytes | str, *, where: str) -> Any:
     """
     try:
         text = _unfenced(data.decode("utf-8") if isinstance(data, bytes) else data, where)
-        return load_yaml(text, max_bytes=MAX_RECIPE_BYTES)
+        # An end without a document behind it.
+        return load_yaml(_END.sub("\n", text), max_bytes=MAX_RECIPE_BYTES)
     except RecipeError:
         raise
     except ValueError as exc:

@@ -179,3 +179,12 @@ def test_a_script_may_share_what_it_writes():
     assert parse_recipe(merged).experts == (
         ModelRef("o/a", weight=0.7, parameters={"density": 0.5}),
     )
+
+
+def test_an_end_without_a_document_behind_it_is_no_second_recipe():
+    """`---` after the recipe ends it, as before it begins it."""
+    text = "merge_method: ties\nbase_model: base\nmodels: [one]\n"
+
+    assert parse_recipe(f"---\n{text}---\n") == parse_recipe(text)
+    with pytest.raises(RecipeError, match="several recipes"):
+        parse_recipe(f"{text}---\n{text}")
