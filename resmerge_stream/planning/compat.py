@@ -278,7 +278,8 @@ def _report_missing(
             )
 
 
-_EXTRA_LAYERS = re.compile(r"(^|[._])(mtp|nextn|eagle)", re.IGNORECASE)
+# What a model of one config may have or lack: layers that predict ahead, and a pooler.
+_OPTIONAL = re.compile(r"(^|[._])(mtp|nextn|eagle|pooler\.)", re.IGNORECASE)
 
 
 def _outside_body(base: Checkpoint) -> set[str]:
@@ -298,7 +299,7 @@ def _outside_body(base: Checkpoint) -> set[str]:
 
 def _must_have(name: str, config: Mapping[str, Any]) -> bool:
     """Return whether a model of such a config has a tensor: its layers, norms and embeddings."""
-    if _EXTRA_LAYERS.search(name):
+    if _OPTIONAL.search(name):
         return False
     if OTHER_TOWER.search(name):
         return any(OTHER_TOWER.search(key) and isinstance(config[key], dict) for key in config)
