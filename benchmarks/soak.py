@@ -296,7 +296,7 @@ class _Running:
     def _look_at_disk(self) -> None:
         sizes = []
         for path in (self.bench.folder / "work").rglob("*.safetensors*"):
-            if path.suffix != ".json":  # of the journal
+            if ".safetensors.json" not in path.name:  # of the journal
                 with contextlib.suppress(OSError):
                     sizes.append(path.stat().st_size)
         self.disk = max(self.disk, sum(sizes))
