@@ -30,7 +30,7 @@ from benchmarks.synthetic import Shape, tensor_shapes
 from loopback_hub import FAULTS, LoopbackHub, Sparse
 from resmerge_stream.sinks.layout import index_json, plan_shards
 from resmerge_stream.specs import TensorSpec
-from tests.support.hub_runs import MODELS, Bench, Run, make_bench
+from tests.support.hub_runs import MODELS, Bench, Run, make_bench, weight_files
 
 from .measure import run, scratch_folder
 
@@ -162,7 +162,7 @@ def watched(folder: Path) -> Iterator[list[int]]:
     def sample() -> None:
         while not stop.wait(0.002):
             total = 0
-            for path in folder.rglob("*.safetensors*"):
+            for path in weight_files(folder):
                 try:
                     total += path.stat().st_size
                 except FileNotFoundError:

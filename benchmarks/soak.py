@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.synthetic import Shape, Updates, write_group
 from loopback_hub import FAULTS, Hook, LoopbackHub
 from resmerge_stream.cli.main import main as run_command
-from tests.support.hub_runs import Bench
+from tests.support.hub_runs import Bench, weight_files
 
 SHAPE = Shape(hidden_size=32, intermediate_size=96, num_hidden_layers=2, vocab_size=128)
 GROUPS = ("bfloat16", "float16", "float32", "adapters", "fp8")
@@ -295,10 +295,9 @@ class _Running:
 
     def _look_at_disk(self) -> None:
         sizes = []
-        for path in (self.bench.folder / "work").rglob("*.safetensors*"):
-            if ".safetensors.json" not in path.name:  # of the journal
-                with contextlib.suppress(OSError):
-                    sizes.append(path.stat().st_size)
+        for path in weight_files(self.bench.folder / "work"):
+            with contextlib.suppress(OSError):
+                sizes.append(path.stat().st_size)
         self.disk = max(self.disk, sum(sizes))
 
     def _allowed(self, number: int) -> set[int]:

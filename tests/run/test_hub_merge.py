@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from loopback_hub import FAULTS, Hook
 from tests.support.checkpoints import read_tensors
-from tests.support.hub_runs import MODELS, Bench, Run
+from tests.support.hub_runs import MODELS, Bench, Run, weight_files
 
 pytestmark = pytest.mark.usefixtures("clean_hub")
 
@@ -307,7 +307,7 @@ def test_streaming_leaves_no_weight_file(xet_bench: Bench) -> None:
     seen: list[Path] = []
     work = xet_bench.folder / "streamed"
     xet_bench.hub.faults.add(
-        Hook(call=lambda: seen.extend(work.rglob("*.safetensors*"))), path="/commit/|/file/"
+        Hook(call=lambda: seen.extend(weight_files(work))), path="/commit/|/file/"
     )
 
     done = xet_bench.merge(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from loopback_hub import Answer, Delay, Hook
-from tests.support.hub_runs import Bench
+from tests.support.hub_runs import Bench, weight_files
 
 pytestmark = pytest.mark.usefixtures("clean_hub")
 
@@ -323,9 +323,9 @@ def test_the_disk_holds_two_shards_at_most(bench: Bench) -> None:
 
 
 def weights_in(folder: Path) -> int:
-    """Bytes of files below a folder."""
+    """Bytes of weight files below a folder."""
     total = 0
-    for path in folder.rglob("*.safetensors*"):
+    for path in weight_files(folder):
         try:
             total += path.stat().st_size
         except FileNotFoundError:

@@ -38,6 +38,12 @@ class Run:
         return self.events[-1]
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files below a folder, unfinished ones too; not a journal's rows of them."""
+    every = folder.rglob("*.safetensors*")
+    return [path for path in every if ".safetensors.json" not in path.name]
+
+
 @dataclass(slots=True)
 class Bench:
     """A Hub with a group of models on it, the same group in folders, and a merged folder."""
