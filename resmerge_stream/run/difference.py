@@ -41,9 +41,6 @@ _COMPARED = 5
 _UNRELATED = 0.1
 # Of fewer values in all that were compared the cosine of two models is not near enough to 0.
 _LEAST_VALUES = 3000
-# Models without a base that are compared; more are checkpoints of one run. Of 200 the samples took
-# more memory than their average is planned at (519 of 483 MB).
-_FEW = 10
 _TICK_S = 1.0
 
 
@@ -87,7 +84,7 @@ def refused_if_equal(plan: Plan, planned: Planned) -> Generator[Event, None, boo
 
 
 def refuse_unrelated(plan: Plan, merger: Merger, tensors: list[PlannedTensor]) -> None:
-    """Refuse experts whose matrices point nowhere near the base's, or the first of a few models'.
+    """Refuse experts whose matrices point nowhere near the base's, or the first model's.
 
     Args:
         plan: without problems.
@@ -97,7 +94,7 @@ def refuse_unrelated(plan: Plan, merger: Merger, tensors: list[PlannedTensor]) -
     Raises:
         PlanRefusedError: there is one, and nobody said that it is to be merged all the same.
     """
-    if plan.options.unrelated == "merge" or (plan.base is None and len(plan.experts) > _FEW):
+    if plan.options.unrelated == "merge":
         return
     matrices = [t for t in tensors if t.rule and t.rule.role in MATRIX_ROLES and t.reads_layout]
     cosines: dict[int, list[float]] = {}
@@ -136,13 +133,16 @@ def _cosines(merger: Merger, piece: Piece) -> list[float]:
             rows = vectors.blocks()[0]
             # Of a row that is longer than a block its beginning: in float64 it is held some times.
             base = vectors.base(rows)[:, :BLOCK_ELEMENTS].double()
-            whole = vectors.stack(rows)[:, :, :BLOCK_ELEMENTS].double() + base
+            updates = vectors.stack(rows)[:, :, :BLOCK_ELEMENTS]
     except NonFiniteValues:
         return []  # the merge says of which model
-    lengths = whole.square().sum((1, 2)).sqrt() * base.square().sum().sqrt()
-    if not bool((lengths > 0).all()):
-        return []
-    found: list[float] = ((whole * base).sum((1, 2)) / lengths).tolist()
+    found = []
+    for update in updates:  # one at a time: of many experts float64 would not fit
+        weights = base + update
+        length = float(weights.norm() * base.norm())
+        if not length > 0:
+            return []
+        found.append(float((weights * base).sum()) / length)
     return found
 
 
