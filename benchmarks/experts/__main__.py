@@ -32,6 +32,11 @@ def main() -> None:
         default=1,
         help="CPU threads; the same weights come out only with the same number",
     )
+    parser.add_argument(
+        "--checkpoints",
+        action="store_true",
+        help="also keep RL experts of a real language model after each ten steps: NAME@step_10",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers_logging.disable_progress_bar()
@@ -43,7 +48,9 @@ def main() -> None:
         known = ", ".join((*group.kinds, *kind_of))
         parser.error(f"--only takes {known}, not {', '.join(unknown)}")
     names = [name for name in kind_of if {name, kind_of[name]} & chosen]
-    train_group(group, arguments.out / arguments.group, names=names)
+    train_group(
+        group, arguments.out / arguments.group, names=names, checkpoints=arguments.checkpoints
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ class TrainingState:
     Args:
         path: of the file; None keeps nothing.
         every: steps between two writes.
+        also: called with the step after each write, to keep more of the training.
     """
 
-    def __init__(self, path: Path | None, *, every: int = 10) -> None:
-        self._path, self._every = path, every
+    def __init__(
+        self, path: Path | None, *, every: int = 10, also: Callable[[int], None] | None = None
+    ) -> None:
+        self._path, self._every, self._also = path, every, also
 
     def restore(self, parts: dict[str, Any]) -> dict[str, Any]:
         """Give each part its state, where there is one, and return the plain values kept with it.
@@ -46,6 +50,8 @@ class TrainingState:
         staged = self._path.with_name(f"{self._path.name}.partial")
         torch.save(states | {"values": values | {"step": step}}, staged)
         os.replace(staged, self._path)
+        if self._also is not None:
+            self._also(step)
 
     def of_stage(self, number: int) -> TrainingState:
         """Return the state of a later stage, beside this one; stage 0 is this one."""

@@ -62,13 +62,17 @@ def model_names(kinds: Sequence[str], tasks: Sequence[str] = TASKS) -> list[str]
     return [*names, *(EXTRA if "extra" in kinds else ())]
 
 
-def train_group(group: Group, folder: Path, *, names: Sequence[str]) -> None:
+def train_group(
+    group: Group, folder: Path, *, names: Sequence[str], checkpoints: bool = False
+) -> None:
     """Train the models of a group that are not finished yet.
 
     Args:
         group: its settings.
         folder: where its model folders and its log go; made if missing.
         names: from `model_names`.
+        checkpoints: whether an RL expert of a real language model is also kept as it is after each
+            ten steps, as ``NAME@step_10``.
 
     Raises:
         MissingBaseError: an expert is asked for, and the base is neither there nor asked for.
@@ -85,19 +89,24 @@ def train_group(group: Group, folder: Path, *, names: Sequence[str]) -> None:
                 f"{folder / 'base'} does not exist, and {name!r} starts from it. "
                 "Train the base first, or leave --only away."
             )
-        entry = _train_one(group, folder, name)
+        entry = _train_one(group, folder, name, checkpoints=checkpoints and name.startswith("rl-"))
         # Read again: another process may train another model of the group meanwhile.
         log = _read_log(folder, group)
         log["models"][name] = entry
         _write_log(folder, log)
 
 
-def _train_one(group: Group, folder: Path, name: str) -> dict[str, Any]:
+def _train_one(group: Group, folder: Path, name: str, *, checkpoints: bool) -> dict[str, Any]:
     """Train, save, evaluate and measure one model; return its entry in the log."""
     label = f"{group.name}/{name}"
     start = time.monotonic()
+
+    def keep(step: int) -> None:
+        save_model(model, tokenizer, folder / f"{name}@step_{step}")
+
     # What is trained in a minute is not worth a file of three times its weights.
-    state = TrainingState(folder / f"{name}.state" if group.shape is None else None)
+    path = folder / f"{name}.state" if group.shape is None else None
+    state = TrainingState(path, also=keep if checkpoints else None)
     if name != "base":
         model, tokenizer = load_model(folder / "base"), load_tokenizer(folder / "base")
         steps = _specialise(model, tokenizer, group, name, label, state)

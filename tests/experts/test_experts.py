@@ -6,11 +6,13 @@ import re
 import shutil
 from dataclasses import replace
 from datetime import date, timedelta
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from benchmarks.experts import asked, groups, rl, supervised, training, words
 from benchmarks.experts.corpus import SlipRates, slip, slipping_writer
@@ -171,6 +173,26 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path, kind):
     again = train(20, TrainingState(tmp_path / "state"))
 
     assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_an_rl_expert_is_kept_after_each_ten_steps_where_asked(tmp_path, monkeypatch):
+    """Under its step's name, in bf16; the last of them is the expert."""
+    group = replace(TINY, rl=replace(TINY.rl, steps=20))
+    shutil.copytree(builtin_group()["base"], tmp_path / "base")
+    monkeypatch.setattr(training, "TrainingState", partial(state_in, tmp_path / "state"))
+
+    training.train_group(group, tmp_path, names=["rl-add"], checkpoints=True)
+
+    kept = {path.name: load_file(path / "model.safetensors") for path in tmp_path.glob("*@*")}
+    expert = load_file(tmp_path / "rl-add" / "model.safetensors")
+    assert sorted(kept) == ["rl-add@step_10", "rl-add@step_20"]
+    assert all(torch.equal(kept["rl-add@step_20"][name], expert[name]) for name in expert)
+    assert any(not torch.equal(kept["rl-add@step_10"][name], expert[name]) for name in expert)
+
+
+def state_in(path, _, **options):
+    """Return a training's state in a file, which trainings of tiny models have none of."""
+    return TrainingState(path, **options)
 
 
 def test_stages_of_a_training_keep_states_apart(tmp_path):
