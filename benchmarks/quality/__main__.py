@@ -1,7 +1,8 @@
 """Command line: `python -m benchmarks.quality` (or `make quality`) writes docs/quality-small.md.
 
 `python -m benchmarks.quality fresh` measures the methods in other regimes, `… rivals` the closed
-forms that head regression is one of, `… distil` what training adds to a merge; see these modules.
+forms that head regression is one of, `… distil` what training adds to a merge, `… averages` those
+of checkpoints of one run, `… keep` one expert with another added; see these modules.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from benchmarks.experts.groups import KNOWN
 
-from . import distil, fresh, rivals
+from . import averages, distil, fresh, keep, rivals
 from .asking import Asker
 from .groups import ensure_groups, retrain, training_log
 from .merges import share_of_equal_weights
@@ -90,11 +91,14 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["fresh"]:
-        fresh.main(sys.argv[2:])
-    elif sys.argv[1:2] == ["rivals"]:
-        rivals.main(sys.argv[2:])
-    elif sys.argv[1:2] == ["distil"]:
-        distil.main(sys.argv[2:])
+    studies = {
+        "fresh": fresh.main,
+        "rivals": rivals.main,
+        "distil": distil.main,
+        "averages": averages.main,
+        "keep": keep.main,
+    }
+    if sys.argv[1:2] and sys.argv[1] in studies:
+        studies[sys.argv[1]](sys.argv[2:])
     else:
         main()

@@ -16,6 +16,8 @@ from benchmarks.experts.groups import FAMILIES
 from benchmarks.experts.questions import Family
 from resmerge_stream.experts.evaluate import load_model, load_tokenizer
 
+from .text import PlainText
+
 # By task, "1" for each prompt that was answered rightly and "0" for each other one.
 Answers = dict[str, str]
 
@@ -28,6 +30,7 @@ class Asker:
         n_prompts: held-out prompts per task.
         seed: of the prompts; not that of any prompts seen while the experts were made.
         family: the tasks.
+        base: of a real language model's group: what it makes of plain text, merges are asked too.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class Asker:
         n_prompts: int,
         seed: int,
         family: Family = FAMILIES["characters"],
+        base: Path | None = None,
     ) -> None:
         self._store = store / f"{n_prompts}-{seed}"
         self._store.mkdir(parents=True, exist_ok=True)
@@ -45,6 +49,8 @@ class Asker:
         }
         self._model: Any = None
         self._tokenizer: Any = None
+        self._base = base
+        self._text: PlainText | None = None
 
     def ask(self, folder: Path, tasks: Sequence[str] | None = None) -> Answers:
         """Return a checkpoint's answers to some tasks, all unless told otherwise."""
@@ -59,6 +65,29 @@ class Asker:
                 known[task] = "".join("01"[verdict] for verdict in verdicts)
             path.write_text(json.dumps(known), encoding="utf-8")
         return {task: known[task] for task in tasks}
+
+    @property
+    def has_text(self) -> bool:
+        """Whether checkpoints are also asked to read plain text."""
+        return self._base is not None
+
+    def read(self, folder: Path) -> dict[str, float]:
+        """Return what a checkpoint makes of plain text, as `PlainText.measure` does.
+
+        Raises:
+            ValueError: the group has no real language model.
+            MissingTextError: the text's package is not installed.
+        """
+        if self._base is None:
+            raise ValueError("only a real language model is asked to read plain text.")
+        path = self._store / f"{_weights_hash(folder)}.text.json"
+        if not path.is_file():
+            if self._text is None:
+                self._text = PlainText(load_model(self._base), load_tokenizer(self._base))
+            self._load(folder)
+            path.write_text(json.dumps(self._text.measure(self._model)), encoding="utf-8")
+        found: dict[str, float] = json.loads(path.read_text("utf-8"))
+        return found
 
     def _load(self, folder: Path) -> None:
         """Put a checkpoint's weights into the loaded model where it is of their shapes."""

@@ -24,7 +24,7 @@ from .asking import Asker
 from .groups import ensure_groups, training_log
 from .regime_page import real_models, section, write_between
 from .regimes import (
-    answers_of,
+    asked_of,
     cases,
     cases_in_words,
     evidence_of,
@@ -72,21 +72,27 @@ def main(argv: Sequence[str]) -> None:
         found = results.setdefault("groups", {}).setdefault(group, {})
         family = GROUPS[group].family
         asker = Asker(
-            work / "answers", n_prompts=arguments.prompts, seed=arguments.seed, family=family
+            work / "answers",
+            n_prompts=arguments.prompts,
+            seed=arguments.seed,
+            family=family,
+            base=folder / "base" if group in words else None,
         )
         made = work / "made" / group
-        asked = (
+        listed = (
             [*cases_in_words(folder, family.tasks), *made_in_words(folder, family.tasks, made)]
             if group in words
             else cases(folder, made)
         )
-        for case in asked:
+        for case in listed:
             if arguments.case and case.name not in arguments.case:
                 continue
             start = time.monotonic()
-            answers = answers_of(case, folder / "base", work / "regimes" / group, asker)
+            asked = asked_of(case, folder / "base", work / "regimes" / group, asker)
+            answers, text = asked["answers"], asked["text"]
             answers["base"] = asker.ask(folder / "base", case.tasks)
             if group in words:
+                text["base"] = asker.read(folder / "base")
                 # Each on its own task: what a merge would have if nothing were lost.
                 answers["experts"] = {
                     task: asker.ask(expert, (task,))[task]
@@ -99,6 +105,7 @@ def main(argv: Sequence[str]) -> None:
                 "experts": len(case.experts),
                 "kind": kind,
                 "answers": answers,
+                "text": text,
             }
             store.write_text(json.dumps(results), encoding="utf-8")
             seconds = time.monotonic() - start

@@ -40,9 +40,12 @@ def real_models(evidence: Mapping[str, Any]) -> str:
         for name in sorted(means, key=lambda name: -means[name]):
             cells = [f"{share:.0f}" for share in (*tasks[name].values(), means[name])]
             gap = _difference(case, name) if name in case["points"] else ""
+            read = case["text"].get(name)
+            reads = [f"{read['perplexity']:.1f}", f"{100 * read['kept']:.0f}"] if read else ["", ""]
             told = {"base": "base", "experts": "*each expert on its own task*"}
-            rows.append([told.get(name, f"`{name}`"), *cells, gap])
+            rows.append([told.get(name, f"`{name}`"), *cells, gap, *reads])
         head = ["merge", *next(iter(tasks.values())), "mean", f"points from `{case['best']}`"]
+        head += ["perplexity", "kept"]
         found.append(
             f"{case['model']} (`{case['group']}`), {case['regime']}, {case['prompts']} held-out "
             f"prompts a task, right in percent:\n\n{table(head, rows)}\n"

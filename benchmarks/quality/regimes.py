@@ -23,7 +23,7 @@ from resmerge_stream.experts.tasks import TASKS
 from resmerge_stream.planning.plan import plan_merge
 from resmerge_stream.studies.advice import read_regime
 
-from .asking import Answers, Asker
+from .asking import Asker
 from .merges import component, merge_by, recipe_of, trimmed
 
 METHODS = (
@@ -39,6 +39,30 @@ METHODS = (
     "resmerge",
     "head_regression",
 )
+# Beside them for all RL experts of a real language model: every other method that takes several
+# experts and a base. Left out are those that take two models, or no base (`slerp`, `nuslerp`,
+# `nearswap`, `arcee_fusion`, `passthrough`, `linear`, `average`), those that change another
+# method's result (`lines`) and second forms of one that is here (`ramplus_tl`, `della_linear`,
+# `breadcrumbs_ties`).
+MORE_METHODS = (
+    "karcher:around=base",
+    "multislerp",
+    "model_stock",
+    "sce",
+    "consensus",
+    "breadcrumbs:density=0.9",
+    "dare_linear:density=0.5",
+    "dare_ties:density=0.5",
+    "della:density=0.5",
+    "ram_plus",
+    "widen",
+    "dc_merge",
+    "iso_c",
+    "iso_cts",
+    "star",
+    "svc",
+    "opcm",
+)
 _SPARSE = 0.03
 
 
@@ -51,12 +75,14 @@ class Case:
         name: of the case, a folder's name.
         experts: their folders.
         tasks: what they were trained on.
+        methods: that merge them.
     """
 
     regime: str
     name: str
     experts: tuple[Path, ...]
     tasks: tuple[str, ...]
+    methods: tuple[str, ...] = METHODS
 
 
 def _mixtures(tasks: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
@@ -118,11 +144,11 @@ def cases_in_words(group: Path, tasks: Sequence[str]) -> list[Case]:
     # Each second task's expert is the other kind.
     mixed = {t: (rl if i % 2 == 0 else sft)[t] for i, t in enumerate(t for t in rl if t in sft)}
     listed = [
-        Case(f"{len(experts)} {kind}", name, tuple(experts.values()), tuple(experts))
-        for kind, name, experts in (
-            ("RL experts", "rl", rl),
-            ("SFT experts", "sft", sft),
-            ("experts, RL and SFT by turns", "mixed", mixed),
+        Case(f"{len(experts)} {kind}", name, tuple(experts.values()), tuple(experts), methods)
+        for kind, name, experts, methods in (
+            ("RL experts", "rl", rl, (*METHODS, *MORE_METHODS)),
+            ("SFT experts", "sft", sft, METHODS),
+            ("experts, RL and SFT by turns", "mixed", mixed, METHODS),
         )
         if len(experts) > 1
     ]
@@ -182,29 +208,38 @@ def parts_of(base: Path, expert: Path, task: str, out: Path, asker: Asker) -> di
     return answers
 
 
-def answers_of(
-    case: Case, base: Path, out: Path, asker: Asker, methods: Sequence[str] = METHODS
-) -> dict[str, Answers]:
-    """Return the answers of every method's merge of a case; what was merged before is kept.
+def asked_of(case: Case, base: Path, out: Path, asker: Asker) -> dict[str, dict[str, Any]]:
+    """Merge a case by every method of it and ask the merges; what was asked before is kept.
 
     Args:
         case: its experts.
         base: the base's folder.
         out: a folder for the merges.
         asker: asks them.
-        methods: as `compare` names them.
+
+    Returns:
+        ``answers`` and, of a real language model, ``text``: each by method.
     """
-    store = out / case.name / "answers.json"
-    found: dict[str, Answers] = json.loads(store.read_text("utf-8")) if store.is_file() else {}
-    missing = [method for method in methods if method not in found]
+    store = out / case.name / "asked.json"
+    found: dict[str, dict[str, Any]] = {"answers": {}, "text": {}}
+    if store.is_file():
+        found = json.loads(store.read_text("utf-8"))
+    missing = [method for method in case.methods if method not in found["answers"]]
     if missing:
         folder = out / case.name / "merged"
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off, perhaps an older one
         merged = merge_by(recipe_of(base, case.experts), missing, folder)
-        found |= {method: asker.ask(merge.folder, case.tasks) for method, merge in merged.items()}
-        store.write_text(json.dumps(found), encoding="utf-8")
+        for method, merge in merged.items():
+            if asker.has_text:
+                found["text"][method] = asker.read(merge.folder)
+            found["answers"][method] = asker.ask(merge.folder, case.tasks)
+            store.write_text(json.dumps(found), encoding="utf-8")
+            shutil.rmtree(merge.folder)
         shutil.rmtree(folder)
-    return found
+    return {
+        key: {method: by_method[method] for method in case.methods if method in by_method}
+        for key, by_method in found.items()
+    }
 
 
 def _mixture(group: Path, parts: Mapping[str, float], out: Path) -> Path:
@@ -251,13 +286,15 @@ def evidence_of(results: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         ``cases``, each with ``points``: by method the difference to the best method of the case
         and half of its 95 % interval, in points; ``prompts`` a task and their ``seed``; of a real
-        model ``tasks``, shares by method and task. And ``parts`` of a real model's experts: right
-        answers of base, expert, head and residual alone, on the expert's own task.
+        model ``tasks``, shares by method and task, and ``text``, by method what a merge makes of
+        plain text. And ``parts`` of a real model's experts: right answers of base, expert, head and
+        residual alone, on the expert's own task.
     """
     found = []
     for group, measured in results["groups"].items():
         for name, case in measured.items():
-            means = {method: _mean(case, method) for method in METHODS}
+            methods = [name for name in case["answers"] if name not in ("base", "experts")]
+            means = {method: _mean(case, method) for method in methods}
             best = max(means, key=lambda method: means[method])
             entry = {
                 "group": group,
@@ -272,13 +309,14 @@ def evidence_of(results: Mapping[str, Any]) -> dict[str, Any]:
                 "best": best,
                 "base": round(100 * _mean(case, "base"), 2),
                 "accuracy": {m: round(100 * mean, 2) for m, mean in means.items()},
-                "points": {m: gap(case, m, best) for m in METHODS},
+                "points": {m: gap(case, m, best) for m in methods},
             }
             if entry["model"]:
                 entry["tasks"] = {
                     name: {task: _share(bits) for task, bits in answers.items()}
                     for name, answers in case["answers"].items()
                 }
+                entry["text"] = case["text"]
             found.append(entry)
     parts = [
         {

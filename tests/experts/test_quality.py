@@ -4,13 +4,15 @@ import itertools
 import random
 
 import pytest
+import torch
 
 from benchmarks.quality.asking import Asker
 from benchmarks.quality.groups import RL, SFT
+from benchmarks.quality.keep import added, head
 from benchmarks.quality.merges import share_of_equal_weights, trimmed
 from benchmarks.quality.page import fill, write_page
 from benchmarks.quality.regime_page import real_models, section, write_between
-from benchmarks.quality.regimes import METHODS, cases_in_words, evidence_of, parts_of
+from benchmarks.quality.regimes import METHODS, MORE_METHODS, cases_in_words, evidence_of, parts_of
 from benchmarks.quality.results import Group
 from benchmarks.quality.studies import BUDGETS, FEW, MAIN, RANKS, SCALES, SHARES, UNGATED
 from benchmarks.quality.studies import all_methods as every_method
@@ -156,6 +158,7 @@ def test_a_real_models_cases_are_of_the_experts_that_are_there(tmp_path):
         "rl-2": ["rl-a", "rl-b"],
     }
     assert found["mixed"].tasks == ("b", "c")
+    assert set(found["rl"].methods) == {*METHODS, *MORE_METHODS}
 
 
 def test_a_real_models_table_has_every_method_best_first():
@@ -167,6 +170,7 @@ def test_a_real_models_table_has_every_method_best_first():
         "experts": {"a": "1111", "b": "1111"},
     }
     case = {"regime": "2 RL experts", "kind": "orthogonal", "experts": 2, "cosine": 0.0}
+    case["text"] = {"ties": {"perplexity": 30.04, "kept": 0.976}}
     parts = {"rl-a": dict(zip(PARTS, ("0000", "1110", "1000", "1100"), strict=True))}
     found = evidence_of(
         {
@@ -180,9 +184,9 @@ def test_a_real_models_table_has_every_method_best_first():
     text = real_models(found)
 
     rows = text.splitlines()
-    start = rows.index("| --- | --- | --- | --- | --- |") + 1
+    start = rows.index("| --- | --- | --- | --- | --- | --- | --- |") + 1
     assert rows[start].startswith("| *each expert on its own task* | 100 | 100 | 100 | ")
-    assert rows[start + 1] == "| `ties` | 75 | 50 | 62 | – |"
+    assert rows[start + 1] == "| `ties` | 75 | 50 | 62 | – | 30.0 | 98 |"
     assert rows[start + 2].startswith("| `mean` | 50 | 25 | 38 | -25.0 ± ")
     assert rows[-1].startswith("| `rl-a` | 0 | 75 | 25 | 50 | +75 ± ")
 
@@ -222,3 +226,18 @@ def test_an_experts_parts_are_asked_its_task(tmp_path):
     assert tuple(found) == PARTS
     assert len(set(found.values())) > 2
     assert not list(tmp_path.glob("rl-*"))
+
+
+def test_what_an_expert_does_with_its_heads_inputs_another_leaves_alone():
+    """Along P the other's update is cut to μ/(μ + σ²) of itself; across it, it is added whole."""
+    generator = torch.Generator().manual_seed(3)
+    kept, other = torch.randn(2, 12, 8, generator=generator)
+    P = head(kept, 2)
+
+    found = (added(kept, other, P, alpha=0.5) - kept) / 0.5
+
+    _, strengths, directions = torch.linalg.svd(kept)
+    left = [0.03 / (0.03 + (strengths[r] / strengths[0]) ** 2) if r < 2 else 1.0 for r in range(8)]
+    wanted = torch.tensor(left)[:, None] * (directions @ other.T)
+    torch.testing.assert_close(directions @ found.T, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(added(kept, other, None, alpha=0.5), kept + other / 2)
