@@ -41,9 +41,10 @@ _OF_GROUPS = (
 )  # fmt: skip
 # What integers are stored in when they are codes; nobody takes eight bytes for one.
 _CODES = {"U8", "I8", "U16", "I16", "U32", "I32"}
-# What codes have beside them: scales, offsets, tables.
+# What codes have beside them: scales, offsets, tables, the group of each input.
 _COMPANION = re.compile(
-    r"scale|zero|absmax|codebook|centroid|quant_|(^|[._])(biases|shift|SCB|tables?)$", re.IGNORECASE
+    r"scale|zero|g_idx|absmax|codebook|centroid|quant_|(^|[._])(biases|shift|SCB|tables?)$",
+    re.IGNORECASE,
 )
 # How a method calls its codes, or what only it has beside them; whatever dtype they are stored in.
 _METHODS = (
@@ -236,12 +237,20 @@ def inspect(checkpoint: Checkpoint) -> Quantised:
     found = Quantised()
     block = _block_size(checkpoint.config)
     beside = _beside(checkpoint)
-    for name, stored in checkpoint.tensors.items():
-        spec = stored.spec
-        if method := _packed_by(spec, beside):
+    specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
+    methods = {name: _packed_by(spec, beside) for name, spec in specs.items()}
+    # NVFP4's scales are FP8 too, and no weights.
+    of_codes = {
+        f"{name.rpartition('.')[0]}.{leaf}"
+        for name, method in methods.items()
+        if method
+        for leaf in _OF_GROUPS
+    }
+    for name, spec in specs.items():
+        if method := methods[name]:
             if not _inspect_groups(checkpoint, spec, found):
                 _refuse_codes(spec, method, found)
-        elif spec.dtype in _FP8:
+        elif spec.dtype in _FP8 and name not in of_codes:
             _inspect_fp8(checkpoint, spec, block, found)
         elif spec.dtype == "U8" and name.endswith("_blocks"):
             _inspect_mxfp4(checkpoint, spec, found)

@@ -19,8 +19,10 @@ def opened(folder, tensors, config=None):
 
 
 def values_of(checkpoint, name):
-    """A tensor of a dequantised checkpoint, read in two parts."""
-    view = dequantised(checkpoint, inspect(checkpoint))
+    """A tensor of a dequantised checkpoint in which all is understood, read in two parts."""
+    found = inspect(checkpoint)
+    assert not found.problems
+    view = dequantised(checkpoint, found)
     spec = view.tensors[name].spec
     cut = max(spec.shape[0] // 3, 1)
     data = bytes(view.read(name, slice(cut))) + bytes(view.read(name, slice(cut, None)))
