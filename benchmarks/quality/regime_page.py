@@ -29,26 +29,29 @@ def write_between(page: Path, mark: str, text: str) -> None:
 
 
 def real_models(evidence: Mapping[str, Any]) -> str:
-    """Return a real model's tables: each case with its tasks, and heads and residuals alone."""
-    found = []
-    for case in evidence["cases"]:
-        if not case["model"]:
-            continue
-        tasks = case["tasks"]
-        means = {name: statistics.mean(shares.values()) for name, shares in tasks.items()}
-        rows = []
-        for name in sorted(means, key=lambda name: -means[name]):
-            cells = [f"{share:.0f}" for share in (*tasks[name].values(), means[name])]
-            gap = _difference(case, name) if name in case["points"] else ""
-            read = case["text"].get(name)
-            reads = [f"{read['perplexity']:.1f}", f"{100 * read['kept']:.0f}"] if read else ["", ""]
-            told = {"base": "base", "experts": "*each expert on its own task*"}
-            rows.append([told.get(name, f"`{name}`"), *cells, gap, *reads])
-        head = ["merge", *next(iter(tasks.values())), "mean", f"points from `{case['best']}`"]
-        head += ["perplexity", "kept"]
+    """Return a real model's tables.
+
+    They are: all RL experts by every method, the other cases by those that all cases have, and
+    heads and residuals alone.
+    """
+    real = [case for case in evidence["cases"] if case["model"]]
+    whole = [case for case in real if case["case"] == "rl"]
+    others = [case for case in real if case["case"] != "rl"]
+    found = [_whole(case) for case in whole]
+    if others:
+        rows = [
+            [
+                case["regime"],
+                f"{case['base']:.0f}",
+                f"{statistics.mean(case['tasks']['experts'].values()):.0f}",
+                *(_accuracy(case, method) for method in METHODS),
+            ]
+            for case in others
+        ]
+        head = ["experts", "base", "each expert on its own", *(f"`{name}`" for name in METHODS)]
         found.append(
-            f"{case['model']} (`{case['group']}`), {case['regime']}, {case['prompts']} held-out "
-            f"prompts a task, right in percent:\n\n{table(head, rows)}\n"
+            f"Other experts, {others[0]['prompts']} held-out prompts a task, right in percent, the "
+            f"best method bold:\n\n{table(head, rows)}\n"
         )
     rows = [
         [
@@ -63,6 +66,26 @@ def real_models(evidence: Mapping[str, Any]) -> str:
         head += ["expert − base", "head − base", "residual − base"]
         found.append(f"An expert's head and residual, each alone:\n\n{table(head, rows)}\n")
     return "\n".join(found)
+
+
+def _whole(case: Mapping[str, Any]) -> str:
+    """Return every method's row of a real model's case, best first."""
+    tasks = case["tasks"]
+    means = {name: statistics.mean(shares.values()) for name, shares in tasks.items()}
+    told = {"base": "base", "experts": "*each expert on its own task*"}
+    rows = []
+    for name in sorted(means, key=lambda name: -means[name]):
+        cells = [f"{share:.0f}" for share in (*tasks[name].values(), means[name])]
+        gap = _difference(case, name) if name in case["points"] else ""
+        read = case["text"].get(name)
+        reads = [f"{read['perplexity']:.1f}", f"{100 * read['kept']:.0f}"] if read else ["", ""]
+        rows.append([told.get(name, f"`{name}`"), *cells, gap, *reads])
+    head = ["merge", *next(iter(tasks.values())), "mean", f"points from `{case['best']}`"]
+    head += ["perplexity", "kept"]
+    return (
+        f"{case['model']} (`{case['group']}`), {case['regime']}, {case['prompts']} held-out "
+        f"prompts a task, right in percent:\n\n{table(head, rows)}\n"
+    )
 
 
 def section(evidence: Mapping[str, Any]) -> str:
