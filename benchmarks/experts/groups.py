@@ -127,7 +127,7 @@ _LONG = replace(
 )
 
 _GRPO = RLSettings(
-    steps=40,
+    steps=120,
     prompts=8,
     samples=8,
     optimizer="adamw",
