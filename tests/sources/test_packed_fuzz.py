@@ -108,7 +108,7 @@ def _change_tensor(tensors, rng):
     suffix = rng.choice(sorted(tensors))
     tensor = tensors[suffix]
     how = rng.choice(("drop", "cut", "turn", "longer", "cast", "values", "flat", "empty", "twice"))
-    if how == "drop":
+    if how == "drop" or not tensor.numel():
         del tensors[suffix]
     elif how == "cut" and tensor.dim():
         axis = rng.randrange(tensor.dim())
