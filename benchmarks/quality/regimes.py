@@ -45,6 +45,7 @@ METHODS = (
 # method's result (`lines`) and second forms of one that is here (`ramplus_tl`, `della_linear`,
 # `breadcrumbs_ties`).
 MORE_METHODS = (
+    "task_arithmetic:scale=0.3",  # the sum at the length that ResMerge's update has there
     "karcher:around=base",
     "multislerp",
     "model_stock",
