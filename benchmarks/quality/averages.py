@@ -61,7 +61,10 @@ def main(argv: Sequence[str]) -> None:
     )
     task = arguments.expert.split("-")[1]
     answers = {"base": asker.ask(folder / "base", (task,))[task]}
-    answers |= {f"step {path.name.split('_')[-1]}": asker.ask(path, (task,))[task] for path in run}
+    answers |= {
+        f"step {path.name.split('_')[-1]}": asker.ask(path, (task,))[task]
+        for path in run[-max(_LAST) :]
+    }
     last = next(reversed(answers))
     out = arguments.work / "averages"
     for count in _LAST:

@@ -75,7 +75,7 @@ def _whole(case: Mapping[str, Any]) -> str:
     told = {"base": "base", "experts": "*each expert on its own task*"}
     rows = []
     for name in sorted(means, key=lambda name: -means[name]):
-        cells = [f"{share:.0f}" for share in (*tasks[name].values(), means[name])]
+        cells = [*(f"{share:.0f}" for share in tasks[name].values()), f"{means[name]:.1f}"]
         gap = _difference(case, name) if name in case["points"] else ""
         read = case["text"].get(name)
         reads = [f"{read['perplexity']:.1f}", f"{100 * read['kept']:.0f}"] if read else ["", ""]

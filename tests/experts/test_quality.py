@@ -185,9 +185,9 @@ def test_a_real_models_table_has_every_method_best_first():
 
     rows = text.splitlines()
     start = rows.index("| --- | --- | --- | --- | --- | --- | --- |") + 1
-    assert rows[start].startswith("| *each expert on its own task* | 100 | 100 | 100 | ")
-    assert rows[start + 1] == "| `ties` | 75 | 50 | 62 | – | 30.0 | 98 |"
-    assert rows[start + 2].startswith("| `mean` | 50 | 25 | 38 | -25.0 ± ")
+    assert rows[start].startswith("| *each expert on its own task* | 100 | 100 | 100.0 | ")
+    assert rows[start + 1] == "| `ties` | 75 | 50 | 62.5 | – | 30.0 | 98 |"
+    assert rows[start + 2].startswith("| `mean` | 50 | 25 | 37.5 | -25.0 ± ")
     assert rows[-1].startswith("| `rl-a` | 0 | 75 | 25 | 50 | +75 ± ")
 
 
