@@ -151,7 +151,12 @@ def test_a_sample_is_a_share(sample, capsys):
 
 
 # Where the advice from the others is more than a point off.
-MISSED = {("narrow-12", "sort+close"), ("narrow-12", "sparse"), ("narrow-long", "add+reverse")}
+MISSED = {
+    ("narrow-12", "sort+close"),
+    ("narrow-12", "sparse"),
+    ("narrow-long", "add+reverse"),
+    ("smollm2", "sft"),
+}
 
 
 def cases_with_others():
@@ -164,7 +169,7 @@ def cases_with_others():
 def test_advice_from_the_other_groups_holds_for_one_left_out(case):
     """Of the methods that the other groups speak for, one is within a point of the best.
 
-    `MISSED` are the exceptions that docs/quality-small.md names.
+    `MISSED` are the exceptions that docs/quality.md and docs/quality-small.md name.
     """
     found = within_a_point(case, [other for other in evidence()["cases"] if other != case])
 
