@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.experts.asked import right
-from benchmarks.experts.groups import FAMILIES
+from benchmarks.experts.groups import FAMILIES, GROUPS
 from benchmarks.experts.questions import Family
 from resmerge_stream.experts.evaluate import load_model, load_tokenizer
 
@@ -103,6 +104,37 @@ class Asker:
         with torch.no_grad():
             for name, tensor in weights.items():
                 loaded[name].copy_(tensor)
+
+
+def study_parser(
+    name: str, text: str, *, group: str, prompts: int, seed: int
+) -> argparse.ArgumentParser:
+    """Return the options of a study that asks the models of one group.
+
+    Args:
+        name: how `python -m benchmarks.quality` calls it.
+        text: what it does, for ``--help``.
+        group: whose models, unless told otherwise.
+        prompts: held-out prompts a task, likewise.
+        seed: of the prompts, likewise.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.quality {name}", description=text)
+    parser.add_argument("--work", type=Path, default=Path("build/quality"), help="models, answers")
+    parser.add_argument("--group", choices=GROUPS, default=group, help="whose RL experts")
+    parser.add_argument("--prompts", type=int, default=prompts, help="held-out prompts a task")
+    parser.add_argument("--seed", type=int, default=seed, help="of the prompts")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    return parser
+
+
+def asker_of(arguments: argparse.Namespace) -> Asker:
+    """Return who asks, by the options of `study_parser`."""
+    return Asker(
+        arguments.work / "answers",
+        n_prompts=arguments.prompts,
+        seed=arguments.seed,
+        family=GROUPS[arguments.group].family,
+    )
 
 
 def _weights_hash(folder: Path) -> str:

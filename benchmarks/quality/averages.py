@@ -7,7 +7,6 @@ rate's decay would weight them, are asked its task beside the last checkpoint al
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from resmerge_stream.planning.plan import plan_merge
 from resmerge_stream.recipe import ModelRef, Recipe
 from resmerge_stream.run.engine import run_merge
 
-from .asking import Asker
+from .asking import asker_of, study_parser
 from .tables import table
 
 _LAST = (2, 4, 8)
@@ -30,17 +29,11 @@ _WEIGHTS = ("uniform", "1-sqrt", "ema")
 
 def main(argv: Sequence[str]) -> None:
     """Average, ask, and print the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality averages", description=(__doc__ or "").split("\n\n")[1]
-    )
-    parser.add_argument("--work", type=Path, default=Path("build/quality"), help="models, answers")
-    parser.add_argument("--group", choices=GROUPS, default="smollm2", help="whose expert")
+    text = (__doc__ or "").split("\n\n")[1]
+    parser = study_parser("averages", text, group="smollm2", prompts=500, seed=2031)
     parser.add_argument(
         "--expert", default="rl-call", help="the run, of which checkpoints are kept"
     )
-    parser.add_argument("--prompts", type=int, default=500, help="held-out prompts")
-    parser.add_argument("--seed", type=int, default=2031, help="of the prompts")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     group = GROUPS[arguments.group]
@@ -53,12 +46,7 @@ def main(argv: Sequence[str]) -> None:
             f"{folder} has {len(run)} checkpoints of {arguments.expert}, and {max(_LAST)} are "
             "averaged. Train it with `python -m benchmarks.experts --checkpoints`."
         )
-    asker = Asker(
-        arguments.work / "answers",
-        n_prompts=arguments.prompts,
-        seed=arguments.seed,
-        family=group.family,
-    )
+    asker = asker_of(arguments)
     task = arguments.expert.split("-")[1]
     answers = {"base": asker.ask(folder / "base", (task,))[task]}
     answers |= {

@@ -11,13 +11,11 @@ takes of B, is asked of pairs of RL experts.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,7 +24,7 @@ from torch import Tensor
 from benchmarks.experts.groups import GROUPS
 from resmerge_stream.experts.accuracy import paired_difference
 
-from .asking import Asker
+from .asking import asker_of, study_parser
 from .groups import rl_experts
 from .tables import table
 
@@ -61,24 +59,13 @@ def added(kept: Tensor, other: Tensor, P: Tensor | None, *, alpha: float) -> Ten
 
 def main(argv: Sequence[str]) -> None:
     """Merge pairs, ask both tasks, and print the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality keep", description=(__doc__ or "").split("\n\n")[0]
-    )
-    parser.add_argument("--work", type=Path, default=Path("build/quality"), help="models, answers")
-    parser.add_argument("--group", choices=GROUPS, default="smollm2", help="whose RL experts")
-    parser.add_argument("--prompts", type=int, default=500, help="held-out prompts a task")
-    parser.add_argument("--seed", type=int, default=2032, help="of the prompts")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    text = (__doc__ or "").split("\n\n")[0]
+    parser = study_parser("keep", text, group="smollm2", prompts=500, seed=2032)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     group = GROUPS[arguments.group]
     base, experts = rl_experts(arguments.work / "experts", group)
-    asker = Asker(
-        arguments.work / "answers",
-        n_prompts=arguments.prompts,
-        seed=arguments.seed,
-        family=group.family,
-    )
+    asker = asker_of(arguments)
     before = load_file(base / _WEIGHTS)
     updates = {
         task: {n: w.float() - before[n].float() for n, w in load_file(f / _WEIGHTS).items()}

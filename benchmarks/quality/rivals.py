@@ -14,7 +14,6 @@ Of RL experts; each rival is stored in bf16 and asked the same held-out prompts 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import shutil
@@ -33,7 +32,7 @@ from benchmarks.experts.questions import Family
 from resmerge_stream.experts.accuracy import paired_difference
 from resmerge_stream.experts.evaluate import encode_answers, load_model, load_tokenizer
 
-from .asking import Answers, Asker
+from .asking import Answers, asker_of, study_parser
 from .groups import rl_experts
 from .merges import merge_by, recipe_of
 from .tables import table
@@ -183,24 +182,13 @@ def merge_by_regression(
 
 def main(argv: Sequence[str]) -> None:
     """Merge by every rival, ask, and print the table; what was asked is not asked again."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality rivals", description=(__doc__ or "").split("\n\n")[0]
-    )
-    parser.add_argument("--work", type=Path, default=Path("build/quality"), help="models, answers")
-    parser.add_argument("--group", choices=GROUPS, default="small", help="whose RL experts")
-    parser.add_argument("--prompts", type=int, default=1000, help="held-out prompts a task")
-    parser.add_argument("--seed", type=int, default=2028, help="of the prompts")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    text = (__doc__ or "").split("\n\n")[0]
+    parser = study_parser("rivals", text, group="small", prompts=1000, seed=2028)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     group = GROUPS[arguments.group]
     base, experts = rl_experts(arguments.work / "experts", group)
-    asker = Asker(
-        arguments.work / "answers",
-        n_prompts=arguments.prompts,
-        seed=arguments.seed,
-        family=group.family,
-    )
+    asker = asker_of(arguments)
     work = arguments.work / "rivals" / group.name
     recipe = recipe_of(base, tuple(experts.values()))
     exact = merge_by(recipe, MERGED, work / "float32", output="float32")
