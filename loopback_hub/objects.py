@@ -68,11 +68,9 @@ class Objects:
             with source.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if sha256 not in self:
+            # A hard link changes the ctime, which a merge of the file takes for a write.
             link = self.temporary()
-            try:
-                os.link(source.resolve(), link)
-            except OSError:  # another file system
-                link.symlink_to(source.resolve())
+            link.symlink_to(source.resolve())
             self.adopt(link, sha256)
         return sha256
 

@@ -117,7 +117,11 @@ class FileMap:
     def _compare(self, status: os.stat_result) -> None:
         now = Stamp.of(status)
         if now != self._stamp:
-            what = "has another size" if now.size != self._stamp.size else "was written or replaced"
+            what = (
+                "has another size"
+                if now.size != self._stamp.size
+                else "was written, replaced or linked"
+            )
             raise SourceChangedError(
                 f"{self._shown} {what} since this command first looked at it, so what was read "
                 "of it may be of two models. Run it again when nobody writes there."

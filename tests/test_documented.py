@@ -155,8 +155,7 @@ def town(tmp_path):
             "org/expert": group["rl-add"], "org/full-expert": group["rl-sort"],
             "me/math-lora": adapters["lora-add"], "me/code-lora": adapters["lora-sort"],
         }.items():  # fmt: skip
-            # The Hub links its files, which a merge of the built-in ones would take for a change.
-            hub.add_repo(repo_id, shutil.copytree(model, folder / "served" / repo_id))
+            hub.add_repo(repo_id, model)
         mine = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         env = mine | hub.env(token, home=folder / "home") | {
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
