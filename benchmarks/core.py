@@ -26,11 +26,11 @@ _BY_ROWS = {
 
 
 def group(folder: Path, name: str, shape: Shape, updates: Updates, *, experts: int = 3) -> Path:
-    """Return a generated group, made if it is not there."""
+    """Return a generated group, made if it is not there; a stopped call is continued."""
     target = folder / name
     if not (target / "complete").exists():
         print(f"making {target} …", file=sys.stderr)
-        write_group(target, shape, experts=experts, updates=updates)
+        write_group(target, shape, experts=experts, updates=updates, goes_on=True)
         (target / "complete").touch()
     return target
 

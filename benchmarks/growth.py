@@ -64,7 +64,7 @@ def _merged(
     found = []
     for _ in range(times):
         shutil.rmtree(folder / "out", ignore_errors=True)
-        _leave_page_cache(source)
+        leave_page_cache(source)
         options = ("--method", method, "--work-dir", str(folder / "out/work"))
         done = run(merge_command(source, folder / "out/merged", *options, experts=experts))
         report = (folder / "out/merged/resmerge/report.json").read_text(encoding="utf-8")
@@ -75,7 +75,8 @@ def _merged(
     return nbytes, seconds, max(peak for _, peak in found)
 
 
-def _leave_page_cache(source: Path) -> None:
+def leave_page_cache(source: Path) -> None:
+    """Let the page cache forget a group's weights, so that they are read from the disk again."""
     os.sync()
     for file in source.glob("*/*.safetensors"):
         with file.open("rb") as stream:

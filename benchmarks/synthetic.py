@@ -111,6 +111,7 @@ def write_group(
     dtype: str = "BF16",
     max_shard_bytes: int = 5_000_000_000,
     seed: int = 0,
+    goes_on: bool = False,
 ) -> None:
     """Write ``base`` and ``expert0`` … below a folder, one tensor in memory at a time.
 
@@ -122,6 +123,7 @@ def write_group(
         dtype: of the stored tensors.
         max_shard_bytes: where to cut the files.
         seed: of everything; a tensor depends on it and on its name only.
+        goes_on: whether files that an earlier call finished are kept.
     """
     updates = updates or Updates()
     specs = [TensorSpec(name, dtype, size) for name, size in tensor_shapes(shape)]
@@ -131,12 +133,16 @@ def write_group(
         target.mkdir(parents=True, exist_ok=True)
         number = None if model == "base" else int(model.removeprefix("expert"))
         for shard in shards:
-            with (target / shard.name).open("wb") as file:
+            if goes_on and (target / shard.name).exists():
+                continue
+            part = target / f"{shard.name}.part"
+            with part.open("wb") as file:
                 file.write(shard.header)
                 for spec in shard.tensors:
                     values = _values(spec, number, updates, seed)
                     stored = values.to(getattr(torch, DTYPES[dtype].torch_name))
-                    file.write(stored.flatten().view(torch.uint8).numpy().tobytes())
+                    file.write(stored.flatten().view(torch.uint8).numpy().data)
+            part.replace(target / shard.name)
         if len(shards) > 1:
             (target / "model.safetensors.index.json").write_bytes(index_json(shards))
         _write_small_files(target, shape, dtype)
