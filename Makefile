@@ -11,7 +11,8 @@ setup: .venv/.ready
 
 # What is downloaded has to have the lock's hashes. Not torch: each of its builds (CPU, CUDA) has
 # its own, and which one there is depends on the machine. The lock has what torch needs beside CUDA.
-.venv/.ready: requirements.lock requirements.txt requirements-dev.txt requirements-eval.txt pyproject.toml
+.venv/.ready: requirements.lock requirements.txt requirements-dev.txt requirements-eval.txt \
+		requirements-gguf.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(PIP) --require-hashes --no-deps -r requirements.lock
@@ -76,7 +77,8 @@ UNLOCKED := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cubla
 lock:
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 		$(addprefix --no-emit-package=,$(UNLOCKED)) \
-		requirements.txt requirements-dev.txt requirements-eval.txt --output-file requirements.lock
+		requirements.txt requirements-dev.txt requirements-eval.txt requirements-gguf.txt \
+		--output-file requirements.lock
 
 size:
 	@git ls-files "resmerge_stream/*.py" "space/*.py" app.py | xargs wc -l | sort -n | tail -50

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import CheckpointNotFoundError, Remedy, StoppedError, shown
 from ..recipe import ModelRef
 from .checkpoint import Checkpoint
-from .local import open_folder
+from .local import open_file, open_folder
 from .store import SourceFile, StoredTensor
 
 __all__ = [
@@ -41,7 +41,8 @@ def open_checkpoint(
     """Open the checkpoint that a reference names; reads headers and configs only.
 
     Args:
-        ref: a folder on this machine, or a repository. A name that exists as a folder is a folder.
+        ref: a folder or a GGUF file on this machine, or a repository. A name that exists as a
+            folder is a folder.
         token: the caller's, for the Hub; None stands for HF_TOKEN or the login,
             False for nobody's.
         commit: what to read instead of the repository's revision.
@@ -57,6 +58,8 @@ def open_checkpoint(
     folder = Path(os.path.expanduser(ref.id))
     if os.path.isdir(folder):
         return open_folder(folder, ref, hashes=hashes)
+    if folder.suffix == ".gguf" and os.path.isfile(folder):
+        return open_file(folder, ref, hashes=hashes)
     if ref.id.startswith(BUCKETS):
         raise CheckpointNotFoundError(
             f"{shown(ref.id)} is in a bucket of the Hub, which is not read in place. Copy it with "

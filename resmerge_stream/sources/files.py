@@ -53,7 +53,7 @@ def choose_weights(place: Place, names: list[str]) -> list[str] | None:
     Raises:
         CheckpointNotFoundError: there are no weights.
         CheckpointFormatError: it is not known which files make the model.
-        UnsupportedCheckpointError: the weights are pickled or GGUF.
+        UnsupportedCheckpointError: the weights are of a kind that is not read.
     """
     if is_adapter(names):
         check_adapter_files(place.shown, names)
@@ -91,14 +91,6 @@ def _refuse_other_formats(place: Place, names: list[str]) -> None:
             f"{place.shown!r} has its weights in {pickled[0]!r}, a pickle, which can run code when "
             "it is read. Convert it: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) "
             "writes safetensors."
-        )
-    gguf = [name for name in names if name.endswith(".gguf")]
-    if gguf:
-        raise UnsupportedCheckpointError(
-            f"{place.shown!r} holds {gguf[0]!r}: GGUF files are quantised for inference, and are "
-            "not read. Give the original safetensors model, or write one with transformers and "
-            f"the package gguf: AutoModelForCausalLM.from_pretrained({place.shown!r}, "
-            f"gguf_file={gguf[0]!r}).save_pretrained('OUT')."
         )
 
 

@@ -369,7 +369,7 @@ def open_repository(
     Raises:
         CheckpointNotFoundError: no such repository or revision, no access, or no model there.
         CheckpointFormatError: a header, the index or the config is malformed.
-        UnsupportedCheckpointError: the weights are pickled or GGUF.
+        UnsupportedCheckpointError: the weights are of a kind that is not read.
         StoppedError: the network or the Hub kept failing.
     """
     api = client(token)

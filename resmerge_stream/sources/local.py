@@ -120,7 +120,7 @@ def open_folder(folder: Path, ref: ModelRef, *, hashes: bool = False) -> Checkpo
     Raises:
         CheckpointNotFoundError: the folder holds no weights or no config.
         CheckpointFormatError: a header, the index or the config is malformed.
-        UnsupportedCheckpointError: the weights are pickled or GGUF.
+        UnsupportedCheckpointError: the weights are of a kind that is not read.
     """
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
@@ -174,6 +174,14 @@ def open_folder(folder: Path, ref: ModelRef, *, hashes: bool = False) -> Checkpo
         folder=str(folder),
         license=_card_license(folder),
     )
+
+
+def open_file(path: Path, ref: ModelRef, *, hashes: bool = False) -> Checkpoint:
+    """Read a model that is one file, such as a GGUF; args and errors are those of `open_folder`."""
+    left = left_by_trainer(Place(str(path.parent), lambda: [path.name]))
+    if left is None:
+        raise UnsupportedCheckpointError(f"{str(path)!r} is no model that is read from one file.")
+    return _open_left(path.parent, ref, left, hashes=hashes)
 
 
 def _open_left(folder: Path, ref: ModelRef, left: Left, *, hashes: bool) -> Checkpoint:

@@ -1,6 +1,6 @@
-"""What trainers leave in the place of a model, told by their files; and what makes a model of it.
+"""What trainers, and llama.cpp, leave in the place of a model; and what makes a model of it.
 
-A row of the table is a trainer's format.
+A row of the table is a format, told by its files.
 """
 
 import re
@@ -11,12 +11,13 @@ from ..errors import listed
 from .adapter_config import CONFIG as ADAPTER_CONFIG
 from .assembly import Source
 from .distributed import of_ranks, of_states, of_torch, of_universal
+from .ggml import of_gguf
 from .store import Store
 
 
 @dataclass(frozen=True, slots=True)
 class Leavings:
-    """One trainer's format.
+    """One format.
 
     Attributes:
         file: a file of it, by its path below the folder; group 1 is the folder that a converter
@@ -25,6 +26,7 @@ class Leavings:
         way: what makes a model of it; ``{at}`` is that folder.
         weights: names in that folder of the files that are read; None where none can be.
         read: returns the tensors in them.
+        unless: files beside which it is not the model, but a rounded copy of it.
     """
 
     file: re.Pattern[str]
@@ -32,6 +34,7 @@ class Leavings:
     way: str
     weights: re.Pattern[str] | None = None
     read: Callable[[Store, Mapping[str, int], str, str], dict[str, Source]] | None = None
+    unless: re.Pattern[str] | None = None
 
 
 _ZERO = (
@@ -83,6 +86,16 @@ _TABLE = (
         "tokenizer beside it, and give OUT",
         re.compile(r"\.metadata|__\d+_\d+\.distcp"),
         of_torch,
+    ),
+    Leavings(
+        re.compile(r"((?:.*/)?)(?!mmproj)[^/]+\.gguf$"),
+        "a GGUF file",
+        "Write it as safetensors with transformers and the package gguf, "
+        "AutoModelForCausalLM.from_pretrained('{at}', gguf_file='…').save_pretrained('OUT'), and "
+        "give OUT",
+        re.compile(r"(?!mmproj)[^/]+\.gguf"),
+        of_gguf,
+        unless=re.compile(r".*\.(bin|pt|pth|ckpt|pkl)$"),
     ),
 )  # fmt: skip
 _CONSOLIDATED = re.compile(r"consolidated[\w.\-]*\.safetensors$")
@@ -164,6 +177,8 @@ def left_by_trainer(place: Place) -> Left | None:
     """Return what a trainer left in a folder, or in some below it; None for no trainer's."""
     every = sorted(place.below())
     for row in _TABLE:
+        if row.unless is not None and any(map(row.unless.match, every)):
+            continue
         found = {matched[1] for path in every if (matched := row.file.match(path))}
         files = {at: _weights_in(at, every, row.weights) for at in found}
         folders = [at for at in found if files[at]] if row.read is not None else [*found]

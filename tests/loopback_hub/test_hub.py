@@ -420,7 +420,7 @@ def test_a_huge_file_takes_no_room(hub: LoopbackHub, alice: HfApi) -> None:
 
 
 def test_a_folder_is_published_without_copying(hub: LoopbackHub, tmp_path: Path) -> None:
-    """Seeded files are links to the originals, left as they are, and may be named without a read."""
+    """Seeded files are links to the originals, which stay as they are; not all need be read."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(LARGE)

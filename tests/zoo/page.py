@@ -60,8 +60,14 @@ base's, and a base without any is refused. Of a distributed checkpoint the model
 optimizer is not. Values keep the dtype that they were saved in, mostly float32. Metadata is read
 first, and tensors by ranges, from mapped files. torch keeps its metadata in pickles; these are read
 as data: nothing that they name is imported or called. On the Hub such folders are refused; download
-them first. **GGUF** is not read, as base or as expert: transformers and the package gguf write a
-model of it (`AutoModelForCausalLM.from_pretrained(folder, gguf_file=name).save_pretrained(OUT)`).
+them first.
+
+**GGUF** is read as base or expert, with llama.cpp's own package (`pip install gguf`; the extra
+`gguf`). Name the file, or its folder if no other GGUF is there. An expert takes the base's config;
+a base needs its `config.json` and tokenizer beside it, which GGUF files seldom have. Values are
+those that the file stands for, and a merge knows them no better: at four bits, what rounding did is
+mostly larger than what training did. Other architectures are refused with transformers' command
+(`AutoModelForCausalLM.from_pretrained(folder, gguf_file=name).save_pretrained(OUT)`).
 **Buckets** of the Hub are copied first, by `hf buckets sync`.
 
 ## Names and tables
