@@ -228,7 +228,7 @@ def _open_left(folder: Path, ref: ModelRef, left: Left, *, hashes: bool) -> Chec
         small_files=tuple(
             sorted(one.name for one in beside.glob("*") if one.name.endswith(SMALL_SUFFIXES))
         ),
-        remarks=(f"it holds {left.row.what}, which is read as it is",),
+        remarks=(f"it holds {left.row.what}, {left.row.says}",),
         folder=str(folder),
         license=_card_license(folder),
     )

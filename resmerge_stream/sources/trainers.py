@@ -27,6 +27,7 @@ class Leavings:
         weights: names in that folder of the files that are read; None where none can be.
         read: returns the tensors in them.
         unless: files beside which it is not the model, but a rounded copy of it.
+        says: what a user should know who has it read.
     """
 
     file: re.Pattern[str]
@@ -35,6 +36,7 @@ class Leavings:
     weights: re.Pattern[str] | None = None
     read: Callable[[Store, Mapping[str, int], str, str], dict[str, Source]] | None = None
     unless: re.Pattern[str] | None = None
+    says: str = "which is read as it is"
 
 
 _ZERO = (
@@ -96,6 +98,8 @@ _TABLE = (
         re.compile(r"(?!mmproj)[^/]+\.gguf"),
         of_gguf,
         unless=re.compile(r".*\.(bin|pt|pth|ckpt|pkl)$"),
+        says="which is read as it is; rounding may have changed it more than its training did "
+        "(docs/models.md)",
     ),
 )  # fmt: skip
 _CONSOLIDATED = re.compile(r"consolidated[\w.\-]*\.safetensors$")
