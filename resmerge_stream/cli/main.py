@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from ..device import share_heaps
 from ..version import __version__
 from .arguments import (
     add_analyse,
@@ -116,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments, without the program's name; `sys.argv` when None.
     """
+    share_heaps()
     parser = _parser()
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what could stand here
         import argcomplete

@@ -17,8 +17,9 @@ from .pieces import Cut, Piece, cuts
 
 K = TypeVar("K", bound=Hashable)
 
-# Bytes of sources that may be read ahead; from a folder these are mapped pages, not private memory.
-READ_AHEAD_BYTES = 256_000_000
+# Bytes that may be open ahead where nothing is fetched. They are mapped, and nothing is read before
+# it is worked on; so many, that two of the largest matrices of a 70B model are in work at once.
+READ_AHEAD_BYTES = 4_000_000_000
 
 
 class _Rows:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from resmerge_stream.device import private_memory
+from resmerge_stream.device import private_memory, share_heaps
 from resmerge_stream.errors import ResMergeError, StoppedError, system_errors
 from resmerge_stream.experts.group import on_this_machine
 from resmerge_stream.planning.plan import plan_merge
@@ -32,6 +32,7 @@ _GRACE_S = 3.0
 
 def main() -> int:
     """Run the merge that standard input asks for; return its exit code, as the command line's."""
+    share_heaps()
     # A server that a shell started in the background ignores interrupts, and so would this process.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     asked = sys.stdin.readline()
