@@ -353,6 +353,13 @@ class MergeMethod(ABC):
         """
         return 0
 
+    def entry_seconds(self) -> float:
+        """Return what an entry of each expert takes on two cores, beside reading it.
+
+        The estimate of time goes by it where a tensor is not decomposed.
+        """
+        return 0.0
+
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
         """Return bytes needed for one m × n matrix beside the float32 task vectors."""
         return 0

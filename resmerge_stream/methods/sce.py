@@ -32,6 +32,10 @@ class Sce(MergeMethod):
 
     select_topk: float = param(1.0, "Share of varying entries to keep", minimum=0.0, maximum=1.0)
 
+    def entry_seconds(self) -> float:
+        """Return what was measured (docs/performance.md)."""
+        return 4.0e-9
+
     def merge(self, vectors: TaskVectors, site: Site) -> Update:
         """Return Σ wᵢ Δᵢ / Σ wᵢ over the selected entries with the elected sign."""
         if self.select_topk < 1:

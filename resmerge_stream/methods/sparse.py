@@ -46,6 +46,8 @@ _RESCALE_WORDS = {True: "l1", False: "none"}
 # Weights and norms that small count as none.
 _NO_WEIGHT = 1e-8
 _NO_NORM = 1e-7
+# Seconds on two cores for an entry of each expert (docs/performance.md, "Speed of a local merge").
+_ELECTING = 2.0e-9
 # What may be noted of a tensor's entries, beside its row blocks.
 _NOTED_BYTES = 8_000_000
 
@@ -82,12 +84,14 @@ class Sparsified(MergeMethod):
         elects: whether signs are elected.
         masks: whether Δ̂ is Δ times zeros and ones, dear to find; unless it is enlarged entry by
             entry.
+        thinning: seconds on two cores to decide about an entry.
     """
 
     weighted: ClassVar[bool] = True
     aliases: ClassVar[Mapping[str, Alias]] = OLD_NAMES
     elects: ClassVar[bool] = False
     masks: ClassVar[bool] = False
+    thinning: ClassVar[float] = 0.0
 
     normalize: bool
     lambda_: float
@@ -107,6 +111,10 @@ class Sparsified(MergeMethod):
     def drop(self, vectors: TaskVectors, site: Site) -> passes.Drop | None:
         """Return the same where entries are dropped by chance alone, else None."""
         return None
+
+    def entry_seconds(self) -> float:
+        """Return the time of deciding what stays, and of electing signs."""
+        return (0.0 if self.dense() else self.thinning) + (_ELECTING if self.elects else 0.0)
 
     def is_local(self) -> bool:
         """Return whether an entry is kept or dropped without looking at other rows."""
@@ -213,6 +221,7 @@ class Ties(Thinned):
     paper: ClassVar[str] = "Yadav et al. 2023, TIES-Merging"
     url: ClassVar[str] = "https://arxiv.org/abs/2306.01708"
     elects: ClassVar[bool] = True
+    thinning: ClassVar[float] = 2.5e-9
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"density": 0.2, "trim": "model", "normalize": True},
         "mergellm": {"density": 0.2, "trim": "tensor", "normalize": True},
@@ -264,6 +273,7 @@ class Between(Thinned):
 
     paper: ClassVar[str] = "Davari and Belilovsky 2023, Model breadcrumbs"
     url: ClassVar[str] = "https://arxiv.org/abs/2312.06795"
+    thinning: ClassVar[float] = 5.0e-9
 
     gamma: float | tuple[float, ...] = param(
         0.01, "Share of largest entries to drop", minimum=0.0, maximum=1.0, each=True
@@ -332,6 +342,7 @@ class Dropped(Thinned):
 
     paper: ClassVar[str] = "Yu et al. 2024, DARE"
     url: ClassVar[str] = "https://arxiv.org/abs/2311.03099"
+    thinning: ClassVar[float] = 1.7e-9
     earlier: ClassVar[Mapping[str, Any]] = {"density": 0.2, "rescale": "inverse"}
 
     rescale: str = rescale_param(
@@ -419,6 +430,7 @@ class MagnitudeDropped(Thinned):
     url: ClassVar[str] = "https://arxiv.org/abs/2406.11617"
 
     masks: ClassVar[bool] = True
+    thinning: ClassVar[float] = 8.0e-9
 
     epsilon: float | tuple[float, ...] = param(
         0.15, "How much likelier large entries stay", minimum=0.0, maximum=0.5, each=True

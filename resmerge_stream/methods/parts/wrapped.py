@@ -51,6 +51,10 @@ class Wrapped(MergeMethod):
         """Return the inner method's."""
         return self.wrapped.counter(number, counted, experts)
 
+    def entry_seconds(self) -> float:
+        """Return the inner method's."""
+        return self.wrapped.entry_seconds()
+
     def scratch_bytes(self, m: int, n: int, experts: int) -> int:
         """Return the inner method's."""
         return self.wrapped.scratch_bytes(m, n, experts)
