@@ -21,6 +21,7 @@ from ..memory import (
     SPARE_BYTES,
     WRITE_QUEUE_BYTES,
     block_bytes,
+    sending_bytes,
     solver_bytes,
 )
 from ..specs import DTYPES, FP8_BLOCK
@@ -83,7 +84,15 @@ def fit(plans: Sequence[Plan], budget: int, *, elsewhere: bool = False) -> Fit:
         (t.method.shared_scratch_bytes(*t.matrix) for p in plans for t in p.tensors.values()
          if t.is_decomposed), default=0,
     )  # fmt: skip
-    room = budget - FIXED_BYTES - WRITE_QUEUE_BYTES - KEPT_OUTPUT_BYTES - shared
+    sent = sum(
+        sum(tensor.output_bytes for tensor in plan.tensors.values())
+        for plan in plans
+        if plan.publication is not None
+    )
+    fixed = (
+        FIXED_BYTES + WRITE_QUEUE_BYTES + KEPT_OUTPUT_BYTES + (sending_bytes(sent) if sent else 0)
+    )
+    room = budget - fixed - shared
     ahead = _read_ahead(plans, room, elsewhere=elsewhere)
     room -= ahead.bytes
     working, resident = {}, set()
