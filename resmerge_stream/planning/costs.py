@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..device import available_memory, machine_share
+from ..device import available_memory, machine_share, usable_cores
 from ..errors import Findings, NotEnoughMemoryError, Remedy
 from ..memory import (
     BLOCK_ELEMENTS,
@@ -134,6 +134,11 @@ def fit_memory(plans: Sequence[Plan], found: Findings) -> list[Plan]:
     budget = (asked if asked is not None else int(free * SHARE)) // sharing
     fitted = fit(plans, budget, elsewhere=first.machine is not None)
     room = fitted.room
+    # Of each thread beyond two: row blocks of a matrix that it helps with, or of one to be written.
+    helping = 2 * block_bytes(len(first.experts) + len(plans), BLOCK_ELEMENTS, 1)
+    cores = usable_cores() if first.machine is None else 2
+    threads = min(cores, 2 + max(room - fitted.worst, 0) // helping)
+    room -= max(threads - 2, 0) * helping
     ample = SPARE_BYTES + max((_ample_bytes(plans, fitted, n) for n in first.tensors), default=0)
     working = max(fitted.worst, min(room, ample) if asked is None else room)
     if fitted.worst > room:
@@ -159,6 +164,7 @@ def fit_memory(plans: Sequence[Plan], found: Findings) -> list[Plan]:
                 for name, one in plan.tensors.items()
             },
             memory_budget=budget,
+            threads=threads,
             read_ahead_bytes=fitted.read_ahead_bytes,
             working_bytes=working,
             peak_memory_bytes=budget - room + working,

@@ -222,6 +222,7 @@ class Draft:
     warnings: tuple[Notice, ...] = ()
     machine: Machine | None = None  # where it will run; None: here
     memory_budget: int = 0
+    threads: int = 1  # that may be at work at once, in the memory that is planned
     working_bytes: int = 0
     read_ahead_bytes: int = 0
     peak_memory_bytes: int = 0

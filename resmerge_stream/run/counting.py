@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from ..device import usable_cores
 from ..documents import load_json
 from ..errors import StoppedError
 from ..maths.cores import Cores
@@ -24,7 +23,7 @@ from ..sinks.durable import write_durably
 from .events import Counted, Event
 from .merging import Merger
 from .pieces import Piece
-from .pipeline import worked_ahead
+from .pipeline import threads_of, worked_ahead
 from .reading import READ_AHEAD_BYTES, Shared, reading_ahead_of, shared_order, shared_reads
 
 
@@ -52,7 +51,7 @@ def counted(
     bytes_read = 0
     for number in range(max(passes)):
         asking = {i: plans[i] for i, count in enumerate(passes) if number < count}
-        cores = Cores(usable_cores())
+        cores = Cores(threads_of(plans[0]))
         mergers = {i: Merger(plan, device, found[i], cores=cores) for i, plan in asking.items()}
         counters = {
             i: plan.method.counter(number, found[i], len(plan.experts))

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..device import usable_cores
 from ..errors import NonFiniteError, Remedy
 from ..maths.cores import Cores
 from ..maths.dequantise import fp8_values
@@ -37,7 +36,7 @@ from ..sources.adapter import EditRows
 from ..specs import DTYPES, FP8_BLOCK
 from .changes import change_of
 from .pieces import Assembly, Piece
-from .pipeline import block_threads, blocks_ahead, worked_ahead, workers
+from .pipeline import block_threads, blocks_ahead, threads_of, worked_ahead, workers
 from .reading import READ_AHEAD_BYTES, reading_ahead_of, reads
 
 R = TypeVar("R")
@@ -120,6 +119,7 @@ class Merger:
 
     Attributes:
         cores: that matrices in work share.
+        threads: that may be at work at once.
     """
 
     def __init__(
@@ -132,7 +132,8 @@ class Merger:
     ) -> None:
         self.device = device
         self.plan = plan
-        self.cores = cores or Cores(usable_cores())
+        self.threads = threads_of(plan)
+        self.cores = cores or Cores(self.threads)
         self.lanes = lanes_of(device, plan.working_bytes, self.cores)
         self.counted = counted
         self._layers = plan.layers
@@ -323,7 +324,7 @@ class Merger:
             read_bytes=self.plan.read_ahead_bytes or READ_AHEAD_BYTES,
             work_bytes=self.plan.working_bytes,
             cost=lambda piece: piece.tensor.working_bytes + beside(piece.tensor),
-            workers=workers(self.device),
+            workers=workers(self.device, self.threads),
             cores=self.cores,
             on_read=on_read,
             tick=tick,
@@ -423,7 +424,7 @@ class Merger:
             self._merging_of(prepared),
         )
         # While a large tensor is written, the others have to wait: so its blocks go ahead.
-        threads = block_threads(prepared.vectors)
+        threads = block_threads(prepared.vectors, self.threads)
         kept = Kept()
         with (
             self.naming(prepared.piece.tensor),

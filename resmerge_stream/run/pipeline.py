@@ -16,6 +16,7 @@ from ..device import usable_cores
 from ..maths.cores import Cores
 from ..maths.task_vectors import TaskVectors
 from ..pipes import Held, WorkAhead
+from ..planning.plan import Plan
 
 
 class Readable(Protocol):
@@ -127,12 +128,17 @@ def blocks_ahead(
         ahead.close()
 
 
-def block_threads(vectors: TaskVectors) -> int:
+def block_threads(vectors: TaskVectors, threads: int) -> int:
     """Return how many row blocks of a tensor are in work at once, while nothing else can be."""
     is_alone = vectors.device.type != "cpu" or vectors.has_large_blocks
-    return 1 if is_alone else usable_cores()
+    return 1 if is_alone else threads
 
 
-def workers(device: torch.device) -> int:
+def threads_of(plan: Plan) -> int:
+    """Return how many threads are at work at once: one a core, where they have the memory."""
+    return min(plan.threads, usable_cores())
+
+
+def workers(device: torch.device, threads: int) -> int:
     """Return how many tensors are in work at once: one a core; on a GPU one while one crosses."""
-    return usable_cores() if device.type == "cpu" else 2
+    return threads if device.type == "cpu" else 2

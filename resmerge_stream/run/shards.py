@@ -371,7 +371,7 @@ def _prepared(
         read_bytes=run.plan.read_ahead_bytes or READ_AHEAD_BYTES,
         work_bytes=run.plan.working_bytes,
         cost=lambda shared: shared.lead_piece.tensor.working_bytes,
-        workers=workers(merger.device),
+        workers=workers(merger.device, merger.threads),
         cores=merger.cores,
         keeps=held if run.watch is None else None,
         on_read=read,
@@ -424,7 +424,7 @@ def _written(
         return merged, None if is_zero else watch.products(updates, stack), is_zero
 
     # While a large tensor is written, the others have to wait: so its blocks go ahead.
-    threads = block_threads(vectors)
+    threads = block_threads(vectors, merger.threads)
     with (
         merger.naming(first.piece.tensor),
         contextlib.closing(blocks_ahead(vectors.blocks(), merge, threads)) as blocks,
@@ -490,7 +490,7 @@ def report_of(run: Run, branch: Branch, processes: Processes) -> dict[str, Any]:
         branch.merger.counted,
         [branch.rows[name] for shard in plan.shards for name in _names(plan, shard)],
         [branch.files[shard.name] for shard in plan.shards],
-        environment=environment(branch.merger.device) | {"processes": processes.size},
+        environment=environment(branch.merger) | {"processes": processes.size},
         seconds=progress.seconds if run.watch is None else branch.seconds,
         bytes_read=bytes_read,
         bytes_written=bytes_written,
@@ -498,13 +498,13 @@ def report_of(run: Run, branch: Branch, processes: Processes) -> dict[str, Any]:
     )
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(merger: Merger) -> dict[str, Any]:
     """Return what the numbers may depend on beside the sources: versions, device, threads."""
     return {
         "resmerge_stream": __version__,
         "torch": str(torch.__version__),
-        "device": str(device),
-        "threads": workers(device),
+        "device": str(merger.device),
+        "threads": workers(merger.device, merger.threads),
     }
 
 

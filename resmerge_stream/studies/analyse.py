@@ -135,7 +135,7 @@ def run_analysis(
             for name, members in groups.items()
             for ref in (plan.recipe.experts[i] for i in members)
         ],
-        "environment": environment(merger.device),
+        "environment": environment(merger),
         "seconds": round(time.monotonic() - started, 3),
         "tensors": entries,
     }

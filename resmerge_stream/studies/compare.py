@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..device import choose_device, keep_memory_steady, usable_cores
+from ..device import choose_device, keep_memory_steady
 from ..documents import load_json
 from ..errors import NonFiniteError, SourceChangedError
 from ..hub.patience import MERGING_S, PATIENCE
@@ -25,6 +25,7 @@ from ..run.events import Event, Finished, Planned, Published
 from ..run.merging import Merger
 from ..run.opening import read_report
 from ..run.peak import Peak
+from ..run.pipeline import threads_of
 from ..run.processes import Processes
 from ..run.progress import Progress
 from ..run.shards import Branch, Run, merge_shards, report_of
@@ -86,7 +87,7 @@ def run_comparison(
             store = work_folder("compare", out, None, work_dir) / "counted.json"
             try:
                 found = yield from counted(plans, device, store)
-                cores = Cores(usable_cores())
+                cores = Cores(threads_of(plans[0]))
                 branches = [
                     Branch(plan, sink, Merger(plan, device, counts, peak.look, cores),
                            label)

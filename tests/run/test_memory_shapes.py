@@ -70,12 +70,21 @@ def write(folder: Path, shape: tuple[int, ...], count: int) -> list[Path]:
     return folders
 
 
-def peak_of(arguments: list[str], said: Path) -> tuple[int, list[dict]]:
+# A machine with more cores than this one may have.
+MANY_CORES = (
+    "import sys; from resmerge_stream import device; device.usable_cores = lambda: 16; "
+    "from resmerge_stream.cli.main import main; sys.exit(main())"
+)
+
+
+def peak_of(
+    arguments: list[str], said: Path, start: Sequence[str] = ("-m", "resmerge_stream")
+) -> tuple[int, list[dict]]:
     """Run a command as a process; return its largest anonymous memory and its events."""
     peak = 0
     with said.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "resmerge_stream", *arguments, "--json"],
+            [sys.executable, *start, *arguments, "--json"],
             env=child_environment(), stdout=file, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         while process.poll() is None:
@@ -131,6 +140,22 @@ def test_what_is_looked_at_before_a_merge_counts(tmp_path, capsys):
     """One long row, of which some is compared with the base's: in the plan, and in the report."""
     for peak, said in check(tmp_path, capsys, "task_arithmetic", (1, 6_500_000)):
         assert said >= SAID * peak
+
+
+@pytest.mark.parametrize("budget", [[], ["--memory-budget", "340MB"]], ids=["default", "small"])
+def test_many_cores_take_what_is_planned(tmp_path, budget):
+    """Each thread that helps has row blocks of its own: planned, or there are fewer threads."""
+    base, *experts = map(str, write(tmp_path / "group", (3600, 3600), 2))
+    named = [word for expert in experts for word in ("--expert", expert)]
+    merge = ["merge", "--base", base, *named, "--method", "ties", "--set", "density=0.2", *budget]
+
+    peak, events = peak_of(
+        [*merge, "--out", str(tmp_path / "out")], tmp_path / "said", ("-c", MANY_CORES)
+    )
+
+    threads = events[-1]["report"]["environment"]["threads"]
+    assert threads == 16 if not budget else 2 < threads < 16
+    assert peak <= SLACK * events[0]["plan"]["peak_memory_bytes"]
 
 
 @pytest.mark.slow
