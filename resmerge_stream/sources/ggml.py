@@ -139,7 +139,7 @@ def of_gguf(store: Store, sizes: Mapping[str, int], top: str, where: str) -> dic
     if len(sizes) != 1:
         raise UnsupportedCheckpointError(
             f"there are {len(sizes)} GGUF files in {where}: {listed(sorted(sizes))}. Give the path "
-            "of one of them; join a split one with 'llama-gguf-split --merge'."
+            "of one of them; join a split one with llama.cpp's llama-gguf-split."
         )
     ((file, size),) = sizes.items()
     shown = f"{where}/{file.removeprefix(top)}"
