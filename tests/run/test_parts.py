@@ -159,11 +159,15 @@ def test_a_part_tells_what_is_missing(group, tmp_path, capsys):
     refused = capsys.readouterr().err
     assert main(["merge", *words, "--part", "1/2"]) == 0
 
-    done = re.search(r"part 0 of 2 done: (\d) file\(s\); missing: 'model-0000", told)
-    assert done
-    assert 0 < int(done[1]) < 8  # how many follows from what each is expected to take
+    options = Options(max_shard_bytes=SHARD_BYTES, part=Part(0, 2))
+    plan = plan_group(group, out=tmp_path / "other", options=options)
+    own = set(plan.own or ())
+    others = sorted({shard.name for shard in plan.shards} - own)
+    assert 0 < len(own) < len(plan.shards) == 8
+    assert f"part 0 of 2 done: {len(own)} file(s); missing: " in told
+    assert re.findall(r"'(model-\S+)'", told) == others
     assert told.endswith("the last part publishes, or --finish\n")
-    assert f"of 8 shards {8 - int(done[1])} are missing" in refused
+    assert f"of 8 shards {len(others)} are missing" in refused
     assert f"merged into {out}" in capsys.readouterr().out
 
 

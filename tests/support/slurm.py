@@ -188,6 +188,7 @@ class Cluster:
 ClusterName=here
 SlurmctldHost={socket.gethostname()}(127.0.0.1)
 SlurmctldPort={ports[0]}
+FirstJobId={1 + os.getpid() % 19_000}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
