@@ -128,6 +128,8 @@ def test_a_requeued_job_continues(cluster, group, expected, env, stopping, tmp_p
     kept = {path.name: path.stat().st_ino for path in (tmp_path / "out").glob("*.part")}
 
     cluster.run("scontrol", "requeue", job)
+    cluster.waiting(job)
+    cluster.wait_until_idle()
     cluster.start_again(job)
 
     assert cluster.finish(job) == {"COMPLETED"}, log_of(tmp_path)
@@ -148,12 +150,17 @@ def test_a_killed_node_is_got_over(options, cluster, group, expected, env, stopp
 
     cluster.kill_node("two")
     try:
-        cluster.start_again(job)
+        cluster.waiting(job)
         if exclusive:
+            cluster.start_again(job)
             assert cluster.finish(job) == {"COMPLETED"}, log_of(tmp_path)
     finally:
         cluster.start_node("two")
 
+    if not exclusive:
+        # SLURM 22.05 says once more that the node shall end the job, and would end the new start.
+        cluster.wait_until_idle()
+        cluster.start_again(job)
     assert cluster.finish(job) == {"COMPLETED"}, log_of(tmp_path)
     assert file_bytes(tmp_path / "out") == expected
 

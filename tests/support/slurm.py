@@ -5,6 +5,7 @@ Nothing of the system's is used or touched: key, sockets, ports, state and logs 
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 NODES = ("one", "two")
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo", "sdiag", "squeue", "scontrol")
 # Debian has its daemons where only root looks.
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _WAIT_S = 120.0
@@ -46,6 +47,7 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._outputs: list[Path] = []
         (folder / "state").mkdir(parents=True)
         config = folder / "slurm.conf"
         config.write_text(self._config())
@@ -67,7 +69,7 @@ class Cluster:
             self._start("slurmctld", "slurmctld", "-D", "-i")
             for node in NODES:
                 self.start_node(node)
-            self.wait(self._are_idle, "both nodes are idle")
+            self.wait_until_idle()
         except BaseException as exc:
             self.close()
             if isinstance(exc, AssertionError):
@@ -87,18 +89,22 @@ class Cluster:
         daemon = self._daemons.pop(node)
         daemon.kill()
         daemon.wait()
-        tasks = [one for one in Path("/proc").glob("[0-9]*") if _is_of(one, node)]
+        tasks = [one for one in Path("/proc").glob("[0-9]*") if self._runs(one, node)]
         steps = {one for one in map(_parent, tasks) if b"slurmstepd" in _read(one / "cmdline")}
         # The watchers first, which would report the end of what they watch.
         for process in (*steps, *tasks):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(process.name), signal.SIGKILL)
 
+    def waiting(self, job: str) -> list[str]:
+        """Wait until a job, or some of its array, wait again, and return their numbers."""
+        asked = ["squeue", "-h", "-o", "%i", "-t", "PENDING", "-j", job]
+        self.wait(lambda: self.run(*asked), f"job {job} waits again")
+        return self.run(*asked).split()
+
     def start_again(self, job: str) -> None:
-        """Wait until a job, or one of its array, waits again; have it start, without its delay."""
-        waiting = ["squeue", "-h", "-o", "%i", "-t", "PENDING", "-j", job]
-        self.wait(lambda: self.run(*waiting), f"job {job} waits again")
-        for one in self.run(*waiting).split():
+        """Start a job that waits again, or those of its array, without the delay."""
+        for one in self.waiting(job):
             # SLURM lets two minutes pass before it starts a job again.
             self.run("scontrol", "update", f"JobId={one}", "StartTime=now")
 
@@ -113,6 +119,7 @@ class Cluster:
 
     def submit(self, script: Path, env: Mapping[str, str], *options: str) -> str:
         """Submit a batch file, and return the number of the job."""
+        self._outputs.append(script.parent)
         done = subprocess.run(
             ["sbatch", "--parsable", *options, str(script)], env={**self.env, **env},
             cwd=script.parent, capture_output=True, text=True, timeout=100, check=False,
@@ -132,9 +139,10 @@ class Cluster:
         return self.states(job)
 
     def logs(self) -> str:
-        """Return the last lines of every log."""
+        """Return the last lines of every log, and of what the last job printed."""
         found = []
-        for path in sorted(self._folder.glob("*.log")):
+        printed = self._outputs[-1].glob("slurm-*.out") if self._outputs else ()
+        for path in (*sorted(self._folder.glob("*.log")), *sorted(printed)):
             found.append(f"--- {path.name}\n{path.read_text(errors='replace')[-700:]}")
         return "\n".join(found)
 
@@ -159,6 +167,22 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+
+    def wait_until_idle(self) -> None:
+        """Wait until both nodes run, nothing runs on them, and nothing is on its way to them."""
+        self.wait(lambda: self._are_idle() and not self._sends(), "both nodes are idle")
+
+    def _sends(self) -> bool:
+        """Return whether the controller has something to say that a node has not answered yet."""
+        counts = re.findall(r"^Agent (?:queue size|count): +(\d+)", self.run("sdiag"), re.M)
+        return any(int(count) for count in counts)
+
+    def _runs(self, process: Path, node: str) -> bool:
+        """Return whether a process is of a job of this cluster on a node: another has its own."""
+        settings = _read(process / "environ").split(b"\0")
+        return {
+            f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.env['SLURM_CONF']}".encode()
+        } <= set(settings)  # fmt: skip
 
     def _are_idle(self) -> bool:
         done = subprocess.run(
@@ -224,10 +248,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError:
         return b""
-
-
-def _is_of(process: Path, node: str) -> bool:
-    return b"SLURMD_NODENAME=%s" % node.encode() in _read(process / "environ").split(b"\0")
 
 
 def _parent(process: Path) -> Path:
