@@ -33,8 +33,8 @@ class Rule:
         role: what part of the model the tensor is.
         needs_matrix: whether a matrix is decided as a whole (S2 in docs/methods.md); otherwise
             row blocks suffice, whatever the tensor's size.
-        copies: whether float32 copies of whole task vectors are made for that, or row blocks are
-            read again and again.
+        copies: whether one whole task vector is copied to float32 at a time where there is no room
+            for all of them; else row blocks are read again and again there.
         as_one: whether gate and up in one tensor are decomposed as one matrix.
         in_pieces: whether ranges of rows can be merged on their own. False hands the whole
             tensor to one `merge` call, still without float32 copies of it.

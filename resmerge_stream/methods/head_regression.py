@@ -97,7 +97,7 @@ class HeadRegression(SpectralMethod):
         return Update(total.rows, "head_regression", gates, warnings, exact, of_sum=total)
 
     def rule_for(self, spec: TensorSpec, experts: int) -> Rule:
-        """Return the method's own rule for matrices, which it reads by row blocks, else `other`."""
+        """Return the method's own rule for matrices, of which row blocks do, else `other`."""
         return replace(super().rule_for(spec, experts), copies=self.steps == EXACT)
 
     def directions(self, m: int, n: int) -> int:

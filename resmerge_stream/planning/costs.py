@@ -228,9 +228,8 @@ def _kept_bytes(tensor: PlannedTensor) -> int:
 
 def _copied_bytes(tensors: Sequence[PlannedTensor], *, resident: bool) -> int:
     """Return bytes of the float32 copies of task vectors that are shared."""
-    if not any(tensor.is_copied for tensor in tensors):
-        return 0
-    return 4 * (len(tensors[0].experts) if resident else 1) * math.prod(tensors[0].matrix)
+    at_once = max((tensor.rule.copies for tensor in tensors if tensor.rule is not None), default=0)
+    return 4 * (len(tensors[0].experts) if resident else at_once) * math.prod(tensors[0].matrix)
 
 
 def _factoring_bytes(tensor: PlannedTensor, *, resident: bool) -> int:
@@ -261,7 +260,7 @@ def _ample_bytes(plans: Sequence[Plan], fitted: Fit, name: str) -> int:
     tensor = next((p.tensors[name] for p in plans if p.tensors[name].is_decomposed), None)
     if tensor is None:
         return 0
-    if tensor.is_factored or not tensor.is_copied or len(plans) > 1:
+    if tensor.is_factored or len(plans) > 1:
         return 2 * fitted.working[name]
     return 4 * (len(plans[0].experts) + 2) * math.prod(tensor.matrix)
 

@@ -118,11 +118,6 @@ class PlannedTensor:
         return self.is_decomposed and len(self.spec.shape) == 3
 
     @property
-    def is_copied(self) -> bool:
-        """Whether its matrix is decided from float32 copies of whole task vectors."""
-        return self.rule is not None and self.rule.needs_matrix and self.rule.copies
-
-    @property
     def ranks(self) -> list[int | None]:
         """The rank of each expert's update at most; None where it is no product of factors."""
         return [source.rank_of(self.spec.name) for source in self.sources[1:]]

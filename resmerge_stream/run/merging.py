@@ -295,7 +295,7 @@ class Merger:
             else lane.cross(piece.part_of(as_tensor(buffer, dtype, shape)))
             for buffer, dtype in zip(piece.buffers[1:], dtypes[1:], strict=True)
         ]
-        resident = piece.tensor.is_copied and piece.tensor.resident and lane.whole
+        resident = piece.tensor.is_decomposed and piece.tensor.resident and lane.whole
         return base, TaskVectors(
             base, changes, lane.workspace, resident=resident, release=piece.release
         )

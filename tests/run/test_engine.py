@@ -132,16 +132,17 @@ def test_stochastic_weights_do_not_depend_on_the_shard_size(tmp_path):
     assert not all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
 
 
-def test_bytes_do_not_depend_on_the_memory_budget(tmp_path):
+@pytest.mark.parametrize("method", ["resmerge", "head_regression"])
+def test_bytes_do_not_depend_on_the_memory_budget(tmp_path, method):
     """The least budget keeps fewer copies in memory and writes the same bytes."""
     group = make_group(tmp_path / "group", layers=1, hidden=256, experts=3)
-    refused = plan_group(group, options=Options(memory_budget=1))
+    refused = plan_group(group, method=method, options=Options(memory_budget=1))
     least = Options(memory_budget=refused.peak_memory_bytes)
-    plan = plan_group(group, options=least)
+    plan = plan_group(group, method=method, options=least)
     assert not all(tensor.resident for tensor in plan.tensors.values())
 
-    ample = merge(group, tmp_path / "ample")
-    tight = merge(group, tmp_path / "tight", options=least)
+    ample = merge(group, tmp_path / "ample", method=method)
+    tight = merge(group, tmp_path / "tight", method=method, options=least)
 
     assert file_bytes(tight.out) == file_bytes(ample.out)
     assert tight.report["tensors"] == ample.report["tensors"]
