@@ -48,8 +48,8 @@ _NO_WEIGHT = 1e-8
 _NO_NORM = 1e-7
 # Seconds on two cores for an entry of each expert (docs/performance.md, "Speed of a local merge").
 _ELECTING = 2.0e-9
-# What may be noted of a tensor's entries, beside its row blocks.
-_NOTED_BYTES = 8_000_000
+# What may be noted of a tensor's entries: of a 70B model's largest layers, not of a vocabulary.
+_NOTED_BYTES = 100_000_000
 
 Sparse = Callable[[slice, "Tensor"], "Sequence[Tensor] | Tensor"]
 
@@ -452,6 +452,11 @@ class MagnitudeDropped(Thinned):
                 )
         return None
 
+    def kept_bytes(self, spec: TensorSpec, rule: Rule, experts: int) -> int:
+        """Return bytes of the note which entries stay, while they are enlarged to the whole."""
+        is_noted = self.rescale_to_norm() and not self.dense()
+        return noted_bytes(experts * math.prod(spec.shape)) if is_noted else 0
+
     def sparse(self, vectors: TaskVectors, site: Site) -> tuple[Sparse, Mapping[str, Any]]:
         """Return the task vectors with entries dropped by rank and chance."""
         densities = of_each(self.density, vectors.count)
@@ -564,10 +569,16 @@ def _times(sparse: Sparse, factors: Sequence[float]) -> Sparse:
     return scaled
 
 
+def noted_bytes(entries: int) -> int:
+    """Return bytes of a bit for each of so many entries; 0 where that is too much to keep."""
+    nbytes = -(-entries // 8)
+    return nbytes if nbytes <= _NOTED_BYTES else 0
+
+
 def chosen_once(vectors: TaskVectors, sparse: Sparse) -> tuple[Sparse, Sparse]:
     """Return a function that notes which entries stay, and one that repeats it, to the bit.
 
-    Both are `sparse` itself where there would be more to note than a few MB, one bit an entry.
+    Both are `sparse` itself where there is more to note than `noted_bytes` allows, a bit an entry.
 
     Args:
         vectors: of the tensor; the first function is called with all of its blocks.
@@ -575,7 +586,7 @@ def chosen_once(vectors: TaskVectors, sparse: Sparse) -> tuple[Sparse, Sparse]:
     """
     m, n = vectors.shape
     blocks = vectors.blocks()
-    if vectors.device.type != "cpu" or not blocks or vectors.count * m * n > 8 * _NOTED_BYTES:
+    if vectors.device.type != "cpu" or not blocks or not noted_bytes(vectors.count * m * n):
         return sparse, sparse
     height = blocks[0].stop
     # Taken at once, so that no heap is broken into pieces.
