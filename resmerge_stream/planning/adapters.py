@@ -62,7 +62,7 @@ def on_base(base: Checkpoint, expert: Checkpoint, found: Findings) -> Checkpoint
     # A plan of the same models hands its own on, already on a base.
     own = expert.opened if isinstance(expert, Adapter) else expert
     if not is_bare_adapter(own):
-        return readable(own, found)
+        return readable(own, found, is_expert=True)
     try:
         adapter = Adapter.of(own, base)
     except ResMergeError as exc:

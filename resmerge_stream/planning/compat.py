@@ -22,6 +22,11 @@ from ..specs import DTYPES
 # Kinds of warnings that the report says in numbers of its own.
 KEPT_AS_IN_BASE, LEFT_OUT = "kept-as-in-base", "left-out"
 DEQUANTISED, MATCHED, MISSING, BARELY = "dequantised", "matched", "missing", "barely-touched"
+# docs/models.md, "A rounded expert is mostly its rounding".
+_ROUNDED = (
+    ". Rounding may have changed them more than its training did: if it was trained in a wider "
+    "dtype, merge that"
+)
 # Kind of what a checkpoint's own files say of each other.
 REMARK = "source-files"
 # Kind of the problem that there is nothing to merge.
@@ -52,7 +57,7 @@ _IGNORED = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "us
             "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}  # fmt: skip
 
 
-def readable(checkpoint: Checkpoint, found: Findings) -> Checkpoint:
+def readable(checkpoint: Checkpoint, found: Findings, *, is_expert: bool = False) -> Checkpoint:
     """Return a checkpoint with numbers where it stores codes of a quantisation.
 
     What is quantised is told by stored dtypes, by companions of the right shape, and by the config;
@@ -82,7 +87,7 @@ def readable(checkpoint: Checkpoint, found: Findings) -> Checkpoint:
     if codes.sources:
         found.warning(
             f"{checkpoint.id} is quantised ({codes.in_words}): its values are read as float32, and "
-            "the merge is stored unquantised",
+            "the merge is stored unquantised" + (_ROUNDED if is_expert else ""),
             kind=DEQUANTISED,
         )
         return dequantised(checkpoint, codes)
