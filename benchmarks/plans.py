@@ -1,32 +1,26 @@
-"""How long a plan takes, and what it says: ``python -m benchmarks.plans [names] [fp8] [7b] [70b]``.
+"""How long a plan takes, and what it says: ``python -m benchmarks.plans [names] [7b] [70b]``.
 
 `names`: seconds, with names that agree and names that do not. `7b`, `70b`: what a merge with
 Qwen2.5's shapes of that size will take. All from headers over holes: a plan reads nothing else of a
-folder's weights. `fp8` is merged for real, and its peak of private memory stands beside the
-planned one.
+folder's weights.
 """
 
 import argparse
 import json
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from resmerge_stream.planning.plan import Options, plan_merge
 from resmerge_stream.recipe import ModelRef, Recipe
 from resmerge_stream.sinks.layout import plan_shards
 from resmerge_stream.specs import TensorSpec
 
-from .measure import run
-from .synthetic import QWEN25_05B, QWEN25_7B, QWEN25_72B, Shape, tensor_shapes, write_group
+from .synthetic import QWEN25_05B, QWEN25_7B, QWEN25_72B, Shape, tensor_shapes
 
 _TIMES = 5
 _EXPERTS, _LAYERS, _HIDDEN, _MIDDLE = 256, 58, 128, 64
@@ -43,7 +37,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def main() -> None:
     """Run what is named, or everything."""
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
-    parser.add_argument("what", nargs="*", help="names, fp8, 7b, 70b; default: all")
+    parser.add_argument("what", nargs="*", help="names, 7b, 70b; default: all")
     chosen = parser.parse_args().what or list(_MEASURED)
     with tempfile.TemporaryDirectory() as folder:
         for name in chosen:
@@ -115,41 +109,6 @@ def _plan_seconds(models: Path) -> float:
     return seconds
 
 
-def _fp8(folder: Path) -> None:
-    """Merge FP8 experts of a small model, and print planned and sampled memory."""
-    shape = Shape(hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, vocab_size=32_000)
-    write_group(folder, shape)
-    for model in ("expert0", "expert1", "expert2"):
-        _quantise(folder / model)
-    command = [sys.executable, "-m", "resmerge_stream", "merge", "--base", str(folder / "base")]
-    for number in range(3):
-        command += ["--expert", str(folder / f"expert{number}")]
-    plan = plan_merge(Recipe(ModelRef(command[5]), tuple(ModelRef(name) for name in command[7::2])))
-    planned = plan.peak_memory_bytes
-    plan.close()
-    done = run([*command, "--out", str(folder / "merged")])
-    print(
-        f"\nFP8 experts with scales of 128 × 128, {plan.read_bytes / 1e6:.0f} MB read: planned "
-        f"{planned / 1e6:.0f} MB of private memory, sampled {done.peak_private / 1e6:.0f} MB, "
-        f"{done.seconds:.1f} s."
-    )
-
-
-def _quantise(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    tensors = {}
-    for name, value in load_file(path).items():
-        if value.ndim != 2 or "embed" in name:
-            tensors[name] = value.clone()
-            continue
-        m, n = value.shape
-        blocks = value.float().reshape(m // 128, 128, n // 128, 128)
-        scale = blocks.abs().amax((1, 3)) / 448
-        codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
-        tensors[name], tensors[f"{name}_scale_inv"] = codes.reshape(m, n), scale
-    save_file(tensors, path, {"format": "pt"})
-
-
 def _planned(folder: Path, shape: Shape) -> None:
     """Print what the plan of a merge of whole experts says, method by method."""
     shapes = dict(tensor_shapes(shape))
@@ -179,7 +138,6 @@ def _planned(folder: Path, shape: Shape) -> None:
 
 _MEASURED = {
     "names": _names,
-    "fp8": _fp8,
     "7b": lambda folder: _planned(folder, QWEN25_7B),
     "70b": lambda folder: _planned(folder, QWEN25_72B),
 }

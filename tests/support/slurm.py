@@ -16,7 +16,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 NODES = ("one", "two")
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo", "sdiag", "squeue", "scontrol")
+PROGRAMS = (
+    "munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo", "sdiag", "squeue", "scontrol",
+)  # fmt: skip
 # Debian has its daemons where only root looks.
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _WAIT_S = 120.0
