@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..maths.lazy import TaskVectors, Tensor, np, passes, rounding, torch
+from ..memory import BLOCK_ELEMENTS
 from ..specs import TensorSpec
 from .base import (
     Alias,
@@ -453,9 +454,12 @@ class MagnitudeDropped(Thinned):
         return None
 
     def kept_bytes(self, spec: TensorSpec, rule: Rule, experts: int) -> int:
-        """Return bytes of the note which entries stay, while they are enlarged to the whole."""
-        is_noted = self.rescale_to_norm() and not self.dense()
-        return noted_bytes(experts * math.prod(spec.shape)) if is_noted else 0
+        """Return bytes of a row block's ranking and what it leaves, and of the note what stays."""
+        if self.dense():
+            return 0
+        entries = math.prod(spec.shape)
+        noted = noted_bytes(experts * entries) if self.rescale_to_norm() else 0
+        return noted + 4 * (experts + 4) * min(entries, BLOCK_ELEMENTS)
 
     def sparse(self, vectors: TaskVectors, site: Site) -> tuple[Sparse, Mapping[str, Any]]:
         """Return the task vectors with entries dropped by rank and chance."""

@@ -48,6 +48,11 @@ class Carried:
 
     piece: Piece
 
+    @property
+    def held_bytes(self) -> int:
+        """What it holds while it waits to be written, beside what was read: nothing."""
+        return 0
+
 
 @dataclass(frozen=True, slots=True)
 class Decided:
@@ -80,6 +85,11 @@ class Decided:
         """Whether no expert differs from the base, so that its bytes stay."""
         return self.vectors.is_zero() and not self.update.moves_base
 
+    @property
+    def held_bytes(self) -> int:
+        """What it takes until it is written: its task vectors are open, its rows to be merged."""
+        return self.piece.tensor.working_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Merged:
@@ -94,6 +104,11 @@ class Merged:
     decided: Decided
     data: memoryview
     kept: Kept
+
+    @property
+    def held_bytes(self) -> int:
+        """What it holds while it waits to be written."""
+        return len(self.data)
 
 
 Prepared = Carried | Decided | Merged

@@ -363,7 +363,7 @@ def _prepared(
         return {label: branches[label].merger.prepare(own) for label, own in shared.pieces.items()}
 
     def held(prepared: Mapping[str, Prepared]) -> int:
-        return sum(len(one.data) for one in prepared.values() if isinstance(one, Merged))
+        return sum(one.held_bytes for one in prepared.values())
 
     return worked_ahead(
         shared_reads(plans, _names(run.plan, shard)),

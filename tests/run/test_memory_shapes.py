@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from safetensors.torch import save_file
 
 from resmerge_stream.cli.main import main
 from resmerge_stream.methods import find_methods
+from resmerge_stream.planning.plan import plan_merge
+from resmerge_stream.recipe import ModelRef, Recipe
+from resmerge_stream.run.merging import Decided, Merged, Merger
 from tests.support.checkpoints import child_environment, write_json
 from tests.support.trainers import save_by_ranks
 
@@ -202,3 +206,25 @@ def test_parts_that_are_joined_take_what_is_planned(tmp_path):
 
         assert events[-1]["event"] == "finished"
         assert peak <= SLACK * events[0]["plan"]["peak_memory_bytes"], cut
+
+
+def test_what_waits_to_be_written_counts_with_all_that_it_holds(tmp_path):
+    """A large tensor that waits to be merged holds its memory; a merged one holds its bytes."""
+    base, *experts = write(tmp_path, (200_000, 64), 2)
+    recipe = Recipe(
+        ModelRef(str(base)), tuple(ModelRef(str(one)) for one in experts), "della",
+        parameters={"density": 0.5},
+    )  # fmt: skip
+    with closing(plan_merge(recipe)) as plan:
+        merger = Merger(plan, torch.device("cpu"))
+        held = {}
+        for found in merger.each(list(plan.tensors.values()), merger.prepare):
+            piece, prepared = found
+            held[type(prepared)] = prepared.held_bytes, piece.tensor
+            if isinstance(prepared, Decided):
+                prepared.vectors.close()
+
+    nbytes, large = held[Decided]
+    assert nbytes == large.working_bytes > 10_000_000
+    nbytes, small = held[Merged]
+    assert nbytes == small.spec.nbytes
