@@ -11,7 +11,7 @@ from ..errors import RecipeError, Remedy, listed, shown
 from ..methods import checked_value, method_class, parameter_fields
 from ..recipe import ModelRef, Recipe
 from ..sources import BUCKETS, REPO_ID
-from ..sources.trainers import models_below
+from ..sources.trainers import model_folders
 
 # More than a run keeps; a pattern that fits more was not meant so.
 MOST_CHECKPOINTS = 1000
@@ -117,7 +117,7 @@ def _folders(ref: ModelRef, token: str | bool | None) -> list[str]:
     info = HubRepo(client(token), ref.id).info(ref.revision or "main")
     if info is None:
         raise RecipeError(f"there is no repository {ref} that you can see.", Remedy.SIGN_IN_TO_SEE)
-    return _that_fit(ref.subfolder or "", models_below(listed(info)))
+    return _that_fit(ref.subfolder or "", model_folders(listed(info)))
 
 
 def _that_fit(pattern: str, names: Iterable[str]) -> list[str]:

@@ -2,9 +2,11 @@
 
 import contextlib
 import hashlib
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from threading import Lock
+from typing import Any
 
 from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.hf_api import HfApi, ModelInfo, RepoSibling
@@ -21,11 +23,13 @@ from ..hub.client import TokenRefusedError, client, patiently
 from ..hub.ranges import CachedFile, RemoteFile
 from ..recipe import ModelRef
 from .ahead import PART_BYTES, ByteRange, Fetcher
-from .assembly import Stored
+from .assembly import Source, Stored
+from .blocks import Blocks
 from .checkpoint import Checkpoint
 from .files import (
     INDEX,
     MAX_SMALL_BYTES,
+    SMALL_SUFFIXES,
     WEIGHTS,
     choose_weights,
     config_file,
@@ -44,7 +48,7 @@ from .format import (
     refuse_pointer,
 )
 from .store import SourceFile, Store, StoredTensor
-from .trainers import Place
+from .trainers import Left, Place, config_folder, readable
 
 # One request gets the whole header of nearly every file.
 _FIRST_BYTES = 100_000
@@ -99,18 +103,23 @@ class Repository(Store):
         self._heads: dict[str, bytes] = {}
         self._file_checks: dict[str, FileCheck] = {}
         self._api = api
-        self._top = f"{ref.subfolder}/" if ref.subfolder else ""
+        self._everything = {s.rfilename: s for s in info.siblings or ()}
+        folder = ref.subfolder or ""
+        # One of several GGUF files is named as a folder is.
+        self._only = folder if folder.endswith(".gguf") and folder in self._everything else None
+        if self._only:
+            folder = folder.rpartition("/")[0]
+        self._top = self._beside = f"{folder}/" if folder else ""
         self._shown = f"{ref.id}/{self._top}"
         # As it is written, so that a folder's name goes on it.
         at = f"{ref.id}@{ref.revision}" if ref.revision else ref.id
-        shown = f"{at}:{ref.subfolder}" if ref.subfolder else at
-        self._place = Place(shown, self._below, is_remote=True)
-        self._everything = {s.rfilename for s in info.siblings or ()}
+        self._place = Place(f"{at}:{folder}" if folder else at, self._below, is_remote=True)
         self._listed = {
-            s.rfilename.removeprefix(self._top): s
-            for s in info.siblings or ()
-            if s.rfilename.startswith(self._top)
+            path.removeprefix(self._top): sibling
+            for path, sibling in self._everything.items()
+            if path.startswith(self._top)
         }
+        self._blocks: Blocks | None = None
         self._opened: dict[str, RemoteFile | CachedFile] = {}
         self._header_bytes_left = max_header_bytes
         self._counting = Lock()
@@ -124,11 +133,18 @@ class Repository(Store):
         opened = self._file(file)
         if isinstance(opened, CachedFile):
             return opened.view(begin, end)
+        if self._blocks is not None:
+            return self._blocks.read(file, begin, end)
         view = self._fetched(opened, begin, end)
         check = self._file_checks.get(file) if self.checks else None
         if check is not None and check.take(begin, view):
             self.damaged |= {file}
         return view
+
+    def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        """Fetch these together when the first of them is read."""
+        if self._blocks is not None:
+            self._blocks.expect(ranges)
 
     def forget_links(self) -> None:
         """Read by fresh links from here on."""
@@ -170,13 +186,13 @@ class Repository(Store):
 
     def read_small(self, name: str) -> bytes:
         """Return the content of one of the other files, through the library's cache."""
-        data = self._download(name, MAX_SMALL_BYTES)
-        refuse_pointer(data, where=f"{self._shown}{name}")
+        data = self._download(self._beside + name, MAX_SMALL_BYTES)
+        refuse_pointer(data, where=f"{self._id}/{self._beside}{name}")
         return data
 
     def small_oid(self, name: str) -> str | None:
         """Return what git calls a small file's content, where that is known for free."""
-        sibling = self._listed.get(name)
+        sibling = self._everything.get(self._beside + name)
         return sibling.blob_id if sibling is not None else None
 
     def close(self) -> None:
@@ -185,13 +201,17 @@ class Repository(Store):
 
     def model(self, ref: ModelRef, info: ModelInfo) -> Checkpoint:
         """Return the model, with headers, index and config read; raises as `open_repository`."""
-        names = sorted(name for name in self._listed if "/" not in name)
+        names = sorted(name for name in self._below() if "/" not in name)
+        if (left := readable(self._place, names)) is not None:
+            return self._left(ref, info, left)
         config_name = config_file(names)
         if config_name not in names:
             raise no_model(self._place, "config.json, so it is no model")
         weights = self._weights(names)
         where = f"{self._shown}{config_name}"
-        config = parse_object(self._download(config_name, MAX_CONFIG_BYTES), where=where)
+        config = parse_object(
+            self._download(self._top + config_name, MAX_CONFIG_BYTES), where=where
+        )
         weight_map = None
         if weights is None:
             where = f"{self._shown}{INDEX}"
@@ -219,17 +239,56 @@ class Repository(Store):
             for file in files
             if file.sha256 is not None
         }
+        small = (name for name in sorted(self._listed) if is_small(name) and name not in weights)
+        trees = {name: Stored(self, tensor) for name, tensor in tensors.items()}
+        return self._checkpoint(ref, info, trees, config, files, tuple(small), remarks)
+
+    def _left(self, ref: ModelRef, info: ModelInfo, left: Left) -> Checkpoint:
+        """Return the model in what a trainer left, with what says where its tensors lie read."""
+        sizes = {file: self._size(file) for file in left.files}
+        self._blocks = Blocks(self._read_range, sizes)
+        try:
+            trees = left.trees(self, sizes)
+        finally:
+            self._blocks = None
+        own = PurePosixPath(self._top + left.at)
+        beside = config_folder(own, lambda path: str(path) in self._everything)
+        self._beside = "" if beside == PurePosixPath() else f"{beside}/"
+        config = {}
+        if (path := f"{self._beside}config.json") in self._everything:
+            data = self._download(path, MAX_CONFIG_BYTES)
+            config = parse_object(data, where=f"{self._id}/{path}")
+        below = (path.removeprefix(self._beside) for path in sorted(self._everything)
+                 if path.startswith(self._beside))  # fmt: skip
+        return self._checkpoint(
+            ref,
+            info,
+            trees,
+            config,
+            tuple(SourceFile(file, sizes[file], _sha256(self._listed[file])) for file in sizes),
+            tuple(name for name in below if "/" not in name and name.endswith(SMALL_SUFFIXES)),
+            (f"it holds {left.row.what}, {left.row.says}",),
+        )
+
+    def _checkpoint(
+        self,
+        ref: ModelRef,
+        info: ModelInfo,
+        trees: Mapping[str, Source],
+        config: dict[str, Any],
+        files: tuple[SourceFile, ...],
+        small_files: tuple[str, ...],
+        remarks: tuple[str, ...],
+    ) -> Checkpoint:
         value = info.card_data.get("license") if info.card_data is not None else None
         return Checkpoint(
             id=ref.id,
             store=self,
-            trees={name: Stored(self, tensor) for name, tensor in tensors.items()},
+            trees=trees,
             config=config,
             files=files,
             identity={"commit": info.sha},
-            small_files=tuple(
-                name for name in sorted(self._listed) if is_small(name) and name not in weights
-            ),
+            small_files=small_files,
             remarks=remarks,
             revision=info.sha,
             subfolder=ref.subfolder,
@@ -237,13 +296,12 @@ class Repository(Store):
             gated=bool(info.gated),
             is_private=bool(info.private),
             # What the Hub's local cache holds whole is read from there.
-            is_remote=any(isinstance(self._file(name), RemoteFile) for name in weights),
+            is_remote=any(isinstance(self._file(file.name), RemoteFile) for file in files),
         )
 
     def _below(self) -> list[str]:
         """Return the paths of all files below this place in the repository."""
-        top = self._top
-        return [path.removeprefix(top) for path in self._everything if path.startswith(top)]
+        return [name for name in self._listed if self._only in (None, self._top + name)]
 
     def _weights(self, names: list[str]) -> list[str] | None:
         """Return what `choose_weights` does; of pickles, say where they were converted."""
@@ -315,34 +373,35 @@ class Repository(Store):
         url = hf_hub_url(self._id, path, revision=self._revision, endpoint=self._api.endpoint)
         return RemoteFile(shown, url, self._api._build_hf_headers(), size)
 
-    def _download(self, name: str, limit: int) -> bytes:
-        if self._size(name) > limit:
-            raise CheckpointFormatError(f"{self._shown}{name} is larger than {limit} bytes.")
-        data = self._downloaded(name, afresh=False)
-        if not _is_of(self._listed[name], data):
-            data = self._downloaded(name, afresh=True)
-            if not _is_of(self._listed[name], data):
+    def _download(self, path: str, limit: int) -> bytes:
+        sibling, shown = self._everything[path], f"{self._id}/{path}"
+        if sibling.size is None or sibling.size > limit:
+            raise CheckpointFormatError(f"{shown} is larger than {limit} bytes.")
+        data = self._downloaded(path, afresh=False)
+        if not _is_of(sibling, data):
+            data = self._downloaded(path, afresh=True)
+            if not _is_of(sibling, data):
                 raise StoppedError(
-                    f"{self._shown}{name}: downloaded twice, and twice its bytes are not those "
-                    "that the Hub names.",
+                    f"{shown}: downloaded twice, and twice its bytes are not those that the Hub "
+                    "names.",
                     Remedy.CONTINUE,
                 )
         return data
 
-    def _downloaded(self, name: str, *, afresh: bool) -> bytes:
-        path = patiently(
+    def _downloaded(self, path: str, *, afresh: bool) -> bytes:
+        there = patiently(
             lambda: hf_hub_download(
                 self._id,
-                self._top + name,
+                path,
                 revision=self._revision,
                 token=self._api.token,
                 endpoint=self._api.endpoint,
                 library_name="resmerge-stream",
                 force_download=afresh,
             ),
-            what=f"read {self._shown}{name} on the Hub",
+            what=f"read {self._id}/{path} on the Hub",
         )
-        return Path(path).read_bytes()
+        return Path(there).read_bytes()
 
     def _size(self, name: str) -> int:
         size = self._listed[name].size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..specs import TensorSpec
@@ -64,6 +65,9 @@ class Store(ABC):
             StoppedError: the bytes cannot be had right now; a later run may continue.
             CheckpointFormatError: the file changed or is cut short.
         """
+
+    def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        """Hint which small ranges are read next while a model is opened: file, begin, end."""
 
     def span(self, file: str, begin: int, end: int) -> ByteRange | None:
         """Return what has to be fetched for a range; None where it is on this machine."""
