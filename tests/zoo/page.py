@@ -83,7 +83,9 @@ EXPERT …`), where 1 means that rounding changed as much as training did:
 (Their base was dequantised from Q4_1, so most of its values stay where they are in that type.)
 Merge the experts as they were trained, and round what comes out.
 
-**Buckets** of the Hub are copied first, by `hf buckets sync`.
+**Buckets** of the Hub are read in place: `hf://buckets/namespace/name/checkpoint-500`, or a pattern
+of a run's checkpoints ([recipes.md](recipes.md#checkpoints-of-one-run)). They have no commits; what
+pins them is in [hub.md](hub.md#buckets).
 
 ## Names and tables
 
