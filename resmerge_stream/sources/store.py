@@ -45,7 +45,7 @@ class SourceFile:
 
 
 class Store(ABC):
-    """The files of one model: a folder, or a repository at a commit. Ranges are [begin, end).
+    """The files of one model: a folder, a repository at a commit, a bucket. Ranges: [begin, end).
 
     Attributes:
         ahead: what fetches ranges before they are read, while a merge lets it.

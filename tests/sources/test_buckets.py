@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from loopback_hub import Hook, LoopbackHub
+from resmerge_stream.errors import UnsupportedCheckpointError
 from resmerge_stream.recipe import ModelRef
 from tests.sources.test_ggml import Type, as_folder, write
 from tests.sources.test_ggml import values as values_of_gguf
@@ -283,6 +284,14 @@ def test_what_is_not_there_is_said(bench: Bench, place: str, words: str) -> None
 
     assert done.code == 2, done.out
     assert re.search(words, done.out)
+
+
+def test_a_model_in_a_bucket_is_asked_only_when_it_is_copied() -> None:
+    """Transformers loads folders and repositories: the command that copies it is named."""
+    from resmerge_stream.evaluation.asking import open_model
+
+    with pytest.raises(UnsupportedCheckpointError, match=f"hf buckets sync {RUN}/checkpoint-5 "):
+        open_model(f"{RUN}/checkpoint-5", "cpu")
 
 
 def test_names_with_an_at_are_read_as_they_are() -> None:
