@@ -238,7 +238,10 @@ def test_a_finished_average_of_files_that_changed_since_is_not_todays(
     assert file_bytes(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("fault", ["503", "cut", "expired", "reset"])
+@pytest.mark.parametrize(
+    "fault",
+    ["503", "cut", *(pytest.param(one, marks=pytest.mark.slow) for one in ("expired", "reset"))],
+)
 def test_a_fault_that_passes_is_survived(bench: Bench, tmp_path: Path, fault: str) -> None:
     """At the storage, and where the bucket is listed and its links are given out."""
     expected = averaged(bench, tmp_path / "here", str(bench.folder / "run"))

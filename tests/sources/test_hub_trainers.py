@@ -133,7 +133,10 @@ def test_a_pattern_stands_for_the_steps_that_a_trainer_left(bench: Bench, tmp_pa
     assert file_bytes(tmp_path / "there") == file_bytes(tmp_path / "here")
 
 
-@pytest.mark.parametrize("fault", ["503", "cut", "expired", "reset"])
+@pytest.mark.parametrize(
+    "fault",
+    ["503", "cut", *(pytest.param(one, marks=pytest.mark.slow) for one in ("expired", "reset"))],
+)
 def test_a_fault_that_passes_is_survived(bench: Bench, tmp_path: Path, fault: str) -> None:
     """While metadata is read, and while tensors are."""
     whole = merged(bench, tmp_path / "whole", *words("alice/dcp-rows"))
