@@ -5,7 +5,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from . import api, cdn, commits, community, jobs, lfs, oidc, tree
+from . import api, buckets, cdn, commits, community, jobs, lfs, oidc, tree
 from .accounts import Accounts, Role
 from .faults import Faults
 from .gate import Gate
@@ -31,6 +31,7 @@ ROUTES: Mapping[str, tuple[Route, ...]] = {
         *commits.ROUTES,
         *community.ROUTES,
         *tree.ROUTES,
+        *buckets.ROUTES,
     ),
     "cdn": (*lfs.CDN_ROUTES, *cdn.CDN_ROUTES),
 }
@@ -165,8 +166,8 @@ class LoopbackHub:
     ) -> str:
         """Create a repository and return the commit of its main branch.
 
-        `gated` is False, `auto` or `manual`, `kind` is `models`, `datasets` or `spaces`; for the
-        other arguments see `push`.
+        `gated` is False, `auto` or `manual`, `kind` is `models`, `datasets`, `spaces` or `buckets`;
+        for the other arguments see `push`.
         """
         repo = self._services.store.create(kind, repo_id, private=private, gated=gated)
         if files is None:
@@ -197,6 +198,10 @@ class LoopbackHub:
             if xet and entry.lfs and self._services.xet.find(entry.sha256) is None:
                 self._services.xet.ingest(entry.sha256)
         return self.repo(repo_id, kind).commit(f"refs/heads/{branch}", entries, title="Push").id
+
+    def remove(self, repo_id: str, path: str, *, kind: str = "models") -> None:
+        """Commit from inside, without HTTP, that a file is gone."""
+        self.repo(repo_id, kind).commit("refs/heads/main", {path: None}, title="Remove")
 
     def grant(self, repo_id: str, user: str) -> None:
         """Let a user at the files of a gated repository."""

@@ -13,6 +13,10 @@ from .specs import RECIPE_DTYPES
 # What merges where nobody names a method, through every door: the best of docs/quality.md.
 DEFAULT_METHOD = "head_regression"
 
+# How the Hub's client names files of a bucket.
+BUCKETS = "hf://buckets/"
+_BUCKET = re.compile(r"hf://buckets/(?P<id>[\w.-]+/[\w.-]+)(?:/(?P<folder>[^\x00-\x1f]*))?")
+
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}
 # With * and ?: a pattern of several.
 _REVISION = re.compile(r"[A-Za-z0-9._/*?\-]{1,200}")
@@ -29,7 +33,7 @@ class ModelRef:
     """A checkpoint as the user named it.
 
     Attributes:
-        id: a folder, or ``namespace/name`` on the Hub.
+        id: a folder, ``namespace/name`` on the Hub, or ``hf://buckets/namespace/name/folder``.
         revision: branch, tag or commit, or None for the default branch.
         weight: factor of this expert, for methods that declare one; None when not given.
         parameters: its other parameters, and a weight that differs between tensors, as written.
@@ -48,6 +52,12 @@ class ModelRef:
     def place(self) -> tuple[str, str | None, str | None]:
         """Where the model is: id, revision and subfolder."""
         return self.id, self.revision, self.subfolder
+
+    @property
+    def in_bucket(self) -> tuple[str, str] | None:
+        """The bucket of the Hub that the model is in, and its folder there; None for none."""
+        found = _BUCKET.fullmatch(self.id)
+        return None if found is None else (found["id"], (found["folder"] or "").strip("/"))
 
     def own(self) -> dict[str, Any]:
         """Return the model's own parameters, ready for YAML or JSON."""
@@ -437,6 +447,8 @@ def _written(model: Mapping[Any, Any]) -> object:
 
 def _taken_apart(text: str) -> tuple[str, str | None, str | None]:
     """Return id, revision and subfolder of ``ID[@revision][:subfolder]``."""
+    if text.startswith(BUCKETS):
+        return text.rstrip("/"), None, None  # it has no revisions
     name, at, rest = text.rpartition("@")
     if at:
         revision, colon, subfolder = rest.partition(":")

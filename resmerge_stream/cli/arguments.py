@@ -79,7 +79,9 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 def _add_models(group: argparse._ActionsContainer) -> None:
     """Add ``--base``, ``--expert`` and ``--method``."""
     group.add_argument(
-        "--base", metavar="ID", help="the base model: a folder or namespace/name[@revision]"
+        "--base",
+        metavar="ID",
+        help="the base model: a folder, namespace/name[@revision][:folder] or hf://buckets/…",
     )
     group.add_argument(
         "--expert", metavar="ID", action="append", default=[], help="an expert; repeat for each"
@@ -152,7 +154,8 @@ def add_average(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="RUN",
         help="checkpoints, or a pattern of them in quotes: 'org/run@step_*' (branches and tags), "
-        "'org/run:checkpoint-*' (folders of a repository), 'runs/checkpoint-*'",
+        "'org/run:checkpoint-*' (folders of a repository), 'hf://buckets/org/run/checkpoint-*' "
+        "(of a bucket), 'runs/checkpoint-*'",
     )
     parser.add_argument("--last", metavar="K", help="only the last K checkpoints (default: all)")
     parser.add_argument(

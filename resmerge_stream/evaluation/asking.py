@@ -61,10 +61,17 @@ def open_model(
         token: as for `open_checkpoint`.
 
     Raises:
-        CheckpointError: it is no model, or a broken one; an adapter that has no base or fits none.
+        CheckpointError: it is no model, a broken one, or in a bucket; an adapter that has no base
+            or fits none.
         NotEnoughMemoryError: its weights need more memory than is free.
     """
-    checkpoint = open_checkpoint(ModelRef.parse(text), token=token)
+    ref = ModelRef.parse(text)
+    if ref.in_bucket is not None:
+        raise UnsupportedCheckpointError(
+            f"{shown(text)} is in a bucket of the Hub, which transformers does not load models "
+            f"from. Copy it with 'hf buckets sync {ref.id} FOLDER', and give the folder."
+        )
+    checkpoint = open_checkpoint(ref, token=token)
     if is_bare_adapter(checkpoint):
         if base is None or isinstance(base, Adapter):
             raise UnsupportedCheckpointError(

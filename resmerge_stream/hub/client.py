@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import httpx2
 from huggingface_hub import HfApi, constants, set_client_factory
 from huggingface_hub.errors import (
+    BucketNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -205,9 +206,10 @@ def explain(exc: BaseException, what: str) -> ResMergeError:
         if isinstance(link, RevisionNotFoundError | RemoteEntryNotFoundError):
             kind = "revision" if isinstance(link, RevisionNotFoundError) else "file"
             return CheckpointNotFoundError(f"cannot {what}: there is no such {kind}.")
-        if isinstance(link, RepositoryNotFoundError):
+        if isinstance(link, RepositoryNotFoundError | BucketNotFoundError):
+            kind = "bucket" if isinstance(link, BucketNotFoundError) else "repository"
             return NoSuchRepositoryError(
-                f"cannot {what}: there is no such repository, or it is private and you may not "
+                f"cannot {what}: there is no such {kind}, or it is private and you may not "
                 "see it. Check the name.",
                 Remedy.SIGN_IN_TO_SEE,
                 kind="no-repository",

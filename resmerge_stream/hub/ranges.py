@@ -14,7 +14,7 @@ import httpx2
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
-from ..errors import Remedy, StoppedError
+from ..errors import Remedy, SourceChangedError, StoppedError
 from ..filemaps import FileMap, Stamp
 from .client import asked_wait, explain, is_transient, plain, reason, wait_seconds
 from .patience import PATIENCE, Tries
@@ -72,18 +72,27 @@ class _Link:
 
 
 class RemoteFile:
-    """A file of a repository at a commit.
+    """A file of a repository at a commit, or of a bucket as long as it is the same.
 
     Args:
         name: what to call it in messages, such as ``org/name/model.safetensors``.
         url: where the Hub resolves it.
         headers: the library's, with the token.
         size: bytes of the whole file.
+        xet_hash: what Xet calls its content, where another may come under the same URL.
     """
 
-    def __init__(self, name: str, url: str, headers: dict[str, str], size: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        headers: dict[str, str],
+        size: int,
+        *,
+        xet_hash: str | None = None,
+    ) -> None:
         self.name, self.size = name, size
-        self._url, self._headers = url, headers
+        self._url, self._headers, self._xet_hash = url, headers, xet_hash
         self._link = _Link()
 
     def read(self, begin: int, end: int) -> bytearray:
@@ -105,6 +114,7 @@ class RemoteFile:
 
         Raises:
             CheckpointNotFoundError: access is refused, or the file is gone.
+            SourceChangedError: another content came under its URL.
             StoppedError: the network or the Hub kept failing.
         """
         done, tries = 0, Tries()
@@ -185,6 +195,12 @@ class RemoteFile:
 
     def _check(self, response: httpx2.Response, begin: int, end: int, signed: str | None) -> None:
         status, link = response.status_code, self._link
+        if signed is None and self._xet_hash is not None:
+            # A signed link leads to one content, whatever is put under the URL later.
+            answers = [*response.history, response]
+            told = [a.headers["X-Xet-Hash"] for a in answers if "X-Xet-Hash" in a.headers]
+            if told and told[0] != self._xet_hash:
+                raise replaced(self.name)
         if status == 206:
             said = response.headers.get("Content-Range", "").replace("bytes ", "")
             if said != f"{begin}-{end - 1}/{self.size}":
@@ -209,6 +225,14 @@ class RemoteFile:
             f"cannot read {self.name} from the Hub: {_words(exc)}, every time.",
             Remedy.CONTINUE,
         )
+
+
+def replaced(name: str) -> SourceChangedError:
+    """Return the error that another content is under a file's name than was there before."""
+    return SourceChangedError(
+        f"{name} was replaced since this command first looked at it, so what was read of it may be "
+        "of two models. Run it again when nobody writes there."
+    )
 
 
 def _words(exc: BaseException | None) -> str:

@@ -226,6 +226,6 @@ def _targets(plan: Plan, modules: list[str]) -> list[str]:
 def _base_name(plan: Plan) -> str | None:
     """Return where PEFT finds the base; None where what is published may not say it."""
     base = plan.layout
-    if base.folder is not None:
+    if base.revision is None:
         return base.id if plan.publication is None else None
     return base.id if plan.name_private or not (base.is_private or base.gated) else None

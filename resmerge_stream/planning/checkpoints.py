@@ -9,9 +9,9 @@ from typing import Any
 
 from ..errors import RecipeError, Remedy, listed, shown
 from ..methods import checked_value, method_class, parameter_fields
-from ..recipe import ModelRef, Recipe
-from ..sources import BUCKETS, REPO_ID
-from ..sources.trainers import models_below
+from ..recipe import BUCKETS, ModelRef, Recipe
+from ..sources import REPO_ID
+from ..sources.trainers import model_folders
 
 # More than a run keeps; a pattern that fits more was not meant so.
 MOST_CHECKPOINTS = 1000
@@ -26,9 +26,10 @@ def with_checkpoints(
     """Return the recipe with every pattern replaced by the checkpoints that fit it, by step.
 
     ``org/run@step_*`` are branches and tags, ``org/run:checkpoint-*`` folders of a repository,
-    ``runs/checkpoint-*`` folders; ``*`` and ``?`` stand for anything but a slash. Parameters of a
-    pattern are those of each of its checkpoints. `average` takes checkpoints that are listed one by
-    one, and differ by a number only, in the order of that number.
+    ``hf://buckets/org/run/checkpoint-*`` folders of a bucket, ``runs/checkpoint-*`` folders; ``*``
+    and ``?`` stand for anything but a slash. Parameters of a pattern are those of each of its
+    checkpoints. `average` takes checkpoints that are listed one by one, and differ by a number
+    only, in the order of that number.
 
     Args:
         recipe: as written.
@@ -80,13 +81,11 @@ def _varying(ref: ModelRef) -> str:
 
 def _fitting(ref: ModelRef, token: str | bool | None, notes: list[str]) -> list[ModelRef]:
     """Return the models that fit a pattern, by step; of others it is noted that they stay out."""
-    if ref.id.startswith(BUCKETS):
-        bucket = "/".join(ref.id.split("/")[:5])
-        raise RecipeError(
-            f"{shown(ref.id)} is in a bucket of the Hub, which is not read in place. Copy it with "
-            f"'hf buckets sync {bucket} FOLDER', and give the pattern below that folder."
-        )
-    if not REPO_ID.fullmatch(ref.id):
+    if (place := ref.in_bucket) is not None:
+        bucket, pattern = place
+        names = _in_bucket(bucket, pattern, token)
+        found = [replace(ref, id=f"{BUCKETS}{bucket}/{name}") for name in names]
+    elif not REPO_ID.fullmatch(ref.id):
         names = sorted(filter(os.path.isdir, glob.iglob(os.path.expanduser(ref.id))))
         found = [replace(ref, id=name) for name in names]
     elif ref.subfolder is not None and is_pattern(replace(ref, revision=None)):
@@ -117,7 +116,19 @@ def _folders(ref: ModelRef, token: str | bool | None) -> list[str]:
     info = HubRepo(client(token), ref.id).info(ref.revision or "main")
     if info is None:
         raise RecipeError(f"there is no repository {ref} that you can see.", Remedy.SIGN_IN_TO_SEE)
-    return _that_fit(ref.subfolder or "", models_below(listed(info)))
+    return _that_fit(ref.subfolder or "", model_folders(listed(info)))
+
+
+def _in_bucket(bucket_id: str, pattern: str, token: str | bool | None) -> list[str]:
+    from ..hub.buckets import HubBucket
+    from ..hub.client import NoSuchRepositoryError, client
+
+    fixed = re.split("[*?]", pattern)[0].rpartition("/")[0]
+    try:
+        files = HubBucket(client(token), bucket_id).files(fixed)
+    except NoSuchRepositoryError as exc:
+        raise RecipeError(exc.notices[0]) from exc
+    return _that_fit(pattern, model_folders(files))
 
 
 def _that_fit(pattern: str, names: Iterable[str]) -> list[str]:

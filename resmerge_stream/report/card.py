@@ -90,7 +90,11 @@ def _recipe_yaml(plan: Plan, names: PublicNames, recipe: Mapping[str, Any]) -> s
     import yaml
 
     lines = [f"# {_command(plan, names, 'recipe.yml')}"]
-    for kind, what in (("local", "Local folders"), ("private", "Models not named here")):
+    for kind, what in (
+        ("local", "Local folders"),
+        ("bucket", "In buckets"),
+        ("private", "Models not named here"),
+    ):
         hidden = dict.fromkeys(s.name for s in names.sources if s.kind == kind)
         if hidden:
             lines.append(f"# {what}; put your own paths or ids: {', '.join(hidden)}")

@@ -22,7 +22,7 @@ class PublicName:
 
     Attributes:
         name: what it is called; unique among the sources of a merge.
-        kind: ``hub``, ``local`` or ``private``.
+        kind: ``hub``, ``local``, ``bucket`` or ``private``.
         revision: the commit, where it may be told.
         subfolder: of the repository, likewise.
     """
@@ -33,7 +33,8 @@ class PublicName:
     subfolder: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.name} (local folder)" if self.kind == "local" else self.name
+        where = {"local": " (local folder)", "bucket": " (in a bucket)"}
+        return self.name + where.get(self.kind, "")
 
     @property
     def pinned(self) -> str:
@@ -145,7 +146,9 @@ def _public_name(
     """Return what a model is called in public; `taken` maps names to the ids that have them."""
     if source.revision is None:
         # No commit: a folder. Its last name says enough, without what is above it.
-        kind, name = "local", os.path.basename(os.path.abspath(source.folder or source.id))
+        kind, name = "bucket", source.id.rpartition("/")[2]
+        if source.folder is not None:
+            kind, name = "local", os.path.basename(os.path.abspath(source.folder))
         name = printable(name).strip() or "folder"
     elif name_private or not (source.is_private or source.gated):
         return PublicName(source.id, "hub", source.revision, source.subfolder)

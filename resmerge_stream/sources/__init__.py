@@ -5,13 +5,12 @@ import re
 from pathlib import Path
 
 from ..errors import CheckpointNotFoundError, Remedy, StoppedError, shown
-from ..recipe import ModelRef
+from ..recipe import BUCKETS, ModelRef
 from .checkpoint import Checkpoint
 from .local import open_file, open_folder
 from .store import SourceFile, StoredTensor
 
 __all__ = [
-    "BUCKETS",
     "NO_FOLDER",
     "REPO_ID",
     "Checkpoint",
@@ -22,8 +21,6 @@ __all__ = [
 
 # Kind of the error that a name is neither a folder nor a repository.
 NO_FOLDER = "no-folder"
-# How the Hub's client names files of a bucket.
-BUCKETS = "hf://buckets/"
 # As the Hub takes them: no ".." or "--", no ".git" at the end.
 REPO_ID = re.compile(
     r"(?!.*(?:\.\.|--|\.git$))[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9_][\w.\-]{0,95}", re.ASCII
@@ -41,8 +38,8 @@ def open_checkpoint(
     """Open the checkpoint that a reference names; reads headers and configs only.
 
     Args:
-        ref: a folder or a GGUF file on this machine, or a repository. A name that exists as a
-            folder is a folder.
+        ref: a folder or a GGUF file on this machine, a repository, or a folder of a bucket. A name
+            that exists as a folder is a folder.
         token: the caller's, for the Hub; None stands for HF_TOKEN or the login,
             False for nobody's.
         commit: what to read instead of the repository's revision.
@@ -53,6 +50,7 @@ def open_checkpoint(
         CheckpointNotFoundError: there is no such folder or repository, or no access to it.
         CheckpointFormatError: a header, an index or a config is malformed.
         UnsupportedCheckpointError: the weights are not mergeable safetensors.
+        SourceChangedError: a file of a bucket was replaced meanwhile.
         StoppedError: the network or the Hub kept failing.
     """
     folder = Path(os.path.expanduser(ref.id))
@@ -60,15 +58,15 @@ def open_checkpoint(
         return open_folder(folder, ref, hashes=hashes)
     if folder.suffix == ".gguf" and os.path.isfile(folder):
         return open_file(folder, ref, hashes=hashes)
-    if ref.id.startswith(BUCKETS):
-        raise CheckpointNotFoundError(
-            f"{shown(ref.id)} is in a bucket of the Hub, which is not read in place. Copy it with "
-            f"'hf buckets sync {ref.id} FOLDER', and give the folder."
-        )
+    if (place := ref.in_bucket) is not None:
+        from .bucket import open_bucket
+
+        return open_bucket(ref.id, *place, token=token, max_header_bytes=max_header_bytes)
     if not REPO_ID.fullmatch(ref.id):
         raise CheckpointNotFoundError(
             f"there is no folder {shown(ref.id)}, and it is not a repository id either. Give the "
-            "folder of a model (with config.json and *.safetensors), or namespace/name on the Hub.",
+            "folder of a model (with config.json and *.safetensors), or namespace/name or "
+            f"{BUCKETS}namespace/name/folder on the Hub.",
             kind=NO_FOLDER,
         )
     from ..hub.client import NoSuchRepositoryError

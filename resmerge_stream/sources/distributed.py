@@ -21,6 +21,8 @@ METADATA = ".metadata"
 _RANK = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt$")
 _UNIVERSAL = re.compile(r"(?:^|/)zero/([^/]+)/fp32\.pt$")
 _PARTS = "torch.distributed.checkpoint.metadata"
+# Of a file that holds one tensor: as much at its head and its tail says what is in it.
+_END_BYTES = 2048
 
 
 def of_torch(store: Store, sizes: Mapping[str, int], top: str, where: str) -> dict[str, Source]:
@@ -60,7 +62,12 @@ def of_torch(store: Store, sizes: Mapping[str, int], top: str, where: str) -> di
             own = index.fields
             places[str(own.get("fqn")), numbers(own.get("offset")) or ()] = info.fields
     made: dict[str, Source] = {}
-    for key, name in _of_model(tensors, texts(said.get("planner_data"))).items():
+    of_model = _of_model(tensors, texts(said.get("planner_data")))
+    turn = {key: number for number, key in enumerate(of_model)}
+    in_turn = sorted((key for key in places if key[0] in turn), key=lambda key: turn[key[0]])
+    spans = [_span(places[key], sizes, top) for key in in_turn]
+    store.expect(end for span in spans if span is not None for end in _ends(*span))
+    for key, name in of_model.items():
         shape, chunks = numbers(tensors[key].get("size")), tensors[key].get("chunks")
         if shape is None or not isinstance(chunks, list):
             raise CheckpointFormatError(f"{where}/{METADATA} gives {key[:200]!r} no shape.")
@@ -104,8 +111,8 @@ def of_ranks(store: Store, sizes: Mapping[str, int], top: str, where: str) -> di
             "download it again."
         )
     opened = [
-        TorchFile.read(store, files[rank], 0, sizes[files[rank]], where=f"{where}/{files[rank]}")
-        for rank in range(world)
+        TorchFile.read(store, file, 0, sizes[file], where=f"{where}/{file.removeprefix(top)}")
+        for file in map(files.__getitem__, range(world))
     ]
     states = [texts(one.content) for one in opened]
     check_count(len(states[0]), where=where)
@@ -144,15 +151,16 @@ def of_universal(store: Store, sizes: Mapping[str, int], top: str, where: str) -
     Args and errors are those of `of_torch`.
     """
     made: dict[str, Source] = {}
+    store.expect(end for file, size in sizes.items() for end in _ends(file, 0, size))
     for file, size in sizes.items():
         if not (found := _UNIVERSAL.search(file)):
             continue
         name = found[1].removeprefix("module.")
-        opened = TorchFile.read(store, file, 0, size, where=f"{where}/{file}")
+        opened = TorchFile.read(store, file, 0, size, where=f"{where}/{file.removeprefix(top)}")
         param = texts(opened.content).get("param", opened.content)
         tensor = opened.tensor(param, name)
         if tensor is None:
-            raise CheckpointFormatError(f"{where}/{file} holds no tensor.")
+            raise CheckpointFormatError(f"{opened.where} holds no tensor.")
         made[name] = tensor
     check_count(len(made), where=where)
     return made
@@ -165,7 +173,7 @@ def of_states(store: Store, sizes: Mapping[str, int], top: str, where: str) -> d
     """
     made: dict[str, Source] = {}
     for file, size in sizes.items():
-        opened = TorchFile.read(store, file, 0, size, where=f"{where}/{file}")
+        opened = TorchFile.read(store, file, 0, size, where=f"{where}/{file.removeprefix(top)}")
         content = texts(opened.content)
         for name, value in texts(content.get("module", opened.content)).items():
             tensor = opened.tensor(value, name)
@@ -212,16 +220,34 @@ def _part(
     name: str,
 ) -> Source | None:
     """Return a part of a tensor that lies where torch's metadata says."""
+    span = _span(place, sizes, top)
+    if span is None:
+        return None
+    if place.get("transform_descriptors"):
+        raise UnsupportedCheckpointError(f"{where} is compressed.")
+    file, begin, end = span
+    shown = f"{where}/{file.removeprefix(top)}"
+    if end > sizes[file]:
+        raise CheckpointFormatError(f"{shown} is cut short.")
+    opened = TorchFile.read(store, file, begin, end, where=shown)
+    return opened.tensor(opened.content, name)
+
+
+def _span(
+    place: Mapping[str, Any], sizes: Mapping[str, int], top: str
+) -> tuple[str, int, int] | None:
+    """Return which file holds a part, and from where to where; None where there is no such file."""
     file, begin, length = (place.get(key) for key in ("relative_path", "offset", "length"))
     span = numbers((begin, length))
     if span is None or not isinstance(file, str) or top + file not in sizes:
         return None
-    if place.get("transform_descriptors"):
-        raise UnsupportedCheckpointError(f"{where} is compressed.")
-    if sum(span) > sizes[top + file]:
-        raise CheckpointFormatError(f"{where}/{file} is cut short.")
-    opened = TorchFile.read(store, top + file, span[0], sum(span), where=f"{where}/{file}")
-    return opened.tensor(opened.content, name)
+    return top + file, span[0], sum(span)
+
+
+def _ends(file: str, begin: int, end: int) -> list[tuple[str, int, int]]:
+    """Return the ranges of a file, or of a part of one, that say what is in it."""
+    middle = min(begin + _END_BYTES, end)
+    return [(file, begin, middle), (file, max(end - _END_BYTES, middle), end)]
 
 
 def _put_together(

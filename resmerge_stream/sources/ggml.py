@@ -40,6 +40,9 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 _MOST_ENTRIES = 10_000_000  # of a vocabulary, or of all that a header says
+# Read first; most headers have several MB, as they hold the vocabulary.
+_FIRST_BYTES = 1_000_000
+_MOST_BYTES = 256_000_000
 _MOST_NAME = 65_535
 # Architectures by whether llama.cpp's converter interleaves the halves of each head of query and
 # key; their tensors have Llama's names in transformers.
@@ -52,6 +55,10 @@ _NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "se
 # Made of the config by the converter, and by transformers when it loads a model.
 _DERIVED = ("rope_freqs.weight",)
 _PLAIN = {0: "F32", 1: "F16", 30: "BF16"}
+
+
+class _CutShortError(CheckpointFormatError):
+    """The header goes on behind the bytes that are there."""
 
 
 @dataclass(slots=True)
@@ -80,14 +87,14 @@ class GgmlValues(Node):
         yield from self.codes.readings((box[0], (0, self.codes.shape[1])))
 
     def fill(self, box: Box, out: Array) -> None:
-        """Write the values, some rows at a time."""
+        """Write the values, some rows at a time; the codes are one reading, as on the Hub."""
         (begin, end), *inner = box
+        codes = self.codes.array(((begin, end), (0, self.codes.shape[1])))
         step = max(BLOCK_ELEMENTS // max(math.prod(self.shape[1:]), 1), 1)
-        for first in range(begin, end, step):
-            last = min(first + step, end)
-            codes = self.codes.array(((first, last), (0, self.codes.shape[1])))
-            values = _gguf().dequantize(codes, self.kind).reshape(last - first, *self.shape[1:])
-            out[first - begin : last - begin] = values[(slice(None), *(slice(*i) for i in inner))]
+        for first in range(0, end - begin, step):
+            some = codes[first : first + step]
+            values = _gguf().dequantize(some, self.kind).reshape(len(some), *self.shape[1:])
+            out[first : first + step] = values[(slice(None), *(slice(*i) for i in inner))]
 
 
 class HalvesApart(Node):
@@ -143,7 +150,14 @@ def of_gguf(store: Store, sizes: Mapping[str, int], top: str, where: str) -> dic
         )
     ((file, size),) = sizes.items()
     shown = f"{where}/{file.removeprefix(top)}"
-    header = read_header(memoryview(store.read(file, 0, size)), shown)
+    data, header = bytearray(), None
+    while header is None:
+        data += store.read(file, len(data), min(max(4 * len(data), _FIRST_BYTES), size))
+        try:
+            header = read_header(memoryview(bytes(data)), shown)
+        except _CutShortError:
+            if len(data) >= min(size, _MOST_BYTES):
+                raise
     check_count(len(header.tensors), where=shown)
     architecture = header.said.get("general.architecture")
     if architecture not in _INTERLEAVED:
@@ -171,7 +185,7 @@ def read_header(data: memoryview, where: str) -> Header:
     """Read what a GGUF file says before its values.
 
     Args:
-        data: the file.
+        data: the file, or as much of its beginning as holds that.
         where: what to call it in errors.
 
     Raises:
@@ -192,11 +206,11 @@ def read_header(data: memoryview, where: str) -> Header:
             raise ValueError(f"{found} entries")
         return int(found)
 
-    def text(most: int = len(data)) -> str:
+    def text(most: int = _MOST_BYTES) -> str:
         nonlocal at
         size = count(most)
         if at + size > len(data):
-            raise ValueError("cut short")
+            raise EOFError
         at += size
         return bytes(data[at - size : at]).decode("utf-8", errors="replace")
 
@@ -212,7 +226,7 @@ def read_header(data: memoryview, where: str) -> Header:
                 size = number("Q")
                 at += size
                 if at > len(data):
-                    raise ValueError("cut short")
+                    raise EOFError
         else:
             at += entries * struct.calcsize(f"<{_SCALARS[kind]}")
         return None
@@ -242,7 +256,9 @@ def read_header(data: memoryview, where: str) -> Header:
         alignment = header.said.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1:
             raise ValueError("alignment")
-    except (ValueError, KeyError, struct.error) as exc:
+    except (EOFError, struct.error) as exc:
+        raise _CutShortError(f"{where} is cut short, or is damaged.") from exc
+    except (ValueError, KeyError) as exc:
         raise CheckpointFormatError(f"{where} is no GGUF file, or is damaged.") from exc
     header.begin = -(-at // alignment) * alignment
     return header

@@ -18,8 +18,7 @@ from ..errors import (
 )
 from ..filemaps import FileMap, Stamp
 from ..recipe import ModelRef
-from .adapter_config import is_adapter
-from .assembly import Source, Stored, whole
+from .assembly import Stored
 from .checkpoint import Checkpoint
 from .files import (
     INDEX,
@@ -42,7 +41,7 @@ from .format import (
     refuse_pointer,
 )
 from .store import SourceFile, Store, StoredTensor
-from .trainers import Left, Place, left_by_trainer, models_below
+from .trainers import Left, Place, config_folder, readable
 
 # Bytes of weights of a model that are hashed when it is opened: a few hundredths of a second.
 HASHED_BYTES = 64_000_000
@@ -130,10 +129,8 @@ def open_folder(folder: Path, ref: ModelRef, *, hashes: bool = False) -> Checkpo
         ) from exc
     _refuse_outward_links(folder, names)
     place = Place(str(folder), lambda: _paths_below(folder))
-    if not is_adapter(names) and not any(name.endswith(".safetensors") for name in names):
-        left = None if models_below(place.below()) else left_by_trainer(place)
-        if left is not None and left.is_read:
-            return _open_left(folder, ref, left, hashes=hashes)
+    if (left := readable(place, names)) is not None:
+        return _open_left(folder, ref, left, hashes=hashes)
     weight_files = choose_weights(place, names)
     config = _read_config(place, folder, names)
     weight_map = None
@@ -178,7 +175,7 @@ def open_folder(folder: Path, ref: ModelRef, *, hashes: bool = False) -> Checkpo
 
 def open_file(path: Path, ref: ModelRef, *, hashes: bool = False) -> Checkpoint:
     """Read a model that is one file, such as a GGUF; args and errors are those of `open_folder`."""
-    left = left_by_trainer(Place(str(path.parent), lambda: [path.name]))
+    left = readable(Place(str(path.parent), lambda: [path.name]), [path.name])
     if left is None:
         raise UnsupportedCheckpointError(f"{str(path)!r} is no model that is read from one file.")
     return _open_left(path.parent, ref, left, hashes=hashes)
@@ -192,19 +189,10 @@ def _open_left(folder: Path, ref: ModelRef, left: Left, *, hashes: bool) -> Chec
             stamps[file] = Stamp.of((folder / file).stat())
         except OSError as exc:
             raise CheckpointNotFoundError(f"cannot read {folder / file}: {exc.strerror}.") from exc
-    beside = _beside(folder, left.at)
+    beside = config_folder(folder / left.at, Path.is_file)
     store = Folder(folder, stamps, beside)
     sizes = {file: stamp.size for file, stamp in stamps.items()}
-    assert left.row.read is not None
-    try:
-        trees = left.row.read(store, sizes, left.at, left.where)
-        if not trees:
-            raise UnsupportedCheckpointError(f"{left.where} holds no tensors.")
-    except (CheckpointFormatError, UnsupportedCheckpointError) as exc:
-        raise UnsupportedCheckpointError(
-            f"{str(folder)!r} holds {left.row.what} that cannot be read here: {exc} {left.way}."
-        ) from exc
-    in_order = sorted(trees, key=lambda name: _first_byte(trees[name]))
+    trees = left.trees(store, sizes)
     identity: dict[str, Any] = {
         file: {"size": stamp.size, "mtime_ns": stamp.mtime_ns} for file, stamp in stamps.items()
     }
@@ -219,7 +207,7 @@ def _open_left(folder: Path, ref: ModelRef, left: Left, *, hashes: bool) -> Chec
     return Checkpoint(
         id=ref.id,
         store=store,
-        trees={name: trees[name] for name in in_order},
+        trees=trees,
         config=config,
         files=tuple(
             SourceFile(file, size, identity[file].get("sha256")) for file, size in sizes.items()
@@ -232,18 +220,6 @@ def _open_left(folder: Path, ref: ModelRef, left: Left, *, hashes: bool) -> Chec
         folder=str(folder),
         license=_card_license(folder),
     )
-
-
-def _beside(folder: Path, at: str) -> Path:
-    """Return where the config of a trainer's weights is: beside them, or one folder up."""
-    own = folder / at
-    places = [own / "huggingface", own, own.parent]
-    return next((one for one in places if (one / "config.json").is_file()), own)
-
-
-def _first_byte(tree: Source) -> tuple[str, int]:
-    first = next(iter(tree.readings(whole(tree.shape))))
-    return first.tensor.file, first.tensor.begin
 
 
 def _read_header(path: Path, file: str) -> tuple[dict[str, StoredTensor], Stamp, dict[str, Any]]:

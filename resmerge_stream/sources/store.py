@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..specs import TensorSpec
@@ -44,7 +45,7 @@ class SourceFile:
 
 
 class Store(ABC):
-    """The files of one model: a folder, or a repository at a commit. Ranges are [begin, end).
+    """The files of one model: a folder, a repository at a commit, a bucket. Ranges: [begin, end).
 
     Attributes:
         ahead: what fetches ranges before they are read, while a merge lets it.
@@ -64,6 +65,9 @@ class Store(ABC):
             StoppedError: the bytes cannot be had right now; a later run may continue.
             CheckpointFormatError: the file changed or is cut short.
         """
+
+    def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        """Hint which small ranges are read next while a model is opened: file, begin, end."""
 
     def span(self, file: str, begin: int, end: int) -> ByteRange | None:
         """Return what has to be fetched for a range; None where it is on this machine."""

@@ -74,6 +74,10 @@ class TorchFile:
                 f"{where} is not a file of torch.save, or is damaged or cut short."
             ) from exc
         top = next((e.filename.partition("/")[0] for e in entries if "/" in e.filename), "")
+        heads = (begin + entry.header_offset for entry in entries)
+        store.expect(
+            (file, head, min(head + _LOCAL.size, end)) for head in heads if begin <= head < end
+        )
         places = {
             entry.filename.removeprefix(f"{top}/"): _place(part, entry, where) for entry in entries
         }

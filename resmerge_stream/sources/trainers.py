@@ -6,10 +6,13 @@ A row of the table is a format, told by its files.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath, PurePosixPath
+from typing import TypeVar
 
-from ..errors import listed
+from ..errors import CheckpointFormatError, UnsupportedCheckpointError, listed
 from .adapter_config import CONFIG as ADAPTER_CONFIG
-from .assembly import Source
+from .adapter_config import is_adapter
+from .assembly import Source, whole
 from .distributed import of_ranks, of_states, of_torch, of_universal
 from .ggml import of_gguf
 from .store import Store
@@ -106,6 +109,7 @@ _CONSOLIDATED = re.compile(r"consolidated[\w.\-]*\.safetensors$")
 _MODEL = re.compile(r"(?:(.+)/)(?:config\.json|" + re.escape(ADAPTER_CONFIG) + r")$")
 _WEIGHTS = re.compile(r"(?:(.+)/)[^/]+\.safetensors$")
 _DIGITS = re.compile(r"(\d+)")
+_Folder = TypeVar("_Folder", bound=PurePath)
 # Where weights are in pickles: what lies beside them and holds none.
 NO_WEIGHTS = re.compile(
     r"^(optimizer|scheduler|scaler|rng_state|training_args|extra_state|optim_)[\w.\-]*$"
@@ -144,6 +148,22 @@ def models_below(paths: Iterable[str]) -> list[str]:
     return sorted(with_config & with_weights, key=_by_number)
 
 
+def model_folders(paths: Iterable[str]) -> list[str]:
+    """Return the folders that can be given as a model: with safetensors, or what a trainer left.
+
+    Args:
+        paths: of files, below a folder.
+    """
+    every = list(paths)
+    left = left_by_trainer(Place("", lambda: every, is_remote=True))
+    of_trainer = {
+        str(folder)
+        for at in (left.folders if left is not None and left.row.read is not None else ())
+        for folder in (PurePosixPath(at), *PurePosixPath(at).parents)
+    }
+    return sorted({*models_below(every), *of_trainer} - {"."}, key=_by_number)
+
+
 @dataclass(frozen=True, slots=True)
 class Left:
     """What a trainer left in a folder.
@@ -153,13 +173,13 @@ class Left:
         folders: those below it that hold such weights, the last step last; the folder itself is
             empty, and the others end in a slash.
         files: of the weights in the last of them, by their paths.
-        where: that folder as it is written.
+        place: what they are below.
     """
 
     row: Leavings
     folders: tuple[str, ...]
     files: tuple[str, ...]
-    where: str
+    place: Place
 
     @property
     def at(self) -> str:
@@ -167,14 +187,68 @@ class Left:
         return self.folders[-1]
 
     @property
-    def is_read(self) -> bool:
-        """Whether it can be read, and there is one."""
-        return self.row.read is not None and len(self.folders) == 1
-
-    @property
     def way(self) -> str:
         """What else makes a model of it."""
-        return self.row.way.format(at=self.where)
+        top = "." if self.place.is_remote else self.place.shown
+        first = "Download it first. " if self.place.is_remote else ""
+        return first + self.row.way.format(at=f"{top}/{self.at}".rstrip("/"))
+
+    def trees(self, store: Store, sizes: Mapping[str, int]) -> dict[str, Source]:
+        """Return the tensors in the last folder, in the order of the files and of their bytes.
+
+        Args:
+            store: where the files are.
+            sizes: of the files, by their paths.
+
+        Raises:
+            UnsupportedCheckpointError: they cannot be read; says why, and what makes a model of it.
+            StoppedError: the bytes cannot be had right now.
+        """
+        assert self.row.read is not None
+        where = self.place.inside(self.at.rstrip("/")) if self.at else self.place.shown
+        try:
+            found = self.row.read(store, sizes, self.at, where)
+            if not found:
+                raise UnsupportedCheckpointError(f"{where} holds no tensors.")
+        except (CheckpointFormatError, UnsupportedCheckpointError) as exc:
+            raise UnsupportedCheckpointError(
+                f"{self.place.shown!r} holds {self.row.what} that cannot be read here: {exc} "
+                f"{self.way}."
+            ) from exc
+
+        def first_byte(name: str) -> tuple[str, int]:
+            first = next(iter(found[name].readings(whole(found[name].shape))))
+            return first.tensor.file, first.tensor.begin
+
+        return {name: found[name] for name in sorted(found, key=first_byte)}
+
+
+def config_folder(own: _Folder, is_file: Callable[[_Folder], bool]) -> _Folder:
+    """Return where the config of a trainer's weights is: beside them, or one folder up.
+
+    Args:
+        own: the folder that the weights are in.
+        is_file: tells whether there is such a file.
+    """
+    places = [own / "huggingface", own, own.parent]
+    return next((one for one in places if is_file(one / "config.json")), own)
+
+
+def readable(place: Place, names: Iterable[str]) -> Left | None:
+    """Return what a trainer left where nothing else is a model, and it can be read; else None.
+
+    Args:
+        place: what it may be below.
+        names: of the files right there.
+    """
+    every = list(names)
+    if is_adapter(every) or any(name.endswith(".safetensors") for name in every):
+        return None
+    if models_below(place.below()):
+        return None
+    left = left_by_trainer(place)
+    is_one = left is not None and left.row.read is not None and len(left.folders) == 1
+    return left if is_one else None
 
 
 def left_by_trainer(place: Place) -> Left | None:
@@ -188,9 +262,7 @@ def left_by_trainer(place: Place) -> Left | None:
         folders = [at for at in found if files[at]] if row.read is not None else [*found]
         if folders:
             folders.sort(key=_by_number)
-            at = folders[-1]
-            top = "." if place.is_remote else place.shown
-            return Left(row, tuple(folders), tuple(files[at]), f"{top}/{at}".rstrip("/"))
+            return Left(row, tuple(folders), tuple(files[folders[-1]]), place)
     return None
 
 
@@ -219,10 +291,7 @@ def leavings(place: Place) -> str | None:
             f"It holds {left.row.what} in its folders {listed(names)}; write one of them, such as "
             f"{place.inside(names[-1])}"
         )
-    if place.is_remote and left.row.read is not None:
-        return f"It holds {left.row.what}. Download it, and give the folder"
-    first = "Download it first. " if place.is_remote else ""
-    return f"It holds {left.row.what}. {first}{left.way}"
+    return f"It holds {left.row.what}. {left.way}"
 
 
 def is_consolidated(names: Iterable[str]) -> bool:

@@ -4,7 +4,6 @@ import ast
 
 import pytest
 
-from resmerge_stream.recipe import ModelRef, Recipe
 from tests.support.checkpoints import ROOT, Group, make_group, plan_group
 from tests.zoo.formats import FORMATS, place_of, table
 
@@ -38,16 +37,3 @@ def test_what_is_not_read_is_refused_in_the_rows_words(row, tmp_path):
 
     assert row.refused in problem
     assert str(folder) in problem
-
-
-@pytest.mark.parametrize("name", ["checkpoint-5", "checkpoint-*"])
-def test_a_bucket_is_refused_with_the_command_that_copies_it(name, tmp_path):
-    """One checkpoint or a pattern: the client's command makes a folder of the bucket."""
-    from resmerge_stream.planning.plan import plan_merge
-
-    group = make_group(tmp_path / "group", experts=1)
-    place = ModelRef.parse(f"hf://buckets/me/run/{name}")
-
-    (problem,) = plan_merge(Recipe(ModelRef(str(group.base)), (place,), "mean")).problems
-
-    assert "hf buckets sync hf://buckets/me/run" in problem

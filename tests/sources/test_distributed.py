@@ -17,7 +17,6 @@ from resmerge_stream.errors import CheckpointFormatError, UnsupportedCheckpointE
 from resmerge_stream.recipe import ModelRef
 from resmerge_stream.sources import open_checkpoint
 from resmerge_stream.sources.pickled import loads
-from resmerge_stream.sources.trainers import Place, leavings
 from tests.support.checkpoints import Group, file_bytes, make_group, merge, plan_group, read_tensors
 from tests.support.trainers import CUTS, merged_as_verl_does, save_by_ranks, saved_by_deepspeed
 
@@ -355,19 +354,3 @@ def test_a_merge_of_parts_that_was_stopped_continues(group, saved, tmp_path):
 
     assert any(isinstance(event, ShardFinished) and event.resumed for event in made.events)
     assert file_bytes(tmp_path / "out") == file_bytes(whole.out)
-
-
-@pytest.mark.parametrize(
-    ("file", "words"),
-    [
-        ("actor/model_world_size_2_rank_0.pt", "Download it, and give the folder"),
-        (".metadata", "Download it, and give the folder"),
-        ("zero_to_fp32.py", "Download it first. Write it as safetensors with"),
-    ],
-)
-def test_on_the_hub_what_a_trainer_left_is_to_be_downloaded(file, words):
-    """Nothing of it is read there: what is read from a folder, and what is converted first."""
-    found = leavings(Place("me/run", lambda: [file], is_remote=True))
-
-    assert found is not None
-    assert words in found

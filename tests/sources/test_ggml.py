@@ -78,8 +78,8 @@ def coded(kind, shape, draw):
         return codes.reshape(shape[0], -1)
 
 
-def write(path, architecture="llama", kind=Type.Q8_0, *, said=(), without=()):
-    """Write a small model; `said` changes what its metadata says."""
+def write(path, architecture="llama", kind=Type.Q8_0, *, said=(), without=(), tokens=VOCAB):
+    """Write a small model; `said` changes what its metadata says, `tokens` how many it lists."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(7)
     writer = gguf.GGUFWriter(path, architecture)
@@ -97,7 +97,7 @@ def write(path, architecture="llama", kind=Type.Q8_0, *, said=(), without=()):
             writer.add_uint32(f"{architecture}.{key}", number)
     writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-6)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{number}" for number in range(VOCAB)])
+    writer.add_token_list([f"t{number}" for number in range(tokens)])
     for name, shape in shapes(architecture):
         if name in without:
             continue

@@ -72,7 +72,10 @@ FORMATS = (
            refused="save_pretrained"),
     Format("Mistral's consolidated.safetensors", files=("consolidated.safetensors", "params.json"),
            refused="convert_mistral_weights_to_hf"),
-    Format("buckets of the Hub", refused="hf buckets sync"),
+    Format("any of these in a bucket of the Hub (`hf://buckets/…`)",
+           "sources/test_buckets.py: "
+           "test_an_average_of_a_buckets_checkpoints_has_the_bytes_of_the_folders",
+           "the same files in a folder"),
 )  # fmt: skip
 
 

@@ -58,12 +58,14 @@ are told by the scales or tables beside them; what is not read says what to do.
 `huggingface` folder, from beside the parts, or from one folder up; an expert without any has the
 base's, and a base without any is refused. Of a distributed checkpoint the model is read, and the
 optimizer is not. Values keep the dtype that they were saved in, mostly float32. Metadata is read
-first, and tensors by ranges, from mapped files. torch keeps its metadata in pickles; these are read
-as data: nothing that they name is imported or called. On the Hub such folders are refused; download
-them first.
+first, and tensors by ranges: from mapped files, and from the Hub alike (`org/run:checkpoint-500`).
+torch keeps its metadata in pickles; these are read as data: nothing that they name is imported or
+called. From the Hub, files of a trainer are not read in order, so they are not compared with their
+SHA-256.
 
 **GGUF** is read as base or expert, with llama.cpp's own package (`pip install gguf`; the extra
-`gguf`). Name the file, or its folder if no other GGUF is there. An expert takes the base's config;
+`gguf`). Name the file (`org/name:model-q8_0.gguf` on the Hub), or its folder if no other GGUF is
+there. An expert takes the base's config;
 a base needs its `config.json` and tokenizer beside it, which GGUF files seldom have. Other
 architectures are refused with transformers' command
 (`AutoModelForCausalLM.from_pretrained(folder, gguf_file=name).save_pretrained(OUT)`).
@@ -81,7 +83,9 @@ EXPERT …`), where 1 means that rounding changed as much as training did:
 (Their base was dequantised from Q4_1, so most of its values stay where they are in that type.)
 Merge the experts as they were trained, and round what comes out.
 
-**Buckets** of the Hub are copied first, by `hf buckets sync`.
+**Buckets** of the Hub are read in place: `hf://buckets/namespace/name/checkpoint-500`, or a pattern
+of a run's checkpoints ([recipes.md](recipes.md#checkpoints-of-one-run)). They have no commits; what
+pins them is in [hub.md](hub.md#buckets).
 
 ## Names and tables
 
