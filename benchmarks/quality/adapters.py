@@ -30,10 +30,9 @@ from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.experts.groups import GROUPS, Group
-from benchmarks.experts.model import save_adapter
 from resmerge_stream.experts.accuracy import paired_difference
-from resmerge_stream.experts.group import builtin_adapters
+from resmerge_stream.experts.group import builtin_adapters, builtin_group
+from resmerge_stream.experts.tasks import TASKS
 from resmerge_stream.maths.changes import Factored
 from resmerge_stream.maths.low_rank import LowRank
 from resmerge_stream.maths.task_vectors import TaskVectors, Workspace
@@ -41,8 +40,6 @@ from resmerge_stream.methods import MergeMethod, Site, build_method
 from resmerge_stream.specs import TensorSpec
 
 from .asking import Answers, asker_of, study_parser
-from .distil import MARKS, Setting, distil
-from .groups import rl_experts
 from .tables import points, table
 
 _WEIGHTS = "model.safetensors"
@@ -56,12 +53,11 @@ RULES: Mapping[str, Mapping[str, float]] = {
     "tsv_m": {},
     "head_regression": {},
 }
-RANKS = (4, 8, 16, 32)
+# Those that are also merged in few coordinates.
+COMPRESSED = ("task_arithmetic", "ties", "head_regression")
+RANKS = (16, 8, 4, 32)
 # Of Compress-then-Merge: what its README runs; its code searches 0, 0.25, 0.5 and 0.75.
 _BETA = 0.25
-# Of training adapters: found by trial, as the prompts that they learn from.
-_RATE = 1e-3
-_TAUGHT = 256
 _MOST_STEPS = 1000
 _TOLERANCE = 1e-12
 
@@ -86,15 +82,14 @@ def merged(rule: MergeMethod, updates: Updates) -> Tensor:
     return torch.cat(rows)
 
 
-def calibrated(updates: Updates, *, of_updates: bool = False) -> list[LowRank]:
+def calibrated(updates: Updates) -> list[LowRank]:
     """Return Pico's S Δ_t.
 
     Args:
         updates: Δ_t = B_t A_t of each adapter, as its files have B_t and A_t.
-        of_updates: take Δ_t for B_t in S. How long B_t is beside A_t then counts for nothing.
     """
-    sides = [update.left @ update.right.T if of_updates else update.left for update in updates]
-    U, sigma, _ = torch.linalg.svd(torch.cat(sides, dim=1), full_matrices=False)
+    stacked = torch.cat([update.left for update in updates], dim=1)
+    U, sigma, _ = torch.linalg.svd(stacked, full_matrices=False)
     share = sigma.square() / sigma.square().sum()
     alpha = 1 / (1 + (len(updates) - 1) * share)
     return [LowRank(one.left + (U * (alpha - 1)) @ (U.T @ one.left), one.right) for one in updates]
@@ -159,9 +154,6 @@ PICO: Mapping[str, Callable[[MergeMethod, Updates], Tensor]] = {
     "exact, at the mean length": lambda rule, own: at_mean_length(merged(rule, own), own),
     "Pico": lambda rule, own: at_mean_length(merged(rule, calibrated(own)), own),
     "Pico, not rescaled": lambda rule, own: merged(rule, calibrated(own)),
-    "Pico of Δ": lambda rule, own: at_mean_length(
-        merged(rule, calibrated(own, of_updates=True)), own
-    ),
 }
 
 
@@ -179,41 +171,19 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
     }
 
 
-def trained_adapters(
-    base: Path, experts: Mapping[str, Path], group: Group, out: Path
-) -> list[Path]:
-    """Return adapters of the base that were trained to answer as the experts do, one a task."""
-    for task, expert in experts.items():
-        if not (out / task).is_dir():
-            setting = Setting(start="base", rate=_RATE, adapter=True)
-            *_, (_, model) = distil(
-                base, {task: expert}, group, setting, prompts=_TAUGHT, steps=MARKS[-1]
-            )
-            save_adapter(model, out / task)
-    return [out / task for task in experts]
-
-
 def main(argv: Sequence[str]) -> None:
     """Merge, ask, and print the tables; what was asked is not asked again."""
     text = (__doc__ or "").split("\n\n")[0]
     parser = study_parser("adapters", text, group="small", prompts=1000, seed=2033)
-    parser.add_argument(
-        "--trained",
-        action="store_true",
-        help="merge adapters that learned the experts' answers, not those extracted from them",
-    )
     arguments = parser.parse_args(argv)
+    if arguments.group != "small":
+        parser.error("only the group small has adapters that are built in.")
     torch.set_num_threads(arguments.threads)
-    group = GROUPS[arguments.group]
-    base, experts = rl_experts(arguments.work / "experts", group)
-    if arguments.trained:
-        folder = arguments.work / "adapters" / group.name
-        adapters = [read_adapter(f) for f in trained_adapters(base, experts, group, folder)]
-    elif group.name == "small":
-        adapters = [read_adapter(folder) for folder in builtin_adapters().values()]
-    else:
-        parser.error("only the group small has adapters that are built in: add --trained")
-    updates = {name: [adapter[name] for adapter in adapters] for name in adapters[0]}
+    base = builtin_group()["base"]
+    adapters = {t: read_adapter(f) for t, f in zip(TASKS, builtin_adapters().values(), strict=True)}
+    updates = {
+        name: [adapter[name] for adapter in adapters.values()] for name in adapters[TASKS[0]]
+    }
     asker = asker_of(arguments)
     before = load_file(base / _WEIGHTS)
     out = arguments.work / "adapters-merge"
@@ -226,7 +196,7 @@ def main(argv: Sequence[str]) -> None:
         for name, own in updates.items():
             after[name] = (before[name].double() + way(own)).float()
         save_file(after, out / _WEIGHTS, metadata={"format": "pt"})
-        return asker.ask(out, tasks or tuple(experts))
+        return asker.ask(out, tasks or TASKS)
 
     def add(rows: list[list[str]], name: str, results: Sequence[Answers]) -> None:
         """Add a row: the first result, and how far the others are from it."""
@@ -234,26 +204,26 @@ def main(argv: Sequence[str]) -> None:
         gaps = [_points(found, results[0]) for found in results[1:]]
         cells = [f"{share} ({gap})" for share, gap in zip(shares[1:], gaps, strict=True)]
         rows.append([name, shares[0], *cells])
-        print(f"{group.name}: {name} asked", file=sys.stderr, flush=True)
+        print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
 
     alone = {
         task: ask(lambda own, i=i: own[i].left @ own[i].right.T, (task,))[task]
-        for i, task in enumerate(experts)
+        for i, task in enumerate(adapters)
     }
-    at_start = _percent(asker.ask(base, tuple(experts)))
+    at_start = _percent(asker.ask(base, TASKS))
     print(
         f"Right in percent: base {at_start:.1f}, each adapter on its task {_percent(alone):.1f}\n"
     )
     rules = {name: build_method(name, settings) for name, settings in RULES.items()}
     rows: list[list[str]] = []
     for name, rule in rules.items():
-        add(rows, name, [ask(partial(way, rule)) for way in PICO.values()])
+        add(rows, f"`{name}`", [ask(partial(way, rule)) for way in PICO.values()])
     print(table(["merge", *PICO], rows), end="\n\n", flush=True)
     rows = []
-    for rank, (name, rule) in itertools.product(RANKS, rules.items()):
-        cut_after = ask(partial(_cut_after, rule, rank))
-        found = ask(partial(compressed, rule, rank=rank, beta=_BETA))
-        add(rows, f"{rank}, {name}", [cut_after, found])
+    for rank, name in itertools.product(RANKS, COMPRESSED):
+        exact = ask(partial(_cut_after, rules[name], rank))
+        found = ask(partial(compressed, rules[name], rank=rank, beta=_BETA))
+        add(rows, f"{rank}, `{name}`", [exact, found])
     print(table(["rank, merge", "exact, then cut", "Compress-then-Merge"], rows))
     shutil.rmtree(out)
 
