@@ -55,7 +55,7 @@ RULES: Mapping[str, Mapping[str, float]] = {
 }
 # Those that are also merged in few coordinates.
 COMPRESSED = ("task_arithmetic", "ties", "head_regression")
-RANKS = (16, 8, 4, 32)
+RANKS = (4, 8, 16, 32)
 # Of Compress-then-Merge: what its README runs; its code searches 0, 0.25, 0.5 and 0.75.
 _BETA = 0.25
 _MOST_STEPS = 1000
