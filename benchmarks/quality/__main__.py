@@ -2,7 +2,8 @@
 
 `python -m benchmarks.quality fresh` measures the methods in other regimes, `… rivals` the closed
 forms that head regression is one of, `… distil` what training adds to a merge, `… averages` those
-of checkpoints of one run, `… keep` one expert with another added; see these modules.
+of checkpoints of one run, `… keep` one expert with another added, `… adapters` two papers on
+merging LoRA adapters; see these modules.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from benchmarks.experts.groups import KNOWN
 
-from . import averages, distil, fresh, keep, rivals
+from . import adapters, averages, distil, fresh, keep, rivals
 from .asking import Asker
 from .groups import ensure_groups, retrain, training_log
 from .merges import share_of_equal_weights
@@ -97,6 +98,7 @@ if __name__ == "__main__":
         "distil": distil.main,
         "averages": averages.main,
         "keep": keep.main,
+        "adapters": adapters.main,
     }
     if sys.argv[1:2] and sys.argv[1] in studies:
         studies[sys.argv[1]](sys.argv[2:])

@@ -61,6 +61,13 @@ def main(argv: Sequence[str]) -> None:
     """Merge pairs, ask both tasks, and print the table."""
     text = (__doc__ or "").split("\n\n")[0]
     parser = study_parser("keep", text, group="smollm2", prompts=500, seed=2032)
+    parser.add_argument(
+        "--pair",
+        action="append",
+        metavar="A+B",
+        help="keep A and add B; repeat (default: a ring, each expert kept once and added once)",
+    )
+    parser.add_argument("--alpha", action="append", type=float, help="only this α; repeat")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     group = GROUPS[arguments.group]
@@ -75,15 +82,20 @@ def main(argv: Sequence[str]) -> None:
     found = json.loads(store.read_text("utf-8")) if store.is_file() else {}
     out = arguments.work / "keep"
     tasks = tuple(experts)
-    # A ring: each expert is kept once and added once.
     pairs = list(itertools.pairwise((*tasks, tasks[0])))
+    if arguments.pair:
+        pairs = [tuple(text.split("+", 1)) for text in arguments.pair]
+        unknown = {task for pair in pairs for task in pair} - set(tasks)
+        if unknown or any(len(pair) != 2 for pair in pairs):
+            parser.error(f"--pair takes A+B, of {', '.join(tasks)}")
+    alphas = arguments.alpha or _ALPHAS
     heads: dict[str, Tensor] = {}
     heads_of = ""
-    for (first, second), rank, alpha in itertools.product(pairs, _RANKS, _ALPHAS):
+    for (first, second), rank, alpha in itertools.product(pairs, _RANKS, alphas):
         key = f"{first}+{second} {rank} {alpha:g}"
         if key in found:
             continue
-        if heads_of != first:
+        if rank and heads_of != first:
             heads = {n: head(u, max(_RANKS)) for n, u in updates[first].items() if u.dim() == 2}
             heads_of = first
         shutil.rmtree(out, ignore_errors=True)
@@ -99,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"{group.name}: {key} asked", file=sys.stderr, flush=True)
     shutil.rmtree(out, ignore_errors=True)
     rows = []
-    for rank, alpha in itertools.product(_RANKS, _ALPHAS):
+    for rank, alpha in itertools.product(_RANKS, alphas):
         merges = [found[f"{first}+{second} {rank} {alpha:g}"] for first, second in pairs]
         kept = [
             (merge[first], asker.ask(experts[first], (first,))[first])
