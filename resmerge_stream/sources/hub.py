@@ -124,7 +124,13 @@ class Repository(Store):
         opened = self._file(file)
         if isinstance(opened, CachedFile):
             return opened.view(begin, end)
-        view = self._fetched(opened, begin, end)
+        span = ByteRange(opened, begin, end)
+        view = None if self.ahead is None else self.ahead.take(span)
+        if view is None and end - begin <= PART_BYTES:
+            view = memoryview(opened.read(begin, end))
+        elif view is None:
+            with contextlib.closing(Fetcher(end - begin)) as fetcher:
+                view = fetcher.begin([span]).wait()[0]
         check = self._file_checks.get(file) if self.checks else None
         if check is not None and check.take(begin, view):
             self.damaged |= {file}
@@ -135,19 +141,6 @@ class Repository(Store):
         for file in self._opened.values():
             if isinstance(file, RemoteFile):
                 file.forget_link()
-
-    def _fetched(self, file: RemoteFile, begin: int, end: int) -> memoryview:
-        if self.ahead is not None:
-            view = self.ahead.take(ByteRange(file, begin, end))
-            if view is not None:
-                return view
-        if end - begin <= PART_BYTES:
-            return memoryview(file.read(begin, end))
-        fetcher = Fetcher(end - begin)
-        try:
-            return fetcher.begin([ByteRange(file, begin, end)]).wait()[0]
-        finally:
-            fetcher.close()
 
     def done_with(self, file: str, begin: int, end: int) -> None:
         """Let the bytes go that were read ahead for this range."""
@@ -189,7 +182,16 @@ class Repository(Store):
         config_name = config_file(names)
         if config_name not in names:
             raise no_model(self._place, "config.json, so it is no model")
-        weights = self._weights(names)
+        try:
+            weights = choose_weights(self._place, names)
+        except PickledWeightsError as exc:  # it may say where they were converted
+            found = self._converted()
+            if found is None:
+                raise
+            raise PickledWeightsError(
+                f"{self._id!r} has its weights in pickles, which can run code when they are read. "
+                f"An open pull request has them as safetensors: give {self._id}@{found}."
+            ) from exc
         where = f"{self._shown}{config_name}"
         config = parse_object(self._download(config_name, MAX_CONFIG_BYTES), where=where)
         weight_map = None
@@ -245,19 +247,6 @@ class Repository(Store):
         top = self._top
         return [path.removeprefix(top) for path in self._everything if path.startswith(top)]
 
-    def _weights(self, names: list[str]) -> list[str] | None:
-        """Return what `choose_weights` does; of pickles, say where they were converted."""
-        try:
-            return choose_weights(self._place, names)
-        except PickledWeightsError as exc:
-            found = self._converted()
-            if found is None:
-                raise
-            raise PickledWeightsError(
-                f"{self._id!r} has its weights in pickles, which can run code when they are read. "
-                f"An open pull request has them as safetensors: give {self._id}@{found}."
-            ) from exc
-
     def _converted(self) -> str | None:
         """Return the revision of an open pull request that has the weights as safetensors."""
 
@@ -301,19 +290,19 @@ class Repository(Store):
         return memoryview(file.read(begin, end))
 
     def _file(self, name: str) -> RemoteFile | CachedFile:
-        file = self._opened.get(name)
-        if file is None:
-            file = self._opened[name] = self._open_file(name)
-        return file
-
-    def _open_file(self, name: str) -> RemoteFile | CachedFile:
+        if name in self._opened:
+            return self._opened[name]
         path = self._top + name
         shown, size = f"{self._shown}{name}", self._size(name)
         cached = try_to_load_from_cache(self._id, path, revision=self._revision)
+        file: RemoteFile | CachedFile
         if isinstance(cached, str) and Path(cached).stat().st_size == size:
-            return CachedFile(shown, Path(cached))
-        url = hf_hub_url(self._id, path, revision=self._revision, endpoint=self._api.endpoint)
-        return RemoteFile(shown, url, self._api._build_hf_headers(), size)
+            file = CachedFile(shown, Path(cached))
+        else:
+            url = hf_hub_url(self._id, path, revision=self._revision, endpoint=self._api.endpoint)
+            file = RemoteFile(shown, url, self._api._build_hf_headers(), size)
+        self._opened[name] = file
+        return file
 
     def _download(self, name: str, limit: int) -> bytes:
         if self._size(name) > limit:

@@ -128,14 +128,21 @@ def open_folder(folder: Path, ref: ModelRef, *, hashes: bool = False) -> Checkpo
         raise CheckpointNotFoundError(
             f"cannot read the folder {str(folder)!r}: {exc.strerror}."
         ) from exc
-    _refuse_outward_links(folder, names)
+    for name in names:
+        # It would be copied into the output. Weights may lie elsewhere: what is not safetensors is
+        # not read as such.
+        if name.endswith(SMALL_SUFFIXES) and (folder / name).is_symlink():
+            _check_link(folder / name, folder)
     place = Place(str(folder), lambda: _paths_below(folder))
     if not is_adapter(names) and not any(name.endswith(".safetensors") for name in names):
         left = None if models_below(place.below()) else left_by_trainer(place)
         if left is not None and left.is_read:
             return _open_left(folder, ref, left, hashes=hashes)
     weight_files = choose_weights(place, names)
-    config = _read_config(place, folder, names)
+    path = folder / config_file(names)
+    if path.name not in names:
+        raise no_model(place, "config.json, so it is no model")
+    config = parse_object(_read_bounded(path, MAX_CONFIG_BYTES), where=str(path))
     weight_map = None
     if weight_files is None:
         where = str(folder / INDEX)
@@ -192,7 +199,10 @@ def _open_left(folder: Path, ref: ModelRef, left: Left, *, hashes: bool) -> Chec
             stamps[file] = Stamp.of((folder / file).stat())
         except OSError as exc:
             raise CheckpointNotFoundError(f"cannot read {folder / file}: {exc.strerror}.") from exc
-    beside = _beside(folder, left.at)
+    # The config of a trainer's weights is beside them, or one folder up.
+    own = folder / left.at
+    places = [own / "huggingface", own, own.parent]
+    beside = next((one for one in places if (one / "config.json").is_file()), own)
     store = Folder(folder, stamps, beside)
     sizes = {file: stamp.size for file, stamp in stamps.items()}
     assert left.row.read is not None
@@ -234,13 +244,6 @@ def _open_left(folder: Path, ref: ModelRef, left: Left, *, hashes: bool) -> Chec
     )
 
 
-def _beside(folder: Path, at: str) -> Path:
-    """Return where the config of a trainer's weights is: beside them, or one folder up."""
-    own = folder / at
-    places = [own / "huggingface", own, own.parent]
-    return next((one for one in places if (one / "config.json").is_file()), own)
-
-
 def _first_byte(tree: Source) -> tuple[str, int]:
     first = next(iter(tree.readings(whole(tree.shape))))
     return first.tensor.file, first.tensor.begin
@@ -277,14 +280,6 @@ def _sha256(path: Path) -> str:
         raise CheckpointNotFoundError(f"cannot read {str(path)!r}: {exc.strerror}.") from exc
 
 
-def _read_config(place: Place, folder: Path, names: list[str]) -> dict[str, Any]:
-    name = config_file(names)
-    if name not in names:
-        raise no_model(place, "config.json, so it is no model")
-    path = folder / name
-    return parse_object(_read_bounded(path, MAX_CONFIG_BYTES), where=str(path))
-
-
 def _paths_below(folder: Path) -> list[str]:
     """Return paths of files in a folder and below it: those of a run, not of a whole disk.
 
@@ -304,16 +299,6 @@ def _paths_below(folder: Path) -> list[str]:
     return found[:_MOST_PATHS]
 
 
-def _refuse_outward_links(folder: Path, names: list[str]) -> None:
-    """Refuse files that would be copied into the output from outside of the model's folder.
-
-    Weights may lie elsewhere: what is not safetensors is not read as such.
-    """
-    for name in names:
-        if name.endswith(SMALL_SUFFIXES) and (folder / name).is_symlink():
-            _check_link(folder / name, folder)
-
-
 def _check_link(path: Path, folder: Path) -> None:
     """Raise where a link leads out of a model's folder, or out of its part of the Hub's cache."""
     root = folder.resolve()
@@ -327,9 +312,8 @@ def _check_link(path: Path, folder: Path) -> None:
 
 
 def _read_bounded(path: Path, limit: int, folder: Path | None = None) -> bytes:
-    _check_link(
-        path, folder or path.parent
-    )  # again: it may have been put there since the folder was looked through
+    # Again: it may have been put there since the folder was looked through.
+    _check_link(path, folder or path.parent)
     try:
         with path.open("rb") as handle:
             data = handle.read(limit + 1)
