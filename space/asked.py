@@ -27,10 +27,28 @@ def web_request(document: Mapping[str, Any], settings: Settings) -> Request:
     Raises:
         RecipeError: something is wrong, a local path, or more than is allowed.
     """
-    _check_size(document.get("recipe"))
+    asked = document.get("recipe")
+    try:
+        text = asked if isinstance(asked, str) else json.dumps(asked)
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise RecipeError("the recipe must be plain data: text, numbers, lists.") from exc
+    if len(text.encode(errors="replace")) > MAX_RECIPE_BYTES:
+        raise RecipeError(f"the recipe is larger than {MAX_RECIPE_BYTES} bytes.")
     request = Request.from_dict(document)
-    _check_models(request.recipe, settings)
-    options = request.options
+    recipe, options = request.recipe, request.options
+    wrong: dict[str, Notice] = {}
+    for ref in recipe.named:
+        try:
+            check_id(ref)
+        except RecipeError as exc:
+            wrong.setdefault(str(ref), exc.notices[0])
+    if wrong:
+        raise RecipeError.of(wrong.values())
+    if len(recipe.experts) > settings.max_experts:
+        raise RecipeError(
+            f"the recipe has {len(recipe.experts)} experts; this Space merges up to "
+            f"{settings.max_experts}. Merge more from the command line."
+        )
     if not 0 <= options.seed < 1 << 63:
         raise RecipeError(f"seed must be a whole number from 0, not {shown(options.seed)}.")
     if options.tokenizer_from is not None:
@@ -89,28 +107,3 @@ def check_id(ref: ModelRef) -> None:
             f"{shown(ref.id)} is not a repository on the Hub. Write namespace/name, such as "
             "Qwen/Qwen2.5-7B; folders are merged from the command line."
         )
-
-
-def _check_models(recipe: Recipe, settings: Settings) -> None:
-    wrong: dict[str, Notice] = {}
-    for ref in recipe.named:
-        try:
-            check_id(ref)
-        except RecipeError as exc:
-            wrong.setdefault(str(ref), exc.notices[0])
-    if wrong:
-        raise RecipeError.of(wrong.values())
-    if len(recipe.experts) > settings.max_experts:
-        raise RecipeError(
-            f"the recipe has {len(recipe.experts)} experts; this Space merges up to "
-            f"{settings.max_experts}. Merge more from the command line."
-        )
-
-
-def _check_size(document: object) -> None:
-    try:
-        text = document if isinstance(document, str) else json.dumps(document)
-    except (TypeError, ValueError, RecursionError) as exc:
-        raise RecipeError("the recipe must be plain data: text, numbers, lists.") from exc
-    if len(text.encode(errors="replace")) > MAX_RECIPE_BYTES:
-        raise RecipeError(f"the recipe is larger than {MAX_RECIPE_BYTES} bytes.")

@@ -51,13 +51,15 @@ def _for_people() -> Iterator[None]:
 def run_command(args: argparse.Namespace) -> int:
     """Run a command and return its exit code; what is wrong is said in one message."""
     command: str = args.command
+    # One that follows a Job, which does not end with it.
+    follows = command == "submit" or getattr(args, "job", False)
     try:
         if getattr(args, "part", None) and command not in ("plan", "merge", "average"):
             raise RecipeError("only 'merge' runs in parts. Leave --part away.", field="part")
         if launched()[1] > 1 and command not in ("merge", "average"):
             raise RecipeError("only 'merge' runs in several processes. Start this one alone.")
         with (
-            _ended_in_words("the Job goes on" if _is_job(args) else "finished shards are kept"),
+            _ended_in_words("the Job goes on" if follows else "finished shards are kept"),
             system_errors(),
         ):
             return _COMMANDS[command](args)
@@ -97,11 +99,6 @@ class _EndedError(BaseException):
 
     def __init__(self, signum: int) -> None:
         self.code = 128 + signum
-
-
-def _is_job(args: argparse.Namespace) -> bool:
-    """Return whether a command follows a Job, which does not end with it."""
-    return args.command == "submit" or getattr(args, "job", False)
 
 
 @contextmanager
@@ -200,7 +197,7 @@ def _run(
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from ..run.verify_hub import verify_merge
+    from ..run.verify import verify_merge
 
     recipe = load_recipe(args.recipe) if args.recipe else None
     if args.base or args.expert:

@@ -122,30 +122,21 @@ def method_line(plan: Mapping[str, Any]) -> str:
 def _patterns(patterns: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return which tensors take which rule, linear maps first; what is too long is counted."""
     ranked = sorted(patterns, key=lambda row: row["role"] not in MATRIX_ROLES)
-    shown = [
-        [
-            f"{row['tensors']} × {row['rule']}",
-            row["role"] or "",
-            row["pattern"],
-            _settings(row["settings"]),
-        ]
-        for row in ranked[:_MOST_PATTERNS]
-    ]
+    shown = []
+    for row in ranked[:_MOST_PATTERNS]:
+        words = []  # settings that differ between tensors: a value, or the least and the greatest
+        for name, values in row["settings"].items():
+            are_numbers = all(isinstance(value, int | float) for value in values)
+            ordered = sorted(values) if are_numbers else list(values)
+            low, high = (f"{v:.3g}" if are_numbers else str(v) for v in (ordered[0], ordered[-1]))
+            words.append(f"{name} {low}" if low == high else f"{name} {low} to {high}")
+        if len(words) > _MOST_SETTINGS:
+            words[_MOST_SETTINGS:] = [f"and {len(words) - _MOST_SETTINGS} more"]
+        count = f"{row['tensors']} × {row['rule']}"
+        shown.append([count, row["role"] or "", row["pattern"], ", ".join(words)])
     rest = ranked[_MOST_PATTERNS:]
     more = [f"… and {sum(row['tensors'] for row in rest)} more; --json lists all"] if rest else []
     return _columns(shown) + more
-
-
-def _settings(settings: Mapping[str, Sequence[Any]]) -> str:
-    """Return the settings that differ between tensors: a value, or the least and the greatest."""
-    words = []
-    for name, values in settings.items():
-        are_numbers = all(isinstance(value, int | float) for value in values)
-        ordered = sorted(values) if are_numbers else list(values)
-        low, high = (f"{v:.3g}" if are_numbers else str(v) for v in (ordered[0], ordered[-1]))
-        words.append(f"{name} {low}" if low == high else f"{name} {low} to {high}")
-    more = [f"and {len(words) - _MOST_SETTINGS} more"] if len(words) > _MOST_SETTINGS else []
-    return ", ".join([*words[:_MOST_SETTINGS], *more])
 
 
 def nothing(events: Iterable[Event]) -> None:
@@ -161,13 +152,7 @@ def print_json(events: Iterable[Event]) -> None:
 
 
 def follow(events: Iterable[Event]) -> None:
-    """Show progress on standard error and the summary on standard output.
-
-    A bar on a terminal; a line a minute in a file or a Job's log, where a bar would be one
-    endless line.
-    """
-    from tqdm import tqdm
-
+    """Show progress on standard error and the summary on standard output."""
     bar: Any = None
     own: Collection[str] = ()
     try:
@@ -179,19 +164,7 @@ def follow(events: Iterable[Event]) -> None:
                 say(method_line(event.plan))
                 for warning in event.plan["warnings"]:
                     say(f"warning: {warning}")
-                bar = (
-                    tqdm(
-                        total=total,
-                        unit="B",
-                        unit_scale=True,
-                        desc="merging",
-                        file=sys.stderr,
-                        mininterval=0.5,
-                        bar_format=_BAR,
-                    )
-                    if sys.stderr.isatty()
-                    else _Lines(total, "merging", "write")
-                )
+                bar = _bar(total, "merging", "write", mininterval=0.5, bar_format=_BAR)
             elif isinstance(event, Counted):
                 bar.set_postfix_str(
                     f"counting first, {event.number} of {event.passes}: {event.tensor[-40:]}"
@@ -230,6 +203,21 @@ def _pace(event: Progressed) -> str:
     return ", ".join(parts)
 
 
+def _bar(total: int, doing: str, what: str, **how: Any) -> Any:
+    """Return a bar on a terminal; lines in a file or a Job's log, where it would be an endless one.
+
+    Args:
+        total: bytes.
+        doing, what: with them, for people.
+        how: as for tqdm.
+    """
+    if not sys.stderr.isatty():
+        return _Lines(total, doing, what)
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="B", unit_scale=True, desc=doing, file=sys.stderr, **how)
+
+
 class _Lines:
     """Stands in for the bar: says how far a run is at each tenth, and once a minute."""
 
@@ -262,8 +250,6 @@ def count(events: Iterable[Event]) -> Event | None:
     Returns:
         the last event.
     """
-    from tqdm import tqdm
-
     bar: Any = None
     event = None
     try:
@@ -271,12 +257,7 @@ def count(events: Iterable[Event]) -> Event | None:
             if isinstance(event, Planned):
                 for warning in event.plan["warnings"]:
                     say(f"warning: {warning}")
-                total = event.plan["read_bytes"]
-                bar = (
-                    tqdm(total=total, unit="B", unit_scale=True, desc="reading", file=sys.stderr)
-                    if sys.stderr.isatty()
-                    else _Lines(total, "reading", "read")
-                )
+                bar = _bar(event.plan["read_bytes"], "reading", "read")
             elif isinstance(event, Counted | TensorMerged | Analysed):
                 counted = event.bytes_read if isinstance(event, Counted) else 0
                 done = counted or getattr(bar, "counted", 0) + event.bytes_read

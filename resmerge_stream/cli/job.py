@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import JobRefusedError, RecipeError, StoppedError, listed
-from ..hub.flavors import Flavor
 from ..jobs.fleet import end_others, machines_of
 from ..jobs.job import HubJob, JobLog
 from ..jobs.speeds import Speeds, in_words, keep_speed
@@ -40,7 +39,18 @@ def run_job(hub: "HubJobs", job: HubJob, args: argparse.Namespace, show: "Show")
     timeout = duration(args.timeout) if args.timeout else None
     flavors = hub.flavors()
     if args.flavor is not None:
-        flavors = (_named(args.flavor, flavors, job),)
+        known = {flavor.name: flavor for flavor in flavors}
+        if args.flavor not in known:
+            raise RecipeError(
+                f"--flavor {args.flavor!r} is not one of the Hub's machines: "
+                f"{listed(known, limit=40)}."
+            )
+        if lack := job.lack_of(known[args.flavor]):
+            raise RecipeError(
+                f"--flavor {args.flavor} does not fit: {lack}. Leave it out to get the cheapest "
+                "that fits."
+            )
+        flavors = (known[args.flavor],)
     speeds = Speeds(say=show.say)
     asked = machines_asked(args)
     job = job.on(flavors, timeout, speed_of=speeds.of)
@@ -82,20 +92,6 @@ def _number(text: str, name: str, most: int, other: str = "") -> int:
     if not text.isdecimal() or not 1 <= int(text) <= most:
         raise RecipeError(f"{name} {text!r} is not a number from 1 to {most}{other}.")
     return int(text)
-
-
-def _named(name: str, flavors: Sequence[Flavor], job: HubJob) -> Flavor:
-    """Return the machine that was asked for, where the Job fits it."""
-    known = {flavor.name: flavor for flavor in flavors}
-    if name not in known:
-        raise RecipeError(
-            f"--flavor {name!r} is not one of the Hub's machines: {listed(known, limit=40)}."
-        )
-    if lack := job.lack_of(known[name]):
-        raise RecipeError(
-            f"--flavor {name} does not fit: {lack}. Leave it out to get the cheapest that fits."
-        )
-    return known[name]
 
 
 def _shown(job: HubJob, choices: Sequence[Fleet], show: "Show") -> str:

@@ -80,14 +80,11 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         words = message.partition(_UNREAD)[2].split()
-        hint = _hint(words, list(self._option_string_actions)) if words else self._meant(message)
+        hint = _hint(words, list(self._option_string_actions)) if words else ""
+        if not words and (named := _CHOICE.search(message)):
+            known = [str(one) for action in self._actions for one in action.choices or ()]
+            hint = _did_you_mean(named[1], known)
         self.exit(2, f"{self.prog}: {message}\n{hint}See '{self.prog} --help'.\n")
-
-    def _meant(self, message: str) -> str:
-        """Return which of the choices was meant, where a message names a wrong one."""
-        named = _CHOICE.search(message)
-        known = [str(one) for action in self._actions for one in action.choices or ()]
-        return _did_you_mean(named[1], known) if named else ""
 
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:

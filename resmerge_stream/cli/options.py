@@ -8,9 +8,9 @@ from ..errors import RecipeError, Remedy
 from ..experts.group import built_in_folders, on_this_machine
 from ..planning.options import Options
 from ..planning.plan import Plan, RefusedPlan, plan_merge
+from ..planning.recipe_file import chat_template_of
 from ..planning.recipe_places import recipe_at
 from ..planning.request import Request
-from ..planning.tokenizer_keys import chat_template_of
 from ..recipe import Recipe, override
 from ..sinks.publication import FLAGS, Publication
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import RecipeError, Remedy
 from ..jobs.slurm import Batch, batch_file
 from . import console
-from .options import plan_of, publication_of
+from .options import plan_of
 
 # Of what says what to merge: the attributes that are flags with one value.
 _FLAGS = ("base", "method", "dtype", "tokenizer_source", "chat_template", "generation_config")
@@ -29,8 +29,23 @@ def write_batch(args: argparse.Namespace) -> int:
             "the parts of an array share no network: give --array, or --nodes and --processes."
         )
     plan = plan_of(args).accepted()
+    # The words of the merge, with paths that hold in every folder.
+    words = ["merge", *([_absolute(args.recipe)] if args.recipe else [])]
+    for name in _FLAGS:
+        if value := getattr(args, name):
+            words += [f"--{name.replace('_', '-')}", _absolute(value)]
+    words += [word for expert in args.expert for word in ("--expert", _absolute(expert))]
+    words += [word for setting in args.set for word in ("--set", setting)]
+    words += plan.request.options.words()
+    words += plan.publication.words() if plan.publication is not None else []
+    for name in ("out", "work_dir"):
+        if value := getattr(args, name):
+            path = os.path.abspath(os.path.expanduser(value))
+            words += [f"--{name.replace('_', '-')}", path]
+    if args.update and plan.publication is None:
+        words.append("--update")
     try:
-        text = batch_file(plan, batch, _words(args, plan.request.options.words()))
+        text = batch_file(plan, batch, words)
         for warning in plan.warnings:
             console.say(f"warning: {warning}")
     finally:
@@ -45,27 +60,6 @@ def write_batch(args: argparse.Namespace) -> int:
         raise RecipeError(f"{args.script!r} is there already; name another file.") from exc
     console.say(f"wrote {args.script}; submit it with: sbatch {args.script}")
     return 0
-
-
-def _words(args: argparse.Namespace, options: list[str]) -> list[str]:
-    """Return the words of the merge, with paths that hold in every folder."""
-    words = ["merge", *([_absolute(args.recipe)] if args.recipe else [])]
-    for name in _FLAGS:
-        value = getattr(args, name)
-        if value:
-            words += [f"--{name.replace('_', '-')}", _absolute(value)]
-    words += [word for expert in args.expert for word in ("--expert", _absolute(expert))]
-    words += [word for setting in args.set for word in ("--set", setting)]
-    words += options
-    publication = publication_of(args)
-    words += publication.words() if publication is not None else []
-    for name in ("out", "work_dir"):
-        if getattr(args, name):
-            path = os.path.abspath(os.path.expanduser(getattr(args, name)))
-            words += [f"--{name.replace('_', '-')}", path]
-    if args.update and publication is None:
-        words.append("--update")
-    return words
 
 
 def _absolute(name: str) -> str:

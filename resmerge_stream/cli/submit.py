@@ -4,7 +4,7 @@ import argparse
 
 from ..errors import JobRefusedError, RecipeError
 from ..jobs.fleet import running
-from ..jobs.job import HubJob, refuse_folders
+from ..jobs.job import refuse_folders
 from ..jobs.merge import merge_job
 from ..planning.machines import largest
 from ..planning.plan import Plan, plan_merge
@@ -39,14 +39,6 @@ def submit(args: argparse.Namespace) -> int:
         )
     if bool(args.tasks) != bool(args.then):
         raise RecipeError("--then evaluate and --tasks need each other: give both.")
-    plan = _plan(args)
-    try:
-        return _submit(args, plan, show)
-    finally:
-        plan.close()
-
-
-def _plan(args: argparse.Namespace) -> Plan:
     asked = request_of(args)
     refuse_folders(
         [*(ref.id for ref in asked.recipe.named), *filter(None, [asked.options.tokenizer_from])]
@@ -62,8 +54,11 @@ def _plan(args: argparse.Namespace) -> Plan:
         publication=asked.publication,
         work_dir=args.work_dir,
         machine=largest(),
-    )
-    return plan.accepted()
+    ).accepted()
+    try:
+        return _submit(args, plan, show)
+    finally:
+        plan.close()
 
 
 def _submit(args: argparse.Namespace, plan: Plan, show: Show) -> int:
@@ -71,7 +66,18 @@ def _submit(args: argparse.Namespace, plan: Plan, show: Show) -> int:
 
     if plan.target is None:
         raise RuntimeError("a plan with a publication has a target")
-    evaluation = _evaluation(args, plan, show) if args.then else None
+    evaluation = None
+    if args.then:
+        from ..evaluation.contest import models_of
+        from ..jobs.evaluation import evaluation_job
+
+        models, merged = models_of(plan), args.push_to
+        refuse_folders(models)
+        names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+        how = {"limit": args.limit, "engine": args.engine}
+        evaluation = evaluation_job(
+            [*models, merged], merged, names, **how, plan=plan, say=show.say
+        )
     if plan.target.finished and evaluation is None:
         # What a run that was killed at its very end had no time for; nothing is merged.
         from ..run.engine import run_merge
@@ -93,19 +99,3 @@ def _submit(args: argparse.Namespace, plan: Plan, show: Show) -> int:
     for warning in plan.warnings:
         show.say(f"warning: {warning}")
     return run_job(hub, job, args, show)
-
-
-def _evaluation(args: argparse.Namespace, plan: Plan, show: Show) -> HubJob:
-    """Return what base, experts and the merge are asked once it is published.
-
-    Raises:
-        ResMergeError: a model is a folder here, or a task does not exist.
-    """
-    from ..evaluation.contest import models_of
-    from ..jobs.evaluation import evaluation_job
-
-    models, target = models_of(plan), args.push_to
-    refuse_folders(models)
-    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    how = {"limit": args.limit, "engine": args.engine}
-    return evaluation_job([*models, target], target, names, **how, plan=plan, say=show.say)

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,15 @@ def with_evaluation(
     except (TypeError, ValueError, RecursionError, yaml.YAMLError) as exc:
         raise RecipeError(f"{title} has no {' and '.join(CARD_FILES)} of a merge: {exc}.") from exc
     data: ModelCardData = card.data  # type: ignore[assignment]  # of a model's card it is one
-    names = _public_names([*document["models"], *document.get("unasked", {})])
+    names: dict[str, str] = {}
+    for model in (*document["models"], *document.get("unasked", {})):
+        # Of a folder its last part, since its path is nobody's business.
+        path = Path(os.path.expanduser(model))
+        short = path.resolve().name if path.is_dir() else model
+        if short in names.values():
+            taken = (f"{short}-{number}" for number in itertools.count(2))
+            short = next(it for it in taken if it not in names.values())
+        names[model] = short
     document, name = renamed(document, names), names[name]
     shares = document["models"][name]
     data.model_name = title
@@ -79,17 +87,3 @@ def with_evaluation(
     card.text = card.text[:start] + section + card.text[end:]
     found = (str(card), json.dumps(told | {"evaluation": document}, indent=1) + "\n")
     return {file: text.encode() for file, text in zip(CARD_FILES, found, strict=True)}
-
-
-def _public_names(models: Iterable[str]) -> dict[str, str]:
-    """Return names for a card: of a folder its last part, since its path is nobody's business."""
-    found: dict[str, str] = {}
-    for name in models:
-        path = Path(os.path.expanduser(name))
-        short = path.resolve().name if path.is_dir() else name
-        taken = set(found.values())
-        if short in taken:
-            number = next(n for n in itertools.count(2) if f"{short}-{n}" not in taken)
-            short = f"{short}-{number}"
-        found[name] = short
-    return found

@@ -170,7 +170,13 @@ class _Contest:
         """Ask all the questions that choose and the best the others; write the best alone."""
         plans = self.comparison.plans
         with self._candidates(work_dir) as candidates:
-            rest = [label for label in plans if not self._is_known(label)]
+            # An earlier run may have asked a candidate, and left its report.
+            known = self.examination.half_known
+            rest = [
+                label
+                for label, plan in plans.items()
+                if not (known(label, plan.plan_hash, 0) and self._report_of(label).is_file())
+            ]
             for label in plans:
                 if label not in rest:
                     self._ask(label, 0, candidates)
@@ -243,11 +249,6 @@ class _Contest:
         chosen = self._chosen()
         sources = {name: halved(verdicts, 1) for name, verdicts in self.sources.items()}
         return reported(chosen, {**sources, chosen["best"]: of_best}, kept)
-
-    def _is_known(self, label: str) -> bool:
-        """Return whether an earlier run asked a candidate, and left its report."""
-        identity = self.comparison.plans[label].plan_hash
-        return self.examination.half_known(label, identity, 0) and self._report_of(label).is_file()
 
     def _report_of(self, label: str) -> Path:
         inside = self.comparison.out / label / REPORT

@@ -155,8 +155,14 @@ class WithTransformers:
             CheckpointFormatError: it does not run.
             RecipeError: a task's check failed.
         """
-        if task.name in TASKS and self._knows(task.prompts[0]):
-            return said(self._model, self._tokenizer, task.prompts)
+        tokenizer, first = self._tokenizer, task.prompts[0]
+        if (
+            task.name in TASKS
+            # A tokenizer may take prompts apart as the built-in experts' does.
+            and len(tokenizer(first).input_ids) == len(first)
+            and tokenizer.eos_token is not None
+        ):
+            return said(self._model, tokenizer, task.prompts)
         try:
             texts = self._texts(task)
         except (
@@ -202,11 +208,6 @@ class WithTransformers:
         from lm_eval.models.huggingface import HFLM
 
         return HFLM(pretrained=self._model, tokenizer=self._tokenizer, batch_size=BATCH)
-
-    def _knows(self, prompt: str) -> bool:
-        """Return whether its tokenizer takes a prompt apart as the built-in experts' does."""
-        tokenizer = self._tokenizer
-        return len(tokenizer(prompt).input_ids) == len(prompt) and tokenizer.eos_token is not None
 
     def _texts(self, task: Questions) -> list[str]:
         tokenizer, texts = self._tokenizer, []

@@ -73,7 +73,12 @@ class EvaluationCost:
             gpu_bytes=max(on_gpu),
             stored_bytes=sum(spec.nbytes for specs in listed for spec in specs),
             count=len(listed),
-            steps=sum(_steps(task, limit) for task in tasks),
+            steps=sum(
+                math.ceil(len(task.prompts) / BATCH) * task.new_tokens
+                if isinstance(task, Questions)
+                else math.ceil(limit / BATCH) * NEW_TOKENS
+                for task in tasks
+            ),
             device=device,
             taken_bytes=taken_bytes,
         )
@@ -132,9 +137,3 @@ def cpu_seconds(numel: int, models: int, questions: int, tokens: int, cores: int
     """
     batches, asked = math.ceil(questions / BATCH), min(questions, BATCH)
     return batches * tokens * (2 * numel * asked / (cores * _CORE_FLOPS) + models * _STEP_SECONDS)
-
-
-def _steps(task: Task, limit: int) -> int:
-    if isinstance(task, Questions):
-        return math.ceil(len(task.prompts) / BATCH) * task.new_tokens
-    return math.ceil(limit / BATCH) * NEW_TOKENS

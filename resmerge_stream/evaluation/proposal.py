@@ -51,10 +51,33 @@ def propose(
     repo, info = merge_at(repo_id, token)
     stored = {file: repo.read(file, info) for file in CARD_FILES}
     files = with_evaluation(stored, name, document, title=repo_id.rpartition("/")[2])
-    files |= _results(document["models"][name], datasets)
+    entries = [
+        EvalResultEntry(datasets[task], task, round(share["accuracy"], 4))
+        for task, share in document["models"][name].items()
+        if task in datasets
+    ]
+    if entries:
+        text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+        files[_RESULTS] = text.encode()
     digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:8]
     title = f"Evaluation by ResMerge Stream ({digest})"
-    return _open_already(repo, title) or _open(repo, title, files)
+    opened = patiently(
+        lambda: list(
+            repo.api.get_repo_discussions(
+                repo.id, discussion_type="pull_request", discussion_status="open"
+            )
+        ),
+        what=f"list the pull requests of {repo.id}",
+    )
+    for one in opened:
+        if one.title == title:
+            return one.url
+    operations = [CommitOperationAdd(path, data) for path, data in files.items()]
+    made = patiently(
+        lambda: repo.api.create_commit(repo.id, operations, commit_message=title, create_pr=True),
+        what=f"open a pull request on {repo.id}",
+    )
+    return str(made.pr_url)
 
 
 def merge_at(repo_id: str, token: str | bool | None = None) -> tuple[HubRepo, ModelInfo]:
@@ -72,35 +95,3 @@ def merge_at(repo_id: str, token: str | bool | None = None) -> tuple[HubRepo, Mo
     if not set(CARD_FILES) <= set(listed(info)):
         raise RecipeError(f"{repo_id} has no {' and '.join(CARD_FILES)} of a merge.")
     return repo, info
-
-
-def _results(shares: Mapping[str, Any], datasets: Mapping[str, str]) -> dict[str, bytes]:
-    """Return the file of the Hub's evaluation results, if a task has a dataset there."""
-    entries = [
-        EvalResultEntry(datasets[task], task, round(share["accuracy"], 4))
-        for task, share in shares.items()
-        if task in datasets
-    ]
-    if not entries:
-        return {}
-    text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
-    return {_RESULTS: text.encode()}
-
-
-def _open_already(repo: HubRepo, title: str) -> str | None:
-    def ask() -> list[str]:
-        found = repo.api.get_repo_discussions(
-            repo.id, discussion_type="pull_request", discussion_status="open"
-        )
-        return [one.url for one in found if one.title == title]
-
-    return next(iter(patiently(ask, what=f"list the pull requests of {repo.id}")), None)
-
-
-def _open(repo: HubRepo, title: str, files: Mapping[str, bytes]) -> str:
-    operations = [CommitOperationAdd(path, data) for path, data in files.items()]
-    made = patiently(
-        lambda: repo.api.create_commit(repo.id, operations, commit_message=title, create_pr=True),
-        what=f"open a pull request on {repo.id}",
-    )
-    return str(made.pr_url)

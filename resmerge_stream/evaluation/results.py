@@ -57,8 +57,9 @@ def evaluation(verdicts: Verdicts) -> dict[str, Any]:
 
 def renamed(document: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Return an evaluation with other names of its models; those without one keep theirs."""
-    names = {name: names.get(name, name) for name in _named(document)}
-    choice = document.get("choice")
+    choice, unasked = document.get("choice"), document.get("unasked", {})
+    every = {*document["models"], *unasked, *(choice["evaluation"]["models"] if choice else ())}
+    names = {name: names.get(name, name) for name in every}
     if choice:
         below = {names[name]: lead for name, lead in choice["below"].items()}
         own = renamed(choice["evaluation"], names)
@@ -66,7 +67,6 @@ def renamed(document: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, 
         ends = {key: names[choice[key]] for key in ("base", "best")}
         choice = {**choice, **ends, "against": against, "below": below, "evaluation": own}
         document = {**document, "choice": choice}
-    unasked = document.get("unasked", {})
     return {
         **document,
         **({"unasked": {names[name]: said for name, said in unasked.items()}} if unasked else {}),
@@ -78,27 +78,12 @@ def renamed(document: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, 
     }
 
 
-def _named(document: Mapping[str, Any]) -> set[str]:
-    """Return the names of all models that an evaluation speaks of."""
-    choosing = document.get("choice", {}).get("evaluation", {"models": {}})
-    return {*document["models"], *document.get("unasked", {}), *choosing["models"]}
-
-
 def markdown(document: Mapping[str, Any]) -> str:
     """Return an evaluation's tables; and how the best was chosen, where there was a choice."""
-    choice = document.get("choice")
-    return "\n".join([*_tables(document), *(_of_choice(choice) if choice else [])])
-
-
-def _tables(document: Mapping[str, Any]) -> list[str]:
     models = document["models"]
     base = next(iter(models))
     tasks = list(models[base])
-    lines = [
-        "Right answers in %, with 95 % intervals (±).",
-        "",
-        *_shares_of(models),
-    ]
+    lines = ["Right answers in %, with 95 % intervals (±).", "", *_shares_of(models)]
     for name, reason in document.get("unasked", {}).items():
         lines += ["", f"Not asked: `{name}`. {reason}"]
     rows = [row for row in document["differences"] if row["against"] == base]
@@ -106,7 +91,30 @@ def _tables(document: Mapping[str, Any]) -> list[str]:
         shown = [[f"`{row['model']}`", *(_points(*row[task]) for task in tasks)] for row in rows]
         lines += ["", f"Difference from `{base}` in points, same questions:", ""]
         lines += _table(["model", *tasks], shown)
-    return lines
+    choice = document.get("choice")
+    if choice:
+        count = len(choice["against"]) + 1
+        scores = (
+            "The scores above are of all of them, that of the last line is of the other half"
+            if choice["kept"] == "all"
+            else "The scores above and in the last line are of the other half"
+        )
+        lines += [
+            "",
+            f"One half of the questions chose among {count} merges. {scores}. On the half that "
+            "chose:",
+            "",
+            *_shares_of(choice["evaluation"]["models"]),
+            "",
+            "Leads of the best have 95 % intervals for all pairs of merges together (Bonferroni; "
+            "Agresti and Min 2005).",
+        ]
+        for name, lead in choice["below"].items():
+            than = "the base" if name == choice["base"] else "the expert"
+            said = f"{choice['best']} answers less than {than} `{name}`: {_points(*lead)}."
+            lines += ["", f"Warning: {said}"]
+        lines += ["", sentence(choice)]
+    return "\n".join(lines)
 
 
 def sentence(choice: Mapping[str, Any]) -> str:
@@ -125,43 +133,14 @@ def sentence(choice: Mapping[str, Any]) -> str:
     return said
 
 
-def _warnings(choice: Mapping[str, Any]) -> list[str]:
-    return [
-        f"Warning: {choice['best']} answers less than "
-        f"{'the base' if name == choice['base'] else 'the expert'} `{name}`: {_points(*lead)}."
-        for name, lead in choice["below"].items()
-    ]
-
-
-def _of_choice(choice: Mapping[str, Any]) -> list[str]:
-    count = len(choice["against"]) + 1
-    scores = (
-        "The scores above are of all of them, that of the last line is of the other half"
-        if choice["kept"] == "all"
-        else "The scores above and in the last line are of the other half"
-    )
-    lines = [
-        "",
-        f"One half of the questions chose among {count} merges. {scores}. On the half that chose:",
-        "",
-        *_shares_of(choice["evaluation"]["models"]),
-        "",
-        "Leads of the best have 95 % intervals for all pairs of merges together (Bonferroni; "
-        "Agresti and Min 2005).",
-    ]
-    for warning in _warnings(choice):
-        lines += ["", warning]
-    return [*lines, "", sentence(choice)]
-
-
 def _shares_of(models: Mapping[str, Any]) -> list[str]:
     tasks = list(next(iter(models.values())))
-    return _table(["model", *tasks], [[f"`{n}`", *_shares(models[n], tasks)] for n in models])
-
-
-def _shares(row: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
-    found = [row[task] for task in tasks]
-    return [f"{100 * r['accuracy']:.1f} ± {50 * (r['high'] - r['low']):.1f}" for r in found]
+    rows = [[f"`{name}`"] for name in models]
+    for row, shares in zip(rows, models.values(), strict=True):
+        for share in (shares[task] for task in tasks):
+            half = 50 * (share["high"] - share["low"])
+            row.append(f"{100 * share['accuracy']:.1f} ± {half:.1f}")
+    return _table(["model", *tasks], rows)
 
 
 def _points(difference: float, half: float) -> str:

@@ -109,12 +109,20 @@ class Examination:
         if missing:
             with model_of() as model:
                 for task, answers in ask(model, name, missing, self._limit, self._say):
-                    lines = [json.dumps(_line(one), ensure_ascii=False) for one in answers]
-                    store = self._store(name, identity, task)
+                    store, lines = self._store(name, identity, task), []
+                    for one in answers:
+                        row = {k: v for k, v in one._asdict().items() if v != "" or k == "answer"}
+                        lines.append(json.dumps(row, ensure_ascii=False))
                     with _written_to(self._folder):
                         store.parent.mkdir(parents=True, exist_ok=True)
                         write_durably(store, ("\n".join(lines) + "\n").encode())
-        return {task.name: self._read(name, identity, task) for task in tasks}
+        found = {}
+        for task in tasks:
+            answers = _kept(self._store(name, identity, task)) or []
+            if answers and answers[0].dataset:
+                self.datasets[task.name] = answers[0].dataset
+            found[task.name] = [one.right for one in answers]
+        return found
 
     def check_halves(self) -> None:
         """Refuse tasks that cannot be halved.
@@ -177,12 +185,6 @@ class Examination:
             self._folder.mkdir(parents=True, exist_ok=True)
             for file, data in evaluation_files(document).items():
                 write_durably(self._folder / file, data)
-
-    def _read(self, name: str, identity: Any, task: Task) -> list[bool]:
-        answers = _kept(self._store(name, identity, task)) or []
-        if answers and answers[0].dataset:
-            self.datasets[task.name] = answers[0].dataset
-        return [one.right for one in answers]
 
     def _store(self, name: str, identity: Any, task: Task) -> Path:
         asked: Any = [task.name, self._limit]
@@ -253,12 +255,6 @@ def _kept(store: Path) -> list[Answer] | None:
         return [Answer(**load_json(line)) for line in store.read_bytes().splitlines()]
     except (FileNotFoundError, ValueError, TypeError):
         return None
-
-
-def _line(answer: Answer) -> dict[str, Any]:
-    return {key: value for key, value in answer._asdict().items() if value != ""} | {
-        "answer": answer.answer
-    }
 
 
 @contextlib.contextmanager

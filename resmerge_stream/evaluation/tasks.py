@@ -84,7 +84,17 @@ def find_task(text: str, limit: int) -> Task:
     if path.suffix in (".jsonl", ".yaml", ".yml"):
         if not path.is_file():
             raise RecipeError(f"there is no file {shown(text)} with tasks.")
-        return _read_questions(path, limit) if path.suffix == ".jsonl" else _read_yaml(path)
+        if path.suffix == ".jsonl":
+            return _read_questions(path, limit)
+        try:
+            # The harness has tags of its own, such as !function.
+            document = load_yaml(path.read_bytes(), max_bytes=_MAX_TASK_BYTES, has_tags=True)
+        except ValueError as exc:
+            raise RecipeError(f"{path.name} is not YAML: {exc}") from exc
+        name = document.get("task") if isinstance(document, dict) else None
+        if not isinstance(name, str):
+            raise RecipeError(f"{path.name}: a task of the harness names itself under 'task'.")
+        return Harness(name, path.resolve().parent)
     return Harness(text, None)
 
 
@@ -130,18 +140,6 @@ def _read_questions(path: Path, limit: int) -> Questions:
     if not prompts:
         raise RecipeError(f"{path.name} asks nothing. Write one JSON object a line, with a prompt.")
     return Questions(path.stem, tuple(prompts), tuple(rules), new_tokens)
-
-
-def _read_yaml(path: Path) -> Harness:
-    try:
-        # The harness has tags of its own, such as !function.
-        document = load_yaml(path.read_bytes(), max_bytes=_MAX_TASK_BYTES, has_tags=True)
-    except ValueError as exc:
-        raise RecipeError(f"{path.name} is not YAML: {exc}") from exc
-    name = document.get("task") if isinstance(document, dict) else None
-    if not isinstance(name, str):
-        raise RecipeError(f"{path.name}: a task of the harness names itself under 'task'.")
-    return Harness(name, path.resolve().parent)
 
 
 def check_harness(tasks: Sequence[Task]) -> None:

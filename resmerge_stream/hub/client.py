@@ -12,7 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import httpx2
 from huggingface_hub import HfApi, constants, set_client_factory
@@ -74,7 +74,16 @@ def client(token: str | bool | None) -> HfApi:
     with _LIMITS:
         session = get_session()
         if session.timeout.read is None:
-            set_client_factory(_factory(session.event_hooks))
+            hooks = session.event_hooks
+            hooks = {**hooks, "response": [*hooks.get("response", ()), check_answer]}
+            set_client_factory(
+                lambda: httpx2.Client(
+                    event_hooks=hooks,
+                    follow_redirects=True,
+                    timeout=TIMEOUT,
+                    limits=httpx2.Limits(max_connections=100, max_keepalive_connections=32),
+                )
+            )
     for name in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "httpx2"):
         logger = logging.getLogger(name)
         if not any(isinstance(known, _Discreet) for known in logger.filters):
@@ -286,19 +295,6 @@ def chain(exc: BaseException | None) -> Iterator[BaseException]:
     while exc is not None and seen < 10:
         yield exc
         exc, seen = exc.__cause__ or exc.__context__, seen + 1
-
-
-def _factory(hooks: Any) -> Callable[[], httpx2.Client]:
-
-    def factory() -> httpx2.Client:
-        return httpx2.Client(
-            event_hooks={**hooks, "response": [*hooks.get("response", ()), check_answer]},
-            follow_redirects=True,
-            timeout=TIMEOUT,
-            limits=httpx2.Limits(max_connections=100, max_keepalive_connections=32),
-        )
-
-    return factory
 
 
 class _Discreet(logging.Filter):

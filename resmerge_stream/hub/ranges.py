@@ -142,7 +142,10 @@ class RemoteFile:
         wait = again.wait if again is not None else None
         wait = wait_seconds(tries.failures + 1, failed) if wait is None else wait
         if not tries.failed(again.tries if again is not None else None, wait):
-            raise self._stopped(failed) from failed
+            raise StoppedError(
+                f"cannot read {self.name} from the Hub: {_words(failed)}, every time.",
+                Remedy.CONTINUE,
+            ) from failed
         tries.wait(wait, f"cannot read {self.name}: {_words(failed)}")
 
     def _stream(self, begin: int, view: memoryview) -> Iterator[int]:
@@ -219,12 +222,6 @@ class RemoteFile:
             words = "the Hub's rate limit is used up" if status == 429 else f"status {status}"
             raise _TryAgainError(words, asked_wait(response.headers))
         hf_raise_for_status(response)
-
-    def _stopped(self, exc: BaseException | None) -> StoppedError:
-        return StoppedError(
-            f"cannot read {self.name} from the Hub: {_words(exc)}, every time.",
-            Remedy.CONTINUE,
-        )
 
 
 def replaced(name: str) -> SourceChangedError:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import MappingProxyType
 
@@ -55,6 +56,7 @@ def evaluation_job(
         CheckpointError: a model does not exist, or is broken.
     """
     tasks = find_tasks(names, limit)
+    files, told = dict[str, bytes](), []  # as the Job is to be told the tasks
     for name in names:
         path = Path(name).expanduser()
         if path.suffix in (".yaml", ".yml") and _ELSEWHERE.search(path.read_text(encoding="utf-8")):
@@ -62,26 +64,32 @@ def evaluation_job(
                 f"{path.name} refers to other files, and a Job is given this one only. Put its "
                 "data into a dataset on the Hub, or its questions into a JSONL file."
             )
+        is_file = path.suffix in (".jsonl", ".yaml", ".yml")
+        told.append(put(files, "tasks", path.name, path.read_bytes()) if is_file else name)
     harness = [task for task in tasks if isinstance(task, Harness)]
     if harness and check_harness_tasks and importlib.util.find_spec("lm_eval") is not None:
         check_harness(tasks)
     elif harness and check_harness_tasks:
         say("warning: lm-evaluation-harness is not installed here: its tasks are not checked.")
-    merged = [[tensor.spec for tensor in plan.tensors.values()]] if plan is not None else []
-    stored = [
-        known[name] if name in known else _specs_of(name)
-        for name in models
-        if plan is None or name != card
-    ]
+    specs: list[Iterable[TensorSpec]] = []
+    for name in models:
+        if plan is not None and name == card:
+            continue
+        if name in known:
+            specs.append(known[name])
+            continue
+        with closing(open_checkpoint(ModelRef.parse(name))) as checkpoint:
+            specs.append([tensor.spec for tensor in checkpoint.tensors.values()])
+    if plan is not None:
+        specs.append([tensor.spec for tensor in plan.tensors.values()])
     device = "auto" if plan is not None else device
     taken = plan.unsent_bytes if plan is not None else 0
-    cost = EvaluationCost.of([*stored, *merged], tasks, limit, device, taken)
+    cost = EvaluationCost.of(specs, tasks, limit, device, taken)
     on_cpu = device == "cpu"
     needed = format_size(4 * cost.numel if on_cpu else cost.gpu_bytes)
-    files: dict[str, bytes] = {}
     words = [
         *("evaluate", *models),
-        *("--tasks", ",".join(_in_job(name, files) for name in names)),
+        *("--tasks", ",".join(told)),
         *("--limit", str(limit)),
         *(() if device == "auto" else ("--device", device)),
         *(() if engine == "auto" else ("--engine", engine)),
@@ -107,19 +115,3 @@ def evaluation_job(
             *(["vllm"] if engine == "vllm" else ()),
         ),
     )
-
-
-def _in_job(task: str, files: dict[str, bytes]) -> str:
-    """Return a task as the Job is to be told it; a file of questions is put among its files."""
-    path = Path(task).expanduser()
-    if path.suffix not in (".jsonl", ".yaml", ".yml"):
-        return task
-    return put(files, "tasks", path.name, path.read_bytes())
-
-
-def _specs_of(name: str) -> Iterable[TensorSpec]:
-    checkpoint = open_checkpoint(ModelRef.parse(name))
-    try:
-        return [tensor.spec for tensor in checkpoint.tensors.values()]
-    finally:
-        checkpoint.close()

@@ -171,7 +171,17 @@ class Speeds:
         # Of too many machines those go on which nothing ran for the longest time.
         newest = sorted(kept, key=lambda flavor: max(one.day for one in kept[flavor]))
         self._known = {flavor: kept[flavor] for flavor in newest[-_MOST_FLAVORS:]}
-        self._write(self._known)
+        flavors = {flavor: [asdict(one) for one in runs] for flavor, runs in self._known.items()}
+        text = json.dumps({"version": _VERSION, "flavors": flavors}, indent=1)
+        fresh = self.path.with_name(f".{self.path.name}-{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            fresh.write_text(text, encoding="utf-8")
+            os.replace(fresh, self.path)
+        except OSError as exc:
+            with suppress(OSError):
+                fresh.unlink(missing_ok=True)
+            self._say(f"warning: the Job's speed is not kept: {exc.strerror}.")
 
     def _read(self) -> dict[str, list[JobRun]]:
         try:
@@ -193,19 +203,6 @@ class Speeds:
                 "times are estimated from assumed speeds."
             )
             return {}
-
-    def _write(self, known: Mapping[str, list[JobRun]]) -> None:
-        flavors = {flavor: [asdict(run) for run in runs] for flavor, runs in known.items()}
-        text = json.dumps({"version": _VERSION, "flavors": flavors}, indent=1)
-        fresh = self.path.with_name(f".{self.path.name}-{os.getpid()}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            fresh.write_text(text, encoding="utf-8")
-            os.replace(fresh, self.path)
-        except OSError as exc:
-            with suppress(OSError):
-                fresh.unlink(missing_ok=True)
-            self._say(f"warning: the Job's speed is not kept: {exc.strerror}.")
 
 
 def in_words(speed: Speed) -> str:

@@ -53,7 +53,14 @@ def build_wheel() -> bytes:
         digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
         lines.append(f"{name},sha256={digest},{len(data)}\n")
     files[f"{_INFO}/RECORD"] = ("".join(lines) + f"{_INFO}/RECORD,,\n").encode()
-    return _zipped(files)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            entry.external_attr = 0o644 << 16
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(entry, data)
+    return buffer.getvalue()
 
 
 def requirements(extra: str = "") -> list[str]:
@@ -76,23 +83,12 @@ def requirements(extra: str = "") -> list[str]:
                 "the installed package does not say what it needs. Install it with pip, or run it "
                 "from its repository."
             ) from exc
-        lines = [line for line in known if _extra_of(line) == extra]
+        extras = [*map(_EXTRA.search, known)]
+        lines = [
+            line
+            for line, found in zip(known, extras, strict=True)
+            if (found[1] if found else "") == extra
+        ]
         if extra:
             lines = [line.partition(";")[0].strip() for line in lines]
     return [line for line in lines if line and _PAGES not in line]
-
-
-def _extra_of(requirement: str) -> str:
-    found = _EXTRA.search(requirement)
-    return found[1] if found else ""
-
-
-def _zipped(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in files.items():
-            entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-            entry.external_attr = 0o644 << 16
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            archive.writestr(entry, data)
-    return buffer.getvalue()

@@ -238,7 +238,19 @@ def match_tensors(
         )
     for reason, names in _grouped(left_out).items():
         found.warning(f"{len(names)} tensor(s) left out, {reason}: {listed(names)}", kind=LEFT_OUT)
-    _check_touched(base, merged, carried, found)
+    touched = sum(base.tensors[name].spec.nbytes for name in merged)
+    kept = sum(base.tensors[name].spec.nbytes for name in carried)
+    if not merged:
+        found.problem(
+            "no tensor of the base is in any expert: there is nothing to merge. Give experts that "
+            "were trained from this base."
+        )
+    elif touched < kept:  # a merge in name only, which is said first
+        text = (
+            f"only {touched / (touched + kept):.0%} of the base's bytes are touched by any expert; "
+            "the rest stays as it is"
+        )
+        found.warnings.insert(0, Notice(text, kind=BARELY))
     return TensorSets(merged, carried, left_out)
 
 
@@ -313,32 +325,6 @@ def _must_have(name: str, config: Mapping[str, Any]) -> bool:
     layer = layer_of(name)
     count = text_part(config).get("num_hidden_layers")
     return layer is None or type(count) is not int or layer < count
-
-
-def _check_touched(
-    base: Checkpoint,
-    merged: Mapping[str, tuple[int, ...]],
-    carried: Mapping[str, str],
-    found: Findings,
-) -> None:
-    """Say first where most of the base stays as it is: a merge in name only."""
-    touched = sum(base.tensors[name].spec.nbytes for name in merged)
-    kept = sum(base.tensors[name].spec.nbytes for name in carried)
-    if not merged:
-        found.problem(
-            "no tensor of the base is in any expert: there is nothing to merge. Give experts that "
-            "were trained from this base."
-        )
-    elif touched < kept:
-        share = touched / (touched + kept)
-        found.warnings.insert(
-            0,
-            Notice(
-                f"only {share:.0%} of the base's bytes are touched by any expert; the rest stays "
-                "as it is",
-                kind=BARELY,
-            ),
-        )
 
 
 def check_different(layout: Checkpoint, experts: Sequence[Checkpoint], found: Findings) -> None:

@@ -139,8 +139,16 @@ def fit_memory(plans: Sequence[Plan], found: Findings) -> list[Plan]:
     cores = usable_cores() if first.machine is None else 2
     threads = min(cores, 2 + max(room - fitted.worst, 0) // helping)
     room -= max(threads - 2, 0) * helping
-    ample = SPARE_BYTES + max((_ample_bytes(plans, fitted, n) for n in first.tensors), default=0)
-    working = max(fitted.worst, min(room, ample) if asked is None else room)
+    ample = 0  # in which two workers need not wait for each other, at the largest tensor
+    for name in first.tensors:
+        tensor = next((p.tensors[name] for p in plans if p.tensors[name].is_decomposed), None)
+        if tensor is None:
+            continue
+        if tensor.is_factored or len(plans) > 1:
+            ample = max(ample, 2 * fitted.working[name])
+        else:
+            ample = max(ample, 4 * (len(first.experts) + 2) * math.prod(tensor.matrix))
+    working = max(fitted.worst, min(room, SPARE_BYTES + ample) if asked is None else room)
     if fitted.worst > room:
         needed = fitted.needed_bytes
         what = "merging" if len(plans) == 1 else f"comparing {len(plans)} methods on"
@@ -255,16 +263,6 @@ def _made_bytes(tensor: PlannedTensor) -> int:
     return sum(source.made_bytes(tensor.spec.name, rows) for source in tensor.read)
 
 
-def _ample_bytes(plans: Sequence[Plan], fitted: Fit, name: str) -> int:
-    """Return bytes in which two workers need not wait for each other at a tensor of its size."""
-    tensor = next((p.tensors[name] for p in plans if p.tensors[name].is_decomposed), None)
-    if tensor is None:
-        return 0
-    if tensor.is_factored or len(plans) > 1:
-        return 2 * fitted.working[name]
-    return 4 * (len(plans[0].experts) + 2) * math.prod(tensor.matrix)
-
-
 @dataclass(frozen=True, slots=True)
 class _Ahead:
     """Private memory for what is read ahead: bytes of the largest piece, and of a window."""
@@ -309,7 +307,12 @@ def estimated(plan: Plan, *, has_folder: bool) -> Plan:
         has_folder: whether it writes to a folder of the user's.
     """
     seconds, read, counting = _SECONDS_START, 0, plan.method.counting_passes()
-    own = _shards_of_part(plan)
+    part, own = plan.options.part, None
+    if part is not None:
+        # Of arithmetic alone: what is known of the lines differs from machine to machine.
+        each = [sum(_seconds(t, 1) for t in plan.written_in(shard)) for shard in plan.shards]
+        numbers = shares(each, part.count) if part.count else [-1] * len(each)
+        own = tuple(s.name for s, n in zip(plan.shards, numbers, strict=True) if n == part.number)
     merged = {
         tensor.spec.name
         for shard in plan.shards
@@ -325,33 +328,17 @@ def estimated(plan: Plan, *, has_folder: bool) -> Plan:
     sent = plan.write_bytes if plan.publication is not None else 0
     disk = plan.unsent_bytes if plan.publication is not None else 0
     disk_bytes = read * (1 - share) + (plan.write_bytes if has_folder else 0)
+    # Arithmetic, and what the disk reads and writes meanwhile.
+    moving = disk_bytes / _DISK_RATE
+    together = max(seconds, moving) + _APART * min(seconds - _SECONDS_START, moving)
     return replace(
         plan,
         own=own,
         read_bytes=read,
         compute_seconds=seconds,
-        seconds_estimate=max(
-            _together(seconds, disk_bytes), read * share / HUB_RATE, sent / HUB_RATE
-        ),
+        seconds_estimate=max(together, read * share / HUB_RATE, sent / HUB_RATE),
         peak_disk_bytes=plan.write_bytes if has_folder else disk,
     )
-
-
-def _together(seconds: float, disk_bytes: float) -> float:
-    """Return the time of arithmetic and of what a disk reads and writes meanwhile."""
-    reading = disk_bytes / _DISK_RATE
-    return max(seconds, reading) + _APART * min(seconds - _SECONDS_START, reading)
-
-
-def _shards_of_part(plan: Plan) -> tuple[str, ...] | None:
-    """Return the names of the shards that the plan's part makes; None where it is no part."""
-    part = plan.options.part
-    if part is None:
-        return None
-    # Of arithmetic alone: what is known of the lines differs from machine to machine.
-    seconds = [sum(_seconds(t, 1) for t in plan.written_in(shard)) for shard in plan.shards]
-    numbers = shares(seconds, part.count) if part.count else [-1] * len(seconds)
-    return tuple(s.name for s, n in zip(plan.shards, numbers, strict=True) if n == part.number)
 
 
 def _seconds(tensor: PlannedTensor, passes: int) -> float:

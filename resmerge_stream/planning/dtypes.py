@@ -5,7 +5,7 @@ keeps it in.
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,26 @@ def check_dtypes(
 ) -> None:
     """Say which tensors keep a wider dtype than the one asked for, and whose rounding is merged."""
     if asked == FP8:
-        _check_fp8(layout, written, found)
+        count = sum(dtype == _FP8 for dtype in written.values())
+        if not count:
+            found.problem(
+                f"{layout.id} has no linear map that is written in {FP8}: those of a text model's "
+                "layers are, in tensors of two axes.",
+                Remedy.WIDER_DTYPE,
+            )
+        elif quantised_by(layout.config):
+            found.problem(
+                f"{FP8} is asked for, but {layout.id} keeps the packed tensors that it has. Leave "
+                "the dtype out."
+            )
+        else:
+            found.warning(
+                f"{count} of {len(written)} tensors are written in FP8, with a scale for each "
+                f"block of {FP8_BLOCK} × {FP8_BLOCK}, the rest in bfloat16; how much of the update "
+                "is left is measured for each while merging: kept norm and kept cosine, between "
+                "base and merge both in FP8",
+                kind=WRITTEN_FP8,
+            )
     asked = "bfloat16" if asked == FP8 else asked
     as_asked = {_FP8, OUTPUT_DTYPES.get(asked or "", "")}
     wide = [name for name, dtype in written.items() if asked and dtype not in as_asked]
@@ -149,46 +168,18 @@ def _is_for_fp8(layout: Checkpoint, name: str) -> bool:
     )
 
 
-def _check_fp8(layout: Checkpoint, written: Mapping[str, str], found: Findings) -> None:
-    """Say how many tensors are written in FP8, and that the rest is not; refuse where none is."""
-    count = sum(dtype == _FP8 for dtype in written.values())
-    if not count:
-        found.problem(
-            f"{layout.id} has no linear map that is written in {FP8}: those of a text model's "
-            "layers are, in tensors of two axes.",
-            Remedy.WIDER_DTYPE,
-        )
-    elif quantised_by(layout.config):
-        found.problem(
-            f"{FP8} is asked for, but {layout.id} keeps the packed tensors that it has. Leave the "
-            "dtype out."
-        )
-    else:
-        found.warning(
-            f"{count} of {len(written)} tensors are written in FP8, with a scale for each block of "
-            f"{FP8_BLOCK} × {FP8_BLOCK}, the rest in bfloat16; how much of the update is left is "
-            "measured for each while merging: kept norm and kept cosine, between base and merge "
-            "both in FP8",
-            kind=WRITTEN_FP8,
-        )
-
-
 def _kept_by_transformers(config: Mapping[str, Any], asked: str) -> re.Pattern[str] | None:
     """Return what transformers searches for in the names of tensors that it keeps in float32."""
     if asked == "float32":
         return None
     table = json.loads(Path(__file__).with_name(_TABLE).read_text("utf-8"))
     kinds = [table["any"], *([table["float16"]] if asked == "float16" else [])]
+    sections = [config, *(value for value in config.values() if isinstance(value, dict))]
     patterns = [
         pattern.replace("*", ".*")
-        for model_type in _model_types(config)
+        for section in sections
         for kind in kinds
-        for pattern in kind.get(model_type, ())
+        if isinstance(section.get("model_type"), str)
+        for pattern in kind.get(section["model_type"], ())
     ]
     return re.compile("|".join(patterns)) if patterns else None
-
-
-def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
-    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
-        if isinstance(section.get("model_type"), str):
-            yield section["model_type"]

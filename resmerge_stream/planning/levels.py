@@ -6,7 +6,7 @@ all layers is what can be merged here, so the levels above a model come to one m
 """
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +116,15 @@ def walked(document: Mapping[Any, Any], where: str, method: type[MergeMethod]) -
 
     place, of_models, layers = enter(RECIPE, document), MODEL, None
     if _filled(place, ("models", "slices", "modules"), where) == "modules":
-        place = enter(MODULE, _only_module(place["modules"], where))
+        modules = place["modules"]
+        only = next(iter(modules.values())) if isinstance(modules, Mapping) and modules else None
+        if (
+            not isinstance(only, Mapping)
+            or len(modules) > 1
+            or not {"slices", "models"} & set(only)
+        ):
+            raise RecipeError(f"{where}: 'modules' must name one module with its slices or models.")
+        place = enter(MODULE, only)
     entries = place.get("models")
     if _filled(place, ("models", "slices"), where) == "slices":
         slices = place["slices"]
@@ -128,9 +136,27 @@ def walked(document: Mapping[Any, Any], where: str, method: type[MergeMethod]) -
             )
         place = enter(SLICE, one)
         entries, of_models = place["sources"], SOURCE
-        layers = _depth(entries, where)
+        # The sources span all layers, from the first.
+        ranges = [source.get("layer_range") for source in entries if isinstance(source, Mapping)]
+        ends = {
+            tuple(whole_number(end) for end in pair) if isinstance(pair, list) else ()
+            for pair in ranges
+        }
+        whole = ends.pop() if len(ends) == 1 and len(ranges) == len(entries) else ()
+        if len(whole) != 2 or whole[0] != 0 or whole[1] is None or whole[1] < 1:
+            raise RecipeError(
+                f"{where}: every source of 'slices' must have the same layer_range [0, LAYERS]. "
+                "Stacking layers is left to mergekit."
+            )
+        layers = whole[1]
+    if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
+        raise RecipeError(f"{where} needs a list under 'models', one '- model: ID' an expert.")
     models = []
-    for entry in _entries(entries, where):
+    for entry in entries:
+        if isinstance(entry, str):
+            entry = {"model": entry}
+        if not isinstance(entry, Mapping) or "model" not in entry:
+            raise RecipeError(f"an entry of 'models' must be '- model: ID', not {shown(entry)}.")
         _check_keys(entry, of_models, where, method, notes)
         own = _settings(entry.get("parameters"), method, notes, of_model=True)
         models.append(Entry(entry["model"], own))
@@ -192,45 +218,6 @@ def _filled(place: Mapping[Any, Any], keys: Sequence[str], where: str) -> str:
         )
     there = [*filled, *(key for key in keys if place.get(key) is not None)]
     return there[0] if there else keys[0]
-
-
-def _only_module(modules: object, where: str) -> Mapping[Any, Any]:
-    only = next(iter(modules.values())) if isinstance(modules, Mapping) and modules else None
-    if (
-        not isinstance(modules, Mapping)
-        or not isinstance(only, Mapping)
-        or len(modules) != 1
-        or not {"slices", "models"} & set(only)
-    ):
-        raise RecipeError(f"{where}: 'modules' must name one module with its slices or models.")
-    return only
-
-
-def _depth(sources: Sequence[object], where: str) -> int:
-    """Return how many layers the sources of a slice span: all of them, from the first."""
-    ranges = [source.get("layer_range") for source in sources if isinstance(source, Mapping)]
-    ends = {
-        tuple(whole_number(end) for end in pair) if isinstance(pair, list) else ()
-        for pair in ranges
-    }
-    whole = ends.pop() if len(ends) == 1 and len(ranges) == len(sources) else ()
-    if len(whole) != 2 or whole[0] != 0 or whole[1] is None or whole[1] < 1:
-        raise RecipeError(
-            f"{where}: every source of 'slices' must have the same layer_range [0, LAYERS]. "
-            "Stacking layers is left to mergekit."
-        )
-    return whole[1]
-
-
-def _entries(models: object, where: str) -> Iterator[Mapping[Any, Any]]:
-    if not isinstance(models, Sequence) or isinstance(models, str) or not models:
-        raise RecipeError(f"{where} needs a list under 'models', one '- model: ID' an expert.")
-    for entry in models:
-        if isinstance(entry, str):
-            entry = {"model": entry}
-        if not isinstance(entry, Mapping) or "model" not in entry:
-            raise RecipeError(f"an entry of 'models' must be '- model: ID', not {shown(entry)}.")
-        yield entry
 
 
 def _settings(

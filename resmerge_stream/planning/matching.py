@@ -85,7 +85,7 @@ def _found(base: Checkpoint, expert: Checkpoint, missing: set[str]) -> dict[str,
             if whole is None:
                 continue
             for leaf, source, (start, size) in taken_apart(tree, whole):
-                stored = _name_of(leaf)
+                stored = getattr(leaf, "name", "")
                 if stored not in missing or stored in found:
                     continue
                 if size:
@@ -147,11 +147,6 @@ def _like(source: Source | None, tree: Source) -> Source | None:
             return Transposed(source, (0, 2, 1))
     # Tables with other numbers of rows are the vocabulary's business.
     return source if source.shape[1:] == tree.shape[1:] else None
-
-
-def _name_of(leaf: Source) -> str:
-    name = getattr(leaf, "name", None)
-    return name if isinstance(name, str) else ""
 
 
 # Parts at the end of two names, such as ``dense.weight``, that two layers may have in common.

@@ -58,7 +58,8 @@ def passed_through(
         return layout, list(others)
     shapes = _shapes(held, adapters)
     try:
-        touched = _touched(_with_shapes(layout, codes, held, shapes), adapters)
+        probe = _with_shapes(layout, codes, held, shapes)
+        touched = {name for own in adapters for name in Adapter.of(own, probe).edits}
     except ResMergeError:
         return None  # said again, where adapters are put on the base
     packed = [name for name in held if name in touched and held[name] in codes.packed]
@@ -84,24 +85,30 @@ def passed_through(
         "changes them",
         kind=PACKED,
     )
-    return _carried(layout, others, parts) if whole else (layout, list(others))
+    if not whole:
+        return layout, list(others)
+    # The packed tensors are the base's, compared when they are read.
+    stored = {name: tree for name in parts if isinstance(tree := layout.trees[name], Stored)}
+    apart = [one for one in others if not isinstance(one, Adapter) and not is_bare_adapter(one)]
+    alike = {
+        name: Alike(tree, {one.id: one.trees[name] for one in apart})
+        for name, tree in stored.items()
+    }
+    return layout.with_trees({**layout.trees, **alike}), [
+        one.with_trees({**one.trees, **stored}) if one in apart else one for one in others
+    ]
 
 
 def _parts_of(layout: Checkpoint, codes: Iterable[str]) -> set[str]:
     """Return codes and what lies beside them: all of their modules but biases."""
     modules = {name.rpartition(".")[0] for name in codes}
-    return {
-        name
-        for name in layout.tensors
-        if not name.endswith("bias")
-        and any(around in modules for around in (name.rpartition(".")[0], _of_state(name)))
-    }
-
-
-def _of_state(name: str) -> str:
-    """Return the module of a tensor that bitsandbytes puts below its weight."""
-    module, weight, _ = name.partition(".weight.")
-    return module if weight else ""
+    found = set()
+    for name in layout.tensors:
+        # bitsandbytes puts a state's tensors below the weight.
+        above = name.partition(".weight.")[0] if ".weight." in name else ""
+        if not name.endswith("bias") and {name.rpartition(".")[0], above} & modules:
+            found.add(name)
+    return found
 
 
 def _differing(
@@ -127,21 +134,6 @@ def _differing(
             if not is_like:
                 found[name] = None
     return list(found)
-
-
-def _carried(
-    layout: Checkpoint, others: Sequence[Checkpoint], parts: Iterable[str]
-) -> tuple[Checkpoint, list[Checkpoint]]:
-    """Return base and experts of which the packed tensors are the base's, compared when read."""
-    packed = {name: tree for name in parts if isinstance(tree := layout.trees[name], Stored)}
-    whole = [one for one in others if not isinstance(one, Adapter) and not is_bare_adapter(one)]
-    alike = {
-        name: Alike(tree, {one.id: one.trees[name] for one in whole})
-        for name, tree in packed.items()
-    }
-    return layout.with_trees({**layout.trees, **alike}), [
-        one.with_trees({**one.trees, **packed}) if one in whole else one for one in others
-    ]
 
 
 def _shapes(held: Mapping[str, str], adapters: Iterable[Checkpoint]) -> dict[str, tuple[int, int]]:
@@ -180,8 +172,3 @@ def _with_shapes(
         else:
             trees[name] = tree
     return replace(readable, trees=trees)
-
-
-def _touched(probe: Checkpoint, adapters: Iterable[Checkpoint]) -> set[str]:
-    """Return the names of tensors that adapters change."""
-    return {name for own in adapters for name in Adapter.of(own, probe).edits}

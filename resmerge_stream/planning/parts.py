@@ -71,11 +71,21 @@ def _of_scheduler(env: Mapping[str, str], count: int | None) -> Part:
         count: how many parts there are, where the user says so; then a task's number is its part's.
     """
     if "SLURM_ARRAY_TASK_ID" in env:
-        return _of_array(env, count)
-    if (
-        "JOB_COMPLETION_INDEX" in env
-    ):  # an indexed Job of Kubernetes, which does not say of how many
-        if count is None:
+        number = _whole(env, "SLURM_ARRAY_TASK_ID")
+        if count is not None:
+            return Part(number, count)
+        first, last, step, tasks = (
+            _whole(env, f"SLURM_ARRAY_TASK_{what}") for what in ("MIN", "MAX", "STEP", "COUNT")
+        )
+        if not step or (last - first) // step + 1 != tasks or (number - first) % step:
+            raise RecipeError(
+                f"this array has {tasks} tasks from {first} to {last}, which are not evenly "
+                "spaced, so they do not say how many parts there are. Write auto/N.",
+                field="part",
+            )
+        return Part((number - first) // step, tasks)
+    if "JOB_COMPLETION_INDEX" in env:  # an indexed Job of Kubernetes
+        if count is None:  # which does not say of how many
             raise RecipeError(
                 "Kubernetes tells a Job's pod its number, but not how many there are: write "
                 "auto/N, with N as in the Job's completions.",
@@ -90,21 +100,6 @@ def _of_scheduler(env: Mapping[str, str], count: int | None) -> Part:
         "under srun, SLURM_PROCID are not set. Write the number, such as 0/4.",
         field="part",
     )
-
-
-def _of_array(env: Mapping[str, str], count: int | None) -> Part:
-    number = _whole(env, "SLURM_ARRAY_TASK_ID")
-    if count is not None:
-        return Part(number, count)
-    first, last = (_whole(env, f"SLURM_ARRAY_TASK_{end}") for end in ("MIN", "MAX"))
-    step, tasks = (_whole(env, f"SLURM_ARRAY_TASK_{what}") for what in ("STEP", "COUNT"))
-    if not step or (last - first) // step + 1 != tasks or (number - first) % step:
-        raise RecipeError(
-            f"this array has {tasks} tasks from {first} to {last}, which are not evenly spaced, so "
-            "they do not say how many parts there are. Write auto/N.",
-            field="part",
-        )
-    return Part((number - first) // step, tasks)
 
 
 def _whole(env: Mapping[str, str], name: str) -> int:

@@ -196,7 +196,18 @@ def _planned(plan: Plan, found: Findings, folder: Path | None, work_dir: str | P
     if not are_read:
         return plan  # tensor by tensor, only the same would be said again
     sets = match_tensors(layout, others, found, missing=plan.options.missing, tied=plan.left_out)
-    plan = _with_carried_rounded(replace(plan, left_out=sets.left_out), sets)
+    plan = replace(plan, left_out=sets.left_out)
+    if plan.base is not None:  # what was dequantised and no expert has gets the output's dtype
+        dtype = OUTPUT_DTYPES.get(recipe.dtype or "", OUTPUT_DTYPES["bfloat16"])
+        rounded = {
+            name: Rounded(tree, dtype)
+            for name, tree in plan.base.trees.items()
+            if name in sets.carried
+            and not isinstance(as_stored(tree), Stored | Alike)
+            and tree.dtype != dtype
+        }
+        if rounded:
+            plan = replace(plan, base=plan.base.with_trees({**plan.base.trees, **rounded}))
     if recipe.layers is not None and recipe.layers != (depth := depth_of(layout.tensors)):
         found.problem(
             f"the recipe takes layers 0 to {recipe.layers} of models that have {depth}. Dropping "
@@ -271,13 +282,24 @@ def _opened(
 ) -> Draft:
     recipe, limit = plan.recipe, plan.options.max_header_bytes
     refs = list(recipe.models)
-    other = _tokenizer_alone(plan)
+    merged, asked = [ref.place for ref in refs], plan.recipe.tokenizer
+    other: ModelRef | None = None  # opened for its tokenizer and nothing else
+    if plan.options.tokenizer_from is not None:
+        other = ModelRef.parse(plan.options.tokenizer_from)
+    elif asked is not None and isinstance(asked.source, ModelRef):
+        other = None if asked.source.place in merged else asked.source
     talks = chosen_alone(recipe.generation_config, recipe.models)
     refs += [ref for ref in (other, talks) if ref is not None]
     if len(commits) != len(refs):
         commits = [None] * len(refs)
 
-    known = {} if like is None else _opened_by(like)
+    known: dict[tuple[str, str | None, str | None], Checkpoint] = {}
+    there = [] if like is None else list(like.checkpoints)
+    if like is not None and len(there) == len(like.recipe.models):  # else some were not opened
+        if like.recipe.tokenizer is not None:
+            # Rows are matched by token once, from the tables as they are stored.
+            there = [one if isinstance(one, Adapter) else one.opened for one in there]
+        known = {ref.place: one for ref, one in zip(like.recipe.models, there, strict=True)}
 
     def attempt(ref: ModelRef, commit: str | None) -> Checkpoint | ResMergeError:
         there = known.get(ref.place)
@@ -329,28 +351,6 @@ def _opened(
         tokenizer=None if other is None else sources[len(recipe.models)],
         speaker=None if talks is None else sources[-1],
     )
-
-
-def _tokenizer_alone(plan: Draft) -> ModelRef | None:
-    """Return the model that is opened for its tokenizer and nothing else."""
-    if plan.options.tokenizer_from is not None:
-        return ModelRef.parse(plan.options.tokenizer_from)
-    asked = plan.recipe.tokenizer
-    if asked is None or not isinstance(asked.source, ModelRef):
-        return None
-    merged = [ref.place for ref in plan.recipe.models]
-    return None if asked.source.place in merged else asked.source
-
-
-def _opened_by(plan: Draft) -> dict[tuple[str, str | None, str | None], Checkpoint]:
-    """Return the checkpoints of a plan by id, revision and subfolder as written."""
-    refs, sources = plan.recipe.models, list(plan.checkpoints)
-    if len(refs) != len(sources):
-        return {}  # some could not be opened
-    if plan.recipe.tokenizer is not None:
-        # Rows are matched by token once, from the tables as they are stored.
-        sources = [s if isinstance(s, Adapter) else s.opened for s in sources]
-    return {ref.place: source for ref, source in zip(refs, sources, strict=True)}
 
 
 def _in_one_layout(plan: Plan, found: Findings) -> Plan:
@@ -413,22 +413,6 @@ def _in_one_layout(plan: Plan, found: Findings) -> Plan:
         matched=tuple(renamed),
         left_out=tables.left_out,
     )
-
-
-def _with_carried_rounded(plan: Plan, sets: TensorSets) -> Plan:
-    """Have dequantised tensors that no expert has written in the output's dtype."""
-    base = plan.base
-    if base is None:
-        return plan
-    dtype = OUTPUT_DTYPES.get(plan.recipe.dtype or "", OUTPUT_DTYPES["bfloat16"])
-    rounded = {
-        name: Rounded(tree, dtype)
-        for name, tree in base.trees.items()
-        if name in sets.carried
-        and not isinstance(as_stored(tree), Stored | Alike)
-        and tree.dtype != dtype
-    }
-    return replace(plan, base=base.with_trees({**base.trees, **rounded})) if rounded else plan
 
 
 def _tensors(plan: Plan, sets: TensorSets, dtypes: Mapping[str, str]) -> dict[str, PlannedTensor]:

@@ -489,6 +489,11 @@ def hash_of(draft: Draft) -> str:
     Folders count by their absolute paths, parameters with the method's defaults, and of the options
     those that change the output.
     """
+
+    def lasting(ref: ModelRef) -> str:
+        folder = Path(os.path.expanduser(ref.id))
+        return str(folder.resolve()) if os.path.isdir(folder) else str(ref)
+
     recipe = draft.recipe
     document = recipe.to_dict()
     if draft.method is not None:
@@ -496,17 +501,11 @@ def hash_of(draft: Draft) -> str:
     refs = [*recipe.experts, *([recipe.base] if recipe.base_listed else [])]
     for model, ref in zip(document["models"], refs, strict=True):
         if ref is not None:
-            model["model"] = _lasting_name(ref)
+            model["model"] = lasting(ref)
     if recipe.base is not None:
-        document["base_model"] = _lasting_name(recipe.base)
+        document["base_model"] = lasting(recipe.base)
     text = json.dumps([document, *draft.options.to_dict().values(), __version__], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _lasting_name(ref: ModelRef) -> str:
-    """Return a folder's absolute path, so that the working directory does not matter."""
-    folder = Path(os.path.expanduser(ref.id))
-    return str(folder.resolve()) if os.path.isdir(folder) else str(ref)
 
 
 def refused_plan(*problems: Notice) -> dict[str, Any]:

@@ -1,18 +1,33 @@
-"""Recipe files in mergekit's vocabulary: from a file, a text or plain data to a recipe."""
+"""Recipe files in mergekit's vocabulary: from a file, a text or plain data to a recipe.
+
+The keys of tokens and talk are read here too: tokenizer, chat template, generation config.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..errors import RecipeError, Remedy, listed, shown
 from ..methods import method_class
-from ..methods.settings import before, checked_weight, is_plain
-from ..recipe import DEFAULT_METHOD, ModelRef, Recipe, checked_dtype, parse_method
-from .levels import Entry, walked
+from ..methods.settings import before, checked_weight, is_plain, switch, whole_number
+from ..recipe import (
+    DEFAULT_METHOD,
+    ModelRef,
+    Recipe,
+    Tokenizer,
+    TokenRow,
+    checked_dtype,
+    parse_method,
+)
+from .chat_templates import TEMPLATES
+from .levels import walked
 from .recipe_text import MAX_CARD_BYTES, MAX_RECIPE_BYTES, document_of
-from .tokenizer_keys import chat_template_of, generation_config_of, tokenizer_of
 
 __all__ = ["MAX_RECIPE_BYTES", "load_recipe", "parse_recipe", "recipe_from_dict"]
+
+MAX_TOKENS = 10_000
+MAX_TEMPLATE = 20_000
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -67,7 +82,13 @@ def recipe_from_dict(document: object, *, where: str = "recipe") -> Recipe:
             f"not {type(document).__name__}."
         )
     is_named = "merge_method" in document
-    method, preset = _method(document["merge_method"]) if is_named else (DEFAULT_METHOD, {})
+    method, preset = DEFAULT_METHOD, dict[str, str]()
+    if is_named:
+        if not isinstance(document["merge_method"], str):
+            raise RecipeError(
+                f"merge_method must be a name, not {shown(document['merge_method'])}."
+            )
+        method, preset = parse_method(document["merge_method"])
     kind = method_class(method)
     said = walked(document, where, kind)
     bases = [ModelRef.parse(base) for base in said.bases]
@@ -77,7 +98,11 @@ def recipe_from_dict(document: object, *, where: str = "recipe") -> Recipe:
             f"{where} has no base_model: the model that the experts were trained from."
         )
     notes = list(said.notes)
-    models = [_model(entry) for entry in said.models]
+    models = []
+    for entry in said.models:
+        own = dict(entry.parameters)
+        weight = checked_weight(own.pop("weight")) if is_plain(own.get("weight")) else None
+        models.append(replace(ModelRef.parse(entry.model, weight=weight), parameters=own))
     experts = tuple(ref for ref in models if not _is(ref, base))
     listed_base = next((ref for ref in models if _is(ref, base)), None)
     parameters = preset | {
@@ -132,19 +157,111 @@ def recipe_from_dict(document: object, *, where: str = "recipe") -> Recipe:
     )
 
 
-def _method(name: object) -> tuple[str, dict[str, str]]:
-    """Return name and preset of a method."""
-    if not isinstance(name, str):
-        raise RecipeError(f"merge_method must be a name, not {shown(name)}.")
-    return parse_method(name)
-
-
-def _model(entry: Entry) -> ModelRef:
-    own = dict(entry.parameters)
-    weight = checked_weight(own.pop("weight")) if is_plain(own.get("weight")) else None
-    return replace(ModelRef.parse(entry.model, weight=weight), parameters=own)
-
-
 def _is(ref: ModelRef, other: ModelRef | None) -> bool:
     """Return whether two references name one model: an adapter on another base is another."""
     return other is not None and (ref.on, ref.place) == (other.on, other.place)
+
+
+def tokenizer_of(document: Mapping[Any, Any]) -> Tokenizer | None:
+    """Return what a recipe says of the tokenizer; None where the base's is copied as it is.
+
+    Raises:
+        RecipeError: a key or a value is wrong.
+    """
+    source, said = document.get("tokenizer_source"), document.get("tokenizer")
+    if source is not None and said is not None:
+        raise RecipeError("a recipe has either 'tokenizer_source' or 'tokenizer', not both.")
+    if source is not None:
+        return Tokenizer(_source(source))
+    if said is None:
+        return None
+    if not isinstance(said, Mapping):
+        raise RecipeError(
+            f"tokenizer must be a mapping with 'source' and 'tokens', not {shown(said)}."
+        )
+    known = ("source", "tokens", "pad_to_multiple_of")
+    if unknown := [key for key in said if key not in known]:
+        raise RecipeError(
+            f"unknown key {shown(unknown[0])} in 'tokenizer'; there are: {', '.join(known)}."
+        )
+    multiple = said.get("pad_to_multiple_of")
+    if multiple is not None and not 1 <= (whole_number(multiple) or 0) <= 1 << 16:
+        raise RecipeError(f"pad_to_multiple_of must be a whole number, not {shown(multiple)}.")
+    # mergekit's default of 'tokenizer' is union, of a recipe without it the base's.
+    source = _source(said.get("source", "union"))
+    tokens = {} if said.get("tokens") is None else said["tokens"]
+    if not isinstance(tokens, Mapping) or len(tokens) > MAX_TOKENS:
+        raise RecipeError(f"tokens must map tokens to their sources, not {shown(tokens)}.")
+    for token in tokens:
+        if not isinstance(token, str) or not token:
+            raise RecipeError(f"a token must be text, not {shown(token)}; put it in quotes.")
+    rows = tuple((token, _row(token, row)) for token, row in tokens.items())
+    return Tokenizer(source, rows, whole_number(multiple))
+
+
+def chat_template_of(document: Mapping[Any, Any]) -> str | None:
+    """Return a recipe's chat template: ``auto``, a name or Jinja; None where it says nothing.
+
+    Raises:
+        RecipeError: it is none of these.
+    """
+    template = document.get("chat_template")
+    if template is None:
+        return None
+    if not isinstance(template, str) or len(template) > MAX_TEMPLATE:
+        raise RecipeError(f"chat_template must be 'auto' or a template, not {shown(template)}.")
+    if template != "auto" and template not in TEMPLATES and "{" not in template:
+        raise RecipeError(
+            f"chat_template {shown(template)} is neither a template nor the name of one. There are "
+            f"{listed(TEMPLATES)}, and 'auto' for the one that most of the models have."
+        )
+    return template
+
+
+def generation_config_of(document: Mapping[Any, Any]) -> ModelRef | None:
+    """Return the model whose generation config a recipe takes; None where it says none.
+
+    Raises:
+        RecipeError: it is no model.
+    """
+    said = document.get("generation_config")
+    return None if said is None else ModelRef.parse(said)
+
+
+def _source(said: object) -> str | ModelRef:
+    if said in ("base", "union"):
+        return str(said)
+    return ModelRef.parse(said)
+
+
+def _row(token: object, said: object) -> TokenRow:
+    if not isinstance(said, Mapping) or set(said) - {"source", "force"}:
+        raise RecipeError(
+            f"token {shown(token)} must have 'source' and 'force', not {shown(said)}."
+        )
+    force = switch(said.get("force", False))
+    if force is None:
+        raise RecipeError(f"'force' of token {shown(token)} must be true or false.")
+    source = said.get("source")
+    if source is None:
+        if force:
+            raise RecipeError(f"token {shown(token)} has 'force', but no 'source' of its row.")
+        return TokenRow()
+    if isinstance(source, str) or (isinstance(source, Mapping) and "kind" not in source):
+        return TokenRow(ModelRef.parse(source), force=force)
+    if isinstance(source, Mapping) and source.get("kind") == "zero" and len(source) == 1:
+        return TokenRow(zero=True, force=force)
+    if isinstance(source, Mapping) and source.get("kind") == "model_token":
+        other, number = source.get("token"), whole_number(source.get("token_id"))
+        is_one = (
+            isinstance(other, str)
+            if source.get("token_id") is None
+            else other is None and number is not None and number >= 0
+        )
+        if is_one and not set(source) - {"kind", "model", "token", "token_id"}:
+            model = ModelRef.parse(source.get("model"))
+            return TokenRow(model, token=other, token_id=number, force=force)
+    raise RecipeError(
+        f"the source of token {shown(token)} must be a model, '{{kind: zero}}', or '{{kind: "
+        f"model_token, model: …, token: …}}', not {shown(source)}."
+    )

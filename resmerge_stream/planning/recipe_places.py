@@ -34,7 +34,13 @@ def recipe_at(place: str, *, token: str | bool | None = None) -> Recipe:
     """
     path = Path(os.path.expanduser(place)) if "\x00" not in place else Path("\x01")
     if path.is_dir():
-        return placed(_chosen(_in_folder(path), place), places_of(path))
+        files: dict[str, bytes] = {}
+        for name in (*_FILES, _CARD):
+            if (path / name).is_file():
+                with (path / name).open("rb") as file:
+                    data = file.read(_limit(name) + 1)
+                files |= {name: data} if len(data) <= _limit(name) else {}
+        return placed(_chosen(files, place), places_of(path))
     is_address = place.startswith(("https://", "http://"))
     if path.exists() or (place.endswith(_ENDINGS) and not is_address):
         return load_recipe(path)
@@ -55,34 +61,6 @@ def recipe_on_the_hub(ref: ModelRef, *, token: str | bool | None = None) -> Reci
         RecipeError: there is none, several, or one that is wrong.
         StoppedError: the Hub kept failing.
     """
-    return _chosen(_on_the_hub(ref, token), str(ref))
-
-
-def _chosen(files: Mapping[str, bytes], place: str) -> Recipe:
-    """Return the recipe that some of a model's files hold."""
-    for name in files:
-        if name != _CARD:
-            return parse_recipe(files[name], where=f"{name} of {place}")
-    card = files.get(_CARD, b"").decode("utf-8", "replace")
-    if not recipes_in_card(card):
-        raise RecipeError(
-            f"{shown(place)} holds no recipe: neither mergekit_config.yml nor one in its card.",
-            Remedy.GIVE_MODELS,
-        )
-    return parse_recipe(card, where=f"the card of {place}")
-
-
-def _in_folder(folder: Path) -> dict[str, bytes]:
-    found = {}
-    for name in (*_FILES, _CARD):
-        limit = MAX_CARD_BYTES if name == _CARD else MAX_RECIPE_BYTES
-        if (folder / name).is_file():
-            with (folder / name).open("rb") as file:
-                found[name] = file.read(limit + 1)
-    return {name: data for name, data in found.items() if len(data) <= _limit(name)}
-
-
-def _on_the_hub(ref: ModelRef, token: str | bool | None) -> dict[str, bytes]:
     from ..hub.client import client
     from ..hub.repo import HubRepo, listed
 
@@ -103,8 +81,22 @@ def _on_the_hub(ref: ModelRef, token: str | bool | None) -> dict[str, bytes]:
     for name in names:
         known = there.get(top + name)
         if known is not None and (known.size or 0) <= _limit(name):
-            return {name: repo.read(top + name, info)}
-    return {}
+            return _chosen({name: repo.read(top + name, info)}, str(ref))
+    return _chosen({}, str(ref))
+
+
+def _chosen(files: Mapping[str, bytes], place: str) -> Recipe:
+    """Return the recipe that some of a model's files hold."""
+    for name in files:
+        if name != _CARD:
+            return parse_recipe(files[name], where=f"{name} of {place}")
+    card = files.get(_CARD, b"").decode("utf-8", "replace")
+    if not recipes_in_card(card):
+        raise RecipeError(
+            f"{shown(place)} holds no recipe: neither mergekit_config.yml nor one in its card.",
+            Remedy.GIVE_MODELS,
+        )
+    return parse_recipe(card, where=f"the card of {place}")
 
 
 def _limit(name: str) -> int:

@@ -85,8 +85,21 @@ class Resolver:
         if self.kind.weighted:
             self.weight = given.pop(self.kind.weight_key, None)
         self.shared = settled(self.kind, given)
+        each = [key for key, item in parameter_fields(self.kind).items() if item.metadata["each"]]
+        known = [*([self.kind.weight_key] if self.kind.weighted else []), *each]
         for ref in self.recipe.models:
-            self._check_own(ref)
+            theirs = [*([] if ref.weight is None else ["weight"]), *ref.parameters]
+            if not self.kind.weighted and "weight" in theirs:
+                raise RecipeError(
+                    f"{self.kind.name} takes no weight for each model: it finds its own. Leave "
+                    "'weight' out, or use task_arithmetic, mean or linear."
+                )
+            if strange := [key for key in theirs if key not in known]:
+                raise RecipeError(
+                    f"{shown(strange[0])} is not a parameter that {self.kind.name} has for each "
+                    f"model; there are: {listed(known) if known else 'none'}. What holds for the "
+                    "whole merge stands under the recipe's 'parameters'."
+                )
 
     def at(self, tensor: str = "", depth: float = 0.0) -> Chosen:
         """Return what merges a tensor.
@@ -123,9 +136,11 @@ class Resolver:
         own_weight = self._weight(base, tensor, depth) if base is not None and takes_part else None
         place = (tuple(values.items()), weights, own_weight)
         if place not in self._made:
-            self._made[place] = self._checked(
-                Chosen(build_method(self.recipe.method, values), weights, own_weight)
-            )
+            chosen = Chosen(build_method(self.recipe.method, values), weights, own_weight)
+            all_weights = weights if own_weight is None else (own_weight, *weights)
+            if problem := chosen.method.check_weights(all_weights):
+                raise RecipeError(problem)
+            self._made[place] = chosen
         return self._made[place]
 
     @property
@@ -166,31 +181,6 @@ class Resolver:
         joined = self.weight if setting is None else before(setting, self.weight)
         value = _value(joined, tensor, depth, checked_weight)
         return 1.0 if value is None else float(value)
-
-    def _check_own(self, ref: ModelRef) -> None:
-        each = [key for key, item in parameter_fields(self.kind).items() if item.metadata["each"]]
-        known = [*([self.kind.weight_key] if self.kind.weighted else []), *each]
-        given = [*([] if ref.weight is None else ["weight"]), *ref.parameters]
-        if not self.kind.weighted and "weight" in given:
-            raise RecipeError(
-                f"{self.kind.name} takes no weight for each model: it finds its own. Leave "
-                "'weight' out, or use task_arithmetic, mean or linear."
-            )
-        for key in given:
-            if key not in known:
-                raise RecipeError(
-                    f"{shown(key)} is not a parameter that {self.kind.name} has for each model; "
-                    f"there are: {listed(known) if known else 'none'}. What holds for the whole "
-                    "merge stands under the recipe's 'parameters'."
-                )
-
-    def _checked(self, chosen: Chosen) -> Chosen:
-        weights = chosen.weights
-        if chosen.base_weight is not None:
-            weights = (chosen.base_weight, *weights)
-        if problem := chosen.method.check_weights(weights):
-            raise RecipeError(problem)
-        return chosen
 
 
 def check_count(recipe: Recipe, kind: type[MergeMethod]) -> None:

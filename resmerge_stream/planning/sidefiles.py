@@ -267,7 +267,10 @@ def _with_named(checkpoint: Checkpoint, names: set[str], *texts: str) -> list[st
         names.add(name)
         if _NAMING.fullmatch(name):
             text = checkpoint.read_small(name).decode("utf-8", "replace")
-            more = {*_named_in(text, there), *_imported_in(text, there, name)}
+            folder = name[: name.rfind("/") + 1]  # code imports what lies beside it
+            imported = _IMPORTED.findall(text) if name.endswith(".py") else ()
+            more = {f"{folder}{module}.py" for module in imported} & there
+            more |= {*_named_in(text, there)}
             unread += more - names - set(unread)
     return sorted(names)
 
@@ -280,15 +283,6 @@ def _named_in(text: str, there: Collection[str]) -> Iterator[str]:
         code = f"{quoted.rpartition('--')[2].partition('.')[0]}.py"
         if code in there and "." in quoted:
             yield code
-
-
-def _imported_in(text: str, there: Collection[str], name: str) -> Iterator[str]:
-    """Yield the files beside a file of code that it imports."""
-    folder = name.rpartition("/")[0]
-    for module in _IMPORTED.findall(text) if name.endswith(".py") else ():
-        path = f"{folder}/{module}.py" if folder else f"{module}.py"
-        if path in there:
-            yield path
 
 
 def output_config(
@@ -317,4 +311,9 @@ def output_config(
         config["dtype"] = name
     if dtype == FP8:
         config["quantization_config"] = fp8_config(base, written or {})
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return json_file(config)
+
+
+def json_file(document: Mapping[str, Any]) -> bytes:
+    """Return the content of a JSON file as transformers writes it."""
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

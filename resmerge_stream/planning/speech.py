@@ -4,7 +4,6 @@ The base's, unless somebody else's are asked for. A base without a chat template
 where all experts that have a tokenizer have the same template and special tokens, it is theirs.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,7 @@ from ..sources.checkpoint import Checkpoint
 from ..sources.format import parse_object
 from .chat_templates import TEMPLATES
 from .planned import Plan, TokenFiles
-from .sidefiles import vocabulary_files
+from .sidefiles import json_file, vocabulary_files
 from .tokens import CONFIG, chat_template, read_tokens, special_tokens, with_template
 from .vocabulary import GENERATION, with_numbers
 
@@ -41,13 +40,18 @@ def with_speech(plan: Plan, found: Findings) -> Plan:
         CheckpointFormatError: a file that says one of these is none.
     """
     layout, template = plan.layout, plan.recipe.chat_template
-    others = [one for one in plan.experts[plan.base is None :] if _has_voice(one)]
+    # An adapter talks as its base does.
+    experts = plan.experts[plan.base is None :]
+    others = [one for one in experts if not isinstance(one, Adapter) and vocabulary_files(one)]
     is_asked = plan.recipe.tokenizer is not None or plan.tokenizer is not None
     leader = None if is_asked or template is not None else _leader(layout, others)
     files = plan.token_files or TokenFiles(leader or plan.tokenizer or layout)
     if template is not None:
         files = _with_template(plan, files, template, found)
-    chosen = _chosen(plan)
+    ref, places = plan.recipe.generation_config, [one.place for one in plan.recipe.models]
+    chosen = None if ref is None else plan.speaker
+    if ref is not None and ref.place in places:
+        chosen = list(plan.checkpoints)[places.index(ref.place)]
     speaker = chosen or leader
     if (
         leader is not None
@@ -59,7 +63,12 @@ def with_speech(plan: Plan, found: Findings) -> Plan:
         found.problem(f"{chosen.id} has no {GENERATION}, which the recipe takes from it.")
         return plan
     if speaker is not None and GENERATION in speaker.small_files:
-        files = replace(files, files={**files.files, GENERATION: _generation(speaker, files)})
+        data = speaker.read_small(GENERATION)
+        tokens = read_tokens(speaker) if files.numbers else None
+        if tokens is not None:  # they may have other numbers in the merge
+            settings = parse_object(data, where=f"{GENERATION} of {speaker.id}")
+            data = json_file(with_numbers(settings, tokens.numbers, files.numbers))
+        files = replace(files, files={**files.files, GENERATION: data})
     if _place(files.origin) != _place(layout):
         files = _agreeing(plan, files, found, is_chosen=chosen is not None)
     if leader is not None:
@@ -81,20 +90,6 @@ def chosen_alone(recipe_ref: ModelRef | None, models: Iterable[ModelRef]) -> Mod
     return None if recipe_ref is None or recipe_ref.place in places else recipe_ref
 
 
-def _chosen(plan: Plan) -> Checkpoint | None:
-    """Return the model whose generation config is asked for."""
-    ref = plan.recipe.generation_config
-    if ref is None:
-        return None
-    places = [one.place for one in plan.recipe.models]
-    return list(plan.checkpoints)[places.index(ref.place)] if ref.place in places else plan.speaker
-
-
-def _has_voice(one: Checkpoint) -> bool:
-    """Return whether a model says itself how it talks: an adapter does as its base."""
-    return not isinstance(one, Adapter) and bool(vocabulary_files(one))
-
-
 def _place(one: Checkpoint) -> tuple[str, str | None, str | None]:
     return one.id, one.revision, one.subfolder
 
@@ -114,16 +109,6 @@ def _settings(one: Checkpoint) -> dict[str, Any]:
         return {}
     said = parse_object(one.read_small(GENERATION), where=f"{GENERATION} of {one.id}")
     return {key: value for key, value in said.items() if key not in _BOOKKEEPING}
-
-
-def _generation(speaker: Checkpoint, files: TokenFiles) -> bytes:
-    """Return a model's generation config, its tokens where they are in the merge."""
-    data = speaker.read_small(GENERATION)
-    tokens = read_tokens(speaker) if files.numbers else None
-    if tokens is None:
-        return data
-    said = parse_object(data, where=f"{GENERATION} of {speaker.id}")
-    return _written(with_numbers(said, tokens.numbers, files.numbers))
 
 
 def _agreeing(plan: Plan, files: TokenFiles, found: Findings, *, is_chosen: bool) -> TokenFiles:
@@ -165,7 +150,7 @@ def _agreeing(plan: Plan, files: TokenFiles, found: Findings, *, is_chosen: bool
         )
     if is_chosen or written == generation:
         return replace(files, ids=ids)
-    return replace(files, ids=ids, files={**files.files, GENERATION: _written(written)})
+    return replace(files, ids=ids, files={**files.files, GENERATION: json_file(written)})
 
 
 def _number_in(config: Mapping[str, Any], key: str) -> Any:
@@ -176,10 +161,6 @@ def _number_in(config: Mapping[str, Any], key: str) -> Any:
 
 def _several(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
-
-
-def _written(document: Mapping[str, Any]) -> bytes:
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _with_template(plan: Plan, files: TokenFiles, template: str, found: Findings) -> TokenFiles:

@@ -139,24 +139,15 @@ def check_publication(
     found.warnings += target.found.warnings
     if card:
         found.problem(card)
-    if out is None:
-        _check_work_disk(plan, largest, work_dir, found)
-
-
-def _check_work_disk(
-    plan: Plan,
-    largest: int,
-    work_dir: str | Path | None,
-    found: Findings,
-) -> None:
-    """Refuse a disk too small for the shards that wait on it: one for each process, if any."""
+    if out is not None:
+        return
+    # The shards that wait on the disk: one for each process, if any.
     folder = work_folder(plan.plan_hash, None, plan.publication, work_dir)
     if plan.machine is None:
         _check_writable(folder, Remedy.ANOTHER_WORK_DIR, found)
     free = plan.machine.disk_bytes if plan.machine is not None else free_disk(folder)
     sharing = machine_share()[1] if plan.machine is None else 1
-    needed = min(largest * sharing, plan.peak_disk_bytes)
-    if needed > free:
+    if min(largest * sharing, plan.peak_disk_bytes) > free:
         found.problem(
             f"shards of {format_size(largest)} wait on the disk of {str(folder)!r} before they are "
             f"sent, but it has {format_size(free)} free.",

@@ -46,9 +46,22 @@ def with_tables(layout: Checkpoint, experts: Sequence[Checkpoint], found: Findin
     if embedding is None:
         return Tables(layout, models)
     left_out = dict(_biases_twice(layout, models))
-    names = dict.fromkeys([*copies_of(layout, embedding), *_heads_of(models, embedding)])
-    if not any(map(_is_head, names)):
-        _check_headless(layout, models, found)
+    heads = [
+        name
+        for model in models
+        if embedding in model.tensors
+        for name in copies_of(model, embedding)
+        if _is_head(name)
+    ]
+    names = dict.fromkeys([*copies_of(layout, embedding), *heads])
+    if not any(map(_is_head, names)) and is_tied(layout.config) is not False:
+        for model in models:
+            if is_tied(model.config) is False:
+                found.problem(
+                    f"{model.id} has no LM head, though its config says that it has one of its own "
+                    f"(tie_word_embeddings is {False!r}, in {layout.id} it is "
+                    f"{is_tied(layout.config)!r}). Give a complete checkpoint, or mend its config."
+                )
     for name in names:
         is_there, is_head = name in layout.tensors, _is_head(name)
         ours = is_tied(layout.config) if is_head else None
@@ -92,13 +105,6 @@ def _common_embedding(layout: Checkpoint, experts: Sequence[Checkpoint]) -> str 
     return next(iter(everywhere), first)
 
 
-def _heads_of(models: Sequence[Checkpoint], embedding: str) -> Iterator[str]:
-    """Yield the heads that experts have beside the layout's embedding."""
-    for model in models:
-        if embedding in model.tensors:
-            yield from filter(_is_head, copies_of(model, embedding))
-
-
 def _is_head(name: str) -> bool:
     return role_of(name, (2, 2)) is Role.HEAD
 
@@ -117,17 +123,6 @@ def _with_alias(model: Checkpoint, name: str, embedding: str, found: Findings) -
         return model  # it has a head by its config, and lacks it: that is said of any tensor
     found.warning(f"{model.id} ties {name} to {embedding}, which stands for both", kind=TIED)
     return with_own(model, name, embedding)
-
-
-def _check_headless(layout: Checkpoint, models: Sequence[Checkpoint], found: Findings) -> None:
-    """Refuse a model that has a head by its config and stores none, where the others are tied."""
-    for model in models:
-        if is_tied(model.config) is False and is_tied(layout.config) is not False:
-            found.problem(
-                f"{model.id} has no LM head, though its config says that it has one of its own "
-                f"(tie_word_embeddings is {False!r}, in {layout.id} it is "
-                f"{is_tied(layout.config)!r}). Give a complete checkpoint, or mend its config."
-            )
 
 
 def _biases_twice(layout: Checkpoint, models: Sequence[Checkpoint]) -> Iterator[tuple[str, str]]:

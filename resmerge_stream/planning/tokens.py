@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import CheckpointFormatError, listed
 from ..sources.checkpoint import Checkpoint
 from ..sources.format import parse_object
-from .sidefiles import same_small_file, vocabulary_files
+from .sidefiles import json_file, same_small_file, vocabulary_files
 
 FILE, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 ADDED, MAP, SENTENCES = "added_tokens.json", "special_tokens_map.json", "tokenizer.model"
@@ -261,10 +261,10 @@ def with_tokens(tokens: Tokens, more: Iterable[Mapping[str, Any]]) -> dict[str, 
         numbers |= {entry["content"]: entry["id"] for entry in extra}
         every = [*tokens.added.values(), *extra]
         config = _config_with({"added_tokens_decoder": {}} | dict(tokens.config), every)
-        return {ADDED: _json(numbers), CONFIG: _json(config)}
+        return {ADDED: json_file(numbers), CONFIG: json_file(config)}
     document = {**tokens.document, "added_tokens": [*tokens.added.values(), *extra]}
     document["added_tokens"].sort(key=lambda entry: entry["id"])
-    return {FILE: _json(document), CONFIG: _json(_config_with(tokens.config, extra))}
+    return {FILE: json_file(document), CONFIG: json_file(_config_with(tokens.config, extra))}
 
 
 def without_tokens(tokens: Tokens, gone: Collection[str]) -> Tokens | None:
@@ -320,7 +320,7 @@ def with_template(config: bytes | None, template: str) -> dict[str, bytes]:
     files = {TEMPLATE: template.encode()}
     if config is not None:
         said = {k: v for k, v in parse_object(config, where=CONFIG).items() if k != "chat_template"}
-        files[CONFIG] = _json(said)
+        files[CONFIG] = json_file(said)
     return files
 
 
@@ -368,7 +368,3 @@ def _json_file(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
     if name not in checkpoint.small_files:
         return None
     return parse_object(checkpoint.read_small(name), where=f"{name} of {checkpoint.id}")
-
-
-def _json(document: Mapping[str, Any]) -> bytes:
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

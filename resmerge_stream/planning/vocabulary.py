@@ -4,21 +4,21 @@ The rules are mergekit's (0.1.5). A row that a model lacks is that of the one mo
 token, else the base's, else the mean of those that have it; zeros where none has.
 """
 
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointFormatError, Findings, Remedy, listed, shown
 from ..maths.lazy import np
-from ..recipe import ModelRef, TokenRow
+from ..recipe import ModelRef
 from ..roles import Role, role_of
 from ..sources.adapter import Adapter
 from ..sources.checkpoint import Checkpoint
 from ..sources.format import parse_object
 from ..sources.mapped import MEAN_OF_ALL, MEAN_OF_SOME, ZERO, Mapped
+from ..sources.tables import is_embedding
 from .planned import Plan, TokenFiles
-from .sidefiles import vocabulary_files
+from .sidefiles import json_file, vocabulary_files
 from .tokens import (
     OTHERS,
     Tokens,
@@ -38,7 +38,6 @@ MAX_REMOTE_RUNS = 2000
 # Kind of the warning that a model says nothing of its tokens.
 NO_TOKENS = "no-tokens"
 GENERATION = "generation_config.json"
-_NOT_TOKENS = ("position", "token_type", "patch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +69,103 @@ def with_vocabulary(plan: Plan, found: Findings) -> Plan:
         CheckpointFormatError: a tokenizer cannot be read.
     """
     asked = plan.recipe.tokenizer
-    if asked is not None:
-        if plan.options.tokenizer_from is not None:
-            found.problem(
-                "the recipe says which tokenizer the merge has, and an option names another one; "
-                "leave one of them out."
+    if asked is None:
+        return plan
+    if plan.options.tokenizer_from is not None:
+        found.problem(
+            "the recipe says which tokenizer the merge has, and an option names another one; "
+            "leave one of them out."
+        )
+        return plan
+    checkpoints = list(plan.checkpoints)
+    layout, tables = checkpoints[0], list(_tables(checkpoints[0]))
+    first = read_tokens(layout)
+    if first is None or not tables:
+        lacks = "table of tokens" if not tables else "tokenizer files that say its tokens"
+        advice = "" if not tables else " Put the tokenizer.json of its tokenizer into its folder."
+        found.problem(f"{layout.id} has no {lacks}, so that none can be matched.{advice}")
+        return plan
+    tokens = [
+        first if same_vocabulary(layout, checkpoint) else read_tokens(checkpoint)
+        for checkpoint in checkpoints
+    ]
+    _say_unknown(checkpoints, layout, found)
+    known = [
+        _known(checkpoint, own or first, tables, found)
+        for checkpoint, own in zip(checkpoints, tokens, strict=True)
+    ]
+    made = _output_tokens(plan, first, [own or first for own in tokens], known, found)
+    if made is None:
+        return plan
+    names, files = made
+    multiple = asked.pad_to_multiple_of or 1
+    size = -(-_last(names) // multiple) * multiple
+    if size > _last(names) and any(checkpoint.is_remote for checkpoint in checkpoints):
+        found.problem(
+            "pad_to_multiple_of fills rows with the mean of a whole table, which is not read over "
+            "the network for that. Download the models first and give their folders."
+        )
+    said = _rows_said(plan, known, found)
+    if found.problems:
+        return plan
+    views: list[dict[str, Mapped]] = [{} for _ in checkpoints]
+    for name in tables:
+        having = [i for i, one in enumerate(checkpoints) if name in one.tensors]
+        trees = [checkpoints[i].trees[name] for i in having]
+        dtypes = {tree.dtype for tree in trees}
+        dtype = trees[0].dtype if len(dtypes) == 1 else "F32"
+        has_base = plan.base is not None and having[0] == 0
+        numbers = [known[i].numbers for i in having]
+        in_table = {  # by the models' numbers among those that have it
+            token: one if one.model is None else replace(one, model=having.index(one.model))
+            for token, one in said.items()
+            if one.model is None or one.model in having
+        }
+        chosen = _rows_of(names, numbers, in_table, size, has_base=has_base)
+        for number, tree, (which, row, means) in zip(having, trees, chosen, strict=True):
+            views[number][name] = Mapped(tree, trees, which, row, means, dtype)
+    for own in known:
+        if lost := [token for token in own.numbers if token not in names]:
+            found.warning(
+                f"{len(lost)} token(s) of {own.checkpoint.id} are not in the merge: "
+                f"{listed(lost, limit=5)}"
             )
-            return plan
-        plan = _matched(plan, found)
-    return plan
+    if new := [token for token in names if token not in known[0].numbers]:
+        found.warning(
+            f"{len(new)} token(s) of the merge are not in {layout.id}: {listed(new, limit=5)}"
+        )
+    for one, view in zip(checkpoints, views, strict=True):
+        runs = sum(1 for mapped in view.values() for _ in mapped.runs(0, mapped.shape[0]))
+        if one.is_remote and runs > MAX_REMOTE_RUNS:
+            found.problem(
+                f"the tokens of {one.id} are in another order than the merge's, so that its tables "
+                f"would be read in {runs} requests. Download it first and give its folder."
+            )
+    seen: list[Checkpoint] = []
+    for one, own, view in zip(checkpoints, known, views, strict=True):
+        if isinstance(one, Adapter):
+            moved = [n for n, base in views[0].items() if n in one.edits and not base.is_own]
+            if moved:
+                found.problem(
+                    f"{one.id} changes {listed(moved)}, and the merge's tokens have other rows "
+                    "than the base's. Merge that adapter into its base first (peft: "
+                    "merge_and_unload)."
+                )
+            seen.append(one if found.problems else Adapter.of(one.opened, seen[0]))
+            continue
+        config = _config(one.config, size, own.numbers, names)
+        seen.append(one.with_trees({**one.trees, **view}, config=config))
+    if GENERATION in layout.small_files:  # its special tokens are where they are now
+        was = parse_object(layout.read_small(GENERATION), where=f"{GENERATION} of {layout.id}")
+        now = with_numbers(was, known[0].numbers, names)
+        if now != was:
+            files = replace(files, files={**files.files, GENERATION: json_file(now)})
+    return replace(
+        plan,
+        base=None if plan.base is None else seen[0],
+        experts=tuple(seen[plan.base is not None :]),
+        token_files=replace(files, numbers=names),
+    )
 
 
 def check_rows(plan: Plan, found: Findings) -> None:
@@ -193,77 +280,6 @@ def _say_unknown(models: Iterable[Checkpoint], known: Checkpoint, found: Finding
             )
 
 
-def _matched(plan: Plan, found: Findings) -> Plan:
-    checkpoints = list(plan.checkpoints)
-    layout, tables = checkpoints[0], list(_tables(checkpoints[0]))
-    first = read_tokens(layout)
-    if first is None or not tables:
-        lacks = "table of tokens" if not tables else "tokenizer files that say its tokens"
-        advice = "" if not tables else " Put the tokenizer.json of its tokenizer into its folder."
-        found.problem(f"{layout.id} has no {lacks}, so that none can be matched.{advice}")
-        return plan
-    tokens = [
-        first if same_vocabulary(layout, checkpoint) else read_tokens(checkpoint)
-        for checkpoint in checkpoints
-    ]
-    _say_unknown(checkpoints, layout, found)
-    known = [
-        _known(checkpoint, own or first, tables, found)
-        for checkpoint, own in zip(checkpoints, tokens, strict=True)
-    ]
-    made = _output_tokens(plan, first, [own or first for own in tokens], known, found)
-    if made is None:
-        return plan
-    names, files = made
-    size = _size(plan, names, found)
-    said = _rows_said(plan, known, found)
-    if found.problems:
-        return plan
-    views: list[dict[str, Mapped]] = [{} for _ in checkpoints]
-    for name in tables:
-        having = [i for i, one in enumerate(checkpoints) if name in one.tensors]
-        trees = [checkpoints[i].trees[name] for i in having]
-        dtypes = {tree.dtype for tree in trees}
-        dtype = trees[0].dtype if len(dtypes) == 1 else "F32"
-        has_base = plan.base is not None and having[0] == 0
-        numbers = [known[i].numbers for i in having]
-        chosen = _rows_of(names, numbers, _in_table(said, having), size, has_base=has_base)
-        for number, tree, (which, row, means) in zip(having, trees, chosen, strict=True):
-            views[number][name] = Mapped(tree, trees, which, row, means, dtype)
-    _say(known, names, found)
-    _check_runs(checkpoints, views, found)
-    seen: list[Checkpoint] = []
-    for one, own, view in zip(checkpoints, known, views, strict=True):
-        if isinstance(one, Adapter):
-            _check_adapter(one, views[0], found)
-            seen.append(one if found.problems else Adapter.of(one.opened, seen[0]))
-            continue
-        config = _config(one.config, size, own.numbers, names)
-        seen.append(one.with_trees({**one.trees, **view}, config=config))
-    return replace(
-        plan,
-        base=None if plan.base is None else seen[0],
-        experts=tuple(seen[plan.base is not None :]),
-        token_files=replace(
-            _with_generation(files, layout, known[0].numbers, names), numbers=names
-        ),
-    )
-
-
-def _size(plan: Plan, names: Mapping[str, int], found: Findings) -> int:
-    """Return how many rows the merge's tables have."""
-    asked = plan.recipe.tokenizer
-    size = _last(names)
-    multiple = (asked.pad_to_multiple_of if asked else None) or 1
-    padded = -(-size // multiple) * multiple
-    if padded > size and any(checkpoint.is_remote for checkpoint in plan.checkpoints):
-        found.problem(
-            "pad_to_multiple_of fills rows with the mean of a whole table, which is not read over "
-            "the network for that. Download the models first and give their folders."
-        )
-    return padded
-
-
 def _last(names: Mapping[str, int]) -> int:
     """Return how many rows the tokens need: numbers may be left free between them."""
     return max(max(names.values()) + 1, len(names))
@@ -280,7 +296,11 @@ def _rows_said(plan: Plan, known: Sequence[_Known], found: Findings) -> dict[str
                 said[token] = _Said(None, 0, row.force)
             continue
         at = places.get(row.model.place)
-        number = None if at is None else _number(row, token, known[at])
+        number = None
+        if at is not None and row.token_id is None:
+            number = known[at].numbers.get(row.token if row.token is not None else token)
+        elif at is not None and row.token_id is not None and row.token_id < known[at].rows:
+            number = row.token_id
         if number is None:
             why = "is not merged here" if at is None else "has no such row"
             found.problem(f"token {shown(token)} takes its row from {row.model}, which {why}.")
@@ -288,46 +308,13 @@ def _rows_said(plan: Plan, known: Sequence[_Known], found: Findings) -> dict[str
     return said
 
 
-def _in_table(said: Mapping[str, _Said], having: Sequence[int]) -> dict[str, _Said]:
-    """Return what is said of tokens, with the models' numbers among those that have a table."""
-    return {
-        token: one if one.model is None else replace(one, model=having.index(one.model))
-        for token, one in said.items()
-        if one.model is None or one.model in having
-    }
-
-
-def _check_adapter(adapter: Adapter, views: Mapping[str, Mapped], found: Findings) -> None:
-    """Refuse an adapter that changes tables whose rows are no longer where they were."""
-    moved = [name for name, view in views.items() if name in adapter.edits and not view.is_own]
-    if moved:
-        found.problem(
-            f"{adapter.id} changes {listed(moved)}, and the merge's tokens have other rows than "
-            "the base's. Merge that adapter into its base first (peft: merge_and_unload)."
-        )
-
-
-def _with_generation(
-    files: TokenFiles, layout: Checkpoint, old: Mapping[str, int], new: Mapping[str, int]
-) -> TokenFiles:
-    """Return the files with a generation config whose special tokens are where they are now."""
-    if GENERATION not in layout.small_files:
-        return files
-    said = parse_object(layout.read_small(GENERATION), where=f"{GENERATION} of {layout.id}")
-    moved = with_numbers(said, old, new)
-    if moved == said:
-        return files
-    written = (json.dumps(moved, indent=2, ensure_ascii=False) + "\n").encode()
-    return replace(files, files={**files.files, GENERATION: written})
-
-
 def _tables(layout: Checkpoint) -> Iterator[str]:
     """Yield the tensors with a row for each token."""
     sizes = []
     for name, stored in layout.tensors.items():
-        role = role_of(name, stored.spec.shape)
-        is_table = role is Role.EMBEDDING and not any(word in name for word in _NOT_TOKENS)
-        if is_table or (role is Role.HEAD and name.rsplit(".", 2)[-2:-1] != ["score"]):
+        is_head = role_of(name, stored.spec.shape) is Role.HEAD
+        is_table = is_embedding(name, stored.spec.shape)
+        if is_table or (is_head and name.rsplit(".", 2)[-2:-1] != ["score"]):
             sizes.append(stored.spec.shape[0])
             yield name
         elif name.endswith("lm_head.bias") and stored.spec.shape[0] in sizes:
@@ -425,13 +412,6 @@ def _add_others(
         extra[token] = {**entry, "id": names[token]}
 
 
-def _number(row: TokenRow, token: str, model: _Known) -> int | None:
-    """Return the row of a model that a token is given; None where there is none."""
-    if row.token_id is not None:
-        return row.token_id if row.token_id < model.rows else None
-    return model.numbers.get(row.token if row.token is not None else token)
-
-
 _Chosen = tuple["NDArray[np.int64]", "NDArray[np.int64]", dict[int, list[tuple[int, int]]]]
 
 
@@ -476,36 +456,6 @@ def _rows_of(
     row = np.where(lacking, donated, theirs)
     which[:, _last(names) :], row[:, _last(names) :] = MEAN_OF_ALL, 0
     return [(which[i], row[i], means) for i in range(len(models))]
-
-
-def _say(known: Sequence[_Known], names: Mapping[str, int], found: Findings) -> None:
-    """Say what becomes of the models' tokens."""
-    for one in known:
-        lost = [token for token in one.numbers if token not in names]
-        if lost:
-            found.warning(
-                f"{len(lost)} token(s) of {one.checkpoint.id} are not in the merge: "
-                f"{listed(lost, limit=5)}"
-            )
-    new = [token for token in names if token not in known[0].numbers]
-    if new:
-        found.warning(
-            f"{len(new)} token(s) of the merge are not in {known[0].checkpoint.id}: "
-            f"{listed(new, limit=5)}"
-        )
-
-
-def _check_runs(
-    checkpoints: Sequence[Checkpoint], views: Sequence[Mapping[str, Mapped]], found: Findings
-) -> None:
-    for checkpoint, view in zip(checkpoints, views, strict=True):
-        runs = sum(1 for mapped in view.values() for _ in mapped.runs(0, mapped.shape[0]))
-        if checkpoint.is_remote and runs > MAX_REMOTE_RUNS:
-            found.problem(
-                f"the tokens of {checkpoint.id} are in another order than the merge's, so that "
-                f"its tables would be read in {runs} requests. Download it first and give its "
-                "folder."
-            )
 
 
 def _config(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..planning.plan import Plan
-from .alike import Groups, groups_of, together
+from .values import groups_of, together
 
 REPORT_VERSION = 1
 ALL_OF_BASE = "every value that is merged is the base's, and it still counts as one of the experts"
@@ -38,11 +38,24 @@ def build_report(
     warnings = [warning.text for warning in plan.warnings]
     flagged = Counter(text for entry in entries for text in entry["warnings"])
     warnings += [f"{count} tensor(s): {text}" for text, count in flagged.most_common()]
-    unmoved = _unmoved(plan, entries)
+    # Experts that have the base's values in every tensor, and those that have the same values in
+    # every tensor that any of them has.
+    merged = [(plan.tensors[row["name"]], row) for row in entries if row["name"] in plan.tensors]
+    unmoved = [
+        number
+        for number in range(plan.base is None, len(plan.experts))
+        if any(number in tensor.experts for tensor, _ in merged)
+        and all(number in (row.get("unmoved") or ()) for t, row in merged if number in t.experts)
+    ]
+    every = set(range(len(plan.experts)))
+    groups = groups_of([every])
+    for tensor, row in merged:
+        lacking = every.difference(tensor.experts)
+        groups = together(groups, groups_of([*(row.get("alike") or ()), lacking]))
     idle = [plan.experts[number].id for number in unmoved]
     alike = {
         plan.experts[number].id: plan.experts[group[0]].id
-        for group in _alike(plan, entries)
+        for group in groups
         for number in group[1:]
         if number not in unmoved
     }
@@ -115,44 +128,19 @@ def told_of_experts(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _unmoved(plan: Plan, entries: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return the numbers of experts that have the base's values in every tensor."""
-    merged = [
-        (plan.tensors[entry["name"]].experts, entry.get("unmoved") or ())
-        for entry in entries
-        if entry["name"] in plan.tensors
-    ]
-    return [
-        number
-        for number in range(plan.base is None, len(plan.experts))
-        if any(number in experts for experts, _ in merged)
-        and all(number in unmoved for experts, unmoved in merged if number in experts)
-    ]
-
-
-def _alike(plan: Plan, entries: Sequence[Mapping[str, Any]]) -> Groups:
-    """Return the groups of experts that have the same values in every tensor that any has."""
-    every = set(range(len(plan.experts)))
-    alike = groups_of([every])
-    for entry in entries:
-        if entry["name"] in plan.tensors:
-            lacking = every.difference(plan.tensors[entry["name"]].experts)
-            alike = together(alike, groups_of([*(entry.get("alike") or ()), lacking]))
-    return alike
-
-
 def _adapter(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what the adapter's modules have in common, and how much they hold of the update."""
     held = [((entry["update_norm"] or 0.0) ** 2, entry["adapter"]["by_rank"]) for entry in entries]
     total = sum(energy for energy, _ in held)
     rank = max(entry["adapter"]["rank"] for entry in entries)
     ranks = sorted({int(step) for _, shares in held for step in shares})
-    by_rank = {
-        str(step): sum(energy * _share_at(shares, step) for energy, shares in held) / total
-        if total > 0
-        else 1.0
-        for step in ranks
-    }
+    by_rank = dict.fromkeys(map(str, ranks), 1.0)
+    for step in ranks if total > 0 else ():
+        of_each = (  # a module has no more than its own rank
+            energy * max((share for own, share in shares.items() if int(own) <= step), default=0.0)
+            for energy, shares in held
+        )
+        by_rank[str(step)] = sum(of_each) / total
     return {
         "modules": len(entries),
         "rank": rank,
@@ -160,11 +148,6 @@ def _adapter(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "kept": by_rank[str(rank)],
         "by_rank": by_rank,
     }
-
-
-def _share_at(shares: Mapping[str, float], rank: int) -> float:
-    """Return what a module holds at a rank: it has no more than its own."""
-    return max((share for step, share in shares.items() if int(step) <= rank), default=0.0)
 
 
 def _whole_model_kept(entries: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

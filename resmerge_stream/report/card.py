@@ -5,7 +5,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +13,13 @@ from ..planning.compat import BARELY, KEPT_AS_IN_BASE, LEFT_OUT
 from ..planning.dtypes import main_dtype
 from ..planning.plan import Plan
 from ..planning.sidefiles import code_files
-from ..recipe import ModelRef, Tokenizer
+from ..recipe import ModelRef
 from ..units import format_size, printable
 from .build import told_of_experts
 from .card_tables import LISTED, code_list, escape, gate_tables, reading, unusual_tensors
-from .gates_plot import gates_png
 from .mergekit_config import FILE as MERGEKIT
 from .mergekit_config import mergekit_config
+from .panels import gates_png
 from .public_names import PublicName, PublicNames
 from .statement import STATEMENT, statement_of
 from .words import rule_in_words
@@ -30,11 +30,7 @@ TAG = "resmerge"
 NOBODY = "Nobody has evaluated this model yet. This asks it and its models the same questions:"
 # Below this cosine a reader should know that the file is not quite what was computed.
 KEPT_WARNING = 0.9
-
-
 _REPO_ID = re.compile(r"^[\w.-]{1,96}(/[\w.-]{1,96})?$", re.ASCII)
-
-
 _LICENCE = re.compile(r"^[a-z0-9][a-z0-9.+-]{0,60}$")
 
 
@@ -49,9 +45,22 @@ def render_card(
         name_private: whether private and gated models of the Hub may be named. Without their
             names the recipe cannot be run again by others.
     """
+    import yaml
+
     names = PublicNames(plan, name_private)
     document = _recipe(plan, names)
-    recipe = _recipe_yaml(plan, names, document)
+    lines = [f"# {_command(plan, names, 'recipe.yml')}"]
+    for kind, what in (
+        ("local", "Local folders"),
+        ("bucket", "In buckets"),
+        ("private", "Models not named here"),
+    ):
+        hidden = dict.fromkeys(s.name for s in names.sources if s.kind == kind)
+        if hidden:
+            lines.append(f"# {what}; put your own paths or ids: {', '.join(hidden)}")
+    # Unfolded lines: none can start with what ends a Markdown fence.
+    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=1_000_000)
+    recipe = "\n".join(lines) + "\n" + text
     theirs, reason = mergekit_config(plan, document)
     published = names.clean_report(report)
     return {
@@ -79,45 +88,18 @@ def _recipe(plan: Plan, names: PublicNames) -> dict[str, Any]:
     recipe |= {"parameters": parameters} if parameters else {}
     recipe |= {"dtype": dtype} if dtype else {}
     if plan.recipe.tokenizer is not None:
-        recipe["tokenizer"] = _pinned(plan.recipe.tokenizer, names).to_dict()
+        asked, tokens = plan.recipe.tokenizer.source, plan.recipe.tokenizer.tokens
+        recipe["tokenizer"] = replace(
+            plan.recipe.tokenizer,
+            source=ModelRef(names.pinned(asked)) if isinstance(asked, ModelRef) else asked,
+            tokens=tuple(
+                (token, replace(row, model=row.model and ModelRef(names.pinned(row.model))))
+                for token, row in tokens
+            ),
+        ).to_dict()
     if plan.recipe.generation_config is not None:
         recipe["generation_config"] = names.pinned(plan.recipe.generation_config)
     return recipe
-
-
-def _recipe_yaml(plan: Plan, names: PublicNames, recipe: Mapping[str, Any]) -> str:
-    """Return the recipe as YAML, and how to run it on top."""
-    import yaml
-
-    lines = [f"# {_command(plan, names, 'recipe.yml')}"]
-    for kind, what in (
-        ("local", "Local folders"),
-        ("bucket", "In buckets"),
-        ("private", "Models not named here"),
-    ):
-        hidden = dict.fromkeys(s.name for s in names.sources if s.kind == kind)
-        if hidden:
-            lines.append(f"# {what}; put your own paths or ids: {', '.join(hidden)}")
-    # Unfolded lines: none can start with what ends a Markdown fence.
-    text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=1_000_000)
-    return "\n".join(lines) + "\n" + text
-
-
-def _pinned(tokenizer: Tokenizer, names: PublicNames) -> Tokenizer:
-    """Return what a recipe says of the tokenizer, with its models as they are called in public."""
-
-    def named(ref: ModelRef) -> ModelRef:
-        return ModelRef(names.pinned(ref))
-
-    source = tokenizer.source
-    return replace(
-        tokenizer,
-        source=named(source) if isinstance(source, ModelRef) else source,
-        tokens=tuple(
-            (token, row if row.model is None else replace(row, model=named(row.model)))
-            for token, row in tokenizer.tokens
-        ),
-    )
 
 
 def _command(plan: Plan, names: PublicNames, recipe: str) -> str:
@@ -133,16 +115,30 @@ def _command(plan: Plan, names: PublicNames, recipe: str) -> str:
 def _readme(
     plan: Plan, report: Mapping[str, Any], names: PublicNames, recipe: str, obstacle: str
 ) -> str:
-    licence, same = _licence([source.license for source in plan.checkpoints])
+    licences = {(source.license or "").strip().lower() for source in plan.checkpoints}
+    licence = licences.pop() if len(licences) == 1 else ""
+    same = bool(_LICENCE.match(licence)) and licence not in ("other", "unknown")
+    licence = licence if same else "other"
+    terms = f"{escape(licence)}, as all of its sources."
+    if not same:
+        terms = (
+            "> [!WARNING]\n> The sources' licences differ, or some are unknown. A merge is made of "
+            "all of them: check that their terms allow it, and your use, before sharing."
+        )
+    cited = ""
+    if plan.method is not None:
+        cited = f"## Citation\n\n{escape(plan.method.paper)}, {plan.method.url}"
+        if plan.method.name == "resmerge":
+            cited = f"## Citation\n\n```bibtex\n{_CITATION}```"
     sections = [
         _metadata(plan, names, licence),
         _introduction(plan, report, names),
         _unevaluated(plan, names),
         _usage(plan, names),
         _recipe_and_sources(plan, report, names, recipe, obstacle),
-        _licences(licence, same),
+        f"## Licence\n\n{terms}",
         _RISKS,
-        _citation(plan),
+        cited,
         reading(report),
         _folded("Numbers by family and module", gate_tables(report)),
         _folded("The adapter", _factors(plan, report)),
@@ -176,7 +172,7 @@ def _metadata(plan: Plan, names: PublicNames, licence: str) -> str:
 
 def _introduction(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> str:
     base, experts = names.base, names.experts
-    title, words = _method_name(report), ""
+    title, words = escape(str((report.get("method") or {}).get("name") or "merge")), ""
     if plan.method is not None:
         title, words = plan.method.title, inspect.cleandoc(plan.method.in_words())
     variant = (report["method"].get("parameters") or {}).get("variant")
@@ -189,30 +185,11 @@ def _introduction(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> 
     of_one = " of one base" if base is not None else ""
     models = f"{len(experts)} fine-tuned model{'s' * (len(experts) != 1)}{of_one}"
     made = f"{what} {models} by **{title}**{exactly}"
-    if _is_extract(plan):
+    is_adapter = plan.options.output == "adapter"
+    if is_adapter and len(experts) == 1 and plan.recipe.method == "mean":  # an extracted adapter
         heading = f"# {escape(experts[0].name.rsplit('/', 1)[-1])} as a LoRA adapter of {short}"
         made, words = "What sets a model apart from its base, as a LoRA adapter", ""
-    lines = [
-        heading,
-        f"{made}, made with ResMerge Stream {version}. No training or data was used.",
-        *(f"> [!WARNING]\n> {text[0].upper()}{text[1:]}" for text in _doubts(plan, report, names)),
-        "\n".join(
-            ([f"- Base: {_link(base)}"] if base is not None else [])
-            + [f"- Expert {i}: {_link(source)}" for i, source in enumerate(experts, 1)]
-        ),
-        f"**How it decides.** {words}" if words else "",
-    ]
-    return "\n\n".join(line for line in lines if line)
-
-
-def _is_extract(plan: Plan) -> bool:
-    """Return whether an adapter holds what one model differs by, and no more was decided."""
-    only = len(plan.experts) == 1 and plan.recipe.method == "mean"
-    return only and plan.options.output == "adapter"
-
-
-def _doubts(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> list[str]:
-    """Return why this may be no merge at all, or not the one that was meant, for the card's top."""
+    # Why this may be no merge at all, or not the one that was meant.
     barely = [warning.text for warning in plan.warnings if warning.kind == BARELY]
     doubts = [escape(names.clean(text)) + "." for text in barely]
     cosine, dtype = report["summary"].get("kept_cosine"), _dtype_of(plan)
@@ -221,7 +198,17 @@ def _doubts(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> list[s
             f"Rounding to {dtype} changed this update's direction (cosine {cosine:.2f}). "
             f"{_advice(plan, dtype)}"
         )
-    return doubts
+    lines = [
+        heading,
+        f"{made}, made with ResMerge Stream {version}. No training or data was used.",
+        *(f"> [!WARNING]\n> {text[0].upper()}{text[1:]}" for text in doubts),
+        "\n".join(
+            ([f"- Base: {_link(base)}"] if base is not None else [])
+            + [f"- Expert {i}: {_link(source)}" for i, source in enumerate(experts, 1)]
+        ),
+        f"**How it decides.** {words}" if words else "",
+    ]
+    return "\n\n".join(line for line in lines if line)
 
 
 def _dtype_of(plan: Plan) -> str:
@@ -255,9 +242,15 @@ def _kept(plan: Plan, report: Mapping[str, Any]) -> str:
             f"and a cosine of **{cosine:.6f}** with it. Added to the base in its own dtype it is "
             "rounded once more."
         )
+    total = changed = 0.0
+    for row in report["tensors"]:
+        size = math.prod(row.get("shape") or ())
+        total += size
+        changed += size * (row.get("changed_fraction") or 0.0)
+    share = changed / total if total else 0.0
     return text + (
         f"Over the whole model the update that is left has **{norm:.3f}** of the computed length "
-        f"and a cosine of **{cosine:.3f}** with it; {_changed(report):.1%} of the weights differ "
+        f"and a cosine of **{cosine:.3f}** with it; {share:.1%} of the weights differ "
         "from the base's. RL experts move a weight by a step or so of the format, and a merged "
         "step smaller than half of one is rounded away."
     )
@@ -303,16 +296,6 @@ def _factors(plan: Plan, report: Mapping[str, Any]) -> str:
         rows = [f"| {rank} | {share:.2%} |" for rank, share in adapter["by_rank"].items()]
         text += "\n\n| rank | share |\n|---:|---:|\n" + "\n".join(rows)
     return text
-
-
-def _changed(report: Mapping[str, Any]) -> float:
-    """Return the share of all weights that differ from the base's."""
-    total = changed = 0.0
-    for row in report["tensors"]:
-        size = math.prod(row.get("shape") or ())
-        total += size
-        changed += size * (row.get("changed_fraction") or 0.0)
-    return changed / total if total else 0.0
 
 
 def _tensors(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> str:
@@ -384,23 +367,6 @@ def _recipe_and_sources(
     return "\n\n".join(part for part in parts if part)
 
 
-def _licences(licence: str, same: bool) -> str:
-    if same:
-        return f"## Licence\n\n{escape(licence)}, as all of its sources."
-    return (
-        "## Licence\n\n> [!WARNING]\n> The sources' licences differ, or some are unknown. A merge "
-        "is made of all of them: check that their terms allow it, and your use, before sharing."
-    )
-
-
-def _licence(licences: Sequence[str | None]) -> tuple[str, bool]:
-    """Return the licence for the metadata, and whether all sources share it."""
-    found = {(text or "").strip().lower() for text in licences}
-    common = found.pop() if len(found) == 1 else ""
-    known = bool(_LICENCE.match(common)) and common not in ("other", "unknown")
-    return (common, True) if known else ("other", False)
-
-
 def _usage(plan: Plan, names: PublicNames) -> str:
     if plan.options.output == "adapter":
         base = names.sources[0].name
@@ -420,18 +386,6 @@ def _usage(plan: Plan, names: PublicNames) -> str:
         f'model = {auto}.from_pretrained(name, dtype="auto"{code})\n'
         f"tokenizer = AutoTokenizer.from_pretrained(name{code})\n```"
     )
-
-
-def _citation(plan: Plan) -> str:
-    if plan.method is None:
-        return ""
-    if plan.method.name != "resmerge":
-        return f"## Citation\n\n{escape(plan.method.paper)}, {plan.method.url}"
-    return f"## Citation\n\n```bibtex\n{_CITATION}```"
-
-
-def _method_name(report: Mapping[str, Any]) -> str:
-    return escape(str((report.get("method") or {}).get("name") or "merge"))
 
 
 def _link(source: PublicName) -> str:

@@ -81,8 +81,9 @@ def _spread(values: Sequence[float]) -> str:
 
 def unusual_tensors(plan: Plan, report: Mapping[str, Any], names: PublicNames) -> str:
     """Return the tensors with warnings, fallbacks, other rules than planned, lost updates."""
+    rules = {name: it.rule.name for name, it in plan.tensors.items() if it.rule}
     ranked = by_reason(
-        (row["name"], unusual(row, planned=_rule_of(plan, row["name"])))
+        (row["name"], unusual(row, planned=rules.get(row["name"], "carried")))
         for row in report["tensors"]
     )
     if not ranked:
@@ -95,11 +96,6 @@ def unusual_tensors(plan: Plan, report: Mapping[str, Any], names: PublicNames) -
         lines.append(f"| {escape(names.clean(reason))} | {len(found)} | {shown}{more} |")
     more = f"\n\n{len(ranked) - LISTED} more kinds." if len(ranked) > LISTED else ""
     return "\n".join(lines) + more + "\n\nAll are in the report."
-
-
-def _rule_of(plan: Plan, name: str) -> str:
-    planned = plan.tensors.get(name)
-    return planned.rule.name if planned is not None and planned.rule else "carried"
 
 
 def escape(text: str) -> str:

@@ -23,8 +23,12 @@ def mergekit_config(plan: Plan, recipe: Mapping[str, Any]) -> tuple[str, str]:
     """
     import yaml
 
-    if plan.method is None or (reason := _obstacle(plan)):
-        return "", reason if plan.method is not None else "it has no method"
+    if plan.method is None:
+        return "", "it has no method"
+    if plan.recipe.method not in MERGEKITS:
+        return "", f"it has no method {plan.recipe.method}"
+    if any(source.subfolder for source in plan.checkpoints):
+        return "", "it reads no models in folders of a repository"
     parameters, unknown = _as_mergekits(plan, recipe.get("parameters") or {})
     if unknown:
         return "", f"it does not know {listed(unknown)} of {plan.method.name}"
@@ -45,16 +49,6 @@ def mergekit_config(plan: Plan, recipe: Mapping[str, Any]) -> tuple[str, str]:
     text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=1_000_000)
     notes = [f"# mergekit-yaml {FILE} merged", *(f"# {note}" for note in _notes(plan))]
     return "\n".join(notes) + "\n" + text, ""
-
-
-def _obstacle(plan: Plan) -> str:
-    """Return why mergekit cannot run a recipe at all; empty where it can."""
-    method = plan.recipe.method
-    if method not in MERGEKITS:
-        return f"it has no method {method}"
-    if any(source.subfolder for source in plan.checkpoints):
-        return "it reads no models in folders of a repository"
-    return ""
 
 
 def _as_mergekits(plan: Plan, parameters: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

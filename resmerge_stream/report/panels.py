@@ -1,18 +1,23 @@
-"""One panel of a picture: heatmaps by layer and module, strips by family. Places are in pixels."""
+"""The picture in the card: how every gate decided, layer by layer, from a report.
+
+Heatmaps by layer and module, strips by family. Places are in pixels.
+"""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..maths.lazy import np
-from ..roles import Role
+from ..roles import Role, layer_of
 from ..units import printable
 from .sheet import Box, Sheet, painted
-from .values import median, value_of
-from .words import Measure
+from .values import family_rank, median, module_label, module_rank, value_of
+from .words import CHANGES, GATES, KEPT, Measure
 
-WIDTH, _LEFT, _PANEL, _BAR, _SECOND = 1360, 225, 435, 14, 790
-ROW, TITLE, AXIS, TOP = 30, 68, 58, 60
+_WIDTH, _LEFT, _PANEL, _BAR, _SECOND = 1360, 225, 435, 14, 790
+_ROW, _TITLE, _AXIS, _TOP = 30, 68, 58, 60
+_MAX_MODULES = 28
 _GREY, _INK, _SOFT, _LINE = "#dcdcdc", "#222222", "#666666", "#bbbbbb"
 # Heights of letters.
 _HEADING, _NAME, _LABEL, _SMALL = 21, 18, 14, 12.5
@@ -33,10 +38,8 @@ CENTRED = (
 )  # fmt: skip
 
 # A cell of the picture: module and layer, or None outside the blocks.
-Cell = tuple[str, int | None]
-
+_Cell = tuple[str, int | None]
 _ANNOTATED_LAYERS = 4
-
 _FAMILY_COLOURS: dict[str, str] = {
     Role.ATTENTION: "#3b6fb6",
     Role.FFN: "#d9822b",
@@ -47,15 +50,62 @@ _FAMILY_COLOURS: dict[str, str] = {
 }
 
 
-def draw_heading(sheet: Sheet, report: Mapping[str, Any], changed: bool) -> None:
-    """Write the picture's title line."""
+def gates_png(report: Mapping[str, Any]) -> bytes:
+    """Return the picture of a report as PNG: the same report gives the same bytes.
+
+    Heatmaps of layers × modules for the gates (or, for methods without gates, for what changed),
+    and what the cast kept of each tensor by family. Many tensors of one module in one layer, as
+    the experts of an MoE, show as their median.
+
+    Args:
+        report: ``report.json`` of any method; missing and null values stay grey.
+    """
+    rows: dict[_Cell, list[Mapping[str, Any]]] = defaultdict(list)
+    roles: dict[str, str] = {}
+    for row in report["tensors"]:
+        label = module_label(row["name"])
+        rows[label, layer_of(row["name"])].append(row)
+        roles.setdefault(label, row.get("role") or Role.MATRIX)
+    cells: dict[str, dict[_Cell, float]] = {}  # the medians of each measure that has any value
+    for measure in (*GATES, *CHANGES, *KEPT):
+        for cell, own in rows.items():
+            values = [v for row in own if (v := value_of(row, measure.key)) is not None]
+            if values:
+                cells.setdefault(measure.key, {})[cell] = median(values)
+    by_family: dict[str, dict[str, list[float]]] = {}  # and by role the values of each strip
+    for measure in KEPT:
+        for (module, _), value in cells.get(measure.key, {}).items():
+            by_family.setdefault(roles[module], {}).setdefault(measure.key, []).append(value)
+    families = dict(sorted(by_family.items(), key=lambda item: family_rank(item[0])))
+    gates = [measure for measure in GATES if measure.key in cells]
+    others = [it for it in (*CHANGES, *KEPT) if families and it.key in cells]
+    # Two stand side by side, and no place stays empty.
+    panels = [*gates, *others[: len(gates) % 2]] if gates else others[: len(others) // 2 * 2]
+    # The modules and the layers that some panel has a value for.
+    shown = {cell for panel in gates or panels for cell in cells[panel.key]}
+    modules = [module for module in roles if any(cell[0] == module for cell in shown)]
+    modules.sort(key=lambda name: (family_rank(roles[name]), module_rank(name)))
+    modules = modules[:_MAX_MODULES]
+    layers: list[int | None] = [*sorted({layer for _, layer in shown if layer is not None})]
+    layers += [None] if any(layer is None for _, layer in shown) else []
+    height = _ROW * max(len(modules), 3) + _TITLE + _AXIS
+    above = _TOP + -(-len(panels) // 2) * height
+    strip = 42 * max(len(families), 1) + _TITLE + _AXIS
+    sheet = Sheet(_WIDTH, above + (strip if families else 50))
     method = (report.get("method") or {}).get("name") or "merge"
     experts = max(len(report.get("sources") or ()) - 1, 0)
     count = len(report["tensors"])
     text = f"{method}, {experts} expert{'s' * (experts != 1)}, {count} tensors"
-    note = "grey: nothing to show" if changed else "no tensor was changed"
-    sheet.text((0.02 * WIDTH, 28), _safe(text, 60), _HEADING, _INK, "lm", bold=True)
-    sheet.text((0.98 * WIDTH, 28), note, _LABEL, _SOFT, "rm")
+    note = "grey: nothing to show" if families else "no tensor was changed"
+    sheet.text((0.02 * _WIDTH, 28), _safe(text, 60), _HEADING, _INK, "lm", bold=True)
+    sheet.text((0.98 * _WIDTH, 28), note, _LABEL, _SOFT, "rm")
+    for number, panel in enumerate(panels):
+        top = _TOP + (number // 2) * height + _TITLE
+        box = (number % 2, top, height - _TITLE - _AXIS)
+        _draw_heatmap(sheet, box, panel, cells[panel.key], modules, layers)
+    for number, measure in enumerate(KEPT if families else ()):
+        _draw_strip(sheet, (number, above + _TITLE, strip - _TITLE - _AXIS), measure, families)
+    return sheet.png()
 
 
 def _titles(sheet: Sheet, left: float, top: float, title: str, symbols: str) -> None:
@@ -70,16 +120,15 @@ def _area(box: tuple[int, float, float]) -> Box:
     return left, top, left + _PANEL, top + height
 
 
-def draw_heatmap(
+def _draw_heatmap(
     sheet: Sheet,
     box: tuple[int, float, float],
     panel: Measure,
-    cells: Mapping[Cell, Any],
+    values: Mapping[_Cell, float],
     modules: Sequence[str],
     layers: Sequence[int | None],
 ) -> None:
     """Draw one heatmap of modules by layers; `box` is column, top and height."""
-    values = cell_values(cells, panel.key)
     data = np.array([[values.get((m, layer), math.nan) for layer in layers] for m in modules])
     low, high = limits(panel.scale, data[np.isfinite(data)].tolist())
     scale = colours_of(panel.scale)
@@ -90,7 +139,20 @@ def draw_heatmap(
     if len(layers) <= _ANNOTATED_LAYERS:
         _annotate(sheet, area, data, colours)
     sheet.frame(area, _LINE)
-    _label_cells(sheet, area, modules if box[0] == 0 else [""] * len(modules), layers)
+    for row, module in enumerate(modules):
+        y = top + (row + 0.5) * (bottom - top) / len(modules)
+        sheet.fill((left - _MARK, y, left, y + 1), _INK)
+        if box[0] == 0:
+            sheet.text((left - _GAP, y), _safe(module, 26), _LABEL, _INK, "rm")
+    step = max(1, math.ceil(len(layers) / 13))
+    for column, layer in enumerate(layers):
+        if layer is not None and column % step:
+            continue
+        x = left + (column + 0.5) * (right - left) / len(layers)
+        sheet.fill((x, bottom + 1, x + 1, bottom + 1 + _MARK), _INK)
+        sheet.text((x, bottom + 18), "–" if layer is None else str(layer), _LABEL, _INK, "ms")
+    outside = "  (–: outside the layers)" if None in layers else ""
+    sheet.text(((left + right) / 2, bottom + 35), f"layer{outside}", _LABEL, _SOFT, "ms")
     bar = right + 10, top, right + 10 + _BAR, bottom
     sheet.cells(bar, painted(np.linspace(high, low, 256)[:, None], low, high, scale, _GREY))
     for value, text in numbers_of(low, high):
@@ -131,25 +193,6 @@ def numbers_of(low: float, high: float) -> list[tuple[float, str]]:
     return [(i * step, f"{i * step:{form}}") for i in range(first, last + 1)]
 
 
-def _label_cells(
-    sheet: Sheet, area: Box, modules: Sequence[str], layers: Sequence[int | None]
-) -> None:
-    left, top, right, bottom = area
-    for row, module in enumerate(modules):
-        y = top + (row + 0.5) * (bottom - top) / len(modules)
-        sheet.fill((left - _MARK, y, left, y + 1), _INK)
-        sheet.text((left - _GAP, y), _safe(module, 26), _LABEL, _INK, "rm")
-    step = max(1, math.ceil(len(layers) / 13))
-    for column, layer in enumerate(layers):
-        if layer is not None and column % step:
-            continue
-        x = left + (column + 0.5) * (right - left) / len(layers)
-        sheet.fill((x, bottom + 1, x + 1, bottom + 1 + _MARK), _INK)
-        sheet.text((x, bottom + 18), "–" if layer is None else str(layer), _LABEL, _INK, "ms")
-    outside = "  (–: outside the layers)" if None in layers else ""
-    sheet.text(((left + right) / 2, bottom + 35), f"layer{outside}", _LABEL, _SOFT, "ms")
-
-
 def _annotate(sheet: Sheet, area: Box, data: Any, colours: Any) -> None:
     """Write the number into every cell, dark on light and light on dark."""
     left, top, right, bottom = area
@@ -165,7 +208,7 @@ def _annotate(sheet: Sheet, area: Box, data: Any, colours: Any) -> None:
                 sheet.text((x, y), text, _SMALL, _INK if light else "white", "mm")
 
 
-def draw_strip(
+def _draw_strip(
     sheet: Sheet,
     box: tuple[int, float, float],
     measure: Measure,
@@ -211,13 +254,3 @@ def _safe(text: str, limit: int) -> str:
     """Return text that the font can draw."""
     plain = printable(text, "?").encode("ascii", "replace").decode()
     return plain if len(plain) <= limit else plain[: limit - 3] + "..."
-
-
-def cell_values(cells: Mapping[Cell, Sequence[Mapping[str, Any]]], key: str) -> dict[Cell, float]:
-    """Return the median of each cell that has a value."""
-    found = {}
-    for cell, rows in cells.items():
-        values = [v for row in rows if (v := value_of(row, key)) is not None]
-        if values:
-            found[cell] = median(values)
-    return found

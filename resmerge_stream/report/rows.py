@@ -9,8 +9,7 @@ from typing import Any
 from ..maths.rounding import Kept
 from ..methods import Rule, Update
 from ..planning.plan import PlannedTensor
-from .alike import Groups, together
-from .values import median
+from .values import Groups, median, together
 
 
 class Rows:

@@ -37,11 +37,6 @@ def parse_report(data: bytes, *, where: str) -> dict[str, Any]:
             _refuse(where, f"has the same name twice in {key!r}")
     if not isinstance(report.get("summary"), dict):
         _refuse(where, "has no 'summary'")
-    _check_options(report, where)
-    return report
-
-
-def _check_options(report: dict[str, Any], where: str) -> None:
     options = report.get("options", {})
     if not isinstance(options, dict) or not isinstance(report.get("counted", {}), dict):
         _refuse(where, "has 'options' or 'counted' that is not a mapping")
@@ -49,6 +44,7 @@ def _check_options(report: dict[str, Any], where: str) -> None:
         Options.from_dict(options)
     except RecipeError as exc:
         _refuse(where, f"has an option that cannot be used: {exc}")
+    return report
 
 
 def _is_file(row: object) -> bool:
@@ -61,26 +57,21 @@ def _is_file(row: object) -> bool:
 
 
 def _is_tensor(row: object) -> bool:
+    adapter = row.get("adapter") if isinstance(row, dict) else None
     return (
         isinstance(row, dict)
         and isinstance(row.get("name"), str)
         and isinstance(row.get("rule"), str)
         and isinstance(row.get("dtype"), str | None)
         and _is_shape(row.get("shape"))
-        and (row.get("adapter") is None or _is_adapter(row["adapter"]))
+        and (adapter is None or isinstance(adapter, dict))
+        and (adapter is None or isinstance(adapter.get("tensors"), dict))
+        and (adapter is None or all(map(_is_shape, adapter["tensors"].values())))
     )
 
 
 def _is_shape(value: object) -> bool:
     return isinstance(value, list) and all(_is_count(size) for size in value)
-
-
-def _is_adapter(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("tensors"), dict)
-        and all(_is_shape(shape) for shape in value["tensors"].values())
-    )
 
 
 def _is_count(value: object) -> bool:

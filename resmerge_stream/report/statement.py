@@ -23,6 +23,23 @@ def statement_of(report: Mapping[str, Any]) -> dict[str, Any]:
         report: as it is published, checked by `parse_report`.
     """
     environment = report.get("environment") or {}
+    materials: list[dict[str, Any]] = []
+    for source in report.get("sources") or ():
+        # A model by its commit where it has one, and its weight files.
+        name, commit = str(source["id"]), source.get("revision")
+        place = f"pkg:huggingface/{quote(name)}@{commit}" if commit else f"file:{quote(name)}"
+        if commit:
+            materials.append({"name": name, "uri": place, "digest": {"gitCommit": commit}})
+        folder = f"{source['subfolder']}/" if source.get("subfolder") else ""
+        for file in source.get("files") or ():
+            inside = quote(f"{folder}{file['name']}")
+            material = {
+                "name": f"{name}/{inside}",
+                "uri": f"{place}{'#' if commit else '/'}{inside}",
+            }
+            # A large folder's file has one only where `--check-sources full` asked for it.
+            digest = {"digest": {"sha256": file["sha256"]}} if file["sha256"] else {}
+            materials.append({**material, **digest})
     return {
         "_type": _TYPE,
         "subject": [
@@ -37,11 +54,7 @@ def statement_of(report: Mapping[str, Any]) -> dict[str, Any]:
                     "method": report.get("method"),
                     "options": report.get("options"),
                 },
-                "resolvedDependencies": [
-                    material
-                    for source in report.get("sources") or ()
-                    for material in _materials(source)
-                ],
+                "resolvedDependencies": materials,
             },
             "runDetails": {
                 "builder": {
@@ -56,18 +69,3 @@ def statement_of(report: Mapping[str, Any]) -> dict[str, Any]:
             },
         },
     }
-
-
-def _materials(source: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a model, by its commit where it has one, and its weight files."""
-    name, commit = str(source["id"]), source.get("revision")
-    place = f"pkg:huggingface/{quote(name)}@{commit}" if commit else f"file:{quote(name)}"
-    whole = [{"name": name, "uri": place, "digest": {"gitCommit": commit}}] if commit else []
-    folder = f"{source['subfolder']}/" if source.get("subfolder") else ""
-    files = []
-    for file in source.get("files") or ():
-        inside = quote(f"{folder}{file['name']}")
-        material = {"name": f"{name}/{inside}", "uri": f"{place}{'#' if commit else '/'}{inside}"}
-        # A large folder's file has one only where `--check-sources full` asked for it.
-        files.append(material | ({"digest": {"sha256": file["sha256"]}} if file["sha256"] else {}))
-    return whole + files

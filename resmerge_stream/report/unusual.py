@@ -21,7 +21,17 @@ def unusual(row: Mapping[str, Any], *, planned: str | None = None) -> list[str]:
     warnings, slices = row.get("warnings"), row.get("slices")
     reasons = [t for t in warnings if isinstance(t, str)] if isinstance(warnings, list) else []
     if not reasons:  # a warning about a fallback already says what the branch repeats
-        reasons += _fallbacks(slices if isinstance(slices, list) and slices else [row])
+        parts = slices if isinstance(slices, list) and slices else [row]
+        branches = Counter(
+            part["branch"]
+            for part in parts
+            if isinstance(part, dict) and isinstance(part.get("branch"), str)
+        )
+        reasons += [
+            f"fallback: {branch}" + (" in some slices" if count < len(parts) else "")
+            for branch, count in branches.items()
+            if branch not in _USUAL
+        ]
     if row["rule"] == "copy":
         reasons.append("no expert changed it")
     elif planned is not None and row["rule"] != planned and not reasons:
@@ -30,17 +40,6 @@ def unusual(row: Mapping[str, Any], *, planned: str | None = None) -> list[str]:
     if isinstance(kept, int | float) and kept < _MOSTLY_LOST:
         reasons.append(f"mostly lost in the cast (kept cosine below {_MOSTLY_LOST})")
     return reasons
-
-
-def _fallbacks(parts: list[Any]) -> Iterable[str]:
-    branches = Counter(
-        part["branch"]
-        for part in parts
-        if isinstance(part, dict) and isinstance(part.get("branch"), str)
-    )
-    for branch, count in branches.items():
-        if branch not in _USUAL:
-            yield f"fallback: {branch}" + (" in some slices" if count < len(parts) else "")
 
 
 def by_reason(found: Iterable[tuple[str, Iterable[str]]]) -> list[tuple[str, list[str]]]:

@@ -1,10 +1,30 @@
-"""Numbers out of a report's rows."""
+"""Numbers out of a report's rows, and which experts have the same. Plain data, no torch."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..roles import Role, module_of
+
+# Experts that have the same values, by number, in groups of at least two; nobody is in two of them.
+Groups = tuple[tuple[int, ...], ...]
+
+
+def groups_of(parts: Iterable[Iterable[int]]) -> Groups:
+    """Return parts that have nobody in common as groups, in order; who is alone is in none."""
+    every = (tuple(sorted(part)) for part in parts)
+    return tuple(sorted(group for group in every if len(group) > 1))
+
+
+def together(one: Groups, other: Groups) -> Groups:
+    """Return the groups of those who are in one group both times."""
+    where = {number: i for i, group in enumerate(other) for number in group}
+    parts: dict[tuple[int, int], list[int]] = {}
+    for i, group in enumerate(one):
+        for number in group:
+            if number in where:
+                parts.setdefault((i, where[number]), []).append(number)
+    return groups_of(parts.values())
 
 
 def median(values: Sequence[float]) -> float:
@@ -56,15 +76,11 @@ def _own_value(gates: Mapping[str, Any], key: str) -> float | None:
     if key == "head_energy":
         energies = [v for item in gates.get(key) or () if (v := _number(item)) is not None]
         return sum(energies) / len(energies) if energies else None
-    if key in ("head_share", "above_floor", "update_rms"):
-        return _derived(gates, key)
-    return _number(gates.get(key))
-
-
-def _derived(gates: Mapping[str, Any], key: str) -> float | None:
     if key == "update_rms":
         norm, size = _number(gates.get("update_norm")), math.prod(gates.get("shape") or ())
         return norm / math.sqrt(size) if norm is not None and size else None
+    if key not in ("head_share", "above_floor"):
+        return _number(gates.get(key))
     names = ("norm_C", "norm_A") if key == "head_share" else ("c_R", "c_R_floor")
     left, right = (_number(gates.get(name)) for name in names)
     if left is None or right is None:

@@ -1,6 +1,6 @@
 """From what an adapter stores about a piece to how it changes that piece's matrix."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -65,7 +65,9 @@ class _Builder:
             values = as_tensor(self._read.stored, dtype, self._piece.read_shape)
             found.append(Dense(self._cross(self._piece.part_of(values))))
         if edit.tokens is not None:
-            found.append(self._tokens(*edit.tokens))
+            key, indices = edit.tokens
+            where = torch.tensor(indices, dtype=torch.int64) - self._piece.rows.start
+            found.append(ReplacedRows(where, self._tensor(key)))
         if edit.magnitude is not None:
             found.append(self._rescaled(*edit.magnitude))
         elif edit.terms and len(edit.spec.shape) == 3 and not self._piece.is_slice:
@@ -79,7 +81,10 @@ class _Builder:
                 whole = self._low_rank(None)
                 found.append(Factored(self._placed(LowRank(whole.left[rows], whole.right))))
         if edit.bias is not None:
-            found.append(self._bias(*edit.bias))
+            key, scale = edit.bias
+            added = self._tensor(key).flatten()[self._piece.rows].double() * scale
+            left, right = added.float()[:, None], torch.ones(1, 1)
+            found.append(Factored(LowRank(self._cross(left), self._cross(right))))
         return found[0] if len(found) == 1 else Sum(found)
 
     def _placed(self, read: LowRank) -> LowRank:
@@ -144,14 +149,6 @@ class _Builder:
             moved = added.left[rows].double() @ added.right.double().T
             total += (values.double() + moved).square().sum(0)
         return total.sqrt()
-
-    def _tokens(self, key: str, indices: Sequence[int]) -> ReplacedRows:
-        where = torch.tensor(indices, dtype=torch.int64) - self._piece.rows.start
-        return ReplacedRows(where, self._tensor(key))
-
-    def _bias(self, key: str, scale: float) -> Factored:
-        added = (self._tensor(key).flatten()[self._piece.rows].double() * scale).float()[:, None]
-        return Factored(LowRank(self._cross(added), self._cross(torch.ones(1, 1))))
 
     def _tensor(self, key: str) -> Tensor:
         spec = self._read.specs[key]

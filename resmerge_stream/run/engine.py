@@ -30,9 +30,8 @@ from .difference import is_begun, refused_if_equal
 from .events import Event, Finished, PartFinished, Planned, Published
 from .merging import Merger
 from .opening import finished_already, open_sink
-from .peak import Peak
 from .processes import Processes
-from .progress import Progress
+from .progress import Peak, Progress
 from .shards import Branch, Run, check_sources, merge_shards, report_of
 
 
@@ -117,7 +116,12 @@ def run_merge(
             yield Published(where=where)
             yield Finished(where=where, report=report)
         except ResMergeError as exc:
-            error = _cause(plan, exc)
+            error = exc
+            with contextlib.suppress(ResMergeError):
+                try:
+                    check_sources(plan)
+                except SourceChangedError as moved:
+                    error = moved  # the error comes of it
             is_lost = isinstance(error, SourceChangedError) or (
                 isinstance(error, NonFiniteError)
                 # It is on this disk, so this run can never be finished.
@@ -176,14 +180,3 @@ def _finished_by_others(plan: Plan, out: Path | None, error: ResMergeError) -> F
     if done is None:
         raise error
     return done
-
-
-def _cause(plan: Plan, error: ResMergeError) -> ResMergeError:
-    """Return that a source changed, where that is what an error comes of; else the error."""
-    try:
-        check_sources(plan)
-    except SourceChangedError as changed:
-        return changed
-    except ResMergeError:
-        return error
-    return error

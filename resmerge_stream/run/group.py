@@ -174,7 +174,12 @@ class Group:
             raise StoppedError("the launcher ended this run: a process died, or it was told to.")
         found = self.look("failure")
         if found is not None and found["rank"] != self.rank:
-            self._raise(found)
+            self.is_over = True
+            if self.rank != 0:
+                raise OthersStoppedError(f"{found['by']} ended this run.")
+            self.put("answer", found["rank"])
+            error = error_from_dict(found)
+            raise type(error).of(notice.prefixed(found["by"]) for notice in error.notices)
         if self.rank == 0 and time.monotonic() - self._looked > _BEAT_S:
             self._look_for_silence()
 
@@ -223,14 +228,6 @@ class Group:
             self.put(f"over/{self.rank}", True)
         self._closed.set()
         self._heart.join(timeout=_BEAT_S)
-
-    def _raise(self, failure: dict[str, Any]) -> None:
-        self.is_over = True
-        if self.rank != 0:
-            raise OthersStoppedError(f"{failure['by']} ended this run.")
-        self.put("answer", failure["rank"])
-        error = error_from_dict(failure)
-        raise type(error).of(notice.prefixed(failure["by"]) for notice in error.notices)
 
     def _is_answered(self) -> bool:
         """Wait until the main process has seen a failure, or has failed itself."""

@@ -30,8 +30,8 @@ from ..memory import KEPT_OUTPUT_BYTES
 from ..methods import Rule, Site, Update
 from ..planning.plan import Plan, PlannedTensor
 from ..planning.planned import OutputFactors
-from ..report.alike import Groups, groups_of, together
 from ..report.rows import combine_slices
+from ..report.values import Groups, groups_of, together
 from ..sources.adapter import EditRows
 from ..specs import DTYPES, FP8_BLOCK
 from .changes import change_of

@@ -94,6 +94,7 @@ def _hub_sink(
 ) -> "HubSink":
     from ..sinks.hub.sink import HubSink
 
+    has_folders = any(source.folder is not None for source in plan.checkpoints)
     shelf = FolderSink(
         out or work / "shards",
         plan.plan_hash,
@@ -112,7 +113,8 @@ def _hub_sink(
         keep_files=out is not None,
         identity=plan.identity,
         membership=membership,
-        asked=_asked(plan),
+        # What somebody without the recipe needs to continue; folders would mean nothing to them.
+        asked=None if plan.publication is None or has_folders else plan.request.to_dict(),
     )
 
 
@@ -133,13 +135,6 @@ def discard_unfinished(
     if folder is not None:
         removed += discard(folder)
     return removed
-
-
-def _asked(plan: Plan) -> dict[str, Any] | None:
-    """Return what somebody without the recipe needs to continue; None with folders in it."""
-    if plan.publication is None or any(source.folder is not None for source in plan.checkpoints):
-        return None
-    return plan.request.to_dict()
 
 
 def read_report(out: Path) -> dict[str, Any]:

@@ -158,22 +158,18 @@ class Assembly:
             return self._write
         held = bytearray()
         self._parts.append(held)
+        (m, n), size = piece.read_shape, DTYPES[piece.tensor.spec.dtype].nbytes
 
         def take(data: memoryview) -> None:
             held.extend(data)
-            if len(held) == piece.output_bytes and len(self._parts) == piece.tensor.parts:
-                self._write(self._whole(piece))
-                self._parts.clear()
-
-        return take
-
-    def _whole(self, piece: Piece) -> memoryview:
-        (m, n), fused = piece.read_shape, piece.tensor.fused
-        size = DTYPES[piece.tensor.spec.dtype].nbytes
-        whole = np.empty((m, n, size), np.uint8)
-        if fused is not None:
-            for number, data in enumerate(self._parts):
-                part = np.frombuffer(data, np.uint8).reshape(*fused.shape(m, n), size)
+            if len(held) < piece.output_bytes or len(self._parts) < piece.tensor.parts:
+                return
+            whole = np.empty((m, n, size), np.uint8)
+            for number, own in enumerate(self._parts):
+                part = np.frombuffer(own, np.uint8).reshape(*fused.shape(m, n), size)
                 part = part.swapaxes(0, 1) if fused.turned else part
                 whole[fused.place(number, m, n)] = part
-        return memoryview(whole.reshape(-1))  # type: ignore[arg-type]  # as bytes_of
+            self._write(memoryview(whole.reshape(-1)))  # type: ignore[arg-type]  # as bytes_of
+            self._parts.clear()
+
+        return take

@@ -87,7 +87,9 @@ class WorkList:
             seen = max(self._begun - 1, 0)
         while True:
             with self._lock:
-                if seen == len(self._taken) and self._left and self._may_take():
+                waiting = len(self._taken) - self._begun
+                may_take = waiting < max(1, self._left // (2 * self._processes))
+                if seen == len(self._taken) and self._left and (may_take or self._processes == 1):
                     self._take()
                 known = self._taken[seen] if seen < len(self._taken) else None
                 over = known is None and not self._left
@@ -95,12 +97,6 @@ class WorkList:
                 return
             seen += known is not None
             yield known
-
-    def _may_take(self) -> bool:
-        if self._processes == 1:
-            return True
-        waiting = len(self._taken) - self._begun
-        return waiting < max(1, self._left // (2 * self._processes))
 
     def _take(self) -> bool:
         if not self._left:
@@ -293,19 +289,14 @@ class Processes:
             if isinstance(event, Progressed):
                 done = (event.bytes_read, event.bytes_written, event.bytes_sent)
                 progress.others[rank] = done
-                yield from _retold(event, branch, progress)
-
-
-def _retold(event: Progressed, branch: "Branch", progress: Progress) -> Iterator[Event]:
-    """Yield another process's event as one of the whole run."""
-    if isinstance(event, TensorMerged):
-        branch.rows[event.tensor] = event.entry
-        yield dataclasses.replace(event, **progress.now())
-    elif isinstance(event, ShardFinished):
-        file = {"name": event.shard, "size": event.bytes, "sha256": event.sha256}
-        branch.files[event.shard] = file
-        shards_done = len(branch.files)
-        yield dataclasses.replace(event, **progress.now(), shards_done=shards_done)
+            if isinstance(event, TensorMerged):  # told again as one of the whole run
+                branch.rows[event.tensor] = event.entry
+                yield dataclasses.replace(event, **progress.now())
+            elif isinstance(event, ShardFinished):
+                file = {"name": event.shard, "size": event.bytes, "sha256": event.sha256}
+                branch.files[event.shard] = file
+                shards_done = len(branch.files)
+                yield dataclasses.replace(event, **progress.now(), shards_done=shards_done)
 
 
 @contextlib.contextmanager

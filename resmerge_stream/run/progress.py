@@ -1,16 +1,52 @@
-"""How far a run is, how fast, and how long it will take."""
+"""How far a run is, how fast, how long it will take, and the most private memory that it had."""
 
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..device import private_memory
 from ..hub.patience import PATIENCE
-from .peak import Peak
 
 # Speeds are taken over about this time: long enough to be steady, short enough to be of now.
 _SPEED_S = 10.0
+# How often a process's memory is looked at.
+_LOOK_S = 0.02
+
+
+@dataclass(slots=True)
+class Peak:
+    """What a run's report says of memory.
+
+    Attributes:
+        bytes: anonymous and shared memory, no mapped files; at most so much so far.
+    """
+
+    bytes: int = 0
+
+    def look(self) -> None:
+        """Look at the memory now."""
+        self.bytes = max(self.bytes, private_memory())
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Look at it all the while: a tensor's peak lies between the events."""
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(_LOOK_S):
+                self.look()
+
+        thread = threading.Thread(target=watch, name="memory", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
 
 @dataclass(slots=True)

@@ -148,8 +148,14 @@ def merge_shards(run: Run, processes: Processes) -> Iterator[Event]:
     yield from processes.everyones(_merge_own(run, work), first, progress)
     if not processes.is_main:
         return
-    if run.plan.own is not None:
-        yield from _found_by_now(run)
+    for branch in run.branches if run.plan.own is not None else ():
+        entries = branch.sink.by_now()  # what other parts finished while this one merged
+        for shard in run.plan.shards:
+            entry = entries.get(shard.name)
+            if entry is None:
+                branch.files.pop(shard.name, None)
+            elif branch.files.get(shard.name, {}).get("sha256") != entry["sha256"]:
+                yield _finished(run, branch, shard, entry, resumed=True)
     if not run.unfinished:
         yield from _merge_lost(run)
     check_sources(run.plan)
@@ -229,18 +235,6 @@ def _merge_damaged(run: Run, own: Sequence[Shard]) -> Iterator[Event]:
         for shard in own:
             if shard.name in damaged:
                 yield from _merge_shard(run, shard, run.missing(shard))
-
-
-def _found_by_now(run: Run) -> Iterator[Event]:
-    """Take in what other parts finished while this one merged."""
-    for branch in run.branches:
-        entries = branch.sink.by_now()
-        for shard in run.plan.shards:
-            entry = entries.get(shard.name)
-            if entry is None:
-                branch.files.pop(shard.name, None)
-            elif branch.files.get(shard.name, {}).get("sha256") != entry["sha256"]:
-                yield _finished(run, branch, shard, entry, resumed=True)
 
 
 def _merge_lost(run: Run) -> Iterator[Event]:

@@ -1,4 +1,5 @@
-"""Re-read a merged folder: layout, hashes, finite values; and merge a sample again."""
+"""Re-read a merged folder, or a repository without downloading it: layout, hashes, finite values;
+and merge a sample again."""
 
 import hashlib
 import os
@@ -16,20 +17,19 @@ from ..maths.stored_bytes import as_tensor
 from ..maths.task_vectors import block_rows
 from ..methods import find_methods
 from ..planning.plan import Options, Plan, RefusedPlan, plan_merge
-from ..planning.recipe_file import load_recipe
+from ..planning.recipe_file import load_recipe, parse_recipe
 from ..recipe import ModelRef, Recipe, placed
 from ..report.schema import MAX_REPORT_BYTES, parse_report
 from ..report.statement import STATEMENT, statement_of
 from ..sinks.folder import REPORT
 from ..sinks.places import places_of
-from ..sources import Checkpoint, open_checkpoint
+from ..sources import REPO_ID, Checkpoint, open_checkpoint
 from ..specs import DTYPES
 from .merging import Merger
 from .pieces import Assembly
 from .reading import reads
 
 RECIPE = "resmerge/recipe.yml"
-_READ_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,17 @@ def verify_folder(
         CheckpointError: the folder's weights cannot be read at all.
     """
     folder = Path(os.path.expanduser(folder))
-    report = _read_report(folder)
+    try:
+        with (folder / REPORT).open("rb") as file:
+            data = file.read(MAX_REPORT_BYTES + 1)
+    except OSError as exc:
+        if not folder.is_dir():
+            raise VerificationError(f"there is no folder {str(folder)!r}.") from exc
+        raise VerificationError(
+            f"{str(folder)!r} has no readable {REPORT}, so there is nothing to verify against: "
+            f"{exc.strerror}. Give the output folder of a merge."
+        ) from exc
+    report = parse_report(data, where=str(folder / REPORT))
     merged = open_checkpoint(ModelRef(str(folder)))
     try:
         yield check_layout(merged, report)
@@ -100,18 +110,69 @@ def verify_folder(
         merged.close()
 
 
-def _read_report(folder: Path) -> dict[str, Any]:
-    try:
-        with (folder / REPORT).open("rb") as file:
-            data = file.read(MAX_REPORT_BYTES + 1)
-    except OSError as exc:
-        if not folder.is_dir():
-            raise VerificationError(f"there is no folder {str(folder)!r}.") from exc
+def verify_merge(
+    merged: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    sample: int = 3,
+    seed: int | None = None,
+    token: str | None = None,
+) -> Iterator[Check]:
+    """Check a merged folder, or a repository on the Hub; see `verify_folder`, `verify_repo`.
+
+    A name that exists as a folder is a folder.
+    """
+    is_folder = Path(os.path.expanduser(merged)).is_dir()
+    if is_folder or not REPO_ID.fullmatch(str(merged).partition("@")[0]):
+        return verify_folder(merged, recipe=recipe, sample=sample, seed=seed or 0)
+    return verify_repo(str(merged), recipe=recipe, sample=sample, seed=seed, token=token)
+
+
+def verify_repo(
+    name: str,
+    *,
+    recipe: Recipe | None = None,
+    sample: int = 3,
+    seed: int | None = None,
+    token: str | None = None,
+) -> Iterator[Check]:
+    """Check a repository against its report without downloading it: headers, hashes, a sample.
+
+    Args:
+        name: ``namespace/name``, perhaps with ``@revision``.
+        recipe: names the sources; the repository's own recipe when None.
+        sample: how many tensors to read again by range, and to merge again where possible.
+        seed: of the sample; drawn anew when None.
+        token: the caller's; None stands for HF_TOKEN or the login.
+
+    Raises:
+        VerificationError: there is no report to check against.
+        CheckpointError: the weights cannot be read at all.
+        StoppedError: the network or the Hub kept failing.
+    """
+    from ..hub.client import client
+    from ..hub.repo import HubRepo
+    from ..hub.repo import listed as files_of
+
+    ref = ModelRef.parse(name)
+    merged = open_checkpoint(ref, token=token)
+    repo = HubRepo(client(token), ref.id)
+    info = repo.info(merged.revision or "main")
+    if info is None or repo.read_json(REPORT, info) is None:
         raise VerificationError(
-            f"{str(folder)!r} has no readable {REPORT}, so there is nothing to verify against: "
-            f"{exc.strerror}. Give the output folder of a merge."
-        ) from exc
-    return parse_report(data, where=str(folder / REPORT))
+            f"{name} has no {REPORT}, so there is nothing to verify against. Give the repository "
+            "of a merge."
+        )
+    report = parse_report(repo.read(REPORT, info), where=f"{name}/{REPORT}")
+    seed = random.randrange(1 << 30) if seed is None else seed
+    names = random.Random(seed).sample(sorted(merged.tensors), min(sample, len(merged.tensors)))
+    yield check_layout(merged, report)
+    yield _check_hub_files(merged, report)
+    yield check_finite(merged, report, names)
+    found = recipe or parse_recipe(repo.read(RECIPE, info), where=f"{name}/{RECIPE}")
+    yield check_sample(merged, report, found, sample, seed, token)
+    if STATEMENT in files_of(info):
+        yield check_statement(repo.read(STATEMENT, info), report)
 
 
 def check_statement(stored: bytes, report: Mapping[str, Any]) -> Check:
@@ -167,9 +228,29 @@ def _check_hashes(folder: Path, merged: Checkpoint, report: Mapping[str, Any]) -
             problems.append(f"{path.name} is missing")
         elif path.stat().st_size != file["size"]:
             problems.append(f"{path.name} has {path.stat().st_size} bytes, not {file['size']}")
-        elif _sha256(path) != file["sha256"]:
-            problems.append(f"{path.name} has another sha256 than the report")
+        else:
+            with path.open("rb") as data:
+                found = hashlib.file_digest(data, "sha256").hexdigest()
+            if found != file["sha256"]:
+                problems.append(f"{path.name} has another sha256 than the report")
     return Check("sha256", tuple(problems), f"{len(report['files'])} weight files")
+
+
+def _check_hub_files(merged: Checkpoint, report: Mapping[str, Any]) -> Check:
+    """Compare what the Hub says of the weight files with the report."""
+    there = {file.name: file for file in merged.files}
+    problems = []
+    for file in report["files"]:
+        found = there.get(str(file["name"]))
+        if found is None:
+            problems.append(f"{file['name']} is missing")
+        elif found.size != file["size"]:
+            problems.append(f"{found.name} has {found.size} bytes, not {file['size']}")
+        elif found.sha256 != file["sha256"]:
+            problems.append(f"{found.name} has another sha256 than the report")
+    if extra := sorted(set(there) - {str(file["name"]) for file in report["files"]}):
+        problems.append(f"not in the report: {listed(extra)}")
+    return Check("files", tuple(problems), f"{len(there)} weight files: sizes and hashes")
 
 
 def check_finite(
@@ -220,12 +301,16 @@ def check_sample(
     chosen = random.Random(seed).sample(names, min(sample, len(names)))
     try:
         merger = Merger(plan, torch.device("cpu"), report.get("counted", {}))
-        problems = [
-            f"{name} comes out different when it is merged again"
-            for name in chosen
-            if _merge_again(plan, merger, name)
-            != b"".join(bytes(merged.read(spec.name)) for spec in plan.tensors[name].stored)
-        ]
+        problems = []
+        for name in chosen:
+            made = bytearray()
+            assembly = Assembly(made.extend)
+            for _, read in reads([plan.tensors[name]]):
+                piece = read()
+                merger.written(merger.prepare(piece), assembly)
+                piece.close()
+            if made != b"".join(merged.read(spec.name) for spec in plan.tensors[name].stored):
+                problems.append(f"{name} comes out different when it is merged again")
     finally:
         plan.close()
     return Check("recomputed", tuple(problems), f"{len(chosen)} tensors: {', '.join(chosen)}")
@@ -260,21 +345,3 @@ def _as_it_was(recipe: Recipe, report: Mapping[str, Any]) -> Recipe:
     if not isinstance(stored, Mapping) or set(stored) == set(kind().parameters()):
         return recipe
     return replace(recipe, parameters={**kind.earlier, **stored, **recipe.parameters})
-
-
-def _merge_again(plan: Plan, merger: Merger, name: str) -> bytes:
-    parts: list[bytes] = []
-    assembly = Assembly(lambda data: parts.append(bytes(data)))
-    for _, read in reads([plan.tensors[name]]):
-        piece = read()
-        merger.written(merger.prepare(piece), assembly)
-        piece.close()
-    return b"".join(parts)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

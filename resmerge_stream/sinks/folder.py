@@ -74,7 +74,10 @@ def target_state(
         return TargetState(
             Notice(f"cannot look into {str(out)!r}: {exc.strerror}.", Remedy.ANOTHER_FOLDER)
         )
-    if is_own or not _others(names) or _is_empty_mark(out, names):
+    others = _others(names)
+    # An empty mark alone: a disk that was full when a run began.
+    is_begun = others == {MARKER} and (out / MARKER).stat().st_size == 0
+    if is_own or not others or is_begun:
         return TargetState()
     if MARKER in names:
         if _value_in(out / MARKER, "plan_hash") == plan_hash:
@@ -89,12 +92,12 @@ def target_state(
             )
         )
     if plan_hash_of(out) == plan_hash:
-        others = changed(_document(out / REPORT), now)
-        if others and update:
+        sources = changed(_document(out / REPORT), now)
+        if sources and update:
             return TargetState()
-        if others:
+        if sources:
             return TargetState(
-                Notice(f"{str(out)!r} holds the result of {'; of '.join(others)}.", Remedy.REPLACE)
+                Notice(f"{str(out)!r} holds the result of {'; of '.join(sources)}.", Remedy.REPLACE)
             )
         if _has_files(out, _document(out / REPORT).get("files")):
             return TargetState(finished=True)
@@ -210,8 +213,16 @@ class FolderSink(Sink):
         if self._is_part:
             self._join()
             return self
-        if not member.is_main and not self._one_machine:
-            self._find_marker()
+        until = time.monotonic() + _SEEN_S  # a network's folder may show the main one's mark late
+        waits = not member.is_main and not self._one_machine
+        while waits and _value_in(out / MARKER, "run") != self._mark:
+            if time.monotonic() > until:
+                raise PlanRefusedError(
+                    f"this process does not see what the main one wrote into {str(out)!r}: "
+                    "several machines need a folder that all of them share, or a repository.",
+                    Remedy.ANOTHER_FOLDER,
+                )
+            time.sleep(_POLL_S)
         with contextlib.ExitStack() as undo:
             try:
                 work_dir.mkdir(parents=True, exist_ok=True)
@@ -221,7 +232,23 @@ class FolderSink(Sink):
                 self._locks[0].take(alone=member.is_main)
                 with (work_dir / "start").open("w") as start:
                     locked(start, fcntl.LOCK_EX)
-                    self._start(self._plan_hash, self._identity)
+                    state = target_state(
+                        out,
+                        self._plan_hash,
+                        is_own=self._is_own,
+                        now=self._now,
+                        update=self._update,
+                    )
+                    if state.problem is not None:
+                        raise OutputExistsError(state.problem)
+                    out.mkdir(parents=True, exist_ok=True)
+                    for lock in self._locks[1:]:
+                        lock.take(alone=member.is_main)
+                    if not (out / MARKER).exists():
+                        self._journal.forget()
+                    self._earlier = self._weights_of_others()
+                    self._finished = self._resume()
+                    self._write_marker()
                 for lock in self._locks:
                     lock.take(alone=False)
             except OutputExistsError:
@@ -301,10 +328,10 @@ class FolderSink(Sink):
         Raises:
             StoppedError: a file cannot be written, or another run wrote here since `lost` looked.
         """
-        if not self._is_part:
-            return self._publish(files)
-        with self._alone():  # no twin keeps a shard meanwhile
-            return self._publish(files)
+        if self._is_part:
+            with self._alone():  # no twin keeps a shard meanwhile
+                return self._publish(files)
+        return self._publish(files)
 
     def _publish(self, files: Mapping[str, bytes]) -> str:
         self._check_mark()
@@ -434,7 +461,7 @@ class FolderSink(Sink):
                     self._check_state()
                     time.sleep(_POLL_S)
                 self._earlier = self._weights_of_others()
-                self._finished = self._resume(self._plan_hash, self._identity)
+                self._finished = self._resume()
             except OutputExistsError:
                 raise
             except OSError as exc:
@@ -483,21 +510,6 @@ class FolderSink(Sink):
         finally:
             lock.close()
 
-    def _start(self, plan_hash: str, identity: Mapping[str, Any]) -> None:
-        state = target_state(
-            self._out, plan_hash, is_own=self._is_own, now=self._now, update=self._update
-        )
-        if state.problem is not None:
-            raise OutputExistsError(state.problem)
-        self._out.mkdir(parents=True, exist_ok=True)
-        for lock in self._locks[1:]:
-            lock.take(alone=self._member.is_main)
-        if not (self._out / MARKER).exists():
-            self._journal.forget()
-        self._earlier = self._weights_of_others()
-        self._finished = self._resume(plan_hash, identity)
-        self._write_marker()
-
     def _write_marker(self) -> None:
         """Mark the folder as this run's."""
         if _value_in(self._out / MARKER, "run") != self._mark:
@@ -517,27 +529,15 @@ class FolderSink(Sink):
         # Of this folder alone: anybody may have written the report.
         return (index, *(n for n in names if isinstance(n, str) and Path(n).name == n))
 
-    def _find_marker(self) -> None:
-        """Wait for the main process's marker; a network's folder may show it late."""
-        until = time.monotonic() + _SEEN_S
-        while _value_in(self._out / MARKER, "run") != self._mark:
-            if time.monotonic() > until:
-                raise PlanRefusedError(
-                    f"this process does not see what the main one wrote into {str(self._out)!r}: "
-                    "several machines need a folder that all of them share, or a repository.",
-                    Remedy.ANOTHER_FOLDER,
-                )
-            time.sleep(_POLL_S)
-
     def _part(self, name: str) -> Path:
         return self._out / f"{name}{_PART}"
 
-    def _resume(self, plan_hash: str, identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    def _resume(self) -> dict[str, dict[str, Any]]:
         """Return the journal's shards whose files hold what was written, by name.
 
         Of those that other parts made, the size has to do: they, and who publishes, read them.
         """
-        self._journal.start(plan_hash, identity)
+        self._journal.start(self._plan_hash, self._identity)
         if not self._looks:
             return {}
         finished = {}
@@ -576,13 +576,6 @@ def _size(path: Path) -> int | None:
 def _others(names: Iterable[str]) -> set[str]:
     """Return the names of what is more than traces of a run that had hardly begun."""
     return {name for name in names if not name.startswith((_HALF_MARKER, LOCK, PARTS))}
-
-
-def _is_empty_mark(out: Path, names: list[str]) -> bool:
-    """Whether a folder holds nothing but an empty mark: a disk that was full when a run began."""
-    if MARKER not in names or _others(names) != {MARKER}:
-        return False
-    return (out / MARKER).stat().st_size == 0
 
 
 def _sha256(path: Path) -> str:

@@ -139,34 +139,6 @@ def parse_settings(config: Mapping[str, Any], *, where: str) -> LoraSettings:
         CheckpointFormatError: a value is not what PEFT would write.
         UnsupportedCheckpointError: the adapter is of a kind that cannot be merged.
     """
-    _refuse_kinds(config, where)
-    value = config.get("peft_version")
-    found = re.match(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})", value if isinstance(value, str) else "")
-    return LoraSettings(
-        rank=_rank(config.get("r", 8), "r", where),
-        alpha=_number(config.get("lora_alpha", 8), "lora_alpha", where),
-        rank_pattern=_patterns(config, "rank_pattern", _rank, where),
-        alpha_pattern=_patterns(config, "alpha_pattern", _number, where),
-        rslora=_switch(config, "use_rslora", where),
-        fan_in_fan_out=_switch(config, "fan_in_fan_out", where),
-        dora=_switch(config, "use_dora", where),
-        tokens=_tokens(config.get("trainable_token_indices"), where),
-        target_parameters=frozenset(
-            _texts(config.get("target_parameters"), "target_parameters", where)
-        ),
-        ties_embeddings=_switch(config, "ensure_weight_tying", where),
-        saved=_texts(
-            [saved] if isinstance(saved := config.get("modules_to_save"), str) else saved,
-            "modules_to_save",
-            where,
-        ),
-        bias=bias if isinstance(bias := config.get("bias"), str) else "none",
-        base=base if isinstance(base := config.get("base_model_name_or_path"), str) else None,
-        peft_version=tuple(map(int, found.groups())) if found else None,
-    )
-
-
-def _refuse_kinds(config: Mapping[str, Any], where: str) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UnsupportedCheckpointError(
@@ -186,6 +158,39 @@ def _refuse_kinds(config: Mapping[str, Any], where: str) -> None:
             "factors do not fit the published base. Convert it to LoRA with peft "
             "(save_pretrained with path_initial_model_for_weight_conversion)."
         )
+    tokens = config.get("trainable_token_indices")
+    tokens = {"": tokens} if isinstance(tokens, list) else tokens or {}
+    if not isinstance(tokens, dict) or not all(
+        isinstance(indices, list) and all(type(i) is int and i >= 0 for i in indices)
+        for indices in tokens.values()
+    ):
+        raise CheckpointFormatError(
+            f"{where!r}: trainable_token_indices must be a list of token numbers, or one a module."
+        )
+    value = config.get("peft_version")
+    found = re.match(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})", value if isinstance(value, str) else "")
+    return LoraSettings(
+        rank=_rank(config.get("r", 8), "r", where),
+        alpha=_number(config.get("lora_alpha", 8), "lora_alpha", where),
+        rank_pattern=_patterns(config, "rank_pattern", _rank, where),
+        alpha_pattern=_patterns(config, "alpha_pattern", _number, where),
+        rslora=_switch(config, "use_rslora", where),
+        fan_in_fan_out=_switch(config, "fan_in_fan_out", where),
+        dora=_switch(config, "use_dora", where),
+        tokens={module: tuple(indices) for module, indices in tokens.items()},
+        target_parameters=frozenset(
+            _texts(config.get("target_parameters"), "target_parameters", where)
+        ),
+        ties_embeddings=_switch(config, "ensure_weight_tying", where),
+        saved=_texts(
+            [saved] if isinstance(saved := config.get("modules_to_save"), str) else saved,
+            "modules_to_save",
+            where,
+        ),
+        bias=bias if isinstance(bias := config.get("bias"), str) else "none",
+        base=base if isinstance(base := config.get("base_model_name_or_path"), str) else None,
+        peft_version=tuple(map(int, found.groups())) if found else None,
+    )
 
 
 def _patterns(
@@ -240,15 +245,3 @@ def _texts(value: object, name: str, where: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise CheckpointFormatError(f"{where!r}: {name} must be a list of names.")
     return tuple(value)
-
-
-def _tokens(value: object, where: str) -> dict[str, tuple[int, ...]]:
-    lists = {"": value} if isinstance(value, list) else value or {}
-    if not isinstance(lists, dict) or not all(
-        isinstance(indices, list) and all(type(i) is int and i >= 0 for i in indices)
-        for indices in lists.values()
-    ):
-        raise CheckpointFormatError(
-            f"{where!r}: trainable_token_indices must be a list of token numbers, or one a module."
-        )
-    return {module: tuple(indices) for module, indices in lists.items()}

@@ -164,13 +164,6 @@ class Edit:
         return shared + max(by_expert.values(), default=0) + (self.bias is not None)
 
 
-@dataclass(slots=True)
-class _Pair:
-    """The tensors of one adapted module: its factors by kind."""
-
-    keys: dict[str, str] = field(default_factory=dict)
-
-
 @dataclass(frozen=True, slots=True)
 class Layout:
     """What an adapter does.
@@ -206,7 +199,7 @@ class _Layout:
         self._own = {key: stored.spec for key, stored in own.tensors.items()}
         self._base = {name: stored.spec for name, stored in base.tensors.items()}
         self._where = own.id
-        self._pairs: dict[str, _Pair] = defaultdict(_Pair)
+        self._pairs: dict[str, dict[str, str]] = defaultdict(dict)  # factors by module and kind
         self._edits: dict[str, Edit] = {}
         self._ends: dict[str, list[str]] = {}
         self._still: list[str] = []  # modules whose scale is 0
@@ -231,19 +224,19 @@ class _Layout:
             if not DTYPES[spec.dtype].is_merged:
                 self._refuse(f"{key} holds {spec.dtype}, not floating point")
             self._sort_in(name, key, values)
-        self._check_count()
+        # More modules than a base can have are refused before each is looked for under its names.
+        rows = sum(math.prod(spec.shape[:-1]) for spec in self._base.values())
+        if len(self._pairs) > rows:
+            self._refuse(
+                f"it adapts {len(self._pairs):,} modules, and all of the base's tensors have "
+                f"{rows:,} rows: it was trained on another base"
+            )
         self._settle_tied(values)
         for name, key in values.items():
             self._place_whole(name, key)
-        waiting = [
-            (m, pair)
-            for m, pair in sorted(
-                self._pairs.items(), key=lambda item: -item[0].count(".base_layer")
-            )
-            if not self._place(m, pair)
-        ]
-        for module, pair in waiting:
-            self._place(module, pair, is_last=True)
+        inner_first = sorted(self._pairs, key=lambda module: -module.count(".base_layer"))
+        for module in [module for module in inner_first if not self._place(module)]:
+            self._place(module, is_last=True)
         if not self._edits:
             self._refuse("it has no factors at all; nothing was saved")
         if self._still and self._settings.alpha == 0:
@@ -260,23 +253,14 @@ class _Layout:
         edits = {name: self._edits[name] for name in self._base if name in self._edits}
         return Layout(edits, tuple(self._notes))
 
-    def _check_count(self) -> None:
-        """Refuse more modules than a base can have, before each is looked for under its names."""
-        rows = sum(math.prod(spec.shape[:-1]) for spec in self._base.values())
-        if len(self._pairs) > rows:
-            self._refuse(
-                f"it adapts {len(self._pairs):,} modules, and all of the base's tensors have "
-                f"{rows:,} rows: it was trained on another base"
-            )
-
     def _sort_in(self, name: str, key: str, values: dict[str, str]) -> None:
         if (found := _FACTOR.fullmatch(name)) is not None:
             pair, end = self._pairs[found["module"]], found["end"]
             kind = found["kind"] + (".bias" if end == "bias" else "")
             kind = kind.replace("lora_embedding_", "embedding_").replace("lora_", "")
-            if kind in pair.keys:
-                self._refuse(f"{pair.keys[kind]} and {key} are factors of one module")
-            pair.keys[kind] = key
+            if kind in pair:
+                self._refuse(f"{pair[kind]} and {key} are factors of one module")
+            pair[kind] = key
         elif (found := _TOKENS.fullmatch(name)) is not None:
             self._place_tokens(found["module"], key)
         elif (found := _WHOLE.fullmatch(name)) is not None:
@@ -299,7 +283,7 @@ class _Layout:
             if role_of(name, self._own[values[name]].shape) is Role.EMBEDDING
         ]
         adapted = [m for m in self._pairs if self._is_head(f"{m}.weight")]
-        inputs = [m for m, pair in self._pairs.items() if "embedding_A" in pair.keys]
+        inputs = [m for m, pair in self._pairs.items() if "embedding_A" in pair]
         if not (heads or tables or adapted or inputs) or not _is_tied(self._checkpoint):
             return
         for head in heads:
@@ -337,9 +321,9 @@ class _Layout:
             return True
         return role_of(name, (1, 1)) is Role.HEAD and self._find(name) is None
 
-    def _place(self, module: str, pair: _Pair, *, is_last: bool = False) -> bool:
+    def _place(self, module: str, *, is_last: bool = False) -> bool:
         """Place a module's factors; return whether their place is known by now."""
-        keys = pair.keys
+        keys = self._pairs[module]
         for left, right in (("A", "B"), ("embedding_A", "embedding_B")):
             if (left in keys) != (right in keys):
                 there, missing = (left, right) if left in keys else (right, left)
@@ -447,13 +431,13 @@ class _Layout:
                 continue
             start = 0
             for part in parts[: parts.index(leaf)]:
-                before = self._pairs.get(f"{parent}.{part}")
-                if before is None or "B" not in before.keys:
+                before = self._pairs.get(f"{parent}.{part}", {})
+                if "B" not in before:
                     self._refuse(
                         f"it adapts {shown(module)}, which is part of {name}; without factors of "
                         f"{part}, which comes before it there, its place is not known"
                     )
-                start += self._own[before.keys["B"]].shape[0]
+                start += self._own[before["B"]].shape[0]
             m, n = self._base[name].matrix_shape
             if down.shape[1] != n or start + up.shape[0] > m:
                 self._refuse_shape(name, (m, n), down, up)
@@ -766,8 +750,10 @@ class _Layout:
     def _find(self, wanted: str) -> str | None:
         """Return the base's name of a tensor, whatever stands before it there."""
         wanted = wanted.replace("unembed_tokens", "lm_head")
-        if not self._ends:
-            self._ends = _by_end(self._base)
+        for name in self._base if not self._ends else ():
+            parts = name.split(".")
+            for start in range(1, len(parts)):
+                self._ends.setdefault(".".join(parts[start:]), []).append(name)
         # Tinker calls gpt-oss's attention ``attn``.
         for asked in dict.fromkeys((wanted, wanted.replace(".attn.", ".self_attn."))):
             short = asked.removeprefix("model.")
@@ -816,16 +802,6 @@ def _slice(span: Span, size: int) -> slice:
     if (span.row, span.row_step, span.size) == (0, 1, size):
         return _ALL
     return slice(span.row, span.row + (span.size - 1) * span.row_step + 1, span.row_step)
-
-
-def _by_end(base: Mapping[str, TensorSpec]) -> dict[str, list[str]]:
-    """Return the base's names by every part that they end with."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for name in base:
-        parts = name.split(".")
-        for start in range(1, len(parts)):
-            found[".".join(parts[start:])].append(name)
-    return found
 
 
 def _rank(spec: TensorSpec, factor: Factor) -> int:

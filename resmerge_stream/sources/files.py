@@ -11,19 +11,10 @@ from .adapter_config import WEIGHTS as ADAPTER_WEIGHTS
 from .adapter_config import check_adapter_files, is_adapter
 from .trainers import NO_WEIGHTS, Place, is_consolidated, leavings
 
-WEIGHTS = "model.safetensors"
-
-
-INDEX = "model.safetensors.index.json"
-
-
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SMALL_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WEIGHTS = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *_PICKLED)
-
-
 MAX_SMALL_BYTES = 200_000_000
 
 
@@ -58,10 +49,35 @@ def choose_weights(place: Place, names: list[str]) -> list[str] | None:
     if is_adapter(names):
         check_adapter_files(place.shown, names)
         return [ADAPTER_WEIGHTS]
-    _refuse_other_formats(place, names)
+    if is_consolidated(names):
+        raise UnsupportedCheckpointError(
+            f"{place.shown!r} has its weights in Mistral's own format alone "
+            "(consolidated*.safetensors), under names that transformers cannot load. Convert it "
+            "with transformers' convert_mistral_weights_to_hf.py, or give a repository with "
+            "model.safetensors."
+        )
+    found = [name for name in names if name.endswith(".safetensors")]
+    if not found and leavings(place):
+        raise no_model(place, "*.safetensors file")
+    pickled = [n for n in names if n.endswith(_PICKLED) and not NO_WEIGHTS.match(n)]
+    if pickled and not found:
+        raise PickledWeightsError(
+            f"{place.shown!r} has its weights in {pickled[0]!r}, a pickle, which can run code when "
+            "it is read. Convert it: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) "
+            "writes safetensors."
+        )
     if WEIGHTS in names:
         return [WEIGHTS]
-    return None if INDEX in names else _single_weight_file(place, names)
+    if INDEX in names:
+        return None
+    if len(found) == 1:
+        return found
+    if not found:
+        raise no_model(place, "*.safetensors file")
+    raise CheckpointFormatError(
+        f"{place.shown!r} has {len(found)} safetensors files but neither {WEIGHTS} nor {INDEX}, "
+        "so it is not known which of them make the model."
+    )
 
 
 def no_model(place: Place, lacks: str) -> CheckpointNotFoundError:
@@ -71,36 +87,3 @@ def no_model(place: Place, lacks: str) -> CheckpointNotFoundError:
         f"with {INDEX}"
     )
     return CheckpointNotFoundError(f"{place.shown!r} has no {lacks}. {instead}.")
-
-
-def _refuse_other_formats(place: Place, names: list[str]) -> None:
-    if is_consolidated(names):
-        raise UnsupportedCheckpointError(
-            f"{place.shown!r} has its weights in Mistral's own format alone "
-            "(consolidated*.safetensors), under names that transformers cannot load. Convert it "
-            "with transformers' convert_mistral_weights_to_hf.py, or give a repository with "
-            "model.safetensors."
-        )
-    if any(name.endswith(".safetensors") for name in names):
-        return
-    if leavings(place):
-        raise no_model(place, "*.safetensors file")
-    pickled = [n for n in names if n.endswith(_PICKLED) and not NO_WEIGHTS.match(n)]
-    if pickled:
-        raise PickledWeightsError(
-            f"{place.shown!r} has its weights in {pickled[0]!r}, a pickle, which can run code when "
-            "it is read. Convert it: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) "
-            "writes safetensors."
-        )
-
-
-def _single_weight_file(place: Place, names: list[str]) -> list[str]:
-    found = [name for name in names if name.endswith(".safetensors")]
-    if len(found) == 1:
-        return found
-    if not found:
-        raise no_model(place, "*.safetensors file")
-    raise CheckpointFormatError(
-        f"{place.shown!r} has {len(found)} safetensors files but neither {WEIGHTS} nor {INDEX}, "
-        "so it is not known which of them make the model."
-    )

@@ -127,12 +127,19 @@ def open_folder(folder: Path, ref: ModelRef, *, hashes: bool = False) -> Checkpo
         raise CheckpointNotFoundError(
             f"cannot read the folder {str(folder)!r}: {exc.strerror}."
         ) from exc
-    _refuse_outward_links(folder, names)
+    for name in names:
+        # It would be copied into the output. Weights may lie elsewhere: what is not safetensors is
+        # not read as such.
+        if name.endswith(SMALL_SUFFIXES) and (folder / name).is_symlink():
+            _check_link(folder / name, folder)
     place = Place(str(folder), lambda: _paths_below(folder))
     if (left := readable(place, names)) is not None:
         return _open_left(folder, ref, left, hashes=hashes)
     weight_files = choose_weights(place, names)
-    config = _read_config(place, folder, names)
+    path = folder / config_file(names)
+    if path.name not in names:
+        raise no_model(place, "config.json, so it is no model")
+    config = parse_object(_read_bounded(path, MAX_CONFIG_BYTES), where=str(path))
     weight_map = None
     if weight_files is None:
         where = str(folder / INDEX)
@@ -253,14 +260,6 @@ def _sha256(path: Path) -> str:
         raise CheckpointNotFoundError(f"cannot read {str(path)!r}: {exc.strerror}.") from exc
 
 
-def _read_config(place: Place, folder: Path, names: list[str]) -> dict[str, Any]:
-    name = config_file(names)
-    if name not in names:
-        raise no_model(place, "config.json, so it is no model")
-    path = folder / name
-    return parse_object(_read_bounded(path, MAX_CONFIG_BYTES), where=str(path))
-
-
 def _paths_below(folder: Path) -> list[str]:
     """Return paths of files in a folder and below it: those of a run, not of a whole disk.
 
@@ -280,16 +279,6 @@ def _paths_below(folder: Path) -> list[str]:
     return found[:_MOST_PATHS]
 
 
-def _refuse_outward_links(folder: Path, names: list[str]) -> None:
-    """Refuse files that would be copied into the output from outside of the model's folder.
-
-    Weights may lie elsewhere: what is not safetensors is not read as such.
-    """
-    for name in names:
-        if name.endswith(SMALL_SUFFIXES) and (folder / name).is_symlink():
-            _check_link(folder / name, folder)
-
-
 def _check_link(path: Path, folder: Path) -> None:
     """Raise where a link leads out of a model's folder, or out of its part of the Hub's cache."""
     root = folder.resolve()
@@ -303,9 +292,8 @@ def _check_link(path: Path, folder: Path) -> None:
 
 
 def _read_bounded(path: Path, limit: int, folder: Path | None = None) -> bytes:
-    _check_link(
-        path, folder or path.parent
-    )  # again: it may have been put there since the folder was looked through
+    # Again: it may have been put there since the folder was looked through.
+    _check_link(path, folder or path.parent)
     try:
         with path.open("rb") as handle:
             data = handle.read(limit + 1)

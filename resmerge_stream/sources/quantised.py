@@ -6,6 +6,7 @@ config alone, decides nothing.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -111,7 +112,7 @@ class Fp8Values(Node):
         first = (box[-2][0] % self.block[0], box[-1][0])
         height, width = scales.shape[-2:] if scales.ndim >= 2 else (scales.numel(), 1)
         step = max(BLOCK_ELEMENTS // max(columns, 1), 1)
-        for index in _indices(codes.shape[:-2]):
+        for index in itertools.product(*map(range, codes.shape[:-2])):
             of_matrix = scales[index] if scales.ndim > 2 else scales
             of_matrix = of_matrix.reshape(height, width)
             for start in range(0, rows, step):
@@ -158,7 +159,7 @@ class Mxfp4Values(Node):
         rows, groups = scales.shape[-2:]
         skip, width = box[-1][0] % 32, box[-1][1] - box[-1][0]
         step = max(BLOCK_ELEMENTS // max(groups * 32, 1), 1)
-        for index in _indices(scales.shape[:-2]):
+        for index in itertools.product(*map(range, scales.shape[:-2])):
             for start in range(0, rows, step):
                 part = slice(start, min(start + step, rows))
                 made = torch.empty(part.stop - part.start, groups * 32)
@@ -323,7 +324,9 @@ def _inspect_fp8(
     found.sources[name] = Fp8Values(checkpoint.trees[name], checkpoint.trees[scales], size)
     found.codes[name] = name
     found.companions.add(scales)
-    found.forms[f"FP8, {_kind_of(size, spec.shape)}"] += 1
+    m, n = spec.shape[-2:]
+    kinds = {(m, n): "a scale a tensor", (1, n): "a scale a row", (m, 1): "a scale a column"}
+    found.forms[f"FP8, {kinds.get(size, f'a scale a block of {size[0]} × {size[1]}')}"] += 1
 
 
 def _inspect_mxfp4(checkpoint: Checkpoint, spec: TensorSpec, found: Quantised) -> None:
@@ -583,12 +586,6 @@ def _block_of(
     return {(1, 1): (m, n), (m, 1): (1, n), (1, n): (m, 1)}.get((grid[-2], grid[-1]))
 
 
-def _kind_of(size: tuple[int, int], shape: tuple[int, ...]) -> str:
-    m, n = shape[-2:]
-    kinds = {(m, n): "a scale a tensor", (1, n): "a scale a row", (m, 1): "a scale a column"}
-    return kinds.get(size, f"a scale a block of {size[0]} × {size[1]}")
-
-
 def _block_size(config: Mapping[str, Any]) -> tuple[int, int]:
     """Return the block that a config names, or the usual one."""
     quantisation = config.get("quantization_config") or config.get("compression_config") or {}
@@ -607,12 +604,6 @@ def _block_size(config: Mapping[str, Any]) -> tuple[int, int]:
 
 def _is_count(value: object) -> TypeGuard[int]:
     return type(value) is int and value > 0
-
-
-def _indices(lead: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    import itertools
-
-    yield from itertools.product(*map(range, lead))
 
 
 def _as_torch(array: Array, dtype: str) -> Tensor:

@@ -24,13 +24,18 @@ def embedding_of(checkpoint: Checkpoint) -> str | None:
     for name, stored in checkpoint.tensors.items():
         if len(stored.spec.shape) < 2 or layer_of(name) is not None:
             continue
-        role = role_of(name, stored.spec.shape)
-        if role is Role.EMBEDDING and not any(word in name for word in _NOT_TOKENS):
+        if is_embedding(name, stored.spec.shape):
             tables.append(name)
-        elif role is Role.HEAD:
+        elif role_of(name, stored.spec.shape) is Role.HEAD:
             heads.add(stored.spec.shape)
     alike = [name for name in tables if checkpoint.tensors[name].spec.shape in heads]
     return next(iter(alike or tables), None)
+
+
+def is_embedding(name: str, shape: tuple[int, ...]) -> bool:
+    """Return whether a tensor is a table of tokens that go in, and not of places or patches."""
+    is_tokens = not any(word in name for word in _NOT_TOKENS)
+    return is_tokens and role_of(name, shape) is Role.EMBEDDING
 
 
 def copies_of(checkpoint: Checkpoint, embedding: str) -> Iterator[str]:

@@ -24,10 +24,9 @@ from ..run.difference import refused_if_equal
 from ..run.events import Event, Finished, Planned, Published
 from ..run.merging import Merger
 from ..run.opening import read_report
-from ..run.peak import Peak
 from ..run.pipeline import threads_of
 from ..run.processes import Processes
-from ..run.progress import Progress
+from ..run.progress import Peak, Progress
 from ..run.shards import Branch, Run, merge_shards, report_of
 from ..sinks import DroppingSink, FolderSink, Sink, target_state
 from ..sinks.journal import work_folder

@@ -3,11 +3,12 @@
 import contextlib
 import hashlib
 import shutil
+import statistics
 import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from resmerge_stream.planning.request import Request
 from ..identity import network_of
 from ..remedies import said
 from ..settings import Settings
-from .estimates import expected_seconds
 from .process import events, let_end, send, start_worker
 from .progress import Live, apply, begin, done_in_words
 from .records import (
@@ -38,6 +38,9 @@ from .records import (
 _SAVE_S, _CLEAN_S = 3.0, 600.0
 # Records stay longer than files: a link to a finished job still says what became of it.
 _KEEP_RECORDS = 30
+# Shorter plans tell what every merge costs beside its bytes; longer ones how fast this machine is.
+_SHORT_S = 30.0
+_LAST = 20
 
 
 @dataclass(slots=True)
@@ -418,6 +421,27 @@ class Jobs:
             room -= sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             if room < 0:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def expected_seconds(planned: float, jobs: Iterable[Job]) -> float | None:
+    """Return how long a visitor will wait for a merge that runs alone; None if nothing tells.
+
+    Args:
+        planned: the plan's own estimate.
+        jobs: all that are remembered; those count that finished without having been stopped.
+    """
+    told = [job for job in jobs if job.state == DONE and job.took > 0 and not job.bytes_kept]
+    pairs = [
+        (float(job.plan["seconds_estimate"]), job.took)
+        for job in sorted(told, key=lambda job: -job.created)[:_LAST]
+        if job.plan.get("seconds_estimate")
+    ]
+    if not pairs:
+        return None
+    short = [took - estimate for estimate, took in pairs if estimate < _SHORT_S]
+    beside = max(statistics.median(short), 0.0) if short else 0.0
+    long = [max(took - beside, 0.0) / estimate for estimate, took in pairs if estimate >= _SHORT_S]
+    return beside + planned * (statistics.median(long) if long else 1.0)
 
 
 def _tell_to_stop(run: _Run) -> None:

@@ -32,7 +32,10 @@ _KEPT_BYTES = 300_000_000
 
 def main() -> int:
     """Answer requests until there are no more, or too much memory is held."""
-    _limit_memory()
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not on every system
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES, _MEMORY_BYTES))
     os.nice(5)  # the page and the merges come first
     settings = read_settings()
     from resmerge_stream.hub import client  # noqa: F401 - loaded before anybody waits for it
@@ -147,13 +150,6 @@ def recipe_of(request: dict[str, Any], settings: Settings) -> dict[str, Any]:
     except VerificationError:
         return recipe_on_the_hub(ref, token=request["token"]).to_dict()
     return web_recipe(pinned_recipe(report), settings).to_dict()
-
-
-def _limit_memory() -> None:
-    with contextlib.suppress(ImportError, ValueError, OSError):  # not on every system
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES, _MEMORY_BYTES))
 
 
 if __name__ == "__main__":

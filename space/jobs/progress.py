@@ -55,7 +55,19 @@ def apply(job: Job, live: Live, event: dict[str, Any]) -> dict[str, Any] | None:
         for key in _PROGRESS:
             setattr(job, key, getattr(told, key))
     if isinstance(told, Planned):
-        _planned(job, told.plan)
+        plan = told.plan
+        job.state, job.message = RUNNING, "Merging."
+        kept = (
+            "tensors", "read_bytes", "write_bytes", "peak_memory_bytes", "seconds_estimate",
+        )  # fmt: skip
+        job.plan = {**{key: plan[key] for key in kept}, "shards": len(plan["shards"])}
+        for warning in plan_said(plan)["warnings"]:
+            job.say(f"note: {warning}")
+        job.say(
+            f"planned: {plan['tensors']} tensors into {len(plan['shards'])} file(s), "
+            f"{format_size(plan['read_bytes'])} to read, "
+            f"{format_size(plan['write_bytes'])} to write"
+        )
     elif isinstance(told, Counted):
         job.bytes_read = told.bytes_read
         job.message = f"Counting pass {told.number} of {told.passes} over the whole model."
@@ -67,11 +79,28 @@ def apply(job: Job, live: Live, event: dict[str, Any]) -> dict[str, Any] | None:
         for text in list(told.entry.get("warnings") or ())[:1]:
             job.say(f"{row.name}: {text}")
     elif isinstance(told, ShardFinished):
-        _shard(job, told)
+        job.shards_done = told.shards_done
+        job.bytes_kept += told.bytes if told.resumed else 0
+        how = "was finished before" if told.resumed else "finished"
+        job.say(
+            f"file {told.shards_done} of {told.shards} {how}: {told.shard}, "
+            f"{format_size(told.bytes)}, sha256 {told.sha256[:12]}"
+        )
+        if told.shards_done == told.shards and job.asked.get("push_to"):
+            job.message = "Sending the last files to the Hub, then one commit shows everything."
     elif isinstance(told, Published):
         job.say("published" if job.asked.get("push_to") else "written")
     elif isinstance(told, Finished):
-        return _finished(job, live, told)
+        if job.asked.get("push_to"):
+            job.url = told.where
+        job.took = 0.0 if told.already_there else time.time() - job.started
+        if job.asked.get("methods"):  # a comparison leaves scores, and no model
+            return None
+        # A run that was continued only merged the rest; the report has every tensor.
+        live.rows = [row_of(row) for row in told.report["tensors"]]
+        job.tensors_done = len(live.rows)
+        job.message = "Everything is written."
+        return dict(told.report)
     elif event.get("event") == "asking":
         job.message = f"Asking {event['model']}"
     elif event.get("event") == "accuracies":
@@ -82,52 +111,6 @@ def apply(job: Job, live: Live, event: dict[str, Any]) -> dict[str, Any] | None:
         job.say(f"not asked: {event['message']}")
         job.unasked = str(event["message"])
     return None
-
-
-def _planned(job: Job, plan: Mapping[str, Any]) -> None:
-    job.state = RUNNING
-    job.message = "Merging."
-    job.plan = {
-        "tensors": plan["tensors"],
-        "shards": len(plan["shards"]),
-        "read_bytes": plan["read_bytes"],
-        "write_bytes": plan["write_bytes"],
-        "peak_memory_bytes": plan["peak_memory_bytes"],
-        "seconds_estimate": plan["seconds_estimate"],
-    }
-    for warning in plan_said(plan)["warnings"]:
-        job.say(f"note: {warning}")
-    job.say(
-        f"planned: {plan['tensors']} tensors into {len(plan['shards'])} file(s), "
-        f"{format_size(plan['read_bytes'])} to read, {format_size(plan['write_bytes'])} to write"
-    )
-
-
-def _shard(job: Job, event: ShardFinished) -> None:
-    job.shards_done = event.shards_done
-    if event.resumed:
-        job.bytes_kept += event.bytes
-    how = "was finished before" if event.resumed else "finished"
-    job.say(
-        f"file {event.shards_done} of {event.shards} {how}: {event.shard}, "
-        f"{format_size(event.bytes)}, sha256 {event.sha256[:12]}"
-    )
-    if event.shards_done == event.shards and job.asked.get("push_to"):
-        job.message = "Sending the last files to the Hub, then one commit shows everything."
-
-
-def _finished(job: Job, live: Live, event: Finished) -> dict[str, Any] | None:
-    if job.asked.get("push_to"):
-        job.url = event.where
-    if job.asked.get("methods"):  # a comparison leaves scores, and no model
-        job.took = time.time() - job.started
-        return None
-    # A run that was continued only merged the rest; the report has every tensor.
-    live.rows = [row_of(row) for row in event.report["tensors"]]
-    job.tensors_done = len(live.rows)
-    job.took = 0.0 if event.already_there else time.time() - job.started
-    job.message = "Everything is written."
-    return dict(event.report)
 
 
 def done_in_words(job: Job, event: Mapping[str, Any]) -> str:

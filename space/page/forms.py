@@ -9,6 +9,7 @@ from resmerge_stream.methods import find_methods, parameter_fields, settled
 from resmerge_stream.methods.settings import is_plain
 from resmerge_stream.planning.options import Options
 from resmerge_stream.recipe import DEFAULT_METHOD, Recipe
+from resmerge_stream.sinks.publication import Publication
 
 # Rows of experts in the form; a pasted recipe may have more.
 ROWS = 8
@@ -78,6 +79,12 @@ def document_of(form: Mapping[str, Any]) -> dict[str, Any]:
     options = {key: form[key] for key in output_options() if form.get(key) not in (None, "")}
     if options.get("as") != ADAPTER:
         options.pop(ADAPTER_RANK, None)  # not to be seen then
+    goal: dict[str, Any] = {"public": None, "create_pr": True}
+    if form.get("publish") != AS_PULL_REQUEST:
+        given = {name: form[name] for name in Publication.defaults() if form.get(name)}
+        goal = {name: v.strip() if isinstance(v, str) else v for name, v in given.items()}
+        goal["public"] = {PRIVATE: False, PUBLIC: True}.get(str(form.get("visibility")))
+        goal["update"] = form.get("publish") == AS_UPDATE
     return {
         "recipe": recipe,
         "chosen_by": "default" if method == DEFAULT_METHOD else "option",
@@ -85,19 +92,7 @@ def document_of(form: Mapping[str, Any]) -> dict[str, Any]:
         "options": options,
         "push_to": target_of(form),
         "questions": str(form.get("questions") or "").strip(),
-        **_publishing(form),
-    }
-
-
-def _publishing(form: Mapping[str, Any]) -> dict[str, Any]:
-    publish = form.get("publish")
-    if publish == AS_PULL_REQUEST:
-        return {"public": None, "create_pr": True}
-    return {
-        "public": {PRIVATE: False, PUBLIC: True}.get(str(form.get("visibility"))),
-        "update": publish == AS_UPDATE,
-        "collection": str(form.get("collection") or "").strip(),
-        "discuss": bool(form.get("discuss")),
+        **goal,
     }
 
 

@@ -67,7 +67,8 @@ def heatmap(rows: Sequence[Row], gate: Measure, *, named: bool = False) -> str:
     layers = layers[:: max(1, -(-len(layers) // _MOST_LAYERS))]
     columns: list[int | None] = [*layers, *([None] if any(c[1] is None for c in found) else [])]
     low, high = limits(gate.scale, list(found.values()))
-    left = _room_for(labels)
+    # Right of the longest label; labels take half at most.
+    left = min(max(_LEFT, 12 + 9 * max(map(len, labels))), _PLOT // 2)
     width = (_LEFT + _PLOT - left) / len(columns)
     paths: dict[str, list[str]] = {}
     painted_cells = zip(found.items(), _colours(gate, found.values(), low, high), strict=True)
@@ -94,12 +95,12 @@ def heatmap(rows: Sequence[Row], gate: Measure, *, named: bool = False) -> str:
     axis = _layer_axis(columns, left, width, height)
     said = f"{gate.title}: median {statistics.median(found.values()):.3g} over {len(found)} cells"
     svg = _svg(height + _BOTTOM, said, f"{fills}{names}{axis}")
-    return _figure(gate, svg, _scale(gate, low, high))
-
-
-def _room_for(labels: Iterable[str]) -> int:
-    """Return where the cells begin, right of the longest label; labels take half at most."""
-    return min(max(_LEFT, 12 + 9 * max(map(len, labels))), _PLOT // 2)
+    scale = (
+        f'<div class="rm-scale"><span>{low:.3g}</span>'
+        f'<i style="background:linear-gradient(90deg,{",".join(colours_of(gate.scale))})"></i>'
+        f"<span>{high:.3g}</span></div>"
+    )
+    return _figure(gate, svg, scale)
 
 
 def _layer_axis(columns: Sequence[int | None], left: int, width: float, height: int) -> str:
@@ -167,14 +168,6 @@ def _colours(gate: Measure, values: Iterable[float], low: float, high: float) ->
     shares = np.clip((np.array(list(values)) - low) / (high - low), 0, 1)
     colours = painted(np.round(shares * _STEPS), 0, _STEPS, colours_of(gate.scale), "#ffffff")
     return ["#" + bytes(colour).hex() for colour in colours]
-
-
-def _scale(gate: Measure, low: float, high: float) -> str:
-    return (
-        f'<div class="rm-scale"><span>{low:.3g}</span>'
-        f'<i style="background:linear-gradient(90deg,{",".join(colours_of(gate.scale))})"></i>'
-        f"<span>{high:.3g}</span></div>"
-    )
 
 
 def _svg(height: float, said: str, inner: str) -> str:

@@ -36,7 +36,12 @@ def plan_html(
         hindrance: why Merge would not start it for this visitor, and what to do.
         recipe: what the link to this recipe has in it.
     """
-    parts = [_method(plan)] if plan["method"] else []
+    parts = []
+    if plan["method"]:
+        known = find_methods().get(plan["method"])
+        title = esc(known.title if known else plan["method"])
+        how = _CHOSEN_BY[plan["chosen_by"]]
+        parts.append(f'<p class="rm-soft">Method: <b>{title}</b>, {how}.</p>')
     if plan["problems"]:
         items = "".join(f"<li>{esc(sentence(text))}</li>" for text in plan["problems"])
         count = len(plan["problems"])
@@ -46,7 +51,9 @@ def plan_html(
             f"<ul>{items}</ul></div>"
         )
     else:
-        parts.append(_verdict(plan, _where(push_to, create_pr), hindrance))
+        where = f"into {'a pull request on ' * create_pr}<code>{esc(push_to)}</code>"
+        where = where if push_to else "into files to download"
+        parts.append(_verdict(plan, where, hindrance))
     if plan["warnings"]:
         items = "".join(f"<li>{esc(sentence(text))}</li>" for text in plan["warnings"])
         parts.append(f'<div class="rm-note rm-warn"><b>Good to know</b><ul>{items}</ul></div>')
@@ -83,18 +90,6 @@ def no_advice_html() -> str:
         '<p class="rm-soft">Which method suits these experts, their weights say, and a plan reads '
         f"none: <code>{command}</code> does; or compare methods on your questions.</p>"
     )
-
-
-def _method(plan: Mapping[str, Any]) -> str:
-    known = find_methods().get(plan["method"])
-    title = known.title if known else plan["method"]
-    return f'<p class="rm-soft">Method: <b>{esc(title)}</b>, {_CHOSEN_BY[plan["chosen_by"]]}.</p>'
-
-
-def _where(push_to: str, create_pr: bool) -> str:
-    if not push_to:
-        return "into files to download"
-    return f"into {'a pull request on ' * create_pr}<code>{esc(push_to)}</code>"
 
 
 def _verdict(plan: Mapping[str, Any], where: str, hindrance: str) -> str:
@@ -155,7 +150,9 @@ def hardware_html(found: Sequence[Hardware]) -> str:
         return ""
     rows = []
     for one in found:
-        gone = "–" if one.lacks else ""
+        gone, cost = "–" if one.lacks else "", "–"
+        if one.cost is not None:
+            cost = f"${one.cost:.2f}" if one.cost >= 0.01 else "under $0.01"
         rows.append(
             (
                 esc(one.name),
@@ -164,7 +161,7 @@ def hardware_html(found: Sequence[Hardware]) -> str:
                 format_size(one.disk),
                 f'<span title="{esc(one.lacks)}">✗ too small</span>' if one.lacks else "✓ fits",
                 gone or duration(one.seconds),
-                gone or ("–" if one.cost is None else _dollars(one.cost)),
+                gone or cost,
             )
         )
     head = ("Hardware", "Cores", "Memory", "Disk", "Enough?", "Time", "Cost")
@@ -176,10 +173,6 @@ def hardware_html(found: Sequence[Hardware]) -> str:
         f"{here_html(found[0])}{shown}"
         f'<p class="rm-soft">{esc(MODEL)} Estimates, not promises.</p></details>'
     )
-
-
-def _dollars(amount: float) -> str:
-    return f"${amount:.2f}" if amount >= 0.01 else "under $0.01"
 
 
 def here_html(here: Hardware) -> str:

@@ -104,10 +104,11 @@ def compared_html(left: Opened, right: Opened) -> str:
     head = ("Median", "Difference", esc(left.name), esc(right.name))
     scores = _scores(left, right)
     figures = "".join(
-        figure
+        heatmap(opened.rows, gate, named=True).replace(
+            "<figcaption>", f"<figcaption>{esc(opened.name)}<br>", 1
+        )
         for gate in GATES[:3]
         for opened in (left, right)
-        if (figure := _named(opened, heatmap(opened.rows, gate, named=True)))
     )
     return (
         f'<div class="rm"><h3>{esc(left.name)} and {esc(right.name)}</h3>{scores}'
@@ -168,10 +169,6 @@ def _furthest(left: Opened, right: Opened) -> str:
     ]
     head = ("Tensor", esc(left.name), esc(right.name))
     return table(head, lines, "Where the heads' agreement S_H differs most")
-
-
-def _named(opened: Opened, figure: str) -> str:
-    return figure.replace("<figcaption>", f"<figcaption>{esc(opened.name)}<br>", 1)
 
 
 def _spread(values: Sequence[float]) -> str:

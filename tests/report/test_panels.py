@@ -16,8 +16,7 @@ from matplotlib import colormaps
 
 from resmerge_stream.methods import find_methods, method_class
 from resmerge_stream.report.card import render_card
-from resmerge_stream.report.gates_plot import gates_png
-from resmerge_stream.report.panels import CENTRED, VIRIDIS, numbers_of
+from resmerge_stream.report.panels import CENTRED, VIRIDIS, gates_png, numbers_of
 from resmerge_stream.report.sheet import painted
 from resmerge_stream.report.values import module_label, value_of
 from tests.report.test_card import merge, write_group
@@ -152,7 +151,7 @@ def test_a_card_and_its_picture_import_no_matplotlib() -> None:
     """Planning pays for no picture, and a merge not for a library that takes longer to load."""
     code = (
         "import sys, resmerge_stream.report.card as c; assert 'PIL' not in sys.modules\n"
-        "import resmerge_stream.report.gates_plot as p; p.gates_png({'tensors': []})\n"
+        "import resmerge_stream.report.panels as p; p.gates_png({'tensors': []})\n"
         "assert 'PIL' in sys.modules and 'matplotlib' not in sys.modules"
     )
 

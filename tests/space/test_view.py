@@ -10,7 +10,7 @@ from resmerge_stream.run.events import Progressed
 from resmerge_stream.studies.advice import evidence
 from space.explore import Opened
 from space.hardware import MODEL, Hardware
-from space.jobs.estimates import expected_seconds
+from space.jobs.jobs import expected_seconds
 from space.jobs.progress import Live, apply
 from space.jobs.records import Job
 from space.page.fields import SHORT

@@ -67,16 +67,21 @@ def missing_from(
     return missing
 
 
-def deposited_file(entry: Mapping[str, Any]) -> CommitOperationAdd:
-    """Return what commits a shard that waits in the storage; as `preupload_lfs_files` leaves it."""
+def deposited_file(entry: Mapping[str, Any], sample: bytes = b"") -> CommitOperationAdd:
+    """Return what commits a shard that is in the storage; as `preupload_lfs_files` leaves it.
+
+    Args:
+        entry: its row of the journal: name, size and sha256.
+        sample: its first bytes.
+    """
     operation = CommitOperationAdd(str(entry["name"]), b"")
-    operation.upload_info = _info(entry)
+    operation.upload_info = _info(entry, sample)
     operation._upload_mode = "lfs"
     operation._should_ignore = False
     operation._is_uploaded = True
     return operation
 
 
-def _info(entry: Mapping[str, Any]) -> UploadInfo:
+def _info(entry: Mapping[str, Any], sample: bytes = b"") -> UploadInfo:
     sha256 = bytes.fromhex(str(entry["sha256"]))
-    return UploadInfo(size=int(entry["size"]), sample=b"", sha256=sha256)
+    return UploadInfo(size=int(entry["size"]), sample=sample, sha256=sha256)

@@ -1,10 +1,9 @@
 """What runs left on the Hub: an account's unfinished merges, and removing what they staged."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
-
-from huggingface_hub.hf_api import HfApi
 
 from ...errors import ResMergeError
 from ...hub.account import whoami
@@ -84,14 +83,27 @@ def discard_staging(repo_id: str, token: str | None, *, create_pr: bool = False)
     if create_pr:
         named = pull_request_sibling(str(whoami(api)["name"]), repo_id, "")
     elif repo.info() is not None:
-        for name in repo.branches():
-            if is_branch_name(name) and _is_marked(repo, name):
+        for name in filter(is_branch_name, repo.branches()):
+            if (info := repo.info(name)) is None:
+                continue
+            # One at main was made a moment before its run was killed; nothing is on it.
+            is_empty = info.sha == repo.head("main")
+            head = None if is_empty else repo.read_json(HEAD, info)
+            is_marked = head is not None and branch_name(str(head.get("plan_hash"))) == name
+            if is_empty or is_marked:
                 repo.delete_branch(name)
                 removed.append(f"branch {name} of {repo_id}")
-    for found in _siblings(api, named):
-        plan_hash = found.id.rpartition("-resmerge-")[2]
-        if discard_sibling(found, plan_hash):
-            removed.append(f"repository {found.id}")
+    namespace, search = named.split("/")
+    siblings = []
+    with suppress(ResMergeError):
+        siblings = patiently(
+            lambda: list(api.list_models(author=namespace, search=search)),
+            what=f"look for staging repositories {named}…",
+        )
+    for model in siblings:
+        plan_hash = model.id.rpartition("-resmerge-")[2]
+        if model.id.startswith(named) and discard_sibling(HubRepo(api, model.id), plan_hash):
+            removed.append(f"repository {model.id}")
     return removed
 
 
@@ -114,25 +126,3 @@ def discard_sibling(repo: HubRepo, plan_hash: str) -> bool:
 
     patiently(ask, what=f"remove the staging repository {repo.id}")
     return True
-
-
-def _is_marked(repo: HubRepo, branch: str) -> bool:
-    info = repo.info(branch)
-    if info is None:
-        return False
-    if info.sha == repo.head("main"):
-        return True  # made a moment before its run was killed; nothing is on it
-    head = repo.read_json(HEAD, info)
-    return head is not None and branch_name(str(head.get("plan_hash"))) == branch
-
-
-def _siblings(api: HfApi, prefix: str) -> list[HubRepo]:
-    namespace, name = prefix.split("/")
-    try:
-        found = patiently(
-            lambda: list(api.list_models(author=namespace, search=name)),
-            what=f"look for staging repositories {prefix}…",
-        )
-    except ResMergeError:
-        return []
-    return [HubRepo(api, model.id) for model in found if model.id.startswith(prefix)]

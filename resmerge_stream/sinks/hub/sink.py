@@ -5,7 +5,8 @@ That commit is main's next one, or a pull request, for which nothing else there 
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, Self
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
@@ -87,37 +88,49 @@ class HubSink(Sink):
                 `--max-disk 0`.
             StoppedError: the network or the Hub failed.
         """
-        self._shelf.open()
-        try:
-            self._open()
-        except BaseException:
-            self._shelf.close()
-            raise
-        return self
-
-    def _open(self) -> None:
         member, target, plan_hash = self._member, self._target, self._plan_hash
-        self._main = self._ensure_repo() if member.is_main else ""
-        repo = staging_repo(target, plan_hash)
-        made = (
-            member.is_main
-            and repo is not target.repo
-            and (repo.create() or _is_unmarked(repo, plan_hash))
-        )
-        if self._streams and not has_xet(repo):
-            raise PlanRefusedError(no_xet(repo))
-        self._sender: FileSender
-        if repo is not target.repo and not (is_xet_available() and has_xet(repo)):
-            self._sender = self._deposit_sender()
-        else:
-            kind = StreamSender if self._streams else FileSender
-            self._sender = kind(self._shelf, repo, branch_name(plan_hash))
-        self._staging = Staging(
-            repo, plan_hash, self._identity, member, made_repo=made, asked=self._asked
-        )
-        self._uploads = WriteBehind(None, _SENDERS)
-        self._queued: set[str] = set()
-        self._resume(sends=member.is_first)
+        with ExitStack() as undo:
+            self._shelf.open()
+            undo.callback(self._shelf.close)
+            info = target.info
+            if member.is_main and info is None:
+                target.repo.create()
+                info = target.repo.info()
+                if info is None or not info.private or len(info.siblings or ()) > 1:
+                    raise OutputExistsError(
+                        f"somebody else made {target.repo.id} a moment ago; nothing there is "
+                        "touched.",
+                        Remedy.ANOTHER_REPO,
+                    )
+            self._main = str(info.sha) if member.is_main and info is not None else ""
+            repo = staging_repo(target, plan_hash)
+            made = (
+                member.is_main
+                and repo is not target.repo
+                and (repo.create() or _is_unmarked(repo, plan_hash))
+            )
+            if self._streams and not has_xet(repo):
+                raise PlanRefusedError(no_xet(repo))
+            self._sender: FileSender
+            if repo is not target.repo and not (is_xet_available() and has_xet(repo)):
+                self._sender = self._deposit_sender()
+            else:
+                kind = StreamSender if self._streams else FileSender
+                self._sender = kind(self._shelf, repo, branch_name(plan_hash))
+            self._staging = Staging(
+                repo, plan_hash, self._identity, member, made_repo=made, asked=self._asked
+            )
+            self._uploads = WriteBehind(None, _SENDERS)
+            self._queued: set[str] = set()
+            # What earlier runs finished here and had not sent is sent.
+            on_shelf = dict(self._shelf.finished_shards())
+            staged = self._staged()
+            self._staged_before = set(staged)
+            self._finished = on_shelf if self._keep_files else {**staged, **on_shelf}
+            for name, entry in on_shelf.items() if member.is_first else ():
+                self._queue(self._shards[name], entry)
+            undo.pop_all()
+        return self
 
     @property
     def bytes_sent(self) -> int:
@@ -254,27 +267,6 @@ class HubSink(Sink):
         self._uploads.close(wait=False)
         self._shelf.close()
 
-    def _ensure_repo(self) -> str:
-        repo, info = self._target.repo, self._target.info
-        if info is None:
-            repo.create()
-            info = repo.info()
-            if info is None or not info.private or len(info.siblings or ()) > 1:
-                raise OutputExistsError(
-                    f"somebody else made {repo.id} a moment ago; nothing there is touched.",
-                    Remedy.ANOTHER_REPO,
-                )
-        return str(info.sha)
-
-    def _resume(self, *, sends: bool) -> None:
-        """Find what earlier runs finished, and send what they had not sent."""
-        on_shelf = dict(self._shelf.finished_shards())
-        staged = self._staged()
-        self._staged_before = set(staged)
-        self._finished = on_shelf if self._keep_files else {**staged, **on_shelf}
-        for name, entry in on_shelf.items() if sends else ():
-            self._queue(self._shards[name], entry)
-
     def _staged(self) -> dict[str, dict[str, Any]]:
         """Return the entries of what is staged whole, by name; what is gone is forgotten."""
         entries = [e for n, e in self._staging.entries.items() if n in self._shards]
@@ -294,9 +286,13 @@ class HubSink(Sink):
         self._uploads.put(shard.nbytes, lambda: self._send(shard, entry))
 
     def _send(self, shard: Shard, entry: Mapping[str, Any]) -> None:
+        def now_at(position: int) -> None:
+            with self._counting:
+                self._sending[shard.name] = position
+
         known = self._staging.entries.get(shard.name)
         if known is None or known["sha256"] != entry["sha256"]:
-            self._staging.stage(*self._sender.send(entry, self._counter_of(shard)))
+            self._staging.stage(*self._sender.send(entry, now_at))
             with self._counting:
                 self._sending.pop(shard.name, None)
                 self._sent += shard.nbytes
@@ -305,15 +301,6 @@ class HubSink(Sink):
 
     def _deposit_sender(self) -> DepositSender:
         return DepositSender(self._shelf, self._target.repo, "main", create_pr=self._creates_pr)
-
-    def _counter_of(self, shard: Shard) -> Callable[[int], None]:
-        """Return what is told how far a shard's file was read to be sent."""
-
-        def now_at(position: int) -> None:
-            with self._counting:
-                self._sending[shard.name] = position
-
-        return now_at
 
     def _final_operations(self, files: Mapping[str, bytes], stale: list[str]) -> list[Operation]:
         staging = self._staging

@@ -94,12 +94,7 @@ def read_staged(repo: HubRepo, plan_hash: str) -> Staged | None:
     staged.made_repo = head.get("made_repo") is True
     asked = head.get("asked")
     staged.asked = asked if isinstance(asked, dict) else {}
-    staged.entries = _entries(repo, info)
-    return staged
-
-
-def _entries(repo: HubRepo, info: ModelInfo) -> dict[str, dict[str, Any]]:
-    files, found = listed(info), {}
+    files = listed(info)
     for path in files:
         if not path.startswith(f"{FOLDER}/") or path == HEAD:
             continue
@@ -107,10 +102,9 @@ def _entries(repo: HubRepo, info: ModelInfo) -> dict[str, dict[str, Any]]:
         if entry is None or not _is_row(entry):
             continue
         name = entry["name"]
-        is_staged = name in files and _is_file(files[name], entry)
-        if is_staged or is_deposited(entry):
-            found[name] = entry
-    return found
+        if (name in files and _is_file(files[name], entry)) or is_deposited(entry):
+            staged.entries[name] = entry
+    return staged
 
 
 def _is_row(entry: Mapping[str, Any]) -> bool:
@@ -184,7 +178,7 @@ class Staging:
             **({"asked": dict(asked)} if asked else {}),
         }
         data = json.dumps(head, indent=1).encode()
-        self._advance("Start staging", lambda: [_add(HEAD, data)], {HEAD: data})
+        self._advance("Start staging", lambda: [CommitOperationAdd(HEAD, data)], {HEAD: data})
 
     def look_again(self) -> None:
         """See what others that have the same mark staged by now.
@@ -271,22 +265,22 @@ class Staging:
         row = _StagedShard(shard, entry, f"{FOLDER}/{entry['name']}.json", data)
         self._waiting.append(row)
         with self._committing:
-            if row in self._waiting:
-                try:
-                    self._commit_rows(list(self._waiting))
-                finally:
-                    if row in self._waiting:  # it failed: the others say so themselves
-                        self._waiting.remove(row)
-
-    def _commit_rows(self, rows: "list[_StagedShard]") -> None:
-        proof: dict[str, str | bytes] = {}
-        for row in rows:
-            proof |= row.proof
-        said = rows[0].entry["name"] if len(rows) == 1 else f"{len(rows)} shards"
-        self._advance(f"Stage {said}", lambda: [op for row in rows for op in row.operations], proof)
-        for row in rows:
-            self.entries[str(row.entry["name"])] = dict(row.entry)
-            self._waiting.remove(row)
+            if row not in self._waiting:
+                return
+            rows, proof = list(self._waiting), dict[str, str | bytes]()
+            for one in rows:
+                proof |= one.proof
+            said = entry["name"] if len(rows) == 1 else f"{len(rows)} shards"
+            try:
+                self._advance(
+                    f"Stage {said}", lambda: [op for one in rows for op in one.operations], proof
+                )
+                for one in rows:
+                    self.entries[str(one.entry["name"])] = dict(one.entry)
+                    self._waiting.remove(one)
+            finally:
+                if row in self._waiting:  # it failed: the others say so themselves
+                    self._waiting.remove(row)
 
     def _advance(
         self,
@@ -297,27 +291,19 @@ class Staging:
         # By turns: commits of many processes that meet would be repeated more often than made.
         with self._turn() as turn:
             self.commit = turn.value or self.commit
-            self._commit_on_top(message, operations, proof)
+            for number in itertools.count(1):
+                try:
+                    self.commit = self.repo.commit(
+                        self.branch, operations, parent=self.commit, message=message, proof=proof
+                    )
+                    break
+                except (MovedError, CheckpointNotFoundError) as exc:
+                    moved_to = self._moved_by_us()
+                    if moved_to is None:
+                        raise self._taken_over() from exc
+                    self.commit = moved_to
+                    time.sleep(random.uniform(0, min(0.1 * number, _LONGEST_PAUSE_S)))
             turn.value = self.commit
-
-    def _commit_on_top(
-        self,
-        message: str,
-        operations: Callable[[], list[Operation]],
-        proof: Mapping[str, str | bytes],
-    ) -> None:
-        for number in itertools.count(1):
-            try:
-                self.commit = self.repo.commit(
-                    self.branch, operations, parent=self.commit, message=message, proof=proof
-                )
-                return
-            except (MovedError, CheckpointNotFoundError) as exc:
-                moved_to = self._moved_by_us()
-                if moved_to is None:
-                    raise self._taken_over() from exc
-                self.commit = moved_to
-                time.sleep(random.uniform(0, min(0.1 * number, _LONGEST_PAUSE_S)))
 
     def _taken_over(self) -> StoppedError:
         """Return why the branch is not this run's any more."""
@@ -360,14 +346,11 @@ class _StagedShard:
     @property
     def operations(self) -> list[Operation]:
         """What commits both."""
-        return [*([] if self.shard is None else [self.shard]), _add(self.path, self.data)]
+        row = CommitOperationAdd(self.path, self.data)
+        return [row] if self.shard is None else [self.shard, row]
 
     @property
     def proof(self) -> dict[str, str | bytes]:
         """Files that only their commit leaves, as `HubRepo.commit` takes them."""
         shard = {} if self.shard is None else {str(self.entry["name"]): str(self.entry["sha256"])}
         return {self.path: self.data, **shard}
-
-
-def _add(path: str, data: bytes) -> CommitOperationAdd:
-    return CommitOperationAdd(path, data)

@@ -139,7 +139,12 @@ def look_at_target(publication: Publication, plan_hash: str, token: str | bool |
             _check_pull_requests(target, plan_hash)
         elif target.info is not None:
             _check_content(target, plan_hash)
-        _check_afterwards(target)
+        problems = []
+        if publication.collection:
+            problems.append(collection_problem(api, target.account, publication.collection))
+        if publication.discuss and target.info is not None:
+            problems.append(discussion_problem(target.repo))
+        target.found.problems += filter(None, problems)
         if target.found.problems:
             return target
         if not target.finished or publication.update:  # then it may be an update that was stopped
@@ -214,16 +219,6 @@ def pull_request_of(
         if report is not None and identity in (None, report.get("identity")):
             return number, report
     return None, None
-
-
-def _check_afterwards(target: HubTarget) -> None:
-    publication = target.publication
-    if publication.collection:
-        problem = collection_problem(target.repo.api, target.account, publication.collection)
-        target.found.problems += [] if problem is None else [problem]
-    if publication.discuss and target.info is not None:
-        problem = discussion_problem(target.repo)
-        target.found.problems += [] if problem is None else [problem]
 
 
 def _check_content(target: HubTarget, plan_hash: str) -> None:
@@ -348,8 +343,16 @@ def check_fit(
             f"about {format_size(quota)}."
         )
     max_disk = target.publication.max_disk
-    if max_disk == 0:
-        _check_xet(target)
+    if max_disk == 0 and not is_xet_available():
+        target.found.problem(
+            "shards can only be sent without a file through Xet, but hf_xet is not installed or is "
+            "switched off (HF_HUB_DISABLE_XET). Install it.",
+            Remedy.MORE_DISK,
+        )
+    elif max_disk == 0:
+        creates_pr = target.publication.create_pr
+        if target.info is not None and not has_xet(target.repo, create_pr=creates_pr):
+            target.found.problems.append(no_xet(target.repo))
     elif max_disk is not None and max_disk < largest * sharing:
         each = "" if sharing == 1 else f" and each of {sharing} processes here writes one"
         target.found.problem(
@@ -358,19 +361,6 @@ def check_fit(
             Remedy.SMALLER_SHARDS,
             Remedy.NO_DISK,
         )
-
-
-def _check_xet(target: HubTarget) -> None:
-    if not is_xet_available():
-        target.found.problem(
-            "shards can only be sent without a file through Xet, but hf_xet is not installed or is "
-            "switched off (HF_HUB_DISABLE_XET). Install it.",
-            Remedy.MORE_DISK,
-        )
-    elif target.info is not None and not has_xet(
-        target.repo, create_pr=target.publication.create_pr
-    ):
-        target.found.problems.append(no_xet(target.repo))
 
 
 def has_xet(repo: HubRepo, *, create_pr: bool = False) -> bool:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from huggingface_hub import CommitOperationAdd
-from huggingface_hub.lfs import UploadInfo
 from huggingface_hub.utils._xet import (
     XetTokenType,
     get_xet_session,
@@ -23,7 +22,7 @@ from ...hub.repo import HubRepo
 from ..folder import FolderSink
 from ..layout import Shard
 from ..sink import ShardWriter
-from .deposit import deposited
+from .deposit import deposited, deposited_file
 
 _SAMPLE_BYTES = 512
 # A signed link may be refused once, and a new one taken: each try asks for one.
@@ -222,14 +221,8 @@ class StreamedShard:
 
     def operation(self) -> CommitOperationAdd:
         """Return what commits the shard."""
-        operation = CommitOperationAdd(self._shard.name, b"")
-        operation.upload_info = UploadInfo(
-            size=self._written, sample=self._sample, sha256=bytes.fromhex(self.sha256)
-        )
-        operation._upload_mode = "lfs"
-        operation._should_ignore = False
-        operation._is_uploaded = True
-        return operation
+        entry = {"name": self._shard.name, "size": self._written, "sha256": self.sha256}
+        return deposited_file(entry, self._sample)
 
     def _explained(self, exc: BaseException) -> Exception:
         return explain(exc, f"send {self._shard.name} to {self._repo.id}")
