@@ -2,13 +2,18 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from urllib.parse import quote
 
-from huggingface_hub import BucketFile, HfApi
+from huggingface_hub import BucketFile, BucketFolder, HfApi
 
 from ..errors import CheckpointNotFoundError
+from ..recipe import BUCKETS
 from .client import patiently
 from .ranges import RemoteFile, replaced
+
+# More than a run of many checkpoints has.
+_MOST_FILES = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +50,27 @@ class HubBucket:
         return info.private
 
     def files(self, folder: str = "") -> dict[str, InBucket]:
-        """Return the files below a folder, by their paths in the bucket; raises as `is_private`."""
+        """Return the files below a folder, by their paths in the bucket.
+
+        Raises:
+            CheckpointNotFoundError: as `is_private`; or there are more files than are listed.
+            StoppedError: the Hub kept failing.
+        """
+
+        def listed() -> list[BucketFile | BucketFolder]:
+            tree = self.api.list_bucket_tree(self.id, folder or None, recursive=True)
+            return list(islice(tree, _MOST_FILES + 1))
+
         found = patiently(
-            lambda: list(self.api.list_bucket_tree(self.id, folder or None, recursive=True)),
+            listed,
             what=f"list the bucket {self.id} on the Hub",
             unreachable_tries=3,
         )
+        if len(found) > _MOST_FILES:
+            raise CheckpointNotFoundError(
+                f"{BUCKETS}{self.id}/{folder} holds more than {_MOST_FILES} files. Name the folder "
+                "of the model itself."
+            )
         # The Hub takes any beginning of a path for a folder.
         top = f"{folder}/" if folder else ""
         return {

@@ -63,9 +63,9 @@ def side_files(base: Checkpoint, tokenizer: Checkpoint) -> dict[str, bytes]:
 def digests_of_copied(
     sources: Iterable[Checkpoint], layout: Checkpoint, gives_tokens: Iterable[Checkpoint]
 ) -> dict[int, str]:
-    """Return a digest of what each folder gives an output beside weights, by number from 0.
+    """Return a digest of what each folder or bucket gives an output beside weights, by its number.
 
-    A model of the Hub has a commit, which says the same.
+    A model of a repository has a commit, which says the same.
 
     Args:
         sources: all that are open.
@@ -75,13 +75,13 @@ def digests_of_copied(
     Raises:
         CheckpointError: a file cannot be read.
     """
-    tokens = {one.folder for one in gives_tokens}
+    tokens = {one.id for one in gives_tokens}
     found = {}
     for number, source in enumerate(sources):
-        if source.folder is None:
+        if source.revision is not None:
             continue
-        is_layout = source.folder == layout.folder
-        names = tokenizer_files(source) if source.folder in tokens else []
+        is_layout = source.id == layout.id
+        names = tokenizer_files(source) if source.id in tokens else []
         names += model_files(source) if is_layout else []
         files = {name: hashlib.sha256(source.read_small(name)).hexdigest() for name in names}
         if is_layout:

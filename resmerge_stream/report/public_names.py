@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..planning.plan import Plan
-from ..recipe import ModelRef
+from ..recipe import BUCKETS, ModelRef
 from ..sources import Checkpoint
 from ..units import printable
 
@@ -144,12 +144,13 @@ def _public_name(
     source: Checkpoint, part: str, name_private: bool, taken: dict[str, str]
 ) -> PublicName:
     """Return what a model is called in public; `taken` maps names to the ids that have them."""
-    if source.revision is None:
-        # No commit: a folder. Its last name says enough, without what is above it.
-        kind, name = "bucket", source.id.rpartition("/")[2]
-        if source.folder is not None:
-            kind, name = "local", os.path.basename(os.path.abspath(source.folder))
-        name = printable(name).strip() or "folder"
+    if source.folder is not None:
+        # Its last name says enough, without what is above it.
+        name = os.path.basename(os.path.abspath(source.folder))
+        kind, name = "local", printable(name).strip() or "folder"
+    elif source.revision is None:
+        below = source.id.removeprefix(BUCKETS).split("/")[2:]
+        kind, name = "bucket", printable(below[-1]) if below else f"a model ({part})"
     elif name_private or not (source.is_private or source.gated):
         return PublicName(source.id, "hub", source.revision, source.subfolder)
     else:

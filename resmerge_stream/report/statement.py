@@ -6,6 +6,7 @@ models (by commit and sha256), by which recipe and version. Made from the report
 """
 
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
@@ -30,9 +31,11 @@ def statement_of(report: Mapping[str, Any]) -> dict[str, Any]:
         place = f"pkg:huggingface/{quote(name)}@{commit}" if commit else f"file:{quote(name)}"
         if commit:
             materials.append({"name": name, "uri": place, "digest": {"gitCommit": commit}})
-        folder = f"{source['subfolder']}/" if source.get("subfolder") else ""
+        below = PurePosixPath(source.get("subfolder") or "")
         for file in source.get("files") or ():
-            inside = quote(f"{folder}{file['name']}")
+            # A GGUF file is a place of its own.
+            folder = below.parent if below.name == file["name"] else below
+            inside = quote(str(folder / file["name"]))
             material = {
                 "name": f"{name}/{inside}",
                 "uri": f"{place}{'#' if commit else '/'}{inside}",

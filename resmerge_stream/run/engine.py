@@ -119,7 +119,8 @@ def run_merge(
             error = exc
             with contextlib.suppress(ResMergeError):
                 try:
-                    check_sources(plan)
+                    # Where the Hub kept failing it was waited for once.
+                    check_sources(plan, on_hub=not isinstance(exc, StoppedError))
                 except SourceChangedError as moved:
                     error = moved  # the error comes of it
             is_lost = isinstance(error, SourceChangedError) or (

@@ -75,9 +75,10 @@ def target_state(
             Notice(f"cannot look into {str(out)!r}: {exc.strerror}.", Remedy.ANOTHER_FOLDER)
         )
     others = _others(names)
+    if is_own or not others:
+        return TargetState()
     # An empty mark alone: a disk that was full when a run began.
-    is_begun = others == {MARKER} and (out / MARKER).stat().st_size == 0
-    if is_own or not others or is_begun:
+    if others == {MARKER} and (out / MARKER).stat().st_size == 0:
         return TargetState()
     if MARKER in names:
         if _value_in(out / MARKER, "plan_hash") == plan_hash:

@@ -7,6 +7,7 @@ from ..hub.buckets import HubBucket, InBucket
 from ..hub.client import client
 from ..hub.ranges import RemoteFile
 from ..recipe import BUCKETS
+from .adapter_config import CONFIG as ADAPTER_CONFIG
 from .checkpoint import Checkpoint
 from .remote import Facts, Remote, unbegun
 
@@ -86,7 +87,9 @@ def open_bucket(
     with unbegun(ref_id):
         is_private = bucket.is_private()
         files = bucket.files(folder)
-        if folder and not any(path.endswith("/config.json") for path in files):
+        names = ("config.json", ADAPTER_CONFIG, "huggingface/config.json")
+        own = {f"{folder}/{name}" for name in names}
+        if folder and not own & files.keys():
             # A trainer's config may lie one folder up; a GGUF file is no folder.
             files |= bucket.files(folder.rpartition("/")[0])
     return Bucket(bucket, files, folder, is_private, max_header_bytes).model(ref_id)

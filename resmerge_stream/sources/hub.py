@@ -109,7 +109,9 @@ class Repository(Remote):
 
     def _download(self, path: str, limit: int) -> bytes:
         sibling, shown = self._everything[path], f"{self._id}/{path}"
-        if sibling.size is None or sibling.size > limit:
+        if sibling.size is None:
+            raise CheckpointFormatError(f"the Hub does not tell the size of {shown}.")
+        if sibling.size > limit:
             raise CheckpointFormatError(f"{shown} is larger than {limit} bytes.")
         data = self._downloaded(path, afresh=False)
         if not _is_of(sibling, data):

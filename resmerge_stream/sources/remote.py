@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import CheckpointFormatError, CheckpointNotFoundError, Remedy
 from ..hub.client import TokenRefusedError
 from ..hub.ranges import CachedFile, RemoteFile
+from .adapter_config import CONFIG as ADAPTER_CONFIG
 from .ahead import PART_BYTES, ByteRange, Fetcher
 from .assembly import Source, Stored
 from .blocks import Blocks
@@ -44,6 +45,8 @@ from .trainers import Left, Place, config_folder, readable
 # One request gets the whole header of nearly every file.
 _FIRST_BYTES = 100_000
 _HEADER_THREADS = 8
+# Written anew by a run that goes on.
+_STATE = "trainer_state.json"
 
 
 class FileCheck:
@@ -261,6 +264,7 @@ class Remote(Store):
             for file in files
             if file.sha256 is not None
         }
+        self._heads.clear()
         below = sorted(self._below())
         small = (name for name in below if is_small(name) and name not in weights)
         trees = {name: Stored(self, tensor) for name, tensor in tensors.items()}
@@ -301,9 +305,12 @@ class Remote(Store):
         small_files: tuple[str, ...],
         remarks: tuple[str, ...],
     ) -> Checkpoint:
-        beside = {self._beside + name for name in small_files} | {f"{self._beside}config.json"}
+        # What a run that goes on writes there is not the model's: logs, state, later checkpoints.
+        along = {n for n in small_files if "/" not in n and n.endswith(SMALL_SUFFIXES)}
+        along |= {"config.json", ADAPTER_CONFIG, INDEX}
+        said = {self._beside + name for name in along - {_STATE}}
         weights = {self._top + file.name for file in files}
-        facts = self._facts(sorted(weights | (beside & self._sizes.keys())))
+        facts = self._facts(sorted(weights | (said & self._sizes.keys())))
         return Checkpoint(
             id=ref_id,
             store=self,

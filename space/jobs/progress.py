@@ -93,9 +93,11 @@ def apply(job: Job, live: Live, event: dict[str, Any]) -> dict[str, Any] | None:
     elif isinstance(told, Finished):
         if job.asked.get("push_to"):
             job.url = told.where
-        job.took = 0.0 if told.already_there else time.time() - job.started
+        job.took = time.time() - job.started
         if job.asked.get("methods"):  # a comparison leaves scores, and no model
             return None
+        if told.already_there:
+            job.took = 0.0
         # A run that was continued only merged the rest; the report has every tensor.
         live.rows = [row_of(row) for row in told.report["tensors"]]
         job.tensors_done = len(live.rows)

@@ -168,6 +168,23 @@ def test_a_small_file_that_is_replaced_ends_the_merge(bench: Bench, tmp_path: Pa
     assert f"{name} was replaced" in done.err
 
 
+def test_what_a_run_that_goes_on_writes_may_change(bench: Bench, tmp_path: Path) -> None:
+    """Its state and its logs are not the model's."""
+    names = ("checkpoint-100/trainer_state.json", "checkpoint-100/logs/events", "run.log")
+    bench.hub.push("alice/run", dict.fromkeys(names, b"1"), kind="buckets")
+    rule = bench.hub.faults.add(
+        Hook(call=lambda: bench.hub.push("alice/run", dict.fromkeys(names, b"2"), kind="buckets")),
+        method="POST",
+        path="/api/buckets/alice/run/paths-info",
+        times=1,
+    )
+
+    done = average(bench, tmp_path / "out")
+
+    assert done.code == 0, done.err
+    assert rule.hits == 1
+
+
 def test_a_file_that_is_gone_is_named(bench: Bench, tmp_path: Path) -> None:
     """Put back, the same command goes on."""
     bench.hub.faults.add(
@@ -187,15 +204,19 @@ def test_a_file_that_is_gone_is_named(bench: Bench, tmp_path: Path) -> None:
 
 
 def killed(bench: Bench, out: Path) -> None:
-    """Start an average that is killed while it reads tensors."""
+    """Start an average that is killed after a shard, again where it ended before that."""
     words = ["average", f"{RUN}/checkpoint-*", "--max-shard-size", "8KB", "--json"]
-    process = bench.start([*words, "--out", str(out)])
-    for line in process.stdout or ():
-        if json.loads(line)["event"] == "shard":
-            process.send_signal(signal.SIGKILL)
-            break
-    process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL
+    for _ in range(20):
+        shutil.rmtree(out, ignore_errors=True)
+        process = bench.start([*words, "--out", str(out)])
+        for line in process.stdout or ():
+            if json.loads(line)["event"] == "shard":
+                process.send_signal(signal.SIGKILL)
+                break
+        process.communicate(timeout=120)
+        if process.returncode == -signal.SIGKILL and not (out / "config.json").exists():
+            return
+    raise AssertionError("every average ended before it was killed")
 
 
 def test_a_killed_average_continues(bench: Bench, tmp_path: Path) -> None:
@@ -248,8 +269,9 @@ def test_a_fault_that_passes_is_survived(bench: Bench, tmp_path: Path, fault: st
     for number, path in enumerate(["/file/", "/buckets/"]):
         if path == "/buckets/" and fault == "expired":
             continue  # the Hub's own refusal
-        bench.hub.faults.add(fault, path=path, times=2, skip=3)
+        rule = bench.hub.faults.add(fault, path=path, times=2, skip=3)
         assert averaged(bench, tmp_path / f"{number}", RUN) == expected
+        assert rule.hits == 2
         bench.hub.faults.clear()
 
 

@@ -81,7 +81,8 @@ EXPERT …`), where 1 means that rounding changed as much as training did:
 | SFT (call) | 0 | 60 | 13 | 110 | 11 | 200 |
 
 (Their base was dequantised from Q4_1, so most of its values stay where they are in that type.)
-Merge the experts as they were trained, and round what comes out.
+Merge the experts as they were trained, and round what comes out. `plan` says so of each quantised
+expert.
 
 **Buckets** of the Hub are read in place: `hf://buckets/namespace/name/checkpoint-500`, or a pattern
 of a run's checkpoints ([recipes.md](recipes.md#checkpoints-of-one-run)). They have no commits; what
