@@ -47,7 +47,7 @@ _RESCALE_WORDS = {True: "l1", False: "none"}
 # Weights and norms that small count as none.
 _NO_WEIGHT = 1e-8
 _NO_NORM = 1e-7
-# Seconds on two cores for an entry of each expert (docs/performance.md, "Speed of a local merge").
+# Seconds on two cores for an entry of each expert (docs/performance.md, "Beside copying").
 _ELECTING = 2.0e-9
 # What may be noted of a tensor's entries: of a 70B model's largest layers, not of a vocabulary.
 _NOTED_BYTES = 100_000_000

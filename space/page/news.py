@@ -35,7 +35,7 @@ class News:
         """Return ``GET /news/{job}?log=…&picture=…``, as `since`; 404 where the job is another's.
 
         Beside gradio's events, not one of them: those take five times the instructions
-        (docs/performance.md, a watched Space).
+        (docs/performance.md, a Space that is watched).
         """
         return Route("/news/{job}", self._answer)
 
