@@ -155,15 +155,15 @@ def _quantise(folder: Path, name: str) -> None:
 
 def _merged(group: Path, out: Path, times: int) -> tuple[float, list[str]]:
     """Return the median of the seconds, and MB read, planned and seen at the most."""
-    experts = tuple(ModelRef(str(group / f"expert{number}")) for number in range(3))
-    recipe = Recipe(ModelRef(str(group / "base")), experts, "mean")
+    experts = [str(group / f"expert{number}") for number in range(3)]
+    recipe = Recipe(ModelRef(str(group / "base")), tuple(map(ModelRef, experts)), "mean")
     plan = plan_merge(recipe, Options(unrelated="merge")).accepted()
     read, planned = plan.read_bytes, plan.peak_memory_bytes
     plan.close()
     command = [sys.executable, "-m", "resmerge_stream", "merge", "--method", "mean"]
     command += ["--unrelated", "merge", "--base", str(group / "base"), "--out", str(out)]
     for expert in experts:
-        command += ["--expert", expert.place]
+        command += ["--expert", expert]
     runs = []
     for _ in range(times):
         shutil.rmtree(out, ignore_errors=True)
